@@ -1,0 +1,71 @@
+"""Row statistics: what one routed row contributes, read off the down_proj output as the layer stores it."""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from sedetect.kernels.records import INF_BITS, float_bits
+
+FP16_MAX = 65504.0  # largest finite float16
+FP8_MAX = 448.0  # largest finite float8_e4m3fn
+
+
+@dataclass
+class RowStats:
+    """Per sorted row r, y = its down_proj output (H), h = its input (I).
+
+    peak        (S,) float32: the element of y with the largest |y|, signed; the lowest channel of equals. NaN counts as
+                larger than Inf and is always the same positive NaN.
+    channel     (S,) int32: its channel
+    sqnorm      (S,) float32: sum of y^2
+    nonfinite, over_fp16, over_fp8  (S,) int32: elements that are NaN or Inf; finite beyond 65504; finite beyond 448
+    in_peak, in_channel: peak and channel of h
+    """
+
+    peak: torch.Tensor
+    channel: torch.Tensor
+    sqnorm: torch.Tensor
+    nonfinite: torch.Tensor
+    over_fp16: torch.Tensor
+    over_fp8: torch.Tensor
+    in_peak: torch.Tensor
+    in_channel: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device | str = "cpu") -> "RowStats":
+        """Uninitialised, for a kernel to fill."""
+        types = (torch.float32, torch.int32, torch.float32, *3 * (torch.int32,), torch.float32, torch.int32)
+        return cls(*(torch.empty(rows, dtype=dtype, device=device) for dtype in types))
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+
+def row_stats_torch(y: torch.Tensor, h: torch.Tensor) -> RowStats:
+    """The definition of RowStats for y (S, H) and h (S, I)."""
+    peak, channel = _peak(y)
+    in_peak, in_channel = _peak(h)
+    magnitude = y.float().abs()
+    finite = magnitude.isfinite()
+    return RowStats(
+        peak,
+        channel,
+        magnitude.square().sum(1),
+        (~finite).sum(1, dtype=torch.int32),
+        (finite & (magnitude > FP16_MAX)).sum(1, dtype=torch.int32),
+        (finite & (magnitude > FP8_MAX)).sum(1, dtype=torch.int32),
+        in_peak,
+        in_channel,
+    )
+
+
+def _peak(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(peak, channel) of each row. argmax on integer bits takes NaN first and the lowest of equals."""
+    x = x.float()
+    bits = float_bits(x.abs())
+    best = bits.amax(1, keepdim=True)
+    channels = torch.arange(x.shape[1], device=x.device)
+    channel = torch.where(bits == best, channels, x.shape[1]).amin(1)
+    value = x.gather(1, channel[:, None])[:, 0]
+    value = torch.where(best[:, 0] > INF_BITS, torch.nan, value)
+    return value, channel.to(torch.int32)

@@ -1,0 +1,27 @@
+"""Find the super experts of Mixture-of-Experts models, measured by the kernels that compute them.
+
+    with sedetect.profile(model) as prof:
+        model(input_ids=input_ids)
+    print(sedetect.rank(prof.stats).headline)
+"""
+
+from sedetect.errors import SedetectError
+from sedetect.pipeline import ModelProfile, profile_model
+from sedetect.profiler import Profile, profile
+from sedetect.ranking import Ranking, SuperExpert, rank
+from sedetect.stats import BankId, BankStats, ModelStats, merge_all
+
+__all__ = [
+    "BankId",
+    "BankStats",
+    "ModelProfile",
+    "ModelStats",
+    "Profile",
+    "Ranking",
+    "SedetectError",
+    "SuperExpert",
+    "merge_all",
+    "profile",
+    "profile_model",
+    "rank",
+]

@@ -1,0 +1,5 @@
+"""python -m sedetect: the command line."""
+
+from sedetect.cli import main
+
+main()

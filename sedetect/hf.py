@@ -1,0 +1,273 @@
+"""The plug-in point: Hugging Face MoE modules computed by our backends.
+
+transformers 5 sends every experts module through an experts interface, looked up by name in the module's config at every
+call. We register one name, and attach by giving each experts module its own copy of its config that carries
+that name: the model's config, and any other model built from it, never change. Shared experts and dense MLPs are measured by
+substituting their down_proj module by one that holds the same parameters. detach() restores every object that was there.
+"""
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+from transformers.integrations.moe import ExpertsInterface
+
+from sedetect import ops
+from sedetect.backends import choose_backend
+from sedetect.errors import SedetectError
+from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
+from sedetect.kernels.update import Rows
+from sedetect.stats import BankId, BankStats
+
+NAME = "sedetect"
+# Names of an MLP's output projection, down_proj by far the most common.
+DOWN_NAMES = ("down_proj", "w2", "output_linear")
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Bank:
+    """One bank of a live model.
+
+    rows_of: asks the profile which token each of T rows is. state is made on the device of the first row it sees.
+    """
+
+    id: BankId
+    path: str
+    module: nn.Module
+    experts: int
+    hidden: int
+    intermediate: int
+    rows_of: Callable[["Bank", int, torch.device], Rows] | None = None
+    backend: str | None = None
+    channels: bool = False
+    coactivation: bool = False
+    gate: Gate | Callable[[torch.Tensor], torch.Tensor] | None = None
+    top_k: int = 1
+    state: BankStats | None = None
+    served: set[str] = field(default_factory=set)
+    fallbacks: set[str] = field(default_factory=set)
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> BankStats:
+        """The state on this device, and a note of which backend serves it."""
+        backend, why = choose_backend(device, dtype, self.backend)
+        self.served.add(backend.name)
+        if why is not None:
+            self.fallbacks.add(why)
+        if self.state is None:
+            channels = (self.hidden, self.intermediate) if self.channels else None
+            coactivation = self.coactivation and self.experts > 1
+            self.state = BankStats.empty(self.experts, device, channels, coactivation)
+        return self.state
+
+
+def experts_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The registered experts implementation: x (T, H), routing (T, k) -> (T, H)."""
+    bank: Bank = module.config.sedetect_bank
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    bank.top_k = top_k_index.shape[-1]
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    out = ops.moe_mlp(
+        x,
+        top_k_index,
+        top_k_weights,
+        getattr(module, up),
+        module.down_proj,
+        bank.gate,
+        bank.prepare(x.device, module.down_proj.dtype),
+        gate_up_bias=getattr(module, f"{up}_bias") if module.has_bias else None,
+        down_bias=module.down_proj_bias if module.has_bias else None,
+        transposed=module.is_transposed,
+        post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+        rows=bank.rows_of(bank, len(x), x.device),
+        backend=bank.backend,
+    )
+    return out.reshape(hidden_states.shape)
+
+
+ExpertsInterface.register(NAME, experts_forward)
+FP8ExpertsInterface.register(NAME, experts_forward)
+
+
+class MeasuredDown(nn.Module):
+    """Stands in for a down_proj module: the same parameters under the same names, and its output measured.
+
+    A plain nn.Linear is computed by our op; anything else (quantized, offloaded) computes itself and its
+    output is read.
+    """
+
+    def __init__(self, original: nn.Module, bank: Bank):
+        super().__init__()
+        self.__dict__["original"] = original  # not a submodule: state_dict() keeps its keys
+        self.__dict__["bank"] = bank
+        self._parameters, self._buffers, self._modules = original._parameters, original._buffers, original._modules
+        self.training = original.training
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["original"], name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        original, bank = self.original, self.bank
+        flat = x.reshape(-1, x.shape[-1])
+        rows = bank.rows_of(bank, len(flat), x.device)
+        if _is_plain_linear(original):
+            state = bank.prepare(x.device, original.weight.dtype)
+            y = ops.linear_stats(flat, original.weight, original.bias, state, rows=rows, backend=bank.backend)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+        y = original(x)
+        state = bank.prepare(y.device, y.dtype)
+        ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, rows=rows, backend=bank.backend)
+        return y
+
+
+def find_banks(model: nn.Module) -> list[Bank]:
+    """Every bank of a model, in layer order: routed experts, and the shared experts and dense MLPs of their stacks.
+
+    Raises SedetectError, naming module and class, for a model without experts and for experts that cannot be measured.
+    """
+    routed = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
+    for path, module in model.named_modules():
+        _refuse_unreachable(path, module, {id(m) for _, m in routed})
+    if not routed:
+        raise SedetectError(f"{type(model).__name__}: no MoE layer found; give a Mixture-of-Experts model")
+    inside = tuple(f"{path}." for path, _ in routed)
+    stacks = {_place(path)[0] for path, _ in routed}
+    mlps = [
+        (f"{path}.{name}" if path else name, child)
+        for path, module in model.named_modules()
+        for name, child in module.named_children()
+        if name in DOWN_NAMES and _is_linear(child) and not f"{path}.{name}".startswith(inside)
+    ]
+    layers = {_place(path) for path, _ in routed}
+    taken: dict[tuple[str, int, str], int] = defaultdict(int)
+    banks = []
+
+    def add(path: str, module: nn.Module, kind: str, sizes: tuple[int, int, int]) -> None:
+        stack, layer = _place(path)
+        number = taken[stack, layer, kind]
+        taken[stack, layer, kind] += 1
+        banks.append(Bank(BankId(stack, layer, f"{kind}_{number}" if number else kind), path, module, *sizes))
+
+    for path, module in routed:
+        experts, *matrix = module.down_proj.shape
+        hidden, intermediate = reversed(matrix) if module.is_transposed else matrix
+        add(path, module, "routed", (experts, hidden, intermediate))
+    for path, module in mlps:
+        if _place(path)[0] in stacks:
+            # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
+            kind = "shared" if "shared" in path or _place(path) in layers else "dense"
+            add(path, module, kind, (1, module.out_features, module.in_features))
+    return sorted(banks, key=lambda bank: bank.id)
+
+
+def attach(model: nn.Module, banks: list[Bank]) -> Callable[[], None]:
+    """Switch the banks' modules to our backends. Returns the function that restores what was there."""
+    undo: list[Callable[[], None]] = []
+    for bank in banks:
+        if bank.id.kind.startswith("routed"):
+            config = bank.module.config
+            if hasattr(config, "sedetect_bank"):
+                _run_backwards(undo)
+                raise SedetectError(f"{bank.path}: is being profiled already; leave the other profile of this model first")
+            own = copy.copy(config)
+            own._experts_implementation_internal = NAME
+            own.sedetect_bank = bank
+            bank.gate = _gate(bank)
+            bank.module.config = own
+            undo.append(lambda module=bank.module, config=config: setattr(module, "config", config))
+        else:
+            parent, _, name = bank.path.rpartition(".")
+            parent = model.get_submodule(parent)
+            setattr(parent, name, MeasuredDown(bank.module, bank))
+            undo.append(lambda parent=parent, name=name, module=bank.module: setattr(parent, name, module))
+    return lambda: _run_backwards(undo)
+
+
+def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
+    """Decoder layers (dense ones counted) of every stack that has a bank."""
+    return {bank.id.stack: len(model.get_submodule(_place_match(bank.path)[1])) for bank in banks}
+
+
+def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
+    """The module's gate as a Gate that a kernel can fuse, where one agrees with it; else its own function."""
+    module = bank.module
+    own = module._apply_gate if module.has_gate else module.act_fn
+    config = {name: value for name, value in vars(module.config).items() if "limit" in name}
+    limits = [value for value in (*vars(module).values(), *config.values()) if isinstance(value, float) and value > 0]
+    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), module.down_proj.device) or own
+
+
+def _run_backwards(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()
+
+
+def _place_match(path: str) -> tuple[str, str, int]:
+    match = re.match(r"(.*?)\.(\d+)(?=\.|$)", path)
+    if match is None:
+        raise SedetectError(f"{path}: not inside a numbered layer; this architecture is not supported")
+    prefix = match.group(1)
+    stack = "decoder"
+    for part in prefix.split("."):
+        if part == "encoder":
+            stack = "encoder"
+        elif part.startswith(("vision", "visual", "audio")):
+            stack = part.split("_")[0]
+    return stack, prefix, int(match.group(2))
+
+
+def _place(path: str) -> tuple[str, int]:
+    """(stack, layer) of a module path: the first number in it counts the layers of its stack."""
+    stack, _, layer = _place_match(path)
+    return stack, layer
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return hasattr(module, "is_transposed") and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    hooked = hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks
+    plain = type(module) is nn.Linear and "forward" not in module.__dict__ and not hooked
+    return plain and module.weight.dtype in _FLOATS
+
+
+def _refuse_unreachable(path: str, module: nn.Module, reachable: set[int]) -> None:
+    """Raise for experts whose outputs no backend of ours would see."""
+    name = type(module).__name__
+    if id(module) in reachable:
+        weight = module.down_proj
+        if isinstance(weight, DTensor) and any(p.is_shard() and p.dim != 0 for p in weight.placements):
+            raise SedetectError(
+                f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
+                "load the model with its expert-parallel plan instead"
+            )
+        if weight.dtype not in _FLOATS:
+            raise SedetectError(
+                f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
+                "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"
+            )
+        return
+    listed = isinstance(module, nn.ModuleList) and path.split(".")[-1] == "experts" and len(module)
+    stored = "xperts" in name and any(p.dim() == 3 for p in module.parameters(recurse=False))
+    if listed or stored:
+        what = type(module[0]).__name__ if listed else name
+        raise SedetectError(
+            f"{path} ({what}): experts outside transformers' experts interface are not supported yet; "
+            "use a transformers release in which this model has the interface"
+        )

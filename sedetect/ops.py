@@ -1,0 +1,143 @@
+"""The kernel layer for other tooling: expert computations that update a BankStats while they run.
+
+T tokens, k experts per token, S = T*k routed rows, E experts, H hidden, I intermediate. All functions run under
+torch.no_grad; none changes its inputs except state.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from sedetect.backends import TorchBackend, choose_backend
+from sedetect.kernels.gate import Gate, gate_torch
+from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch
+from sedetect.kernels.plan import Plan, single_plan
+from sedetect.kernels.row_stats import RowStats
+from sedetect.kernels.update import Rows
+from sedetect.stats import BankStats
+
+
+@torch.no_grad()
+def moe_mlp(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate: Gate | Callable[[torch.Tensor], torch.Tensor],
+    state: BankStats,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    transposed: bool = False,
+    post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    rows: Rows | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The routed experts of one layer: out[t] = sum_j g[t, j] * down_e(gate(gate_up_e(x[t]))), e = top_k_index[t, j].
+
+    Args:
+        x: (T, H). top_k_index: (T, k) int; indices outside [0, E) are no expert. top_k_weights: (T, k), the g.
+        gate_up: (E, 2I, H), or (E, H, 2I) when transposed; (E, I, H) for experts without a gate.
+        down: (E, H, I), or (E, I, H) when transposed. Biases: (E, 2I), (E, H).
+        gate: a Gate, which is fused; or any function (S, 2I) -> (S, I), such as the module's own.
+        state: updated in place with the statistics of every counted row (see BankStats).
+        post_norm: applied to each row of the down_proj output before its routing weight; not part of the statistics.
+        rows: which token each row is; None counts every row and knows nothing of its place.
+        backend: name, or None for the fastest that serves this device and dtype.
+    Returns:
+        (T, H) in x's dtype.
+    """
+    chosen, _ = choose_backend(x.device, down.dtype, backend)
+    rows = Rows.unmapped(len(x), x.device) if rows is None else rows
+    plan = chosen.plan(top_k_index, down.shape[0])
+    if isinstance(gate, Gate) and post_norm is None and state.channel_max is None:
+        weights = (gate_up, gate_up_bias, gate, down, down_bias)
+        out, stats = chosen.experts(x, plan, *weights, transposed, top_k_weights)
+    else:
+        z = chosen.gate_up(x, plan, gate_up, gate_up_bias, transposed)
+        h = gate_torch(gate, z) if isinstance(gate, Gate) else gate(z)
+        y, stats = chosen.down(h, plan, down, down_bias, transposed)
+        _update_channels(state, y, h, plan, top_k_weights, rows)
+        out = chosen.combine(y if post_norm is None else post_norm(y), plan, top_k_weights)
+    chosen.update(state, stats, plan, top_k_weights, rows)
+    if state.coactivation is not None:
+        update_coactivation_torch(state, top_k_index, top_k_weights, rows)
+    return out.to(x.dtype)
+
+
+@torch.no_grad()
+def down_stats(
+    h: torch.Tensor,
+    plan: Plan,
+    weight: torch.Tensor,
+    gates: torch.Tensor,
+    state: BankStats,
+    *,
+    bias: torch.Tensor | None = None,
+    transposed: bool = False,
+    rows: Rows | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """The grouped down projection alone, with its statistics.
+
+    Args:
+        h: (S, I), sorted by expert as plan says. weight: (E, H, I), or (E, I, H) when transposed. bias: (E, H).
+        gates: (T, k) routing weights. state, rows, backend: as in moe_mlp.
+    Returns:
+        y (S, H) in the weight's dtype, sorted by expert: the very values the statistics are of.
+    """
+    chosen, _ = choose_backend(h.device, weight.dtype, backend)
+    rows = Rows.unmapped(len(gates), h.device) if rows is None else rows
+    y, stats = chosen.down(h, plan, weight, bias, transposed)
+    _finish(chosen, state, y, h, stats, plan, gates, rows)
+    return y
+
+
+@torch.no_grad()
+def linear_stats(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    state: BankStats,
+    *,
+    rows: Rows | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """A down_proj with one expert and routing weight 1: x (T, I), weight (H, I), bias (H) -> (T, H)."""
+    plan, gates = single_plan(len(x), x.device), torch.ones(len(x), 1, device=x.device)
+    bias = None if bias is None else bias[None]
+    return down_stats(x, plan, weight[None], gates, state, bias=bias, rows=rows, backend=backend)
+
+
+@torch.no_grad()
+def output_stats(
+    y: torch.Tensor, x: torch.Tensor, state: BankStats, *, rows: Rows | None = None, backend: str | None = None
+) -> None:
+    """Statistics of a down_proj output y (T, H) computed elsewhere from x (T, I): one expert, routing weight 1."""
+    chosen, _ = choose_backend(y.device, y.dtype, backend)
+    rows = Rows.unmapped(len(y), y.device) if rows is None else rows
+    plan, gates = single_plan(len(y), y.device), torch.ones(len(y), 1, device=y.device)
+    _finish(chosen, state, y, x, chosen.row_stats(y, x), plan, gates, rows)
+
+
+def _finish(
+    chosen: TorchBackend,
+    state: BankStats,
+    y: torch.Tensor,
+    h: torch.Tensor,
+    stats: RowStats,
+    plan: Plan,
+    gates: torch.Tensor,
+    rows: Rows,
+) -> None:
+    _update_channels(state, y, h, plan, gates, rows)
+    chosen.update(state, stats, plan, gates, rows)
+
+
+def _update_channels(state, y, h, plan, gates, rows) -> None:
+    if state.channel_max is not None:
+        update_channels_torch(state, y, h, plan, gates, rows)
+
+
+__all__ = ["Gate", "down_stats", "linear_stats", "moe_mlp", "output_stats"]

@@ -1,0 +1,147 @@
+"""profile_model: the whole calibration, from a checkpoint and texts to merged statistics."""
+
+import inspect
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sedetect.calibration import (
+    Calibration,
+    Windows,
+    batches,
+    check_vocabulary,
+    load_texts,
+    make_windows,
+    prefix_ids,
+)
+from sedetect.checkpoint import load_model, load_tokenizer
+from sedetect.errors import SedetectError
+from sedetect.profiler import profile
+from sedetect.stats import ModelStats, merge_all
+
+
+@dataclass
+class ModelProfile:
+    """What profile_model measured.
+
+    stats         of all domains together
+    domains       per domain; they merge to stats
+    seconds       in the model's forwards and the statistics, without loading
+    asked         tokens asked for; stats.header.tokens were used
+    interrupted   stop() ended it early
+    """
+
+    stats: ModelStats
+    domains: dict[str, ModelStats] = field(default_factory=dict)
+    seconds: float = 0.0
+    asked: int = 0
+    interrupted: bool = False
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+def profile_model(
+    model: str | os.PathLike | PreTrainedModel,
+    texts: str | os.PathLike | dict[str, list[str]] | None = None,
+    *,
+    tokens: int = 32768,
+    seq_len: int = 512,
+    batch_size: int = 8,
+    seed: int | None = None,
+    chat_template: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+    backend: str | None = None,
+    channels: bool = False,
+    coactivation: bool = False,
+    progress: Callable[[str, int, int], None] = lambda domain, done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> ModelProfile:
+    """Profile a model on calibration text. Domains never share a batch.
+
+    Args:
+        model: a checkpoint folder, a hub name, or a loaded model (then tokenizer is needed).
+        texts: None for the embedded corpus, a path or hub data set as load_texts takes them, or domain -> documents.
+        tokens, seq_len, seed, chat_template: as in make_windows.
+        batch_size: windows per forward.
+        device, dtype, revision, attn, trust_remote_code: as in load_model.
+        backend, channels, coactivation: as in profile.
+        progress: called with (domain, tokens done, tokens in all) after every batch.
+        stop: asked before every batch; once it is true, what was measured so far is returned.
+    Raises:
+        SedetectError: for bad input, before anything is measured.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model, **options)
+        texts = _read(texts)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model = load_model(model, device=device, dtype=dtype, attn=attn, **options)
+        notes = [str(warning.message) for warning in caught if "weights are not used" in str(warning.message)]
+    elif tokenizer is None:
+        raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")
+    else:
+        texts, notes = _read(texts), []
+    calibration = _windows(model, tokenizer, texts, tokens, seq_len, seed, chat_template)
+    prefix = next(iter(prefix_ids(tokenizer)), None)
+    total, done, seconds, interrupted = calibration.used, 0, 0.0, False
+    domains: dict[str, ModelStats] = {}
+    for domain, windows in calibration.domains.items():
+        if interrupted:
+            break
+        settings = {"backend": backend, "channels": channels, "coactivation": coactivation}
+        start = time.perf_counter()
+        with profile(model, source=windows.source, info=windows.info, prefix=prefix, **settings) as prof:
+            for ids, numbers in batches(windows, batch_size):
+                interrupted = stop()
+                if interrupted:
+                    break
+                prof.batch(sequence_ids=numbers)
+                model(input_ids=ids.to(model.device), **_lean(model))
+                done += ids.numel()
+                progress(domain, done, total)
+        stats = prof.stats
+        seconds += time.perf_counter() - start
+        if stats.header.tokens:
+            stats.header.notes = sorted({*stats.header.notes, *calibration.notes, *notes})
+            domains[domain] = stats
+    return ModelProfile(merge_all(domains.values()), domains, seconds, tokens, interrupted, tokenizer)
+
+
+def _read(texts: Any) -> dict[str, list[str]]:
+    return texts if isinstance(texts, dict) else load_texts(texts)
+
+
+def _windows(model, tokenizer, texts, tokens, seq_len, seed, chat_template) -> Calibration:
+    """The calibration windows, checked against the model's vocabulary and positions."""
+    text_config = model.config.get_text_config()
+    calibration = make_windows(
+        tokenizer,
+        texts,
+        tokens=tokens,
+        seq_len=seq_len,
+        seed=seed,
+        chat_template=chat_template,
+        max_positions=getattr(text_config, "max_position_embeddings", None),
+    )
+    windows: Windows
+    for windows in calibration.domains.values():
+        check_vocabulary(tokenizer, windows, model.get_input_embeddings().weight.shape[0])
+    return calibration
+
+
+def _lean(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments that spare what calibration never reads: the cache, and all logits but the last."""
+    wanted = {"use_cache": False, "logits_to_keep": 1}
+    return {name: value for name, value in wanted.items() if name in inspect.signature(model.forward).parameters}

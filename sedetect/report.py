@@ -1,0 +1,106 @@
+"""What a person reads of a profile: the table of super experts, the coverage line, and super_experts.json."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from sedetect.ranking import Ranking, SuperExpert
+from sedetect.stats import ModelStats
+
+FEW_ROWS = 32  # an expert that saw fewer has no maximum to speak of
+_SHOWN = 12
+_STYLES = {"super": "bold green", "outlier": "yellow", "unsupported": "dim"}
+
+
+def ranking_document(ranking: Ranking, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """super_experts.json: Ranking.to_dict(), and for every expert "token", the text of its token_id (None if unknown)."""
+    document = ranking.to_dict()
+    for expert in document["super_experts"] + document["others"]:
+        expert["token"] = _token(tokenizer, expert["token_id"])
+    return document
+
+
+def print_ranking(console: Console, ranking: Ranking, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """The headline, then a table of the paper's set and of the experts that stand out beside it."""
+    console.print(ranking.headline, style="bold", markup=False, highlight=False, soft_wrap=True)
+    experts = ranking.super_experts + ranking.others
+    if experts:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        table.add_column("expert", no_wrap=True)
+        for name in ("max|y|", "/median", "/next", "channel", "pos"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name in ("token", "in set", "verdict"):
+            table.add_column(name, no_wrap=True)
+        for expert in experts[:_SHOWN]:
+            table.add_row(*_cells(expert, tokenizer, expert in ranking.super_experts))
+        console.print(table)
+        if len(experts) > _SHOWN:
+            console.print(f"... and {len(experts) - _SHOWN} more")
+    for note in ranking.notes:
+        _line(console, f"note: {note}")
+
+
+def print_domains(console: Console, domains: dict[str, Ranking]) -> None:
+    """One line: the super experts of each domain alone."""
+    found = {name: ", ".join(str(e) for e in r.super_experts if e.verdict == "super") for name, r in domains.items()}
+    if len(set(found.values())) == 1:
+        _line(console, f"each domain alone ({', '.join(found)}): {next(iter(found.values())) or 'none'}")
+    else:
+        _line(console, "by domain: " + "; ".join(f"{name} {experts or 'none'}" for name, experts in found.items()))
+
+
+def print_run(console: Console, stats: ModelStats, seconds: float | None = None) -> None:
+    """What was run: tokens, speed, backends, coverage, and everything the header notes."""
+    header = stats.header
+    speed = f" in {seconds:.1f} s ({header.tokens / seconds:,.0f} tokens/s)" if seconds else ""
+    served = sorted({backend for bank in header.banks.values() for backend in bank.backends})
+    _line(
+        console,
+        f"{header.model} ({header.dtype}): {header.tokens:,} tokens in {header.sequences:,} sequences{speed}, "
+        f"backend {', '.join(served) or 'none'}",
+    )
+    _line(console, coverage(stats))
+    for note in header.notes:
+        _line(console, f"note: {note}")
+
+
+def coverage(stats: ModelStats) -> str:
+    """One line: how many rows the experts saw, and how many saw none or few."""
+    rows = [count for bank, state in stats.banks.items() if bank.kind.startswith("routed") for count in state.rows.tolist()]
+    if not rows:
+        return "coverage: no routed experts"
+    unseen, few = sum(n == 0 for n in rows), sum(0 < n < FEW_ROWS for n in rows)
+    text = f"coverage: {len(rows)} routed experts saw {min(rows):,} to {max(rows):,} rows"
+    if unseen or few:
+        return f"{text}; {unseen} saw none and {few} fewer than {FEW_ROWS}: calibrate on more tokens before trusting theirs"
+    return f"{text}, none fewer than {FEW_ROWS}"
+
+
+def _line(console: Console, text: str) -> None:
+    """Plain text, left to the terminal to wrap."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cells(expert: SuperExpert, tokenizer: PreTrainedTokenizerBase | None, named: bool) -> list[str]:
+    token = _token(tokenizer, expert.token_id)
+    shown = "-" if expert.token_id < 0 else f"{expert.token_id}" if token is None else f"{token!r}"
+    style = _STYLES[expert.verdict]
+    return [
+        f"[{style}]{escape(str(expert))}[/]",
+        f"{expert.value:.5g}",
+        "-" if expert.ratio is None else f"{expert.ratio:.1f}",
+        "-" if expert.next_ratio is None else f"{expert.next_ratio:.1f}",
+        str(expert.channel),
+        "-" if expert.position < 0 else str(expert.position),
+        escape(shown),
+        "yes" if named else "no",
+        f"[{style}]{expert.verdict}[/]",
+    ]
+
+
+def _token(tokenizer: PreTrainedTokenizerBase | None, token_id: int) -> str | None:
+    return None if tokenizer is None or token_id < 0 else tokenizer.decode([token_id])

@@ -1,0 +1,427 @@
+"""The state: what one calibration pass learned of every expert, as a mergeable value.
+
+A bank is the routed experts of one layer, one shared expert, or one dense MLP. BankStats is its state, ModelStats
+the states of all banks of a model with the header that says what was run. Both are commutative monoids
+under merge: counts, maxima and kept rows merge to the same bits in every grouping and order; the float64 sums
+agree to 1e-12 relative. The kernels mutate a BankStats on the device; files hold one on the CPU.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sedetect.errors import SedetectError
+from sedetect.files import write_atomic
+from sedetect.kernels.records import COLUMN, EMPTY, RECORD, column, empty_records, float_bits, merge_records
+
+COUNTS = ("rows", "first_rows", "nonfinite", "over_fp16", "over_fp8")
+SUMS = ("gate_sum", "gate_first_sum", "norm_sum", "sqnorm_sum", "gate_norm_sum")
+RECORDS = {"outliers": 32, "first_outliers": 8, "in_max": 1}
+OPTIONAL = ("channel_max", "in_channel_max", "in_channel_sq", "coactivation")
+
+FORMAT = "sedetect-stats"
+VERSION = "1"
+_FILE_DTYPE = {
+    "value": torch.float32,
+    "sign": torch.int8,
+    "channel": torch.int32,
+    "source": torch.int32,
+    "gate": torch.float32,
+    "in_value": torch.float32,
+    "in_channel": torch.int32,
+}
+
+
+class BankId(NamedTuple):
+    """Identity of a bank: stack ("decoder", "encoder", ...), decoder-layer index, kind ("routed", "shared", "dense")."""
+
+    stack: str
+    layer: int
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.stack}.{self.layer}.{self.kind}"
+
+    @classmethod
+    def parse(cls, text: str) -> "BankId":
+        stack, layer, kind = text.split(".")
+        return cls(stack, int(layer), kind)
+
+
+@dataclass
+class BankStats:
+    """State of one bank; E experts, H output channels, I intermediate channels.
+
+    y is the down_proj output of a counted row (after bias, before the routing weight), h its input, g its routing
+    weight (1 for shared and dense banks). Rows of padding, and rows whose routing weight is exactly 0, do not count.
+
+    counts (E, 5) int64, one column per name in COUNTS
+        rows          counted rows
+        first_rows    of them, first tokens of sequences
+        nonfinite     elements of y that are NaN or Inf
+        over_fp16     finite elements with |y| > 65504
+        over_fp8      finite elements with |y| > 448
+    sums (E, 5) float64, one column per name in SUMS; rows with a NaN or Inf in y or g are left out
+        gate_sum, gate_first_sum           sum of g; over first tokens
+        norm_sum, sqnorm_sum               sum of ||y||_2, of ||y||_2^2
+        gate_norm_sum                      sum of g ||y||_2 (REAP, arXiv 2510.13999)
+    outliers (E, 32, 10), first_outliers (E, 8, 10), in_max (E, 1, 10) int64: records (sedetect.kernels.records)
+        the rows with the largest max|y|, first tokens left out; the same over first tokens; the row with the largest
+        max|h| over all of them (value, sign and channel are h's there)
+    channel_max (E, H) float32, in_channel_max (E, I) float32, in_channel_sq (E, I) float64, coactivation (E, E) int64:
+        optional; max|y| and max|h| per channel, sum of h^2 over finite rows, tokens routed to both experts
+    """
+
+    counts: torch.Tensor
+    sums: torch.Tensor
+    outliers: torch.Tensor
+    first_outliers: torch.Tensor
+    in_max: torch.Tensor
+    channel_max: torch.Tensor | None = None
+    in_channel_max: torch.Tensor | None = None
+    in_channel_sq: torch.Tensor | None = None
+    coactivation: torch.Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        num_experts: int,
+        device: torch.device | str = "cpu",
+        channels: tuple[int, int] | None = None,
+        coactivation: bool = False,
+    ) -> "BankStats":
+        """The state that has seen nothing. channels is (H, I) to keep the per-channel statistics."""
+        e = num_experts
+        state = cls(
+            counts=torch.zeros(e, len(COUNTS), dtype=torch.int64, device=device),
+            sums=torch.zeros(e, len(SUMS), dtype=torch.float64, device=device),
+            **{name: empty_records(e, k, device) for name, k in RECORDS.items()},
+        )
+        if channels is not None:
+            hidden, intermediate = channels
+            state.channel_max = torch.zeros(e, hidden, device=device)
+            state.in_channel_max = torch.zeros(e, intermediate, device=device)
+            state.in_channel_sq = torch.zeros(e, intermediate, dtype=torch.float64, device=device)
+        if coactivation:
+            state.coactivation = torch.zeros(e, e, dtype=torch.int64, device=device)
+        return state
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts.shape[0]
+
+    @property
+    def first_max(self) -> torch.Tensor:
+        """(E,) float32: largest |y| on first tokens of sequences; 0 where there was none."""
+        return column(self.first_outliers, "value")[:, 0].clamp(min=0)
+
+    @property
+    def rest_max(self) -> torch.Tensor:
+        """(E,) float32: largest |y| on all other counted rows; 0 where there was none."""
+        return column(self.outliers, "value")[:, 0].clamp(min=0)
+
+    @property
+    def out_max(self) -> torch.Tensor:
+        """(E,) float32: largest |y| over all counted rows; 0 for an expert that saw none, NaN where a NaN was seen."""
+        return torch.maximum(self.first_max, self.rest_max)
+
+    def peak(self) -> torch.Tensor:
+        """(E, 10) int64: the record behind out_max; its value is empty for an expert that saw nothing."""
+        return merge_records(self.first_outliers[:, :1], self.outliers[:, :1])[:, 0]
+
+    def to(self, device: torch.device | str) -> "BankStats":
+        """A copy on another device (always a copy)."""
+        return BankStats(
+            **{f.name: None if (t := getattr(self, f.name)) is None else t.detach().to(device, copy=True) for f in fields(self)}
+        )
+
+    def merge(self, other: "BankStats") -> "BankStats":
+        """The state of both. Source numbers must mean the same in both (ModelStats.merge sees to it).
+
+        Raises SedetectError where the numbers of experts or channels or the optional statistics differ.
+        """
+        merged = {}
+        for f in fields(self):
+            a, b = getattr(self, f.name), getattr(other, f.name)
+            if (a is None) != (b is None) or (a is not None and a.shape != b.shape):
+                shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
+                raise SedetectError(f"{f.name}: shapes {shapes[0]} and {shapes[1]} do not merge; profile both with the same statistics")
+            if a is None:
+                merged[f.name] = None
+            elif f.name in RECORDS:
+                merged[f.name] = merge_records(a, b)
+            elif f.name.endswith("_max"):
+                merged[f.name] = torch.maximum(a, b)
+            else:
+                merged[f.name] = a + b
+        return BankStats(**merged)
+
+    def equal(self, other: "BankStats", sums_rtol: float = 1e-12) -> bool:
+        """Whether counts, maxima and kept rows are equal bit for bit, and sums within sums_rtol."""
+        for f in fields(self):
+            a, b = getattr(self, f.name), getattr(other, f.name)
+            if a is None or b is None:
+                same = a is None and b is None
+            elif a.dtype == torch.float64:
+                same = a.shape == b.shape and torch.allclose(a, b, rtol=sums_rtol, atol=0, equal_nan=True)
+            else:
+                same = a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+            if not same:
+                return False
+        return True
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The fields as they stand in a file: one tensor per statistic, in natural types."""
+        out = {name: self.counts[:, i].contiguous() for i, name in enumerate(COUNTS)}
+        out |= {name: self.sums[:, i].contiguous() for i, name in enumerate(SUMS)}
+        for name in RECORDS:
+            for part in RECORD:
+                values = column(getattr(self, name), part)
+                out[f"{name}.{part}"] = values.to(_FILE_DTYPE.get(part, torch.int64)).contiguous()
+        return out | {name: getattr(self, name) for name in OPTIONAL if getattr(self, name) is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "BankStats":
+        """The inverse of tensors(). Raises KeyError for a missing statistic."""
+        parts = {
+            "counts": torch.stack([tensors[name] for name in COUNTS], dim=1),
+            "sums": torch.stack([tensors[name] for name in SUMS], dim=1),
+        }
+        for name, k in RECORDS.items():
+            records = empty_records(parts["counts"].shape[0], k)
+            for part in RECORD:
+                values = tensors[f"{name}.{part}"]
+                bits = float_bits(values) if values.dtype == torch.float32 else values.to(torch.int64)
+                if part == "value":
+                    bits = torch.where(values == EMPTY, EMPTY, bits)
+                records[..., COLUMN[part]] = bits
+            parts[name] = records
+        return cls(**parts, **{name: tensors[name] for name in OPTIONAL if name in tensors})
+
+
+def _named_column(table: str, index: int, name: str) -> property:
+    return property(lambda self: getattr(self, table)[:, index], doc=f"(E,) column {name!r} of {table}.")
+
+
+for _table, _names in (("counts", COUNTS), ("sums", SUMS)):
+    for _index, _name in enumerate(_names):
+        setattr(BankStats, _name, _named_column(_table, _index, _name))
+
+
+@dataclass
+class Source:
+    """Where sequences came from: ids are unique within a source.
+
+    ranges are half-open [start, end) ranges of the sequence ids seen, sorted; info says what they are (corpus, domain,
+    window length, ...), for people.
+    """
+
+    ranges: list[list[int]] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Bank:
+    """What is known of a bank beside its statistics."""
+
+    module: str
+    top_k: int
+    backends: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Header:
+    """What was run, on what. Equal model, digest and dtype are what makes two states mergeable.
+
+    layers: decoder layers per stack, dense ones counted. tokens: counted tokens; sequences: sequences they belong to.
+    notes: one line each on what the reader must know (unmapped rows, missing prefix, ...).
+    """
+
+    model: str = ""
+    digest: str = ""
+    dtype: str = ""
+    layers: dict[str, int] = field(default_factory=dict)
+    banks: dict[str, Bank] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
+    tokens: int = 0
+    sequences: int = 0
+    window: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(self, default=lambda o: o.__dict__, sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Header":
+        header = cls(**json.loads(text))
+        header.banks = {name: Bank(**bank) for name, bank in header.banks.items()}
+        header.sources = {name: Source(**source) for name, source in header.sources.items()}
+        return header
+
+    def merge(self, other: "Header") -> "Header":
+        """Both runs as one. Raises SedetectError for different models or precision, and for the same sequences twice."""
+        for what in ("digest", "dtype"):
+            if getattr(self, what) != getattr(other, what):
+                raise SedetectError(
+                    f"statistics of different models do not merge: {self.model!r} and {other.model!r} differ in {what} "
+                    f"({getattr(self, what)} and {getattr(other, what)}); merge runs of one model, or compare them"
+                )
+        sources = dict(self.sources)
+        for name, source in other.sources.items():
+            if name in sources:
+                ranges = _union_ranges(sources[name].ranges, source.ranges, name)
+                source = Source(ranges, sources[name].info)
+            sources[name] = source
+        banks = dict(self.banks)
+        for name, bank in other.banks.items():
+            mine = banks.get(name, bank)
+            banks[name] = replace(mine, backends=sorted({*mine.backends, *bank.backends}))
+        versions = {
+            name: " + ".join(sorted({v for h in (self, other) if name in h.versions for v in h.versions[name].split(" + ")}))
+            for name in {*self.versions, *other.versions}
+        }
+        return Header(
+            model=min(self.model, other.model),
+            digest=self.digest,
+            dtype=self.dtype,
+            layers=self.layers | other.layers,
+            banks=banks,
+            sources=dict(sorted(sources.items())),
+            tokens=self.tokens + other.tokens,
+            sequences=self.sequences + other.sequences,
+            window=self.window if self.window == other.window else None,
+            versions=versions,
+            notes=sorted({*self.notes, *other.notes}),
+        )
+
+
+@dataclass
+class ModelStats:
+    """The states of all banks of a model, and the header that says what was run."""
+
+    banks: dict[BankId, BankStats] = field(default_factory=dict)
+    header: Header = field(default_factory=Header)
+
+    @classmethod
+    def empty(cls) -> "ModelStats":
+        """The identity of merge."""
+        return cls()
+
+    def merge(self, other: "ModelStats") -> "ModelStats":
+        """The state of both runs.
+
+        Raises SedetectError for different models or precisions, and where a source's sequence ids overlap (the same
+        file twice).
+        """
+        if not self.banks:
+            return other
+        if not other.banks:
+            return self
+        header = self.header.merge(other.header)
+        order = {name: number for number, name in enumerate(sorted(header.sources))}
+        mine, theirs = self._renumbered(order), other._renumbered(order)
+        banks = {}
+        for bank in sorted({*mine, *theirs}):
+            if bank in mine and bank in theirs:
+                banks[bank] = mine[bank].merge(theirs[bank])
+            else:
+                banks[bank] = mine.get(bank) or theirs[bank]
+        return ModelStats(banks, header)
+
+    def _renumbered(self, order: dict[str, int]) -> dict[BankId, BankStats]:
+        """The banks with source numbers counted in order (source name -> number)."""
+        numbers = [order[name] for name in sorted(self.header.sources)]
+        if numbers == list(range(len(numbers))):
+            return self.banks
+        lookup = torch.tensor(numbers)
+        banks = {}
+        for bank, state in self.banks.items():
+            renumbered = {}
+            for name in RECORDS:
+                records = getattr(state, name).clone()
+                kept = records[..., COLUMN["value"]] != EMPTY
+                source = records[..., COLUMN["source"]]
+                records[..., COLUMN["source"]] = torch.where(kept, lookup[source], source)
+                renumbered[name] = records
+            banks[bank] = replace(state, **renumbered)
+        return banks
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, tensors named "<stack>.<layer>.<kind>/<field>", atomically.
+
+        Raises SedetectError where the folder cannot be written.
+        """
+        tensors = {f"{bank}/{name}": t for bank, state in self.banks.items() for name, t in state.tensors().items()}
+        metadata = {"format": FORMAT, "version": VERSION, "header": self.header.to_json()}
+        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "ModelStats":
+        """Read a file written by save. Raises SedetectError for a missing or foreign file or another version."""
+        if not Path(path).is_file():
+            raise SedetectError(f"{path}: no such statistics file; run `sedetect profile MODEL -o DIR` to make one")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise SedetectError(f"{path}: not a sedetect statistics file; give the stats.safetensors of a profile")
+                if metadata.get("version") != VERSION:
+                    raise SedetectError(
+                        f"{path}: statistics version {metadata.get('version')!r}, this sedetect reads {VERSION!r}; "
+                        "profile again or use the sedetect that wrote it"
+                    )
+                by_bank: dict[BankId, dict[str, torch.Tensor]] = {}
+                for key in file.keys():
+                    bank, name = key.split("/")
+                    by_bank.setdefault(BankId.parse(bank), {})[name] = file.get_tensor(key)
+            banks = {bank: BankStats.from_tensors(tensors) for bank, tensors in sorted(by_bank.items())}
+            return cls(banks, Header.from_json(metadata["header"]))
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            raise SedetectError(f"{path}: damaged statistics file ({error}); profile again") from None
+
+
+def merge_all(states: Iterable[ModelStats]) -> ModelStats:
+    """Merge any number of runs; none give the empty state."""
+    return reduce(ModelStats.merge, states, ModelStats.empty())
+
+
+def ranges_of(ids: torch.Tensor) -> list[list[int]]:
+    """Half-open ranges that cover the ids (N,) int64, sorted: [3, 1, 2, 7] -> [[1, 4], [7, 8]]."""
+    ids = ids.unique()
+    if not len(ids):
+        return []
+    breaks = (ids.diff() > 1).nonzero().flatten()
+    starts = ids[torch.cat((torch.tensor([0]), breaks + 1))]
+    ends = ids[torch.cat((breaks, torch.tensor([len(ids) - 1])))] + 1
+    return torch.stack((starts, ends), dim=1).tolist()
+
+
+def digest(text: str) -> str:
+    """The first 16 hexadecimal digits of text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _union_ranges(a: list[list[int]], b: list[list[int]], source: str) -> list[list[int]]:
+    """Disjoint union of half-open ranges, adjacent ones joined; SedetectError where they overlap."""
+    union: list[list[int]] = []
+    for start, end in sorted([*a, *b]):
+        if union and start < union[-1][1]:
+            raise SedetectError(
+                f"source {source}: sequences {start} to {min(end, union[-1][1]) - 1} are in both runs; "
+                "the same file or the same text was given twice, leave one out"
+            )
+        if union and start == union[-1][1]:
+            union[-1][1] = end
+        else:
+            union.append([start, end])
+    return union

@@ -1,0 +1,250 @@
+"""Opening checkpoints: the real one loads, every kind of damage is one line that names the file."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from sedetect.checkpoint import check_checkpoint, weights_digest, load_model, load_tokenizer
+from sedetect.errors import SedetectError
+
+TINY = Path(__file__).parent / "data" / "tiny-moe"
+SHARD = "model-00002-of-00003.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of tiny-moe that a test may damage."""
+    return Path(shutil.copytree(TINY, tmp_path / "copy"))
+
+
+def refusal(function, *args, **kwargs) -> str:
+    """The message of the SedetectError that the call raises, checked to be one line."""
+    with pytest.raises(SedetectError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and ";" in message  # what is wrong; the way out
+    return message
+
+
+def edit_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_shard(folder: Path, edit) -> None:
+    """Rewrite one shard and the index with edit(tensors) applied."""
+    tensors = load_file(folder / SHARD)
+    before = set(tensors)
+    edit(tensors)
+    save_file(tensors, folder / SHARD, {"format": "pt"})
+    index = json.loads((folder / INDEX).read_text())
+    for name in before - set(tensors):
+        del index["weight_map"][name]
+    for name in set(tensors) - before:
+        index["weight_map"][name] = SHARD
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_loads_as_it_was_saved():
+    model = load_model(TINY, device="cpu")
+    assert not model.training and model.dtype == torch.bfloat16
+    stored = load_file(TINY / "model-00001-of-00003.safetensors")
+    assert torch.equal(model.model.embed_tokens.weight, stored["model.embed_tokens.weight"])
+    down = "model.layers.0.mlp.experts.3.down_proj.weight"
+    assert torch.equal(model.model.layers[0].mlp.experts.down_proj[3], stored[down])
+
+
+def test_dtype_and_attention():
+    model = load_model(TINY, device="cpu", dtype="float32", attn="eager")
+    assert model.dtype == torch.float32 and model.config._attn_implementation == "eager"
+
+
+def test_digest_follows_headers_and_values(copy):
+    digest = weights_digest(TINY)
+    assert len(digest) == 16 and digest == weights_digest(copy)
+    edit_shard(copy, lambda tensors: [tensor.mul_(1.5) for tensor in tensors.values()])  # as a fine-tune would
+    tuned = weights_digest(copy)
+    assert tuned != digest
+    edit_shard(copy, lambda tensors: tensors.pop("model.layers.5.input_layernorm.weight"))
+    assert weights_digest(copy) not in (digest, tuned)
+    assert weights_digest("") is None
+    assert weights_digest("Qwen/Qwen3-30B-A3B") is None
+
+
+def test_truncated_shard(copy):
+    size = (copy / SHARD).stat().st_size
+    with (copy / SHARD).open("rb+") as file:
+        file.truncate(size - 1000)
+    message = refusal(load_model, copy)
+    assert SHARD in message and str(size) in message and str(size - 1000) in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 14566520\n",
+        (1000).to_bytes(8, "little") + b"{",  # cut inside the header
+        (2).to_bytes(8, "little") + b"[]",
+        (9).to_bytes(8, "little") + b'{"a": {}}',
+        (1).to_bytes(8, "little") + b"{",
+    ],
+    ids=["empty", "git-lfs pointer", "cut header", "not an object", "no offsets", "not JSON"],
+)
+def test_unreadable_header(copy, content):
+    (copy / SHARD).write_bytes(content)
+    assert SHARD in refusal(check_checkpoint, copy)
+    assert SHARD in refusal(weights_digest, copy)
+
+
+def test_trailing_bytes(copy):
+    with (copy / SHARD).open("ab") as file:
+        file.write(b"x")
+    assert SHARD in refusal(check_checkpoint, copy)
+
+
+def test_missing_shard(copy):
+    (copy / SHARD).unlink()
+    message = refusal(load_model, copy)
+    assert SHARD in message and "1 of 3" in message
+
+
+def test_pickle_only(copy):
+    for file in copy.glob("model*"):
+        file.unlink()
+    assert "no model.safetensors" in refusal(load_model, copy)
+    torch.save({}, copy / "pytorch_model.bin")
+    message = refusal(load_model, copy)
+    assert "pytorch_model.bin" in message and "save_pretrained" in message
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "", '{"weight_map": 3}', '{"weight_map": {"a": ["b"]}}'])
+def test_bad_index(copy, content):
+    (copy / INDEX).write_text(content)
+    assert INDEX in refusal(check_checkpoint, copy)
+
+
+def test_bad_config(copy):
+    for content in (b"{", b"[]", b"\xff\xfe"):
+        (copy / "config.json").write_bytes(content)
+        assert "config.json" in refusal(load_model, copy)
+    (copy / "config.json").unlink()
+    assert "config.json: missing" in refusal(load_model, copy)
+
+
+def test_config_of_bad_values(copy):
+    edit_config(copy, hidden_size="x")
+    assert "hidden_size" in refusal(load_model, copy)
+    edit_config(copy, hidden_size=256, num_attention_heads=0)
+    assert str(copy) in refusal(load_model, copy)
+
+
+def test_unknown_architecture(copy):
+    edit_config(copy, model_type="zork")
+    message = refusal(load_model, copy)
+    assert "'zork'" in message and transformers.__version__ in message and "--trust-remote-code" not in message
+    edit_config(copy, auto_map={"AutoModelForCausalLM": "modeling_zork.Zork"})
+    assert "--trust-remote-code" in refusal(load_model, copy)
+    edit_config(copy, model_type=None)
+    assert "model_type None" in refusal(load_model, copy)
+
+
+def test_remote_code_is_run_only_when_asked(copy):
+    flag = copy / "ran"
+    (copy / "modeling_zork.py").write_text(f"open({str(flag)!r}, 'w').close()\nclass ZorkConfig: pass\n")
+    edit_config(copy, model_type="zork", auto_map={"AutoConfig": "modeling_zork.ZorkConfig"})
+    refusal(load_model, copy)
+    assert not flag.exists()
+    refusal(load_model, copy, trust_remote_code=True)  # it is no model; but it ran
+    assert flag.exists()
+
+
+def test_missing_weights_are_refused(copy):
+    names = ["model.layers.5.input_layernorm.weight", "model.layers.5.self_attn.q_norm.weight"]
+    edit_shard(copy, lambda tensors: [tensors.pop(name) for name in names])
+    message = refusal(load_model, copy)
+    assert "2 weights" in message and names[0] in message
+
+
+def test_missing_expert_is_refused(copy):
+    """transformers stacks the 31 that are left, which would renumber the experts behind the missing one."""
+    edit_shard(copy, lambda tensors: tensors.pop("model.layers.5.mlp.experts.3.down_proj.weight"))
+    message = refusal(load_model, copy)
+    assert (
+        "model.layers.5.mlp.experts.down_proj" in message and "(31, 256, 48)" in message and "(32, 256, 48)" in message
+    )
+
+
+def test_weights_of_another_shape_are_refused(copy, caplog):
+    def shorten(name):
+        return lambda tensors: tensors.update({name: tensors[name][:-1].clone()})
+
+    edit_shard(copy, shorten("model.layers.5.self_attn.q_proj.weight"))
+    message = refusal(load_model, copy)
+    assert "model.layers.5.self_attn.q_proj.weight" in message and "(255, 256)" in message
+    edit_shard(copy, shorten("model.layers.5.mlp.experts.3.down_proj.weight"))
+    assert "model.layers.5.mlp.experts.down_proj" in refusal(load_model, copy)
+    assert "LOAD REPORT" not in caplog.text
+
+
+def test_unexpected_weights_are_warned_about(copy):
+    edit_shard(copy, lambda tensors: tensors.update({"model.extra.weight": torch.ones(3)}))
+    with pytest.warns(UserWarning, match="1 weights are not used by Qwen3MoeForCausalLM, first model.extra.weight"):
+        load_model(copy, device="cpu")
+
+
+def test_bad_arguments():
+    assert "--dtype int8" in refusal(load_model, TINY, dtype="int8")
+    assert "--dtype zork" in refusal(load_model, TINY, dtype="zork")
+    assert "--device zork" in refusal(load_model, TINY, device="zork")
+    assert "nosuch" in refusal(load_model, TINY, attn="nosuch")
+
+
+def test_missing_path(tmp_path):
+    for path in (tmp_path / "none", "./none", "a/b/c"):
+        assert f"{path}: no such folder" in refusal(load_model, path)
+        assert f"{path}: no such folder" in refusal(load_tokenizer, path)
+        assert f"{path}: no such folder" in refusal(check_checkpoint, path)
+    assert "is a file" in refusal(load_model, TINY / "config.json")
+    assert "is a file" in refusal(check_checkpoint, TINY / "config.json")
+
+
+def test_hub_name_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for load in (load_model, load_tokenizer):
+        message = refusal(load, "nosuch/model")
+        assert message.startswith("nosuch/model: ") and "hub" in message
+
+
+def test_tokenizer(copy):
+    assert load_tokenizer(TINY)("hello")["input_ids"][0] == 0
+    (copy / "tokenizer.json").write_text("{")
+    assert "tokenizer" in refusal(load_tokenizer, copy)
+    (copy / "tokenizer.json").unlink()
+    assert "tokenizer" in refusal(load_tokenizer, copy)
+    (copy / "tokenizer_config.json").unlink()  # transformers makes an empty one
+    assert "no tokenizer" in refusal(load_tokenizer, copy)
+
+
+def test_multimodal_checkpoint(tmp_path):
+    """A config that only image-text classes serve; the text of such a model is profiled like any other's."""
+    text = {
+        "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "num_experts": 4,
+        "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    transformers.Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu")
+    assert isinstance(model, transformers.Qwen3VLMoeForConditionalGeneration)
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 64)

@@ -1,0 +1,362 @@
+"""The stages against their torch references, on every backend that runs here."""
+
+import pytest
+import torch
+
+from sedetect import ops
+from sedetect.backends import BACKENDS
+from sedetect.kernels.combine import combine_torch
+from sedetect.kernels.gate import ACTIVATIONS, Gate, candidate_gates, gate_torch, probe_gate
+from sedetect.kernels.gate_up import gate_up_torch
+from sedetect.kernels.grouped import grouped_linear_torch
+from sedetect.kernels.plan import plan_torch, single_plan
+from sedetect.kernels.records import column
+from sedetect.kernels.row_stats import row_stats_torch
+from sedetect.kernels.update import Rows, update_torch
+from sedetect.stats import BankStats
+
+# (worst element, RMS), both relative to the RMS of a float64 reference.
+TOLERANCES = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (1e-1, 8e-3), torch.float16: (1.2e-2, 1e-3)}
+FAST = [name for name in BACKENDS if name != "torch"]
+
+# T, k, E, H, I
+SHAPES = [
+    (1, 1, 1, 8, 8),
+    (1, 4, 16, 64, 32),  # decode: most experts empty
+    (7, 2, 3, 33, 17),  # dimensions that divide nothing
+    (300, 4, 8, 130, 70),  # several chunks of one expert, a tail in every row
+    (64, 8, 128, 96, 48),
+    (515, 1, 2, 257, 65),
+]
+
+
+def assert_close(name, out, ref, dtype):
+    worst, rms = TOLERANCES[dtype]
+    scale = ref.double().square().mean().sqrt().clamp(min=1e-30)
+    error = (out.double() - ref.double()) / scale
+    assert error.abs().max() <= worst, f"{name}: worst element {error.abs().max():.2e} at {int(error.abs().argmax())}"
+    assert error.square().mean().sqrt() <= rms, f"{name}: RMS {error.square().mean().sqrt():.2e}"
+
+
+def make_call(shape, dtype, seed, skew=False, transposed=False, bias=False, sentinels=False):
+    """Random inputs of one experts call, on the scale of a trained layer, as keyword arguments of ops.moe_mlp."""
+    tokens, k, experts, hidden, intermediate = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator)
+
+    scores = randn(tokens, experts)
+    if skew:  # one expert takes nearly all, most take nothing
+        scores[:, 0] += 10
+        scores[:, experts // 2 :] -= 10
+    index = scores.topk(min(k, experts)).indices
+    weights = torch.rand(index.shape, generator=generator).to(dtype)
+    weights[torch.rand(index.shape, generator=generator) < 0.05] = 0
+    if sentinels:
+        index[torch.rand(index.shape, generator=generator) < 0.3] = experts
+    layout = (lambda w: w.transpose(1, 2).contiguous()) if transposed else (lambda w: w)
+    return {
+        "x": randn(tokens, hidden).to(dtype),
+        "top_k_index": index,
+        "top_k_weights": weights,
+        "gate_up": layout(randn(experts, 2 * intermediate, hidden) / hidden**0.5).to(dtype),
+        "down": layout(randn(experts, hidden, intermediate) * 30 / intermediate**0.5).to(dtype),
+        "gate_up_bias": randn(experts, 2 * intermediate).to(dtype) if bias else None,
+        "down_bias": randn(experts, hidden).to(dtype) if bias else None,
+        "transposed": transposed,
+        "gate": Gate(),
+    }
+
+
+def swiglu(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def make_rows(tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    sequence = torch.arange(tokens) // 16
+    first = torch.arange(tokens) % 16 == 0
+    counted = torch.rand(tokens, generator=generator) < 0.9
+    token = torch.randint(0, 1000, (tokens,), generator=generator)
+    return Rows(counted, first & counted, sequence, torch.arange(tokens) % 16, token, source=3)
+
+
+def loop_over_slots(call, gate=swiglu):
+    """The experts layer in float64, slot by slot; shares nothing with the package."""
+    out = torch.zeros(call["x"].shape, dtype=torch.float64)
+    layout = (lambda w: w.T) if call["transposed"] else (lambda w: w)
+    for t in range(len(out)):
+        for j, e in enumerate(call["top_k_index"][t].tolist()):
+            if e >= len(call["down"]):
+                continue
+            z = layout(call["gate_up"][e]).double() @ call["x"][t].double()
+            z = z if call["gate_up_bias"] is None else z + call["gate_up_bias"][e].double()
+            y = layout(call["down"][e]).double() @ gate(z)
+            y = y if call["down_bias"] is None else y + call["down_bias"][e].double()
+            out[t] += call["top_k_weights"][t, j].double() * y
+    return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"transposed": True, "bias": True}, {"skew": True, "sentinels": True}],
+    ids=["plain", "transposed-bias", "skew-sentinels"],
+)
+def test_moe_mlp(backend, dtype, shape, variant):
+    call = make_call(shape, dtype, seed=sum(shape), **variant)
+    state = BankStats.empty(shape[2])
+    out = ops.moe_mlp(**call, state=state, rows=make_rows(shape[0], 1), backend=backend)
+    assert out.dtype == dtype
+    assert_close(f"moe_mlp {shape=} {dtype=}", out, loop_over_slots(call), dtype)
+
+
+def gpt_oss(z):
+    """transformers, modeling_gpt_oss: interleaved, clamped, up + 1."""
+    gate, up = z[..., ::2].clamp(max=7.0), z[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+
+
+def clamped_swiglu(z):
+    gate, up = z.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate.clamp(max=10.0)) * up.clamp(-10.0, 10.0)
+
+
+GATES = {
+    Gate(): swiglu,
+    Gate("gelu_tanh"): lambda z: torch.nn.functional.gelu(z.chunk(2, dim=-1)[0], approximate="tanh") * z.chunk(2, dim=-1)[1],
+    Gate("relu2", gated=False): lambda z: z.relu().square(),
+    Gate(limit=10.0): clamped_swiglu,
+    Gate(interleaved=True, limit=7.0, slope=1.702, shift=1.0): gpt_oss,
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_fused_gates(backend, dtype, gate):
+    """Fused, and as an opaque function through the general path: both against float64."""
+    call = make_call((70, 2, 4, 48, 20), dtype, 11, bias=True)
+    if not gate.gated:
+        call |= {"gate_up": call["gate_up"][:, :20], "gate_up_bias": call["gate_up_bias"][:, :20]}
+    call["gate_up"] = call["gate_up"] * 6  # far enough to reach the clamps
+    reference = loop_over_slots(call, GATES[gate])
+    for form in (gate, GATES[gate]):
+        out = ops.moe_mlp(**call | {"gate": form}, state=BankStats.empty(4), backend=backend)
+        assert_close(f"{gate} {type(form)}", out, reference, dtype)
+
+
+def test_probe_recognises_every_gate_and_no_other():
+    for gate, own in GATES.items():
+        assert probe_gate(own, 24, candidate_gates(gate.gated, [7.0, 10.0])) == gate
+    # A clamp whose limit is not among the candidates must not pass for the plain gate.
+    assert probe_gate(clamped_swiglu, 24, candidate_gates(True, [])) is None
+    assert probe_gate(lambda z: swiglu(z) * 1.001, 24, candidate_gates(True, [7.0])) is None
+
+
+def test_gates_differ_from_each_other():
+    z = torch.linspace(-12, 12, 64)[None]
+    outputs = [gate_torch(gate, z) for gate in candidate_gates(True, [7.0, 10.0])]
+    for i, a in enumerate(outputs):
+        assert not any(torch.allclose(a, b) for b in outputs[:i])
+    assert len(outputs) == len(ACTIVATIONS) + 2 + 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("skew", [False, True])
+def test_statistics_are_those_of_the_stored_output(backend, dtype, shape, skew):
+    """Bit for bit: recompute every statistic from the backend's own down_proj output with plain loops."""
+    call = make_call(shape, dtype, seed=7 + sum(shape), skew=skew, sentinels=True)
+    tokens, _, experts, hidden, intermediate = shape
+    rows = make_rows(tokens, 2)
+    plan = plan_torch(call["top_k_index"], experts)
+    h = swiglu(gate_up_torch(call["x"], plan, call["gate_up"]))
+    state = BankStats.empty(experts)
+    gates = call["top_k_weights"]
+    y = ops.down_stats(h, plan, call["down"], gates, state, rows=rows, backend=backend)
+    routed = int(plan.offsets[-1])
+    if routed:
+        reference = grouped_linear_torch(h.double(), plan, call["down"].double())
+        assert_close(f"down {shape=}", y[:routed], reference[:routed], dtype)
+
+    for e in range(experts):
+        lists = {"outliers": [], "first_outliers": [], "in_max": []}
+        count = dict.fromkeys(("rows", "first_rows", "nonfinite", "over_fp16", "over_fp8"), 0)
+        for r in range(plan.offsets[e], plan.offsets[e + 1]):
+            slot = int(plan.order[r])
+            t = slot // plan.top_k
+            gate = gates.reshape(-1)[slot].float()
+            if not rows.counted[t] or gate == 0:
+                continue
+            values, inputs = y[r].float(), h[r].float()
+            channel, in_channel = int(values.abs().argmax()), int(inputs.abs().argmax())
+            key = (3, int(rows.sequence[t]), int(rows.position[t]))
+            entry = (-float(values.abs()[channel]), *key, channel, float(values[channel]) < 0, int(rows.token[t]),
+                     float(gate), float(inputs[in_channel]), in_channel)  # fmt: skip
+            lists["first_outliers" if rows.first[t] else "outliers"].append(entry)
+            lists["in_max"].append((-float(inputs.abs()[in_channel]), *key, in_channel, float(inputs[in_channel]) < 0,
+                                    *entry[6:]))  # fmt: skip
+            count["rows"] += 1
+            count["first_rows"] += bool(rows.first[t])
+            count["over_fp16"] += int((values.abs() > 65504).sum())
+            count["over_fp8"] += int((values.abs() > 448).sum())
+        for name, expected in count.items():
+            assert getattr(state, name)[e] == expected, f"{name} of expert {e}"
+        for name, entries in lists.items():
+            assert_records(getattr(state, name)[e], sorted(entries), f"{name} of expert {e}")
+
+
+def assert_records(records, expected, name):
+    columns = {part: column(records, part).tolist() for part in
+               ("value", "source", "sequence", "position", "channel", "sign", "token", "gate", "in_value", "in_channel")}  # fmt: skip
+    kept = sum(value != -1 for value in columns["value"])
+    assert kept == min(len(records), len(expected)), name
+    for i, entry in enumerate(expected[:kept]):
+        assert (-columns["value"][i], *(columns[part][i] for part in list(columns)[1:])) == entry, f"{name}, slot {i}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_fused_and_general_path_give_the_same_statistics(backend, dtype):
+    call = make_call((300, 4, 8, 130, 70), dtype, 4)
+    fused, general = BankStats.empty(8), BankStats.empty(8)
+    rows = make_rows(300, 4)
+    ops.moe_mlp(**call, state=fused, rows=rows, backend=backend)
+    ops.moe_mlp(**call | {"gate": swiglu}, state=general, rows=rows, backend=backend)
+    assert fused.rows.sum() > 0 and fused.equal(general)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_update_equals_reference_over_several_calls(backend, dtype):
+    chosen = BACKENDS[backend]
+    mine, reference = BankStats.empty(5), BankStats.empty(5)
+    for seed, tokens in enumerate((40, 1, 200, 64)):
+        call = make_call((tokens, 3, 5, 40, 24), dtype, seed)
+        plan = plan_torch(call["top_k_index"], 5)
+        h = swiglu(gate_up_torch(call["x"], plan, call["gate_up"]))
+        y, stats = chosen.down(h, plan, call["down"], None, False)
+        rows = make_rows(tokens, seed)
+        rows.sequence = rows.sequence.flip(0)  # ids that do not ascend with the rows
+        chosen.update(mine, stats, plan, call["top_k_weights"], rows)
+        update_torch(reference, row_stats_torch(y, h), plan, call["top_k_weights"], rows)
+    assert mine.rows.sum() > 0
+    assert mine.equal(reference, sums_rtol=1e-5)  # a row's float32 sum of squares is added in another order
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("width", [1, 15, 16, 63, 64, 65, 128, 1000])
+def test_row_stats_bit_for_bit(backend, dtype, width):
+    """Ties, zeros, infinities, NaNs of every payload, subnormals and the limits of narrower types."""
+    generator = torch.Generator().manual_seed(width)
+    y = (torch.randn(64, width, generator=generator) * 10 ** torch.linspace(-8, 5, 64)[:, None]).to(dtype)
+    y[1] = 0
+    y[2] = -0.0
+    y[3] = y[3].abs().amax()  # all equal: the first channel
+    for row, special in enumerate((torch.inf, -torch.inf, torch.nan, 448.0, -449.0, 65504.0, 1e-40), start=4):
+        y[row, torch.randint(width, (2,), generator=generator)] = special
+    y[12].view(torch.int32 if dtype == torch.float32 else torch.int16).fill_(-1)  # NaN, all bits set
+    y[13, 0], y[13, -1] = -torch.inf, torch.nan
+    expected, stats = row_stats_torch(y, y), BACKENDS[backend].row_stats(y, y)
+    for name in ("peak", "channel", "nonfinite", "over_fp16", "over_fp8", "in_peak", "in_channel"):
+        mine, reference = getattr(stats, name), getattr(expected, name)
+        if mine.dtype == torch.float32:
+            mine, reference = mine.view(torch.int32), reference.view(torch.int32)
+        assert torch.equal(mine, reference), name
+    finite = expected.nonfinite == 0
+    assert torch.allclose(stats.sqnorm[finite], expected.sqnorm[finite], rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_plan_equals_reference(backend):
+    for shape in SHAPES:
+        index = make_call(shape, torch.float32, 3, sentinels=True)["top_k_index"]
+        mine, reference = BACKENDS[backend].plan(index, shape[2]), plan_torch(index, shape[2])
+        assert torch.equal(mine.order, reference.order) and torch.equal(mine.offsets, reference.offsets)
+
+
+def test_plan_example():
+    plan = plan_torch(torch.tensor([[2, 0], [2, 3], [0, 2]]), 3)
+    assert plan.order.tolist() == [1, 4, 0, 2, 5, 3]
+    assert plan.offsets.tolist() == [0, 2, 2, 5]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_may_choose_an_expert_twice(backend):
+    call = make_call((200, 4, 2, 64, 32), torch.float32, 5)
+    call["top_k_index"] = torch.randint(0, 2, (200, 4), generator=torch.Generator().manual_seed(0))
+    call["top_k_weights"] = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
+    out = ops.moe_mlp(**call, state=BankStats.empty(2), backend=backend)
+    assert_close("duplicates", out, loop_over_slots(call), torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens(backend):
+    call = make_call((1, 2, 4, 16, 8), torch.float32, 0)
+    call |= {name: call[name][:0] for name in ("x", "top_k_index", "top_k_weights")}
+    state = BankStats.empty(4)
+    assert ops.moe_mlp(**call, state=state, backend=backend).shape == (0, 16)
+    assert state.equal(BankStats.empty(4))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nonfinite_rows_are_counted_and_kept_out_of_sums(backend):
+    y = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    y[1, 3], y[2, 4] = torch.nan, -torch.inf
+    state = BankStats.empty(1)
+    ops.output_stats(y, y.clone(), state, backend=backend)
+    assert state.rows.tolist() == [6] and state.nonfinite.tolist() == [2]
+    assert state.out_max.isnan().all()
+    assert state.outliers[0, :3, 2].tolist()[:2] == [3, 4]
+    good = y[[0, 3, 4, 5]].double()
+    assert torch.allclose(state.sqnorm_sum, good.square().sum()[None], rtol=1e-6)
+    assert torch.allclose(state.gate_sum, torch.tensor([4.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_optional_statistics(backend):
+    call = make_call((90, 2, 4, 20, 12), torch.float32, 9)
+    rows = make_rows(90, 3)
+    state = BankStats.empty(4, channels=(20, 12), coactivation=True)
+    out = ops.moe_mlp(**call, state=state, rows=rows, backend=backend)
+    assert_close("with channels", out, loop_over_slots(call), torch.float32)
+    plan = plan_torch(call["top_k_index"], 4)
+    h = swiglu(gate_up_torch(call["x"], plan, call["gate_up"]))
+    y = grouped_linear_torch(h, plan, call["down"])
+    together = torch.zeros(4, 4, dtype=torch.int64)
+    for t in range(90):
+        used = [e for e, g in zip(call["top_k_index"][t].tolist(), call["top_k_weights"][t].tolist())
+                if g != 0 and rows.counted[t]]  # fmt: skip
+        for a in used:
+            for b in used:
+                together[a, b] += 1
+    assert torch.equal(state.coactivation, together)
+    assert torch.equal(together.diagonal(), state.rows)
+    assert torch.allclose(state.channel_max.amax(1), state.out_max)
+    for e in range(4):
+        taken = [r for r in range(plan.offsets[e], plan.offsets[e + 1])
+                 if rows.counted[plan.order[r] // 2] and call["top_k_weights"].reshape(-1)[plan.order[r]] != 0]  # fmt: skip
+        assert torch.allclose(state.channel_max[e], y[taken].abs().amax(0), rtol=1e-5)
+        assert torch.allclose(state.in_channel_max[e], h[taken].abs().amax(0), rtol=1e-5)
+        assert torch.allclose(state.in_channel_sq[e], h[taken].double().square().sum(0), rtol=1e-5)
+
+
+def test_combine_reference_is_the_weighted_sum():
+    index = torch.tensor([[1, 0], [0, 2]])  # 2 is a sentinel
+    plan = plan_torch(index, 2)
+    y = torch.arange(12.0).reshape(4, 3)
+    gates = torch.tensor([[0.5, 2.0], [1.0, 9.0]])
+    expected = torch.stack([0.5 * y[2] + 2.0 * y[0], y[1]])
+    assert torch.equal(combine_torch(y, plan, gates), expected)
+
+
+def test_single_plan():
+    plan = single_plan(3, torch.device("cpu"))
+    assert plan.order.tolist() == [0, 1, 2] and plan.offsets.tolist() == [0, 3] and plan.num_experts == 1

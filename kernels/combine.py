@@ -12,14 +12,15 @@ def combine_torch(y: torch.Tensor, plan: Plan, gates: torch.Tensor) -> torch.Ten
         y: (S, H) sorted by expert; rows of no expert are not read.
         gates: (T, k) routing weights.
     Returns:
-        (T, H) float32.
+        (T, H) float32; float64 for y in float64.
     """
     tokens, k = gates.shape
     routed = plan.offsets[-1]
     by_slot = torch.empty_like(y)
     by_slot[plan.order] = torch.where(torch.arange(len(y), device=y.device)[:, None] < routed, y, 0)
     by_slot = by_slot.view(tokens, k, y.shape[1])
-    out = torch.zeros(tokens, y.shape[1], dtype=torch.float32, device=y.device)
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    out = torch.zeros(tokens, y.shape[1], dtype=dtype, device=y.device)
     for j in range(k):
-        out += gates[:, j, None].float() * by_slot[:, j].float()
+        out += gates[:, j, None].to(dtype) * by_slot[:, j].to(dtype)
     return out

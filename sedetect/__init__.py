@@ -10,6 +10,7 @@ from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.profiler import Profile, profile
 from sedetect.ranking import Ranking, SuperExpert, rank
 from sedetect.stats import BankId, BankStats, ModelStats, merge_all
+from sedetect.version import __version__
 
 __all__ = [
     "BankId",
@@ -20,6 +21,7 @@ __all__ = [
     "Ranking",
     "SedetectError",
     "SuperExpert",
+    "__version__",
     "merge_all",
     "profile",
     "profile_model",

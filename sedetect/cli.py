@@ -18,7 +18,7 @@ from sedetect.files import write_json
 from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.ranking import rank
 from sedetect.report import print_domains, print_ranking, print_run, ranking_document
-from sedetect.stats import ModelStats, merge_all
+from sedetect.stats import ModelStats
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -81,8 +81,9 @@ def profile_command(
     if result.stats.banks:
         _show(result, output)
     if result.interrupted:
-        saved = f"saved to {output}" if output is not None and result.stats.banks else "nothing saved (no -o)"
-        stderr.print(f"interrupted after {result.stats.header.tokens:,} of {tokens:,} tokens; {saved}", markup=False)
+        saved = "nothing saved (no -o)" if output is None else f"saved to {output}" if result.stats.banks else "nothing to save"
+        text = f"interrupted after {result.stats.header.tokens:,} of {tokens:,} tokens; {saved}"
+        stderr.print(text, markup=False, soft_wrap=True)
         raise typer.Exit(130)
 
 
@@ -110,7 +111,13 @@ def merge_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="the merged statistics file")],
 ) -> None:
     """Merge statistics of one model on different texts."""
-    merged = merge_all(map(ModelStats.load, stats))
+    merged = ModelStats.empty()
+    for file in stats:
+        state = ModelStats.load(file)
+        try:
+            merged = merged.merge(state)
+        except SedetectError as error:
+            raise SedetectError(f"{file}: {error}") from None
     merged.save(output)
     print_run(console, merged)
     print_ranking(console, rank(merged))
@@ -118,6 +125,9 @@ def merge_command(
 
 def main() -> None:
     """Entry point: SedetectError becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # tokens and paths may hold what the terminal cannot show
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
@@ -141,7 +151,7 @@ def _show(result: ModelProfile, output: Path | None) -> None:
     print_domains(console, {domain: rank(stats) for domain, stats in result.domains.items()})
     print_run(console, result.stats, result.seconds)
     if output is not None:
-        console.print(f"written to {output}", markup=False)
+        console.print(f"written to {output}", markup=False, soft_wrap=True)
 
 
 def _domain_file(output: Path, domain: str) -> Path:
@@ -149,13 +159,16 @@ def _domain_file(output: Path, domain: str) -> Path:
 
 
 def _check_writable(folder: Path) -> None:
-    """Fail before the work, not after it."""
+    """Fail before the work, not after it, and make no folder that bad input would leave behind."""
+    nearest = folder / "domains"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        while not nearest.exists():
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise SedetectError(f"-o {folder}: cannot be written ({error.strerror}); choose another folder") from None
+        why = f"{nearest} cannot be written ({error.strerror})"
+        raise SedetectError(f"-o {folder}: {why}; choose another folder") from None
 
 
 @contextmanager
@@ -178,4 +191,5 @@ def _interruptible() -> Iterator:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    return Progress(*columns, console=stderr, transient=True)
+    # elsewhere than on a terminal it would show nothing, and leave an empty line
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)

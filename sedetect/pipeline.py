@@ -22,6 +22,7 @@ from sedetect.calibration import (
 )
 from sedetect.checkpoint import load_model, load_tokenizer
 from sedetect.errors import SedetectError
+from sedetect.hf import find_banks
 from sedetect.profiler import profile
 from sedetect.stats import ModelStats, merge_all
 
@@ -93,6 +94,7 @@ def profile_model(
         raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")
     else:
         texts, notes = _read(texts), []
+    find_banks(model)  # refuse what is no MoE before anything is asked of it
     calibration = _windows(model, tokenizer, texts, tokens, seq_len, seed, chat_template)
     prefix = next(iter(prefix_ids(tokenizer)), None)
     total, done, seconds, interrupted = calibration.used, 0, 0.0, False

@@ -3,11 +3,11 @@
 import functools
 import json
 import uuid
-from importlib.metadata import version
 from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from sedetect import hf
@@ -17,6 +17,7 @@ from sedetect.errors import SedetectError
 from sedetect.kernels.update import Rows
 from sedetect.rows import Batch, RowTracker
 from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, digest
+from sedetect.version import __version__
 
 # Of a config: says nothing of what the model computes, or changes with the release that read it.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
@@ -107,7 +108,7 @@ class Profile:
             tokens=tokens,
             sequences=sequences,
             window=self._info.get("window"),
-            versions={name: version(name) for name in ("sedetect", "torch", "transformers")},
+            versions={"sedetect": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             notes=sorted(notes | self._tracker.notes),
         )
         return ModelStats(banks, header)

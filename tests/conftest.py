@@ -1,0 +1,7 @@
+"""Before anything is imported: no test asks the hub, and none depends on the terminal it is run from."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)

@@ -1,0 +1,118 @@
+"""profile_model: a checkpoint and texts in, merged statistics out."""
+
+import json
+
+import pytest
+import torch
+from models import TINY
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sedetect
+from sedetect.calibration import load_texts
+from sedetect.errors import SedetectError
+from sedetect.stats import merge_all
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return sedetect.profile_model(TINY, tokens=8192, dtype="float32")
+
+
+def test_the_super_expert_of_tiny_moe(tiny):
+    """The published facts of the checkpoint: tests/data/tiny-moe/README.md."""
+    ranking = sedetect.rank(tiny.stats)
+    (found,) = ranking.super_experts
+    assert (found.layer, found.expert, found.channel, found.position, found.token_id) == (1, 28, 101, 0, 0)
+    assert found.value == pytest.approx(1262.11, rel=0.01)
+    assert found.verdict == "super" and found.signature
+    assert found.first_gate == pytest.approx(0.961, abs=0.005)
+    late = next(expert for expert in ranking.others if expert.expert == 7)
+    assert (late.layer, late.channel, late.verdict) == (9, 159, "outlier")
+    assert late.value == pytest.approx(1087.5, rel=0.01)
+    assert ranking.population == 256
+
+
+def test_domains_merge_to_the_whole(tiny):
+    assert list(tiny.domains) == ["english", "chinese", "mathematics", "code"]
+    merged = merge_all(reversed(tiny.domains.values()))
+    assert all(state.equal(tiny.stats.banks[bank]) for bank, state in merged.banks.items())
+    assert tiny.stats.header.tokens == 8192 and tiny.stats.header.sequences == 16
+    assert tiny.stats.header.window == 512 and not tiny.stats.header.notes
+    for stats in tiny.domains.values():
+        assert [str(expert) for expert in sedetect.rank(stats).super_experts] == ["L1E28"]
+    domains = {source.info["domain"] for source in tiny.stats.header.sources.values()}
+    assert domains == set(tiny.domains)
+
+
+def test_every_kept_row_is_a_token_of_its_window(tiny):
+    """Place and token of the outliers, against the text cut anew."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    for domain, stats in tiny.domains.items():
+        stream = tokenizer(load_texts(None)[domain][0], add_special_tokens=False)["input_ids"]
+        for state in stats.banks.values():
+            kept = state.outliers[state.outliers[..., 0] >= 0]
+            for *_, sequence, position, token in kept[::37, :7].tolist():
+                assert position > 0 and token == stream[sequence * 511 + position - 1]
+
+
+def test_a_loaded_model_and_texts_of_ones_own():
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    with pytest.raises(SedetectError, match="needs its tokenizer"):
+        sedetect.profile_model(model)
+    seen = []
+    result = sedetect.profile_model(
+        model.eval(), {"mine": ["one two three " * 40]}, tokens=10_000, seq_len=32, batch_size=2, tokenizer=tokenizer,
+        progress=lambda domain, done, total: seen.append((domain, done, total)),
+    )  # fmt: skip
+    total = result.stats.header.tokens
+    assert 0 < total < 10_000 and total % 32 == 0
+    assert seen[-1] == ("mine", total, total) and [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert any("10000 tokens asked" in note and str(total) in note for note in result.stats.header.notes)
+    assert result.seconds > 0 and not result.interrupted
+
+
+def test_stopping_keeps_whole_batches():
+    asked = iter([False, False, True])
+    result = sedetect.profile_model(TINY, tokens=8192, seq_len=64, batch_size=1, stop=lambda: next(asked))
+    assert result.interrupted and list(result.domains) == ["english"]
+    assert result.stats.header.tokens == 128
+    assert all(state.rows.sum() == 128 * 4 for state in result.stats.banks.values())
+
+
+def test_a_seed_chooses_other_windows_that_still_merge():
+    text = {"code": [load_texts(None)["code"][0]]}
+    first = sedetect.profile_model(TINY, text, tokens=256, seq_len=64)
+    other = sedetect.profile_model(TINY, text, tokens=256, seq_len=64, seed=5)
+    assert first.stats.header.sources.keys() == other.stats.header.sources.keys()
+    ranges = [next(iter(r.stats.header.sources.values())).ranges for r in (first, other)]
+    assert ranges[0] == [[0, 4]] and ranges[1] != ranges[0]
+    assert first.stats.merge(other.stats).header.sequences == 8
+
+
+def test_optional_statistics_are_saved(tmp_path):
+    result = sedetect.profile_model(TINY, tokens=512, seq_len=64, channels=True, coactivation=True)
+    result.stats.save(tmp_path / "s.safetensors")
+    for state in sedetect.ModelStats.load(tmp_path / "s.safetensors").banks.values():
+        assert state.channel_max.shape == (32, 256) and state.in_channel_sq.shape == (32, 48)
+        assert torch.equal(state.channel_max.amax(1), state.out_max)
+        assert torch.equal(state.coactivation.diagonal(), state.rows)
+        assert torch.equal(state.coactivation.sum(1), 4 * state.rows)
+
+
+def test_a_tokenizer_prefix_that_data_lacks_is_said():
+    """Without BOS this model shows no super expert: the drop-in says why."""
+    model = AutoModelForCausalLM.from_pretrained(TINY).eval()
+    ids = torch.randint(3, 4096, (2, 64))
+    with sedetect.profile(model, prefix=0) as prof:
+        model(input_ids=ids)
+    assert any("do not begin with the prefix token" in note for note in prof.stats.header.notes)
+    assert not [e for e in sedetect.rank(prof.stats).super_experts if e.verdict == "super"]
+
+
+def test_the_ranking_document_is_json(tiny):
+    from sedetect.report import ranking_document
+
+    document = ranking_document(sedetect.rank(tiny.stats), tiny.tokenizer)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert document["super_experts"][0]["token"] == "<|bos|>"

@@ -1,0 +1,171 @@
+"""The state as a value: files, merging, headers."""
+
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sedetect import ops
+from sedetect.errors import SedetectError
+from sedetect.files import write_atomic, write_json
+from sedetect.kernels.update import Rows
+from sedetect.stats import Bank, BankId, BankStats, Header, ModelStats, Source, merge_all, ranges_of
+
+BANK = BankId("decoder", 3, "routed")
+
+
+def measured(seed, rows=200, experts=5, scale=1.0, special=False):
+    """A state of random rows; ties and, with special, NaN and Inf among them."""
+    generator = torch.Generator().manual_seed(seed)
+    state = BankStats.empty(experts, channels=(12, 6), coactivation=True)
+    down = torch.randn(experts, 12, 6, generator=generator)
+    x = (torch.randn(rows, 6, generator=generator) * scale).round(decimals=1)
+    if special:
+        x[3], x[4] = torch.nan, torch.inf
+    index = torch.rand(rows, experts - 1, generator=generator).topk(2).indices  # the last expert sees nothing
+    ids = torch.arange(rows)
+    rows_of = Rows(ids >= 0, ids % 10 == 0, ids // 10 + 1000 * seed, ids % 10, ids, 0)
+    ops.moe_mlp(
+        x, index, torch.rand(rows, 2, generator=generator), torch.eye(6).repeat(experts, 1, 1), down,
+        ops.Gate("relu2", gated=False), state, rows=rows_of,
+    )  # fmt: skip
+    return state
+
+
+def model_stats(seed, source="text", **kwargs):
+    header = Header(
+        "model", "d1", "float32", {"decoder": 4}, {str(BANK): Bank("layers.3", 2, ["cpu"])},
+        {source: Source([[1000 * seed, 1000 * seed + 20]], {"domain": source})}, 200, 20, 10, {"torch": "2"}, [],
+    )  # fmt: skip
+    return ModelStats({BANK: measured(seed, **kwargs)}, header)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_file_holds_the_state_bit_for_bit(tmp_path, special):
+    stats = model_stats(1, special=special)
+    assert special == bool(stats.banks[BANK].out_max.isnan().any())
+    stats.save(tmp_path / "new" / "a.safetensors")
+    loaded = ModelStats.load(tmp_path / "new" / "a.safetensors")
+    assert loaded.header.to_json() == stats.header.to_json()
+    for field in fields(BankStats):
+        mine, theirs = getattr(stats.banks[BANK], field.name), getattr(loaded.banks[BANK], field.name)
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8)), field.name
+    assert loaded.banks[BANK].rows[-1] == 0 and loaded.banks[BANK].out_max[-1] == 0
+
+
+def test_the_documented_tensors_are_in_the_file(tmp_path):
+    model_stats(1).save(tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    expected = {
+        "rows": torch.int64, "first_rows": torch.int64, "nonfinite": torch.int64, "gate_sum": torch.float64,
+        "gate_norm_sum": torch.float64, "outliers.value": torch.float32, "outliers.token": torch.int64,
+        "first_outliers.channel": torch.int32, "in_max.value": torch.float32, "channel_max": torch.float32,
+    }  # fmt: skip
+    for name, dtype in expected.items():
+        assert tensors[f"decoder.3.routed/{name}"].dtype == dtype, name
+    value = tensors["decoder.3.routed/outliers.value"]
+    assert value.shape == (5, 32) and (value[-1] == -1).all()
+    assert (value[0].diff() <= 0).all(), "sorted, largest first"
+
+
+def test_merge_of_random_states_commutes_and_associates():
+    a, b, c = (measured(seed, special=seed == 2) for seed in range(3))
+    assert a.merge(b).equal(b.merge(a))
+    assert a.merge(b).merge(c).equal(a.merge(b.merge(c)))
+    assert not a.merge(b).equal(a)
+    empty = BankStats.empty(5, channels=(12, 6), coactivation=True)
+    assert a.merge(empty).equal(a) and empty.merge(a).equal(a)
+
+
+def test_equal_sees_every_field():
+    for field in fields(BankStats):
+        state = measured(0)
+        tensor = getattr(state, field.name)
+        tensor.view(-1)[0] += 1
+        assert not state.equal(measured(0)), field.name
+
+
+def test_sources_are_renumbered_by_name():
+    """Record sources mean the same after merging in any order; ties go to the lower name."""
+    parts = [model_stats(seed, source) for seed, source in ((1, "zebra"), (1, "ant"), (1, "mole"))]
+    merged = [merge_all(parts[i] for i in order) for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0))]
+    for other in merged[1:]:
+        assert other.banks[BANK].equal(merged[0].banks[BANK])
+        assert other.header.to_json() == merged[0].header.to_json()
+    assert list(merged[0].header.sources) == ["ant", "mole", "zebra"]
+    records = merged[0].banks[BANK].outliers[0]
+    assert records[:6, 3].tolist() == [0, 1, 2, 0, 1, 2], "three equal rows, in the order of their sources"
+
+
+def test_merge_refuses_what_does_not_belong_together():
+    one = model_stats(1)
+    with pytest.raises(SedetectError, match="source text: sequences 1000 to 1019 are in both runs"):
+        one.merge(model_stats(1))
+    other = model_stats(2)
+    other.header.digest = "d2"
+    with pytest.raises(SedetectError, match="different models do not merge"):
+        one.merge(other)
+    other = model_stats(2)
+    other.header.dtype = "bfloat16"
+    with pytest.raises(SedetectError, match="differ in dtype"):
+        one.merge(other)
+    with pytest.raises(SedetectError, match="channel_max: shapes"):
+        measured(1).merge(BankStats.empty(5, coactivation=True))
+
+
+def test_merged_header_adds_up():
+    merged = model_stats(1).merge(model_stats(2)).header
+    assert merged.tokens == 400 and merged.sequences == 40 and merged.window == 10
+    assert merged.sources["text"].ranges == [[1000, 1020], [2000, 2020]]
+    adjacent = model_stats(1)
+    adjacent.header.sources["text"].ranges = [[1020, 1030]]
+    assert model_stats(1).header.merge(adjacent.header).sources["text"].ranges == [[1000, 1030]]
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(SedetectError, match="no such statistics file"):
+        ModelStats.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(SedetectError, match="not a sedetect statistics file"):
+        ModelStats.load(path)
+    save_file({"x": torch.zeros(1)}, path, {"format": "sedetect-stats", "version": "99"})
+    with pytest.raises(SedetectError, match="version '99', this sedetect reads '1'"):
+        ModelStats.load(path)
+    stats = model_stats(1)
+    tensors = {f"{BANK}/{name}": t for name, t in stats.banks[BANK].tensors().items() if name != "rows"}
+    save_file(tensors, path, {"format": "sedetect-stats", "version": "1", "header": stats.header.to_json()})
+    with pytest.raises(SedetectError, match="damaged statistics file"):
+        ModelStats.load(path)
+    stats.save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SedetectError, match="damaged statistics file"):
+        ModelStats.load(path)
+
+
+def test_ranges_of():
+    assert ranges_of(torch.tensor([3, 1, 2, 7, 3])) == [[1, 4], [7, 8]]
+    assert ranges_of(torch.tensor([], dtype=torch.int64)) == []
+    assert ranges_of(torch.arange(5)) == [[0, 5]]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(SedetectError, match="a.json: cannot be written"):
+        write_atomic(path, fail)
+    assert json.loads(path.read_text()) == {"x": 1}
+    with pytest.raises(ValueError):
+        write_json(path, {"x": float("nan")})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SedetectError, match="cannot be written"):
+        write_json(tmp_path / "file" / "a.json", {})

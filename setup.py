@@ -1,6 +1,6 @@
 """Build sedetect._C from csrc/ with pybind11 and ninja, against the torch that is installed.
 
-    pip install --no-build-isolation .
+pip install --no-build-isolation .
 """
 
 from pathlib import Path

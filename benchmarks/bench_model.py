@@ -6,8 +6,8 @@ Runs whole forwards of (a) tests/data/tiny-moe and (b) a random Qwen3-MoE of 4 l
 prints a table; the last line is the same as JSON. Variants:
 
     eager, grouped_mm, batched_mm   transformers' experts implementations, unprofiled
-    hooks                           transformers' eager loop with abs-max and argmax of every expert's down_proj input and
-                                    output, kept on the device: what a tool that hooks every expert does, at its best
+    hooks                           transformers' eager loop with abs-max and argmax of every expert's down_proj input
+                                    and output, kept on the device: what a tool that hooks every expert does, at best
     sedetect                        under sedetect.profile, every default statistic
 
 batched_mm copies the weights of every routed row; where that would not fit in 8 GB it is left out and said.

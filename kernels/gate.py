@@ -47,7 +47,10 @@ def gate_torch(gate: Gate, z: torch.Tensor) -> torch.Tensor:
 
 
 def probe_gate(
-    apply: Callable[[torch.Tensor], torch.Tensor], width: int, candidates: Iterable[Gate], device: torch.device | str = "cpu"
+    apply: Callable[[torch.Tensor], torch.Tensor],
+    width: int,
+    candidates: Iterable[Gate],
+    device: torch.device | str = "cpu",
 ) -> Gate | None:
     """The first candidate that agrees with apply, a module's own gate for I = width; None if none does.
 
@@ -76,5 +79,7 @@ def candidate_gates(gated: bool, limits: Iterable[float]) -> list[Gate]:
     limits = sorted(set(limits))
     clamped = [Gate(limit=limit) for limit in limits]
     # gpt-oss: up + 1, gate slope 1.702, limit 7 (transformers, modeling_gpt_oss).
-    shifted = [Gate(limit=limit, slope=1.702, shift=1.0, interleaved=i) for limit in {7.0, *limits} for i in (True, False)]
+    shifted = [
+        Gate(limit=limit, slope=1.702, shift=1.0, interleaved=i) for limit in {7.0, *limits} for i in (True, False)
+    ]
     return plain + clamped + shifted

@@ -73,9 +73,16 @@ def update_torch(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: 
     state.sums += torch.stack([per_expert(torch.where(summed, s, 0), torch.float64) for s in sums], dim=1)
 
     record = torch.zeros(len(slots), len(RECORD), dtype=torch.int64, device=slots.device)
-    for name, values in (("source", rows.source), ("sequence", rows.sequence[token]), ("position", rows.position[token]),
-                         ("token", rows.token[token]), ("gate", float_bits(gate)), ("in_value", float_bits(stats.in_peak)),
-                         ("in_channel", stats.in_channel)):  # fmt: skip
+    columns = {
+        "source": rows.source,
+        "sequence": rows.sequence[token],
+        "position": rows.position[token],
+        "token": rows.token[token],
+        "gate": float_bits(gate),
+        "in_value": float_bits(stats.in_peak),
+        "in_channel": stats.in_channel,
+    }
+    for name, values in columns.items():
         record[:, COLUMN[name]] = values
 
     def keep(records: torch.Tensor, peak: torch.Tensor, channel: torch.Tensor, taken: torch.Tensor) -> None:

@@ -103,16 +103,16 @@ class CpuBackend(TorchBackend):
     def update(self, state, stats, plan, gates, rows):
         tables = [state.counts, state.sums, state.outliers, state.first_outliers, state.in_max]
         gates = gates.float().contiguous()
-        _C.update_cpu(
-            tables, stats.tensors(), plan.order, plan.offsets, plan.top_k, gates, rows.tensors(), rows.source
-        )
+        _C.update_cpu(tables, stats.tensors(), plan.order, plan.offsets, plan.top_k, gates, rows.tensors(), rows.source)
 
 
 # In the order of preference.
 BACKENDS = {backend.name: backend for backend in (CpuBackend(), TorchBackend())}
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, wanted: str | None = None) -> tuple[TorchBackend, str | None]:
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, wanted: str | None = None
+) -> tuple[TorchBackend, str | None]:
     """The backend that serves a layer, and why it is not the wanted one (None if it is, or none was named).
 
     Raises SedetectError for an unknown name.

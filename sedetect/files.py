@@ -30,7 +30,9 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> None
         os.chmod(temporary, 0o666 & ~_umask())
         temporary.replace(path)
     except OSError as error:
-        raise SedetectError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder") from None
+        raise SedetectError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

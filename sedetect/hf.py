@@ -1,9 +1,10 @@
-"""The plug-in point: Hugging Face MoE modules computed by our backends.
+"""The plug-in point: Hugging Face MoE modules whose experts we compute, or step into.
 
-transformers 5 sends every experts module through an experts interface, looked up by name in the module's config at every
-call. We register one name, and attach by giving each experts module its own copy of its config that carries
-that name: the model's config, and any other model built from it, never change. Shared experts and dense MLPs are measured by
-substituting their down_proj module by one that holds the same parameters. detach() restores every object that was there.
+transformers 5 sends every experts module through an experts interface, looked up by name in the module's config at
+every call. We register one name, and attach by giving each experts module its own copy of its config that carries that
+name and the function to call: the model's config, and any other model built from it, never change. The down_proj of a
+shared expert or dense MLP is substituted by a module that holds the same parameters. attach returns what restores every
+object that was there.
 """
 
 import copy
@@ -11,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -54,6 +56,10 @@ class Bank:
     served: set[str] = field(default_factory=set)
     fallbacks: set[str] = field(default_factory=set)
 
+    @property
+    def routed(self) -> bool:
+        return self.id.kind.startswith("routed")
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> BankStats:
         """The state on this device, and a note of which backend serves it."""
         backend, why = choose_backend(device, dtype, self.backend)
@@ -67,11 +73,47 @@ class Bank:
         return self.state
 
 
-def experts_forward(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+@torch.compiler.disable
+def experts_forward(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    """The registered experts implementation: x (T, H), routing (T, k) twice -> (T, H), by what attach was given."""
+    return module.config.sedetect_call(module, *args)
+
+
+ExpertsInterface.register(NAME, experts_forward)
+FP8ExpertsInterface.register(NAME, experts_forward)
+
+
+class SubstitutedDown(nn.Module):
+    """Stands in for a down_proj module with its parameters under their names: forward(x) is call(original, x)."""
+
+    def __init__(self, original: nn.Module, call: Callable[[nn.Module, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.__dict__["original"] = original  # not a submodule: state_dict() keeps its keys
+        self.__dict__["call"] = call
+        self._parameters, self._buffers, self._modules = original._parameters, original._buffers, original._modules
+        self.training = original.training
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["original"], name)
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(self.original, x)
+
+
+def measure(bank: Bank) -> Callable[..., torch.Tensor]:
+    """The call for attach that computes a bank by our ops and updates its state."""
+    if bank.routed:
+        bank.gate = _gate(bank)
+    return partial(_measure_experts if bank.routed else _measure_down, bank)
+
+
+def _measure_experts(
+    bank: Bank, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The registered experts implementation: x (T, H), routing (T, k) -> (T, H)."""
-    bank: Bank = module.config.sedetect_bank
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     bank.top_k = top_k_index.shape[-1]
     up = "gate_up_proj" if module.has_gate else "up_proj"
@@ -93,42 +135,18 @@ def experts_forward(
     return out.reshape(hidden_states.shape)
 
 
-ExpertsInterface.register(NAME, experts_forward)
-FP8ExpertsInterface.register(NAME, experts_forward)
-
-
-class MeasuredDown(nn.Module):
-    """Stands in for a down_proj module: the same parameters under the same names, and its output measured.
-
-    A plain nn.Linear is computed by our op; anything else (quantized, offloaded) computes itself and its
-    output is read.
-    """
-
-    def __init__(self, original: nn.Module, bank: Bank):
-        super().__init__()
-        self.__dict__["original"] = original  # not a submodule: state_dict() keeps its keys
-        self.__dict__["bank"] = bank
-        self._parameters, self._buffers, self._modules = original._parameters, original._buffers, original._modules
-        self.training = original.training
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["original"], name)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        original, bank = self.original, self.bank
-        flat = x.reshape(-1, x.shape[-1])
-        rows = bank.rows_of(bank, len(flat), x.device)
-        if _is_plain_linear(original):
-            state = bank.prepare(x.device, original.weight.dtype)
-            y = ops.linear_stats(flat, original.weight, original.bias, state, rows=rows, backend=bank.backend)
-            return y.reshape(*x.shape[:-1], y.shape[-1])
-        y = original(x)
-        state = bank.prepare(y.device, y.dtype)
-        ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, rows=rows, backend=bank.backend)
-        return y
+def _measure_down(bank: Bank, original: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A plain nn.Linear is computed by our op; anything else (quantized, offloaded) computes itself and is read."""
+    flat = x.reshape(-1, x.shape[-1])
+    rows = bank.rows_of(bank, len(flat), x.device)
+    if _is_plain_linear(original):
+        state = bank.prepare(x.device, original.weight.dtype)
+        y = ops.linear_stats(flat, original.weight, original.bias, state, rows=rows, backend=bank.backend)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+    y = original(x)
+    state = bank.prepare(y.device, y.dtype)
+    ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, rows=rows, backend=bank.backend)
+    return y
 
 
 def find_banks(model: nn.Module) -> list[Bank]:
@@ -171,27 +189,44 @@ def find_banks(model: nn.Module) -> list[Bank]:
     return sorted(banks, key=lambda bank: bank.id)
 
 
-def attach(model: nn.Module, banks: list[Bank]) -> Callable[[], None]:
-    """Switch the banks' modules to our backends. Returns the function that restores what was there."""
+def attach(model: nn.Module, calls: list[tuple[Bank, Callable[..., torch.Tensor]]]) -> Callable[[], None]:
+    """Let each bank's module be computed by its call. Returns the function that restores what was there.
+
+    A routed bank's call gets (module, x, top_k_index, top_k_weights), another's (down_proj module, x). A call may
+    step in before what was attached earlier (an ablation inside a profile): see run_inner.
+    """
     undo: list[Callable[[], None]] = []
-    for bank in banks:
-        if bank.id.kind.startswith("routed"):
+    for bank, call in calls:
+        if bank.routed:
             config = bank.module.config
-            if hasattr(config, "sedetect_bank"):
-                _run_backwards(undo)
-                raise SedetectError(f"{bank.path}: is being profiled already; leave the other profile of this model first")
             own = copy.copy(config)
             own._experts_implementation_internal = NAME
-            own.sedetect_bank = bank
-            bank.gate = _gate(bank)
+            own.sedetect_call = call
+            own.sedetect_inner = config
             bank.module.config = own
-            undo.append(lambda module=bank.module, config=config: setattr(module, "config", config))
+            undo.append(partial(setattr, bank.module, "config", config))
         else:
-            parent, _, name = bank.path.rpartition(".")
-            parent = model.get_submodule(parent)
-            setattr(parent, name, MeasuredDown(bank.module, bank))
-            undo.append(lambda parent=parent, name=name, module=bank.module: setattr(parent, name, module))
-    return lambda: _run_backwards(undo)
+            path, _, name = bank.path.rpartition(".")
+            parent = model.get_submodule(path)
+            original = getattr(parent, name)
+            setattr(parent, name, SubstitutedDown(original, call))
+            undo.append(partial(setattr, parent, name, original))
+    return partial(_run_backwards, undo)
+
+
+def run_inner(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    """Compute an experts module by what was there before the current attach."""
+    own = module.config
+    module.config = own.sedetect_inner
+    try:
+        return module(*args)
+    finally:
+        module.config = own
+
+
+def is_attached(bank: Bank) -> bool:
+    """Whether some call of ours computes this bank now."""
+    return hasattr(bank.module.config, "sedetect_call") if bank.routed else isinstance(bank.module, SubstitutedDown)
 
 
 def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
@@ -205,7 +240,8 @@ def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     own = module._apply_gate if module.has_gate else module.act_fn
     config = {name: value for name, value in vars(module.config).items() if "limit" in name}
     limits = [value for value in (*vars(module).values(), *config.values()) if isinstance(value, float) and value > 0]
-    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), module.down_proj.device) or own
+    device = "cpu" if module.down_proj.is_meta else module.down_proj.device
+    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), device) or own
 
 
 def _run_backwards(undo: list[Callable[[], None]]) -> None:

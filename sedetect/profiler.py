@@ -1,8 +1,8 @@
 """profile: a context manager under which a model's own forward measures its experts."""
 
-import functools
 import json
 import uuid
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -14,9 +14,9 @@ from sedetect import hf
 from sedetect.backends import check_backend
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError
-from sedetect.kernels.update import Rows
-from sedetect.rows import Batch, RowTracker
+from sedetect.rows import Batch
 from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, digest
+from sedetect.tracking import TrackedModel
 from sedetect.version import __version__
 
 # Of a config: says nothing of what the model computes, or changes with the release that read it.
@@ -26,7 +26,7 @@ _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "a
 class Profile:
     """One profile of one model; made by sedetect.profile.
 
-    Inside the with block every forward of the model is measured, in torch.no_grad(). stats may be read inside and after it.
+    Inside the with block every forward of the model is measured, in torch.no_grad(). stats may be read there and later.
     """
 
     def __init__(
@@ -46,28 +46,29 @@ class Profile:
         self._source = source or f"profile-{uuid.uuid4().hex[:12]}"
         self._info = info or {}
         self._banks = hf.find_banks(self._model)
+        self._tracked = TrackedModel(self._model, prefix)
         for bank in self._banks:
-            bank.rows_of = self._rows_of
+            bank.rows_of = self._tracked.rows_of
             bank.backend, bank.channels, bank.coactivation = backend, channels, coactivation
-        self._tracker = RowTracker(self._model, prefix=prefix)
-        self._rows: dict[torch.device, Rows] | None = None
-        self._notes: set[str] = set()
-        self._undo: list[Any] = []
+        self._exit = ExitStack()
 
     def __enter__(self) -> "Profile":
-        no_grad = torch.no_grad()
-        self._undo = [hf.attach(self._model, self._banks), self._wrap("forward", self._forward)]
-        if hasattr(self._model, "generate"):
-            self._undo.append(self._wrap("generate", self._generate))
-        no_grad.__enter__()
-        self._undo.append(lambda: no_grad.__exit__(None, None, None))
+        for bank in self._banks:
+            if hf.is_attached(bank):
+                raise SedetectError(
+                    f"{bank.path}: sedetect is attached already; leave the other context of this model first"
+                )
+        with ExitStack() as stack:
+            stack.callback(hf.attach(self._model, [(bank, hf.measure(bank)) for bank in self._banks]))
+            stack.enter_context(self._tracked)
+            stack.enter_context(torch.no_grad())
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._undo:
-            self._undo.pop()()
+        self._exit.close()
 
     def batch(
         self,
@@ -79,83 +80,39 @@ class Profile:
         """Say what the rows of the next forward are, where its arguments do not.
 
         Args:
-            sequence_ids: (B,) one per row of the batch, or (B, L) one per token for packed sequences; int64, at least 0,
-                unique within the profile's source.
+            sequence_ids: (B,) one per row of the batch, or (B, L) one per token for packed sequences; int64, at least
+                0, unique within the profile's source.
             positions: (B, L) position of each token in its sequence.
             mask: (B, L) nonzero where a token counts.
         """
         ids = None if sequence_ids is None else torch.as_tensor(sequence_ids, dtype=torch.int64)
-        self._tracker.pending = Batch(ids, positions, mask)
+        self._tracked.tracker.pending = Batch(ids, positions, mask)
 
     @property
     def stats(self) -> ModelStats:
         """What was measured so far, on the CPU. Synchronises with the device."""
-        banks, described, notes = {}, {}, set(self._notes)
+        tracker, banks, described, notes = self._tracked.tracker, {}, {}, set()
         for bank in self._banks:
             if bank.state is None:
                 notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
             notes.update(f"{bank.id}: {why}" for why in bank.fallbacks)
             banks[bank.id] = bank.state.to("cpu") if bank.state is not None else BankStats.empty(bank.experts)
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
-        tokens, sequences = self._tracker.totals()
+        tokens, sequences = tracker.totals()
         header = Header(
             model=self._model.config._name_or_path or type(self._model).__name__,
             digest=model_digest(self._model),
             dtype=str(self._model.dtype).removeprefix("torch."),
             layers=hf.layers_per_stack(self._model, self._banks),
             banks=described,
-            sources={self._source: Source(self._tracker.ranges(), self._info)},
+            sources={self._source: Source(tracker.ranges(), self._info)},
             tokens=tokens,
             sequences=sequences,
             window=self._info.get("window"),
             versions={"sedetect": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-            notes=sorted(notes | self._tracker.notes),
+            notes=sorted(notes | tracker.notes),
         )
         return ModelStats(banks, header)
-
-    def _wrap(self, name: str, wrapper: Any) -> Any:
-        """Replace a method of the model by wrapper(original, ...); returns what undoes it."""
-        original = getattr(self._model, name)
-        previous = self._model.__dict__.get(name)
-        setattr(self._model, name, functools.wraps(original)(functools.partial(wrapper, original)))
-
-        def undo() -> None:
-            if previous is None:
-                delattr(self._model, name)
-            else:
-                setattr(self._model, name, previous)
-
-        return undo
-
-    @torch.compiler.disable(recursive=False)
-    def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = self._tracker.begin(args, kwargs)
-        self._rows = None if rows is None else {rows.counted.device: rows}
-        try:
-            output = original(*args, **kwargs)
-        except BaseException:
-            self._notes.add("a forward failed before its end: its first layers counted rows that later ones did not")
-            raise
-        finally:
-            self._rows = None
-        self._tracker.end(output)
-        return output
-
-    @torch.compiler.disable(recursive=False)
-    def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._tracker.generating(args, kwargs):
-            return original(*args, **kwargs)
-
-    def _rows_of(self, bank: hf.Bank, tokens: int, device: torch.device) -> Rows:
-        if self._rows is None or bank.id.stack != "decoder":
-            return Rows.unmapped(tokens, device)
-        rows = next(iter(self._rows.values()))
-        if len(rows.counted) != tokens:
-            self._notes.add(f"{bank.id} ({bank.path}): rows not mapped, the module regroups its tokens")
-            return Rows.unmapped(tokens, device)
-        if device not in self._rows:
-            self._rows[device] = rows.to(device)
-        return self._rows[device]
 
 
 def profile(
@@ -177,8 +134,8 @@ def profile(
 
     Args:
         model: a Hugging Face MoE model in eval mode. It is restored on exit, also after an exception.
-        source: name of the text the sequences come from; sequence ids given by prof.batch are unique within it. A random
-            name by default, with a running count as ids.
+        source: name of the text the sequences come from; sequence ids given by prof.batch are unique within it. A
+            random name by default, with a running count as ids.
         info: what to remember of the source, as JSON values.
         prefix: token id that the tokenizer puts before every text, if it does; the profile notes sequences without it.
         backend: "cpu" or "torch"; the fastest that serves each layer by default.

@@ -130,16 +130,16 @@ class Ranking:
     def to_dict(self) -> dict[str, Any]:
         """The document super_experts.json; no NaN or infinity in it.
 
-            format, version      "sedetect-ranking", "1"
-            model, headline      strings
-            super_experts        list of SuperExpert.to_dict(), by value, descending
-            others               the same
-            population, unseen   integers
-            maximum, percentile_value, threshold    numbers, null for an empty population
-            layer_limits         {stack: integer}
-            nonfinite            list of names ("L1E28")
-            criteria             {argument of rank: value}
-            notes                list of strings
+        format, version      "sedetect-ranking", "1"
+        model, headline      strings
+        super_experts        list of SuperExpert.to_dict(), by value, descending
+        others               the same
+        population, unseen   integers
+        maximum, percentile_value, threshold    numbers, null for an empty population
+        layer_limits         {stack: integer}
+        nonfinite            list of names ("L1E28")
+        criteria             {argument of rank: value}
+        notes                list of strings
         """
         fields = {key: _json(value) for key, value in vars(self).items()}
         for key in ("super_experts", "others"):

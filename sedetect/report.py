@@ -70,13 +70,15 @@ def print_run(console: Console, stats: ModelStats, seconds: float | None = None)
 
 def coverage(stats: ModelStats) -> str:
     """One line: how many rows the experts saw, and how many saw none or few."""
-    rows = [count for bank, state in stats.banks.items() if bank.kind.startswith("routed") for count in state.rows.tolist()]
+    rows = [
+        count for bank, state in stats.banks.items() if bank.kind.startswith("routed") for count in state.rows.tolist()
+    ]
     if not rows:
         return "coverage: no routed experts"
     unseen, few = sum(n == 0 for n in rows), sum(0 < n < FEW_ROWS for n in rows)
     text = f"coverage: {len(rows)} routed experts saw {min(rows):,} to {max(rows):,} rows"
     if unseen or few:
-        return f"{text}; {unseen} saw none and {few} fewer than {FEW_ROWS}: calibrate on more tokens before trusting theirs"
+        return f"{text}; {unseen} saw none, {few} fewer than {FEW_ROWS}: calibrate on more tokens before trusting them"
     return f"{text}, none fewer than {FEW_ROWS}"
 
 

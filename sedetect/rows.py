@@ -7,9 +7,9 @@ on values stays on the device: a forward is never synchronised with the host.
 A first token is the first counted token of its sequence. A token counts unless the attention mask hides it, it follows
 the first generated end-of-sequence token of its sequence, or the same generate() call has counted it before
 (use_cache=False feeds the whole prefix at every step). Its position is the model's own position id where one is
-given, else the number of counted tokens before it. Rows that cannot be mapped (a 4-D mask alone, several sequences packed
-into one row without sequence ids, a module that regroups tokens) all count, with sequence, position and token -1 and no
-first tokens.
+given, else the number of counted tokens before it. Rows that cannot be mapped (a 4-D mask alone, several sequences
+packed into one row without sequence ids, a module that regroups tokens) all count, with sequence, position and token -1
+and no first tokens.
 
 Beams of a beam search are followed by row, not by hypothesis. Encoder-decoder models: the rows of the decoder stack are
 mapped, those of the encoder are not.
@@ -33,7 +33,9 @@ UNMAPPED_INPUT = "rows not mapped: the model was called without input_ids or inp
 UNMAPPED_MASK = "rows not mapped: the attention mask is not (batch, length), so padding was counted"
 UNMAPPED_RESIZED = "rows not mapped: a cache was continued with another batch size"
 UNMAPPED_PACKED = "rows not mapped: several sequences packed into one row; give prof.batch(sequence_ids=...)"
-NO_PREFIX = "sequences do not begin with the prefix token their tokenizer adds; super experts may stay silent without it"
+NO_PREFIX = (
+    "sequences do not begin with the prefix token their tokenizer adds; super experts may stay silent without it"
+)
 
 _CACHES = ("past_key_values", "cache_params")
 
@@ -220,7 +222,9 @@ class RowTracker:
         counted = self._visible(call, batch, start)
         if counted is None:
             return self._unmapped(UNMAPPED_MASK)
-        counted = counted & (torch.arange(length, device=call.device) >= again) & ~self._ended(call, running, start, again)
+        counted = (
+            counted & (torch.arange(length, device=call.device) >= again) & ~self._ended(call, running, start, again)
+        )
         nth = running.counted[:, None] + counted.cumsum(1)
         first = counted & (nth == 1)
         running.counted = running.counted + counted.sum(1)
@@ -259,7 +263,9 @@ class RowTracker:
         size, device = call.shape[0], call.device
         if given is not None:
             if len(given) != size:
-                raise SedetectError(f"prof.batch: {len(given)} sequence_ids for a batch of {size}; give one per sequence")
+                raise SedetectError(
+                    f"prof.batch: {len(given)} sequence_ids for a batch of {size}; give one per sequence"
+                )
             ids = given.to(device)
             self._given_ids.append(ids)
         else:

@@ -42,7 +42,7 @@ _FILE_DTYPE = {
 
 
 class BankId(NamedTuple):
-    """Identity of a bank: stack ("decoder", "encoder", ...), decoder-layer index, kind ("routed", "shared", "dense")."""
+    """Identity of a bank: stack ("decoder", "encoder", ...), layer index, kind ("routed", "shared", "dense")."""
 
     stack: str
     layer: int
@@ -141,7 +141,10 @@ class BankStats:
     def to(self, device: torch.device | str) -> "BankStats":
         """A copy on another device (always a copy)."""
         return BankStats(
-            **{f.name: None if (t := getattr(self, f.name)) is None else t.detach().to(device, copy=True) for f in fields(self)}
+            **{
+                f.name: None if (t := getattr(self, f.name)) is None else t.detach().to(device, copy=True)
+                for f in fields(self)
+            }
         )
 
     def merge(self, other: "BankStats") -> "BankStats":
@@ -154,7 +157,9 @@ class BankStats:
             a, b = getattr(self, f.name), getattr(other, f.name)
             if (a is None) != (b is None) or (a is not None and a.shape != b.shape):
                 shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
-                raise SedetectError(f"{f.name}: shapes {shapes[0]} and {shapes[1]} do not merge; profile both with the same statistics")
+                raise SedetectError(
+                    f"{f.name}: shapes {shapes[0]} and {shapes[1]} do not merge; profile both with the same statistics"
+                )
             if a is None:
                 merged[f.name] = None
             elif f.name in RECORDS:
@@ -269,7 +274,7 @@ class Header:
         return header
 
     def merge(self, other: "Header") -> "Header":
-        """Both runs as one. Raises SedetectError for different models or precision, and for the same sequences twice."""
+        """Both runs as one. Raises SedetectError for different models or precisions, or the same sequences twice."""
         for what in ("digest", "dtype"):
             if getattr(self, what) != getattr(other, what):
                 raise SedetectError(
@@ -287,7 +292,9 @@ class Header:
             mine = banks.get(name, bank)
             banks[name] = replace(mine, backends=sorted({*mine.backends, *bank.backends}))
         versions = {
-            name: " + ".join(sorted({v for h in (self, other) if name in h.versions for v in h.versions[name].split(" + ")}))
+            name: " + ".join(
+                sorted({v for h in (self, other) if name in h.versions for v in h.versions[name].split(" + ")})
+            )
             for name in {*self.versions, *other.versions}
         }
         return Header(
@@ -374,7 +381,9 @@ class ModelStats:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise SedetectError(f"{path}: not a sedetect statistics file; give the stats.safetensors of a profile")
+                    raise SedetectError(
+                        f"{path}: not a sedetect statistics file; give the stats.safetensors of a profile"
+                    )
                 if metadata.get("version") != VERSION:
                     raise SedetectError(
                         f"{path}: statistics version {metadata.get('version')!r}, this sedetect reads {VERSION!r}; "

@@ -128,7 +128,9 @@ def clamped_swiglu(z):
 
 GATES = {
     Gate(): swiglu,
-    Gate("gelu_tanh"): lambda z: torch.nn.functional.gelu(z.chunk(2, dim=-1)[0], approximate="tanh") * z.chunk(2, dim=-1)[1],
+    Gate("gelu_tanh"): lambda z: (
+        torch.nn.functional.gelu(z.chunk(2, dim=-1)[0], approximate="tanh") * z.chunk(2, dim=-1)[1]
+    ),
     Gate("relu2", gated=False): lambda z: z.relu().square(),
     Gate(limit=10.0): clamped_swiglu,
     Gate(interleaved=True, limit=7.0, slope=1.702, shift=1.0): gpt_oss,
@@ -213,8 +215,8 @@ def test_statistics_are_those_of_the_stored_output(backend, dtype, shape, skew):
 
 
 def assert_records(records, expected, name):
-    columns = {part: column(records, part).tolist() for part in
-               ("value", "source", "sequence", "position", "channel", "sign", "token", "gate", "in_value", "in_channel")}  # fmt: skip
+    order = ("value", "source", "sequence", "position", "channel", "sign", "token", "gate", "in_value", "in_channel")
+    columns = {part: column(records, part).tolist() for part in order}
     kept = sum(value != -1 for value in columns["value"])
     assert kept == min(len(records), len(expected)), name
     for i, entry in enumerate(expected[:kept]):
@@ -341,8 +343,9 @@ def test_optional_statistics(backend):
     assert torch.equal(together.diagonal(), state.rows)
     assert torch.allclose(state.channel_max.amax(1), state.out_max)
     for e in range(4):
-        taken = [r for r in range(plan.offsets[e], plan.offsets[e + 1])
-                 if rows.counted[plan.order[r] // 2] and call["top_k_weights"].reshape(-1)[plan.order[r]] != 0]  # fmt: skip
+        slots = {r: int(plan.order[r]) for r in range(plan.offsets[e], plan.offsets[e + 1])}
+        gates = call["top_k_weights"].reshape(-1)
+        taken = [r for r, slot in slots.items() if rows.counted[slot // 2] and gates[slot] != 0]
         assert torch.allclose(state.channel_max[e], y[taken].abs().amax(0), rtol=1e-5)
         assert torch.allclose(state.in_channel_max[e], h[taken].abs().amax(0), rtol=1e-5)
         assert torch.allclose(state.in_channel_sq[e], h[taken].double().square().sum(0), rtol=1e-5)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 import sedetect
 from sedetect.backends import BACKENDS
 from sedetect.errors import SedetectError
-from sedetect.hf import MeasuredDown
+from sedetect.hf import SubstitutedDown
 from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.update import update_torch
 from sedetect.stats import BankId, BankStats, ModelStats, merge_all
@@ -176,7 +176,7 @@ def test_nothing_stays_behind():
         assert list(model.state_dict()) == keys
         assert [id(p) for p in model.parameters()] == [p for _, p in before["parameters"]]
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-        assert any(isinstance(module, MeasuredDown) for module in model.modules())
+        assert any(isinstance(module, SubstitutedDown) for module in model.modules())
     assert _snapshot(model) == before
     with pytest.raises(RuntimeError, match="mine"), sedetect.profile(model) as prof:
         model(input_ids=ids)
@@ -224,14 +224,30 @@ def test_another_model_of_the_same_config_is_untouched():
     assert all("never ran" in note for note in prof.stats.header.notes)
 
 
+def test_a_compiled_model():
+    model, ids = random_model("qwen2_moe"), token_ids()
+    compiled = torch.compile(model, backend="eager")
+    runs = []
+    for form in (model, compiled):
+        with sedetect.profile(form, source="text") as prof:
+            for number in range(2):
+                prof.batch(sequence_ids=torch.arange(4) + 4 * number)
+                logits = form(input_ids=ids).logits
+        runs.append((prof.stats, logits))
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert_equal(runs[1][0], runs[0][0])
+    with torch.no_grad():
+        assert_logits_close(compiled(input_ids=ids).logits, runs[0][1], 1e-4)
+
+
 def test_two_profiles_of_one_model_do_not_nest():
     model = random_model("qwen3_moe")
     with sedetect.profile(model) as prof:
-        with pytest.raises(SedetectError, match="is being profiled already"), sedetect.profile(model):
+        with pytest.raises(SedetectError, match="sedetect is attached already"), sedetect.profile(model):
             pass
         model(input_ids=token_ids())
     assert prof.stats.header.tokens == token_ids().numel()
-    assert not hasattr(model.model.layers[0].mlp.experts.config, "sedetect_bank")
+    assert not hasattr(model.model.layers[0].mlp.experts.config, "sedetect_call")
 
 
 def test_refused_models():

@@ -155,7 +155,9 @@ def test_generate_infers_the_mask_from_padding(model):
     texts = sequences(5, 11)
     ids, _ = padded(texts, "left")
     with sedetect.profile(model) as prof:
-        model.generate(input_ids=ids, max_new_tokens=1, pad_token_id=PAD, eos_token_id=EOS, cache_implementation="static")
+        model.generate(
+            input_ids=ids, max_new_tokens=1, pad_token_id=PAD, eos_token_id=EOS, cache_implementation="static"
+        )
     assert_rows(prof.stats, dict(enumerate(texts)))
 
 
@@ -163,7 +165,9 @@ def test_generate_twice_begins_new_sequences(model):
     texts = sequences(6, 6)
     with sedetect.profile(model) as prof:
         for _ in range(2):
-            model.generate(input_ids=torch.stack(texts), max_new_tokens=1, eos_token_id=None, cache_implementation="static")
+            model.generate(
+                input_ids=torch.stack(texts), max_new_tokens=1, eos_token_id=None, cache_implementation="static"
+            )
     assert_rows(prof.stats, dict(enumerate(texts * 2)))
 
 

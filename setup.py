@@ -18,7 +18,7 @@ extension = CppExtension(
 
 setup(
     # Listed by hand: sedetect/kernels is a symlink, which find_packages would walk twice or not at all.
-    packages=["sedetect", "sedetect.kernels"],
+    packages=["sedetect", "sedetect.cli", "sedetect.kernels"],
     package_data={"sedetect": ["corpus/*"]},
     ext_modules=[extension],
     cmdclass={"build_ext": BuildExtension},

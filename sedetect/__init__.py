@@ -1,10 +1,11 @@
 """Find the super experts of Mixture-of-Experts models, measured by the kernels that compute them.
 
-    with sedetect.profile(model) as prof:
-        model(input_ids=input_ids)
-    print(sedetect.rank(prof.stats).headline)
+with sedetect.profile(model) as prof:
+    model(input_ids=input_ids)
+print(sedetect.rank(prof.stats).headline)
 """
 
+from sedetect import ops
 from sedetect.errors import SedetectError
 from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.profiler import Profile, profile
@@ -23,6 +24,7 @@ __all__ = [
     "SuperExpert",
     "__version__",
     "merge_all",
+    "ops",
     "profile",
     "profile_model",
     "rank",

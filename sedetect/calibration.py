@@ -86,6 +86,8 @@ def load_texts(data: str | os.PathLike | None = None) -> dict[str, list[Document
         corpus = importlib.resources.files("sedetect") / "corpus"
         return {domain: [(corpus / f"{domain}.txt").read_text(encoding="utf-8")] for domain in DOMAINS}
     path = Path(data)
+    if not str(data):
+        raise SedetectError("--data: is empty; give a file, a folder or a hub data set, or leave it out")
     if path.is_dir():
         texts = _read_folder(path)
     elif path.exists():
@@ -195,6 +197,8 @@ def make_windows(
     calibration = Calibration(domains, tokens, notes)
     if tokens - calibration.used >= seq_len:
         notes.append(f"{tokens} tokens asked, {calibration.used} used: the text has no more (it is never repeated)")
+    elif calibration.used > tokens:
+        notes.append(f"{tokens} tokens asked, {calibration.used} used: every domain gives at least one window")
     return calibration
 
 

@@ -66,8 +66,8 @@ def check_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> No
 
 
 def weights_digest(path: str | Path) -> str | None:
-    """16 hexadecimal digits that tell checkpoints apart: over the names and headers of all safetensors files, and 64
-    samples of 64 bytes of each file's weights (two fine-tunes of one model have equal headers).
+    """16 hexadecimal digits that tell checkpoints apart: over the names and headers of all safetensors files, and over
+    4096 samples of 4 KiB of each file's weights (two fine-tunes of one model have equal headers).
 
     None where path is no checkpoint folder. Raises SedetectError as check_checkpoint does.
     """
@@ -80,9 +80,9 @@ def weights_digest(path: str | Path) -> str | None:
         state.update(shard.name.encode() + b"\0" + header)
         start, size = 8 + len(header), shard.stat().st_size
         with shard.open("rb") as opened:
-            for sample in range(64):
-                opened.seek(start + (size - start) * sample // 64)
-                state.update(opened.read(64))
+            for sample in range(4096):
+                opened.seek(start + (size - start) * sample // 4096)
+                state.update(opened.read(4096))
     return state.hexdigest()[:16]
 
 
@@ -229,6 +229,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SedetectError(f"--device {device}: cannot be used ({shorten(error)}); use cpu or leave it out") from None
@@ -279,19 +281,22 @@ def _refuse_unconverted(name: str, report: list[str]) -> None:
 def _captured_report() -> Iterator[list[str]]:
     """Collect the table of missing and unexpected weights that transformers logs, instead of printing it."""
     report: list[str] = []
+    logger = logging.getLogger("transformers.modeling_utils")
+    own, level = logger.level, logger.getEffectiveLevel()
 
     def divert(record: logging.LogRecord) -> bool:
         message = record.getMessage()
         if "LOAD REPORT" not in message:
-            return True
+            return record.levelno >= level
         report.append(message)
         return False
 
-    logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(divert)
+    logger.setLevel(min(level, logging.WARNING))  # the report is a warning, which may be switched off
     try:
         yield report
     finally:
+        logger.setLevel(own)
         logger.removeFilter(divert)
 
 
@@ -304,8 +309,11 @@ def _one_line_errors(name: str, what: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         if Path(name).is_dir():
-            failure, way_out = "cannot be loaded", "check its files, or try another version of transformers"
+            failure, way_out = (
+                "cannot be loaded",
+                "check its files and the options given, or try another version of transformers",
+            )
         else:
-            failure = "is no local folder, and cannot be loaded from the hub"
+            what, failure = "", f"is no local folder, and its {what or 'model '}cannot be loaded from the hub"
             way_out = "check the name and the connection, or give a folder"
         raise SedetectError(f"{name}: {what}{failure} ({shorten(error)}); {way_out}") from error

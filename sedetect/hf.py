@@ -30,6 +30,7 @@ from sedetect.stats import BankId, BankStats
 NAME = "sedetect"
 # Names of an MLP's output projection, down_proj by far the most common.
 DOWN_NAMES = ("down_proj", "w2", "output_linear")
+_LAYER = re.compile(r"(.*?)\.(\d+)(?=\.|$)")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -165,7 +166,7 @@ def find_banks(model: nn.Module) -> list[Bank]:
         (f"{path}.{name}" if path else name, child)
         for path, module in model.named_modules()
         for name, child in module.named_children()
-        if name in DOWN_NAMES and _is_linear(child) and not f"{path}.{name}".startswith(inside)
+        if name in DOWN_NAMES and _is_linear(child) and not f"{path}.{name}".startswith(inside) and _LAYER.match(path)
     ]
     layers = {_place(path) for path, _ in routed}
     taken: dict[tuple[str, int, str], int] = defaultdict(int)
@@ -175,7 +176,9 @@ def find_banks(model: nn.Module) -> list[Bank]:
         stack, layer = _place(path)
         number = taken[stack, layer, kind]
         taken[stack, layer, kind] += 1
-        banks.append(Bank(BankId(stack, layer, f"{kind}_{number}" if number else kind), path, module, *sizes))
+        if number:
+            kind += "_vision" if ".vision" in path and number == 1 else f"_{number}"
+        banks.append(Bank(BankId(stack, layer, kind), path, module, *sizes))
 
     for path, module in routed:
         experts, *matrix = module.down_proj.shape
@@ -250,7 +253,7 @@ def _run_backwards(undo: list[Callable[[], None]]) -> None:
 
 
 def _place_match(path: str) -> tuple[str, str, int]:
-    match = re.match(r"(.*?)\.(\d+)(?=\.|$)", path)
+    match = _LAYER.match(path)
     if match is None:
         raise SedetectError(f"{path}: not inside a numbered layer; this architecture is not supported")
     prefix = match.group(1)
@@ -299,11 +302,12 @@ def _refuse_unreachable(path: str, module: nn.Module, reachable: set[int]) -> No
                 "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"
             )
         return
-    listed = isinstance(module, nn.ModuleList) and path.split(".")[-1] == "experts" and len(module)
+    first = next(module.children(), None)
+    listed = path.split(".")[-1] == "experts" and first is not None
     stored = "xperts" in name and any(p.dim() == 3 for p in module.parameters(recurse=False))
     if listed or stored:
-        what = type(module[0]).__name__ if listed else name
+        what = type(first).__name__ if listed else name
         raise SedetectError(
             f"{path} ({what}): experts outside transformers' experts interface are not supported yet; "
-            "use a transformers release in which this model has the interface"
+            "this model cannot be profiled now"
         )

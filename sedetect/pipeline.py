@@ -6,20 +6,21 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration import (
     Calibration,
-    Windows,
+    Document,
     batches,
     check_vocabulary,
     load_texts,
     make_windows,
     prefix_ids,
 )
-from sedetect.checkpoint import load_model, load_tokenizer
+from sedetect.checkpoint import check_checkpoint, load_model, load_tokenizer
 from sedetect.errors import SedetectError
 from sedetect.hf import find_banks
 from sedetect.profiler import profile
@@ -80,21 +81,10 @@ def profile_model(
     Raises:
         SedetectError: for bad input, before anything is measured.
     """
-    if isinstance(model, (str, os.PathLike)):
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        if tokenizer is None:
-            tokenizer = load_tokenizer(model, **options)
-        texts = _read(texts)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            model = load_model(model, device=device, dtype=dtype, attn=attn, **options)
-        notes = [str(warning.message) for warning in caught if "weights are not used" in str(warning.message)]
-    elif tokenizer is None:
-        raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")
-    else:
-        texts, notes = _read(texts), []
-    find_banks(model)  # refuse what is no MoE before anything is asked of it
-    calibration = _windows(model, tokenizer, texts, tokens, seq_len, seed, chat_template)
+    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
+    model, tokenizer, notes = open_model(model, tokenizer, **options, trust_remote_code=trust_remote_code)
+    cut = {"tokens": tokens, "seq_len": seq_len, "seed": seed, "chat_template": chat_template}
+    calibration = calibration_windows(model, tokenizer, texts, **cut)
     prefix = next(iter(prefix_ids(tokenizer)), None)
     total, done, seconds, interrupted = calibration.used, 0, 0.0, False
     domains: dict[str, ModelStats] = {}
@@ -115,28 +105,67 @@ def profile_model(
         stats = prof.stats
         seconds += time.perf_counter() - start
         if stats.header.tokens:
-            stats.header.notes = sorted({*stats.header.notes, *calibration.notes, *notes})
             domains[domain] = stats
+    for stats in domains.values():
+        planned = [] if interrupted else calibration.notes
+        stats.header.notes = sorted({*stats.header.notes, *planned, *notes})
     return ModelProfile(merge_all(domains.values()), domains, seconds, tokens, interrupted, tokenizer)
 
 
-def _read(texts: Any) -> dict[str, list[str]]:
-    return texts if isinstance(texts, dict) else load_texts(texts)
+def open_model(
+    model: str | os.PathLike | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """A MoE model with its tokenizer, and notes on how it loaded; a checkpoint is loaded, a loaded model passed on.
+
+    Raises SedetectError for what load_model, load_tokenizer and find_banks refuse, and for a loaded model without
+    tokenizer.
+    """
+    notes: list[str] = []
+    if isinstance(model, (str, os.PathLike)):
+        if Path(model).is_dir():
+            check_checkpoint(model, trust_remote_code=trust_remote_code)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = tokenizer or load_tokenizer(model, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model = load_model(model, device=device, dtype=dtype, attn=attn, **options)
+        notes = [str(warning.message) for warning in caught if "weights are not used" in str(warning.message)]
+    elif tokenizer is None:
+        raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")
+    find_banks(model)  # refuse what is no MoE before anything is asked of it
+    if not prefix_ids(tokenizer) and tokenizer.bos_token is not None:
+        notes.append(
+            f"the tokenizer has a {tokenizer.bos_token} but puts nothing before a text; "
+            "if the model was trained with it, super experts stay silent without it"
+        )
+    return model, tokenizer, notes
 
 
-def _windows(model, tokenizer, texts, tokens, seq_len, seed, chat_template) -> Calibration:
-    """The calibration windows, checked against the model's vocabulary and positions."""
-    text_config = model.config.get_text_config()
-    calibration = make_windows(
-        tokenizer,
-        texts,
-        tokens=tokens,
-        seq_len=seq_len,
-        seed=seed,
-        chat_template=chat_template,
-        max_positions=getattr(text_config, "max_position_embeddings", None),
-    )
-    windows: Windows
+def calibration_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: str | os.PathLike | dict[str, list[Document]] | None,
+    **settings: Any,
+) -> Calibration:
+    """make_windows of texts (as profile_model takes them), checked against the model's vocabulary and positions."""
+    named = "embedded" if texts is None else "texts" if isinstance(texts, dict) else str(texts)
+    if isinstance(texts, dict):
+        for domain, documents in texts.items():
+            if not isinstance(documents, (list, tuple)):
+                raise SedetectError(f"texts[{domain!r}]: is a {type(documents).__name__}; give a list of documents")
+    elif texts is None or isinstance(texts, (str, os.PathLike)):
+        texts = load_texts(texts)
+    else:
+        raise SedetectError(f"texts: is a {type(texts).__name__}; give a path, or a dictionary of lists of documents")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    calibration = make_windows(tokenizer, texts, **settings, corpus=named, max_positions=positions)
     for windows in calibration.domains.values():
         check_vocabulary(tokenizer, windows, model.get_input_embeddings().weight.shape[0])
     return calibration

@@ -3,6 +3,7 @@
 import json
 import uuid
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -100,7 +101,7 @@ class Profile:
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
         tokens, sequences = tracker.totals()
         header = Header(
-            model=self._model.config._name_or_path or type(self._model).__name__,
+            model=_name(self._model),
             digest=model_digest(self._model),
             dtype=str(self._model.dtype).removeprefix("torch."),
             layers=hf.layers_per_stack(self._model, self._banks),
@@ -145,6 +146,12 @@ def profile(
         SedetectError: for a model in training mode, without experts, or with experts that cannot be measured.
     """
     return Profile(model, source, info, prefix, backend, channels, coactivation)
+
+
+def _name(model: nn.Module) -> str:
+    """The hub name, or the last part of a folder's path: files that travel do not tell where it lay."""
+    name = model.config._name_or_path
+    return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
 
 
 def model_digest(model: nn.Module) -> str:

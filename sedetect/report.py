@@ -17,7 +17,7 @@ _STYLES = {"super": "bold green", "outlier": "yellow", "unsupported": "dim"}
 
 
 def ranking_document(ranking: Ranking, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """super_experts.json: Ranking.to_dict(), and for every expert "token", the text of its token_id (None if unknown)."""
+    """super_experts.json: Ranking.to_dict(), and for every expert "token", the text of its token_id (None: unknown)."""
     document = ranking.to_dict()
     for expert in document["super_experts"] + document["others"]:
         expert["token"] = _token(tokenizer, expert["token_id"])
@@ -89,7 +89,8 @@ def _line(console: Console, text: str) -> None:
 
 def _cells(expert: SuperExpert, tokenizer: PreTrainedTokenizerBase | None, named: bool) -> list[str]:
     token = _token(tokenizer, expert.token_id)
-    shown = "-" if expert.token_id < 0 else f"{expert.token_id}" if token is None else f"{token!r}"
+    partial = token is None or "\ufffd" in token  # some bytes of a character: the id says more
+    shown = "-" if expert.token_id < 0 else f"#{expert.token_id}" if partial else f"{token!r}"
     style = _STYLES[expert.verdict]
     return [
         f"[{style}]{escape(str(expert))}[/]",

@@ -284,7 +284,8 @@ class Header:
         sources = dict(self.sources)
         for name, source in other.sources.items():
             if name in sources:
-                ranges = _union_ranges(sources[name].ranges, source.ranges, name)
+                label = f"{name} ({source.info['domain']})" if "domain" in source.info else name
+                ranges = _union_ranges(sources[name].ranges, source.ranges, label)
                 source = Source(ranges, sources[name].info)
             sources[name] = source
         banks = dict(self.banks)
@@ -374,8 +375,14 @@ class ModelStats:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ModelStats":
-        """Read a file written by save. Raises SedetectError for a missing or foreign file or another version."""
-        if not Path(path).is_file():
+        """Read a file written by save, or the stats.safetensors of a folder.
+
+        Raises SedetectError for a missing, foreign or damaged file, or another version.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path /= "stats.safetensors"
+        if not path.is_file():
             raise SedetectError(f"{path}: no such statistics file; run `sedetect profile MODEL -o DIR` to make one")
         try:
             with safe_open(path, framework="pt") as file:
@@ -394,8 +401,11 @@ class ModelStats:
                     bank, name = key.split("/")
                     by_bank.setdefault(BankId.parse(bank), {})[name] = file.get_tensor(key)
             banks = {bank: BankStats.from_tensors(tensors) for bank, tensors in sorted(by_bank.items())}
-            return cls(banks, Header.from_json(metadata["header"]))
-        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            header = Header.from_json(metadata["header"])
+            if {str(bank) for bank in banks} != header.banks.keys():
+                raise ValueError(f"{len(banks)} banks where its header names {len(header.banks)}")
+            return cls(banks, header)
+        except (SafetensorError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise SedetectError(f"{path}: damaged statistics file ({error}); profile again") from None
 
 

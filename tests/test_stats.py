@@ -169,3 +169,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SedetectError, match="cannot be written"):
         write_json(tmp_path / "file" / "a.json", {})
+
+
+@pytest.mark.parametrize("damage", ["bank", "shape", "header"])
+def test_inconsistent_files_are_refused(tmp_path, damage):
+    stats = model_stats(1)
+    tensors = {f"{BANK}/{name}": t for name, t in stats.banks[BANK].tensors().items()}
+    header = stats.header.to_json()
+    if damage == "bank":
+        tensors = {f"decoder.4.routed{key.removeprefix(str(BANK))}": t for key, t in tensors.items()}
+    elif damage == "shape":
+        tensors[f"{BANK}/rows"] = torch.zeros(2, 2, dtype=torch.int64)
+    else:
+        header = header.replace('"banks": {', '"banks": [], "was": {')
+    save_file(tensors, tmp_path / "a", {"format": "sedetect-stats", "version": "1", "header": header})
+    with pytest.raises(SedetectError, match="damaged statistics file"):
+        ModelStats.load(tmp_path / "a")

@@ -1,0 +1,27 @@
+"""The command line: one module per group of commands, each adding its commands to app."""
+
+import sys
+
+import huggingface_hub.utils.logging as hub_logging
+from transformers.utils import logging as transformers_logging
+
+from sedetect.cli import profile
+from sedetect.cli.shared import app, stderr
+from sedetect.errors import SedetectError
+
+__all__ = ["app", "main", "profile"]
+
+
+def main() -> None:
+    """Entry point: SedetectError becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # tokens and paths may hold what the terminal cannot show
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+    try:
+        app()
+    except SedetectError as error:
+        stderr.print(f"sedetect: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,82 @@
+"""What the commands share: the application, consoles, common options, progress, and stopping politely."""
+
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sedetect.errors import SedetectError
+from sedetect.version import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+stderr = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="checkpoint folder or hub name", metavar="MODEL")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="folder for the results")]
+Data = Annotated[str | None, typer.Option(help=".txt, .jsonl, .parquet, a folder of them, a hub data set")]
+Tokens = Annotated[int, typer.Option(help="calibration tokens")]
+SeqLen = Annotated[int, typer.Option(help="tokens per window")]
+BatchSize = Annotated[int, typer.Option(help="windows per forward")]
+Seed = Annotated[int | None, typer.Option(help="choose windows at random (default: text order)")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda if there is one)")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32")]
+Backend = Annotated[str | None, typer.Option(help="cpu or torch (default: the fastest that serves)")]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
+Attn = Annotated[str | None, typer.Option(help="attention implementation of transformers")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own code")]
+
+
+@app.callback(invoke_without_command=True)
+def about(version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False) -> None:
+    """Find the super experts of Mixture-of-Experts models.
+
+    Exit codes: 0 done, 2 wrong arguments or input, 130 stopped by Ctrl-C.
+    """
+    if version:
+        console.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+def check_writable(folder: Path) -> None:
+    """Fail before the work, not after it, and make no folder that bad input would leave behind."""
+    nearest = folder / "domains"
+    try:
+        while not nearest.exists():
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        why = f"{nearest} cannot be written ({error.strerror})"
+        raise SedetectError(f"-o {folder}: {why}; choose another folder") from None
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks to stop at the next batch, so that every layer sees the same tokens; the second kills."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        stderr.print("stopping after this batch; Ctrl-C again to give up")
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def progress_bar(unit: str = "tokens") -> Progress:
+    """A bar on stderr, on a terminal; elsewhere it would show nothing and leave an empty line."""
+    done = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    quiet = not stderr.is_terminal
+    return Progress(TextColumn("{task.description}"), *done, console=stderr, transient=True, disable=quiet)

@@ -303,7 +303,7 @@ def _refuse_unreachable(path: str, module: nn.Module, reachable: set[int]) -> No
             )
         return
     first = next(module.children(), None)
-    listed = path.split(".")[-1] == "experts" and first is not None
+    listed = path.split(".")[-1] == "experts" and first is not None and id(first) not in reachable
     stored = "xperts" in name and any(p.dim() == 3 for p in module.parameters(recurse=False))
     if listed or stored:
         what = type(first).__name__ if listed else name

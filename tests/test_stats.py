@@ -102,7 +102,7 @@ def test_sources_are_renumbered_by_name():
 
 def test_merge_refuses_what_does_not_belong_together():
     one = model_stats(1)
-    with pytest.raises(SedetectError, match="source text: sequences 1000 to 1019 are in both runs"):
+    with pytest.raises(SedetectError, match=r"source text \(text\): sequences 1000 to 1019 are in both runs"):
         one.merge(model_stats(1))
     other = model_stats(2)
     other.header.digest = "d2"

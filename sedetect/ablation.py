@@ -1,0 +1,236 @@
+"""Ablation: a model without chosen experts, switched off at dispatch. No weight is edited.
+
+Three interventions, which are different questions (arXiv 2507.23279 zeroes down_proj, which for experts without a bias
+is "skip"):
+
+    skip         the expert's output does not count; the routing weights of the others stay as they are
+    renormalize  the others take over its routing weight, in proportion, so that their sum stays what it was
+    remove       the router cannot choose it: its logit is -inf before top-k, so another expert takes the slot, as in a
+                 checkpoint from which the expert was pruned
+
+A single weight of an expert's down_proj can be switched off as well (a super weight): its product is taken out of the
+expert's output.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from sedetect import hf
+from sedetect.errors import SedetectError
+from sedetect.kernels.grouped import expert_linear
+from sedetect.ranking import Place
+from sedetect.tracking import TrackedModel
+
+HOW = ("skip", "renormalize", "remove")
+TOKENS = ("all", "first", "rest")
+_NAME = re.compile(r"(?:(\w+)\.)?L(\d+)(?:E(\d+)(_\w+)?|((?:shared|dense)(?:_\d+)?))")
+
+
+def parse_place(name: str) -> Place:
+    """The Place whose str is name: "L1E28", "L8shared", "encoder.L1E28". Raises SedetectError for anything else."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise SedetectError(f"{name!r}: not the name of an expert; write L1E28, or L8shared for a shared expert")
+    stack, layer, expert, suffix, single = match.groups()
+    if single is None:
+        return Place(stack or "decoder", int(layer), f"routed{suffix or ''}", int(expert))
+    return Place(stack or "decoder", int(layer), single, single.split("_")[0])
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One element of an expert's down_proj: output channel (row) and intermediate channel (column)."""
+
+    expert: Place
+    channel: int
+    intermediate: int
+
+    def __str__(self) -> str:
+        return f"{self.expert}[{self.channel},{self.intermediate}]"
+
+
+@dataclass
+class _Off:
+    """What is switched off in one bank."""
+
+    experts: list[int] = field(default_factory=list)
+    weights: list[tuple[int, int, int]] = field(default_factory=list)  # expert, channel, intermediate
+
+
+@contextmanager
+def ablate(
+    model: nn.Module, what: Iterable[Place | Weight | str], *, how: str = "skip", tokens: str = "all"
+) -> Iterator[None]:
+    """Run the model without these experts (names or Places) or single weights while the context lasts.
+
+    Args:
+        model: a Hugging Face MoE model. It may be under a profile, which then measures the rest.
+        how: "skip", "renormalize" or "remove" (module docstring). Shared experts and weights know only "skip".
+        tokens: "all", or only at "first" tokens of sequences, or only at the "rest".
+    Raises:
+        SedetectError: for an expert that the model does not have; for "remove" with a router that cannot be masked, or
+            with tokens other than "all".
+    """
+    if how not in HOW:
+        raise SedetectError(f"how {how!r} is not known; use one of {', '.join(HOW)}")
+    if tokens not in TOKENS:
+        raise SedetectError(f"tokens {tokens!r} is not known; use one of {', '.join(TOKENS)}")
+    if how == "remove" and tokens != "all":
+        raise SedetectError(f"how 'remove' masks the router for every token; tokens {tokens!r} goes with skip only")
+    model = getattr(model, "_orig_mod", model)
+    banks = {(b.id.stack, b.id.layer, b.id.kind): b for b in hf.find_banks(model)}
+    chosen: dict[tuple[str, int, str], _Off] = defaultdict(_Off)
+    for one in what:
+        one = parse_place(one) if isinstance(one, str) else one
+        place = one.expert if isinstance(one, Weight) else one
+        bank = banks.get((place.stack, place.layer, place.kind))
+        number = 0 if isinstance(place.expert, str) else place.expert
+        if bank is None or number >= bank.experts:
+            raise SedetectError(f"{one}: {type(model).__name__} has no such expert")
+        off = chosen[place.stack, place.layer, place.kind]
+        if isinstance(one, Weight):
+            if one.channel >= bank.hidden or one.intermediate >= bank.intermediate:
+                raise SedetectError(f"{one}: its down_proj is {bank.hidden} x {bank.intermediate}")
+            off.weights.append((number, one.channel, one.intermediate))
+        else:
+            off.experts.append(number)
+    with ExitStack() as stack:
+        tracked = stack.enter_context(TrackedModel(model)) if tokens != "all" else None
+        calls = []
+        for key, off in chosen.items():
+            bank = banks[key]
+            selected = partial(_selected, tracked, tokens, bank)
+            if not bank.routed:
+                calls.append((bank, partial(_without_down, off, selected)))
+                continue
+            calls.append((bank, partial(_without_experts, off, selected, how)))
+            if how == "remove" and off.experts:
+                stack.callback(_mask_router(model, bank, off.experts))
+        stack.callback(hf.attach(model, calls))
+        yield
+
+
+def _selected(
+    tracked: TrackedModel | None, tokens: str, bank: hf.Bank, count: int, device: torch.device
+) -> torch.Tensor:
+    """(T,) bool: the rows of this call to which the ablation applies."""
+    if tracked is None:
+        return torch.ones(count, dtype=torch.bool, device=device)
+    first = tracked.rows_of(bank, count, device).first
+    return first if tokens == "first" else ~first
+
+
+def _without_experts(
+    off: _Off,
+    selected: Callable[[int, torch.device], torch.Tensor],
+    how: str,
+    module: nn.Module,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    gates: torch.Tensor,
+) -> torch.Tensor:
+    rows = selected(len(index), x.device)[:, None]
+    kept = gates
+    if off.experts:
+        dropped = rows & torch.isin(index, torch.tensor(off.experts, device=index.device))
+        kept = gates.masked_fill(dropped, 0)
+        if how == "renormalize":
+            total, rest = gates.sum(1, keepdim=True), kept.sum(1, keepdim=True)
+            kept = torch.where(rest != 0, kept * (total / rest), kept)
+    out = hf.run_inner(module, x, index, kept)
+    for expert, channel, intermediate in off.weights:
+        # One product taken out of the sum; the expert's intermediate state is computed once more for that.
+        h = expert_hidden(module, x.reshape(-1, x.shape[-1]), expert)[:, intermediate]
+        weight = module.down_proj[expert]
+        weight = weight[intermediate, channel] if module.is_transposed else weight[channel, intermediate]
+        gate = (kept * (rows & (index == expert))).sum(1)
+        out = out.clone()
+        out.view(-1, out.shape[-1])[:, channel] -= (gate * h * weight).to(out.dtype)
+    return out
+
+
+def _without_down(
+    off: _Off, selected: Callable[..., torch.Tensor], original: nn.Module, x: torch.Tensor
+) -> torch.Tensor:
+    y = original(x)
+    flat = y.reshape(-1, y.shape[-1])
+    rows = selected(len(flat), x.device)
+    if off.experts:
+        flat = flat.masked_fill(rows[:, None], 0)
+    for _, channel, intermediate in off.weights:
+        flat = flat.clone()
+        h = x.reshape(-1, x.shape[-1])[:, intermediate]
+        flat[:, channel] -= rows * h * original.weight[channel, intermediate]
+    return flat.view(y.shape)
+
+
+def expert_hidden(module: nn.Module, x: torch.Tensor, expert: int) -> torch.Tensor:
+    """The input of one expert's down_proj: x (T, H) -> (T, I), by the module's own gate."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    bias = getattr(module, f"{up}_bias")[expert] if module.has_bias else None
+    z = expert_linear(x, getattr(module, up)[expert], bias, module.is_transposed)
+    return module._apply_gate(z) if module.has_gate else module.act_fn(z)
+
+
+class _MaskedLogits(TorchFunctionMode):
+    """Sets the columns of removed experts to -inf in whatever linear map gives one column per expert."""
+
+    def __init__(self, num_experts: int, removed: list[int]):
+        super().__init__()
+        self.num_experts, self.removed, self.hits = num_experts, removed, 0
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        linear = function in (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+        if linear and out.shape[-1] == self.num_experts:
+            self.hits += 1
+            out = out.clone()
+            out[..., self.removed] = -torch.inf
+        return out
+
+
+def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callable[[], None]:
+    """Wrap the forward of the bank's router; returns what unwraps it."""
+    router = _router(model, bank)
+    original, previous = router.forward, router.__dict__.get("forward")
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _MaskedLogits(bank.experts, removed) as mode:
+            out = original(*args, **kwargs)
+        if not mode.hits:
+            raise SedetectError(
+                f"{bank.path}: the logits of its router ({type(router).__name__}) cannot be masked; use how='skip'"
+            )
+        return out
+
+    router.forward = forward
+
+    def undo() -> None:
+        if previous is None:
+            del router.forward
+        else:
+            router.forward = previous
+
+    return undo
+
+
+def _router(model: nn.Module, bank: hf.Bank) -> nn.Module:
+    """The module beside the experts that holds one row per expert."""
+    parent = model.get_submodule(bank.path.rpartition(".")[0])
+    for module in parent.children():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[0] == bank.experts:
+            return module
+        if any(p.dim() == 2 and p.shape[0] == bank.experts for p in module.parameters()) and module is not bank.module:
+            return module
+    raise SedetectError(f"{bank.path}: no router found beside it; use how='skip'")

@@ -50,9 +50,12 @@ def probe_gate(
     apply: Callable[[torch.Tensor], torch.Tensor],
     width: int,
     candidates: Iterable[Gate],
+    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Gate | None:
     """The first candidate that agrees with apply, a module's own gate for I = width; None if none does.
+
+    It must agree to 1e-5 in float32, and to the last bit in a dtype of 16 bits: a gate of another precision does not.
 
     Gate and up sweep both signs and magnitudes from 1e-3 to 1e4 independently, in either layout, so that a clamp or a
     shift cannot hide.
@@ -66,7 +69,10 @@ def probe_gate(
         for gate in candidates:
             x = z if gate.gated else z[:, :width]
             own, mine = apply(x.clone()), gate_torch(gate, x)
-            if mine.shape == own.shape and torch.allclose(mine, own.to(mine.dtype), rtol=1e-5, atol=1e-30):
+            if mine.shape != own.shape or not torch.allclose(mine, own.to(mine.dtype), rtol=1e-5, atol=1e-30):
+                continue
+            x = x.to(dtype)
+            if dtype.itemsize > 2 or torch.equal(apply(x.clone()).nan_to_num(), gate_torch(gate, x).nan_to_num()):
                 return gate
     return None
 

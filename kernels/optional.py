@@ -1,11 +1,14 @@
-"""The optional statistics, asked for by name: per-channel maxima and squares, and co-activation.
+"""The optional statistics, asked for by name: per-channel maxima and squares, co-activation, and the first rows.
 
-These torch definitions serve every backend; they read the down_proj output and its input once more.
+These torch definitions serve every backend. The channels read the down_proj output and its input once more; the
+others need only the routing and the row statistics.
 """
 
 import torch
 
 from sedetect.kernels.plan import Plan
+from sedetect.kernels.records import bits_float, float_bits
+from sedetect.kernels.row_stats import RowStats
 from sedetect.kernels.update import Rows
 
 
@@ -37,3 +40,39 @@ def update_coactivation_torch(state, top_k_index: torch.Tensor, gates: torch.Ten
     chosen.scatter_(1, torch.where(used, top_k_index, experts), 1.0)
     # float32 products of 0 and 1 are exact below 2^24 tokens a call.
     state.coactivation += (chosen[:, :-1].T @ chosen[:, :-1]).to(torch.int64)
+
+
+def update_published_torch(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
+    """What the published tool records of each expert, max|y| of the first row it is given (E,), in place.
+
+    ZunhaiSu/Super-Experts-Profilling (573aead) hooks the down_proj of each expert and reads output[0], one sequence per
+    forward. In transformers 4.51 (Qwen3MoeSparseMoeBlock, MixtralSparseMoeBlock) an expert's rows stand in the order
+    (top-k slot, token): its first row is the first token that chose it as top-1, if any did, else as top-2, and so on.
+    Here a sequence of the batch takes the place of its forward; of rows that could not be mapped (sequence -1), the
+    whole call does. A sequence that goes on in another forward (decoding) begins anew there, as it does in the tool.
+
+    Example: tokens 0, 1, 2 choose (a, b), (b, a), (b, c): the first row of a is token 0, of b token 1, of c token 2.
+
+    Args:
+        stats: of the S sorted rows.
+        gates: (T, k) routing weights; slot j of a token is its j-th choice, as the router orders them.
+    """
+    slots, tokens = plan.order, len(gates)
+    token = slots // plan.top_k
+    row = torch.arange(len(slots), device=slots.device)
+    expert = torch.searchsorted(plan.offsets[1:].contiguous(), row, right=True)  # E for sentinels
+    counted = rows.counted[token] & (gates.reshape(-1)[slots] != 0) & (expert < plan.num_experts)
+    expert = torch.where(counted, expert, plan.num_experts)
+    sequence = rows.sequence[token]
+    # Sorted by (expert, sequence, slot, token), least significant key first.
+    order = (slots % plan.top_k * tokens + token).argsort()
+    for key in (sequence, expert):
+        order = order[key[order].argsort(stable=True)]
+    expert, sequence = expert[order], sequence[order]
+    leads = torch.ones_like(counted)
+    leads[1:] = (expert[1:] != expert[:-1]) | (sequence[1:] != sequence[:-1])
+    # As integers, which order NaN above Inf.
+    bits = torch.where(leads, float_bits(stats.peak.abs())[order], 0)
+    largest = torch.zeros(plan.num_experts + 1, dtype=torch.int64, device=bits.device)
+    largest.scatter_reduce_(0, expert, bits, "amax")
+    state.published_max.copy_(torch.maximum(state.published_max, bits_float(largest[:-1])))

@@ -49,7 +49,7 @@ class Windows:
     source   digest of the domain's text, the tokens it gives, the prefix, L and chat_template. Equal windows of equal
              sources have equal numbers, so that merging the same window twice can be refused; the seed is left out
              because numbers do not depend on it
-    info     domain, corpus, window (L), chat_template, tokens (N * L), for people
+    info     domain, corpus, window (L), chat_template, for people
     """
 
     ids: torch.Tensor
@@ -118,13 +118,6 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     )
 
 
-def lacks_prefix(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> bool:
-    """Whether the tokenizer has a prefix and some row of ids (N, L) does not begin with it."""
-    prefix = torch.tensor(prefix_ids(tokenizer), dtype=torch.int64, device=ids.device)
-    start = ids[:, : len(prefix)]
-    return start.shape[1] < len(prefix) or not bool((start == prefix).all())
-
-
 def make_windows(
     tokenizer: PreTrainedTokenizerBase,
     texts: dict[str, list[Document]],
@@ -188,7 +181,6 @@ def make_windows(
             "corpus": corpus,
             "window": seq_len,
             "chat_template": chat_template,
-            "tokens": count * seq_len,
         }
         numbers = _choose(room[domain], count, seed)
         windows = streams[domain][: room[domain] * body].reshape(-1, body)[numbers]

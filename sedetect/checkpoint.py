@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,18 @@ def weights_digest(path: str | Path) -> str | None:
     folder = Path(path)
     if not (path and (folder / "config.json").is_file()):
         return None
+    shards = _shards(folder)
+    return _digest_of(tuple((shard, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards))
+
+
+@lru_cache(maxsize=8)
+def _digest_of(shards: tuple[tuple[Path, int, int], ...]) -> str:
+    """weights_digest of these files; size and time of change tell when it must be taken again."""
     state = hashlib.sha256()
-    for shard in _shards(folder):
+    for shard, size, _ in shards:
         header = _read_header(shard)
         state.update(shard.name.encode() + b"\0" + header)
-        start, size = 8 + len(header), shard.stat().st_size
+        start = 8 + len(header)
         with shard.open("rb") as opened:
             for sample in range(4096):
                 opened.seek(start + (size - start) * sample // 4096)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from sedetect.errors import SedetectError
 
 
@@ -29,10 +31,9 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> None
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         temporary.replace(path)
-    except OSError as error:
-        raise SedetectError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
-        ) from None
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SedetectError(f"{path}: cannot be written ({why}); free space or choose another folder") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,6 +11,7 @@ import copy
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,6 +31,8 @@ from sedetect.stats import BankId, BankStats
 NAME = "sedetect"
 # Names of an MLP's output projection, down_proj by far the most common.
 DOWN_NAMES = ("down_proj", "w2", "output_linear")
+# At least one of them stands beside it in an MLP; a router that projects down has none.
+_UP_NAMES = ("up_proj", "gate_up_proj", "w1", "input_linear", "fc1")
 _LAYER = re.compile(r"(.*?)\.(\d+)(?=\.|$)")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -166,7 +169,11 @@ def find_banks(model: nn.Module) -> list[Bank]:
         (f"{path}.{name}" if path else name, child)
         for path, module in model.named_modules()
         for name, child in module.named_children()
-        if name in DOWN_NAMES and _is_linear(child) and not f"{path}.{name}".startswith(inside) and _LAYER.match(path)
+        if name in DOWN_NAMES
+        and _is_linear(child)
+        and any(hasattr(module, up) for up in _UP_NAMES)
+        and not f"{path}.{name}".startswith(inside)
+        and _LAYER.match(path)
     ]
     layers = {_place(path) for path, _ in routed}
     taken: dict[tuple[str, int, str], int] = defaultdict(int)
@@ -198,23 +205,23 @@ def attach(model: nn.Module, calls: list[tuple[Bank, Callable[..., torch.Tensor]
     A routed bank's call gets (module, x, top_k_index, top_k_weights), another's (down_proj module, x). A call may
     step in before what was attached earlier (an ablation inside a profile): see run_inner.
     """
-    undo: list[Callable[[], None]] = []
-    for bank, call in calls:
-        if bank.routed:
-            config = bank.module.config
-            own = copy.copy(config)
-            own._experts_implementation_internal = NAME
-            own.sedetect_call = call
-            own.sedetect_inner = config
-            bank.module.config = own
-            undo.append(partial(setattr, bank.module, "config", config))
-        else:
-            path, _, name = bank.path.rpartition(".")
-            parent = model.get_submodule(path)
-            original = getattr(parent, name)
-            setattr(parent, name, SubstitutedDown(original, call))
-            undo.append(partial(setattr, parent, name, original))
-    return partial(_run_backwards, undo)
+    with ExitStack() as undo:
+        for bank, call in calls:
+            if bank.routed:
+                config = bank.module.config
+                own = copy.copy(config)
+                own._experts_implementation_internal = NAME
+                own.sedetect_call = call
+                own.sedetect_inner = config
+                undo.callback(setattr, bank.module, "config", config)
+                bank.module.config = own
+            else:
+                path, _, name = bank.path.rpartition(".")
+                parent = model.get_submodule(path)
+                original = getattr(parent, name)
+                undo.callback(setattr, parent, name, original)
+                setattr(parent, name, SubstitutedDown(original, call))
+        return undo.pop_all().close
 
 
 def run_inner(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
@@ -243,13 +250,9 @@ def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     own = module._apply_gate if module.has_gate else module.act_fn
     config = {name: value for name, value in vars(module.config).items() if "limit" in name}
     limits = [value for value in (*vars(module).values(), *config.values()) if isinstance(value, float) and value > 0]
-    device = "cpu" if module.down_proj.is_meta else module.down_proj.device
-    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), device) or own
-
-
-def _run_backwards(undo: list[Callable[[], None]]) -> None:
-    while undo:
-        undo.pop()()
+    weight = module.down_proj
+    device = "cpu" if weight.is_meta else weight.device
+    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), weight.dtype, device) or own
 
 
 def _place_match(path: str) -> tuple[str, str, int]:
@@ -296,6 +299,10 @@ def _refuse_unreachable(path: str, module: nn.Module, reachable: set[int]) -> No
                 f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
                 "load the model with its expert-parallel plan instead"
             )
+        if getattr(module, "_is_expert_parallel", False):
+            raise SedetectError(
+                f"{path} ({name}): expert-parallel experts are not supported yet; load it on one device"
+            )
         if weight.dtype not in _FLOATS:
             raise SedetectError(
                 f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
@@ -306,7 +313,7 @@ def _refuse_unreachable(path: str, module: nn.Module, reachable: set[int]) -> No
     listed = path.split(".")[-1] == "experts" and first is not None and id(first) not in reachable
     stored = "xperts" in name and any(p.dim() == 3 for p in module.parameters(recurse=False))
     if listed or stored:
-        what = type(first).__name__ if listed else name
+        what = type(first).__name__ if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else name
         raise SedetectError(
             f"{path} ({what}): experts outside transformers' experts interface are not supported yet; "
             "this model cannot be profiled now"

@@ -4,13 +4,13 @@ T tokens, k experts per token, S = T*k routed rows, E experts, H hidden, I inter
 torch.no_grad; none changes its inputs except state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from sedetect.backends import TorchBackend, choose_backend
 from sedetect.kernels.gate import Gate, gate_torch
-from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch
+from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch, update_published_torch
 from sedetect.kernels.plan import Plan, single_plan
 from sedetect.kernels.row_stats import RowStats
 from sedetect.kernels.update import Rows
@@ -50,6 +50,7 @@ def moe_mlp(
     """
     chosen, _ = choose_backend(x.device, down.dtype, backend)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
+    _check(state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, down.shape[0])
     if isinstance(gate, Gate) and post_norm is None and state.channel_max is None:
         weights = (gate_up, gate_up_bias, gate, down, down_bias)
@@ -63,6 +64,8 @@ def moe_mlp(
     chosen.update(state, stats, plan, top_k_weights, rows)
     if state.coactivation is not None:
         update_coactivation_torch(state, top_k_index, top_k_weights, rows)
+    if state.published_max is not None:
+        update_published_torch(state, stats, plan, top_k_weights, rows)
     return out.to(x.dtype)
 
 
@@ -89,6 +92,7 @@ def down_stats(
     """
     chosen, _ = choose_backend(h.device, weight.dtype, backend)
     rows = Rows.unmapped(len(gates), h.device) if rows is None else rows
+    _check(state, weight.shape[0], len(gates), rows, gates.shape, (len(h) // plan.top_k, plan.top_k))
     y, stats = chosen.down(h, plan, weight, bias, transposed)
     _finish(chosen, state, y, h, stats, plan, gates, rows)
     return y
@@ -117,8 +121,22 @@ def output_stats(
     """Statistics of a down_proj output y (T, H) computed elsewhere from x (T, I): one expert, routing weight 1."""
     chosen, _ = choose_backend(y.device, y.dtype, backend)
     rows = Rows.unmapped(len(y), y.device) if rows is None else rows
+    _check(state, 1, len(y), rows, y.shape[:1], x.shape[:1])
     plan, gates = single_plan(len(y), y.device), torch.ones(len(y), 1, device=y.device)
     _finish(chosen, state, y, x, chosen.row_stats(y, x), plan, gates, rows)
+
+
+def _check(
+    state: BankStats, experts: int, tokens: int, rows: Rows, routing: Sequence[int], other: Sequence[int]
+) -> None:
+    """Raise ValueError where shapes do not belong together: kernels read by pointer."""
+    if state.num_experts != experts:
+        raise ValueError(f"state is of {state.num_experts} experts, the weights are of {experts}")
+    if tuple(routing) != tuple(other) or routing[0] != tokens or len(rows.counted) != tokens:
+        shapes = f"{tuple(routing)} and {tuple(other)}"
+        raise ValueError(
+            f"{tokens} tokens, {len(rows.counted)} rows of context and shapes {shapes} do not fit together"
+        )
 
 
 def _finish(
@@ -133,6 +151,8 @@ def _finish(
 ) -> None:
     _update_channels(state, y, h, plan, gates, rows)
     chosen.update(state, stats, plan, gates, rows)
+    if state.published_max is not None:
+        update_published_torch(state, stats, plan, gates, rows)
 
 
 def _update_channels(state, y, h, plan, gates, rows) -> None:

@@ -5,15 +5,17 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration import (
     Calibration,
     Document,
+    Windows,
     batches,
     check_vocabulary,
     load_texts,
@@ -24,7 +26,10 @@ from sedetect.checkpoint import check_checkpoint, load_model, load_tokenizer
 from sedetect.errors import SedetectError
 from sedetect.hf import find_banks
 from sedetect.profiler import profile
+from sedetect.ranking import rank
 from sedetect.stats import ModelStats, merge_all
+
+ROUND_WINDOWS = 2  # of each domain per round: some thousand tokens, so that a round means much the same in every run
 
 
 @dataclass
@@ -36,6 +41,12 @@ class ModelProfile:
     seconds       in the model's forwards and the statistics, without loading
     asked         tokens asked for; stats.header.tokens were used
     interrupted   stop() ended it early
+    windows       the windows of each domain that there were to run; see sedetect.super_weights
+    rounds        after each round, the tokens so far and the super experts (verdict "super"), largest first; empty
+                  where profiling was not in rounds
+    stable_after  tokens after which the final set first stood, where as many rounds as asked for (one, if none were)
+                  left it unchanged; None if they never did
+    shards        the statistics of each round alone, with keep_rounds: disjoint parts of the calibration text
     """
 
     stats: ModelStats
@@ -44,6 +55,10 @@ class ModelProfile:
     asked: int = 0
     interrupted: bool = False
     tokenizer: PreTrainedTokenizerBase | None = None
+    windows: dict[str, Windows] = field(default_factory=dict)
+    rounds: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+    stable_after: int | None = None
+    shards: list[ModelStats] = field(default_factory=list)
 
 
 def profile_model(
@@ -64,6 +79,9 @@ def profile_model(
     backend: str | None = None,
     channels: bool = False,
     coactivation: bool = False,
+    first_rows: bool = False,
+    until_stable: int | None = None,
+    keep_rounds: bool = False,
     progress: Callable[[str, int, int], None] = lambda domain, done, total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ModelProfile:
@@ -75,41 +93,89 @@ def profile_model(
         tokens, seq_len, seed, chat_template: as in make_windows.
         batch_size: windows per forward.
         device, dtype, revision, attn, trust_remote_code: as in load_model.
-        backend, channels, coactivation: as in profile.
+        backend, channels, coactivation, first_rows: as in profile.
+        until_stable: take the windows in rounds, of each domain one batch of batch_size but at most ROUND_WINDOWS
+            windows, and stop once this many rounds in a row have left the set of super experts as it was.
+        keep_rounds: profile in rounds and keep the statistics of each; without until_stable, to the last window.
         progress: called with (domain, tokens done, tokens in all) after every batch.
         stop: asked before every batch; once it is true, what was measured so far is returned.
     Raises:
         SedetectError: for bad input, before anything is measured.
     """
+    if until_stable is not None and until_stable < 1:
+        raise SedetectError(f"--until-stable {until_stable}: must be at least 1")
     options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
     model, tokenizer, notes = open_model(model, tokenizer, **options, trust_remote_code=trust_remote_code)
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": seed, "chat_template": chat_template}
     calibration = calibration_windows(model, tokenizer, texts, **cut)
-    prefix = next(iter(prefix_ids(tokenizer)), None)
-    total, done, seconds, interrupted = calibration.used, 0, 0.0, False
-    domains: dict[str, ModelStats] = {}
-    for domain, windows in calibration.domains.items():
-        if interrupted:
+    settings = {"backend": backend, "channels": channels, "coactivation": coactivation, "first_rows": first_rows}
+    settings["prefix"] = next(iter(prefix_ids(tokenizer)), None)
+    in_rounds = until_stable is not None or keep_rounds
+    if in_rounds:
+        batch_size = min(batch_size, ROUND_WINDOWS)
+    result = ModelProfile(ModelStats.empty(), asked=tokens, tokenizer=tokenizer, windows=calibration.domains)
+    done = 0
+    for part in _rounds(calibration.domains, batch_size) if in_rounds else [calibration.domains]:
+        measured: dict[str, ModelStats] = {}
+        for domain, windows in part.items():
+            start = time.perf_counter()
+            with profile(model, source=windows.source, info=windows.info, **settings) as prof:
+                for ids, numbers in batches(windows, batch_size):
+                    result.interrupted = stop()
+                    if result.interrupted:
+                        break
+                    prof.batch(sequence_ids=numbers)
+                    run_lean(model, ids)
+                    done += ids.numel()
+                    progress(domain, done, calibration.used)
+            stats = prof.stats
+            result.seconds += time.perf_counter() - start
+            if stats.header.tokens:
+                measured[domain] = stats
+            if result.interrupted:
+                break
+        for domain, stats in measured.items():
+            result.domains[domain] = result.domains.get(domain, ModelStats.empty()).merge(stats)
+        if result.interrupted:
             break
-        settings = {"backend": backend, "channels": channels, "coactivation": coactivation}
-        start = time.perf_counter()
-        with profile(model, source=windows.source, info=windows.info, prefix=prefix, **settings) as prof:
-            for ids, numbers in batches(windows, batch_size):
-                interrupted = stop()
-                if interrupted:
-                    break
-                prof.batch(sequence_ids=numbers)
-                model(input_ids=ids.to(model.device), **_lean(model))
-                done += ids.numel()
-                progress(domain, done, total)
-        stats = prof.stats
-        seconds += time.perf_counter() - start
-        if stats.header.tokens:
-            domains[domain] = stats
-    for stats in domains.values():
-        planned = [] if interrupted else calibration.notes
+        if in_rounds:
+            result.rounds.append((done, _super_experts(merge_all(result.domains.values()))))
+            result.stable_after = _stable_after(result.rounds, until_stable or 1)
+            if keep_rounds:
+                result.shards.append(merge_all(measured.values()))
+            if until_stable is not None and result.stable_after is not None:
+                break
+    planned = [] if result.interrupted else calibration.notes
+    if done < calibration.used and not result.interrupted:
+        # What the budget would have bought is not what was used.
+        planned = [note for note in planned if not note.startswith(f"{tokens} tokens asked")]
+        planned.append(f"stopped early: the super experts stayed the same for {until_stable} rounds")
+    for stats in result.domains.values():
         stats.header.notes = sorted({*stats.header.notes, *planned, *notes})
-    return ModelProfile(merge_all(domains.values()), domains, seconds, tokens, interrupted, tokenizer)
+    result.stats = merge_all(result.domains.values())
+    return result
+
+
+def _rounds(domains: dict[str, Windows], count: int) -> list[dict[str, Windows]]:
+    """The windows of every domain in parts of count; the last rounds hold only the domains that have windows left."""
+    parts = {
+        domain: [replace(windows, ids=ids, numbers=numbers) for ids, numbers in batches(windows, count)]
+        for domain, windows in domains.items()
+    }
+    longest = max(map(len, parts.values()))
+    return [{domain: mine[i] for domain, mine in parts.items() if i < len(mine)} for i in range(longest)]
+
+
+def _super_experts(stats: ModelStats) -> tuple[str, ...]:
+    return tuple(str(expert) for expert in rank(stats).super_experts if expert.verdict == "super")
+
+
+def _stable_after(rounds: list[tuple[int, tuple[str, ...]]], unchanged: int) -> int | None:
+    """Tokens after which the last set first stood, if at least unchanged rounds followed that had it too."""
+    first = len(rounds) - 1
+    while first and set(rounds[first - 1][1]) == set(rounds[-1][1]):
+        first -= 1
+    return rounds[first][0] if len(rounds) - 1 - first >= unchanged else None
 
 
 def open_model(
@@ -171,7 +237,8 @@ def calibration_windows(
     return calibration
 
 
-def _lean(model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments that spare what calibration never reads: the cache, and all logits but the last."""
+def run_lean(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """One forward over ids (B, L), without what calibration never reads: the cache, and all logits but the last."""
     wanted = {"use_cache": False, "logits_to_keep": 1}
-    return {name: value for name, value in wanted.items() if name in inspect.signature(model.forward).parameters}
+    known = inspect.signature(model.forward).parameters
+    model(input_ids=ids.to(model.device), **{name: value for name, value in wanted.items() if name in known})

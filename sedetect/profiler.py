@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +21,11 @@ from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, digest
 from sedetect.tracking import TrackedModel
 from sedetect.version import __version__
 
-# Of a config: says nothing of what the model computes, or changes with the release that read it.
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+# Of a config: says nothing of what the model computes, or changes with the release or the options that read it.
+_VOLATILE = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "output_router_logits",
+}  # fmt: skip
 
 
 class Profile:
@@ -39,6 +43,7 @@ class Profile:
         backend: str | None,
         channels: bool,
         coactivation: bool,
+        first_rows: bool,
     ):
         check_backend(backend)
         self._model = getattr(model, "_orig_mod", model)
@@ -51,6 +56,8 @@ class Profile:
         for bank in self._banks:
             bank.rows_of = self._tracked.rows_of
             bank.backend, bank.channels, bank.coactivation = backend, channels, coactivation
+        self._first_rows = first_rows
+        self._digest = model_digest(self._model)
         self._exit = ExitStack()
 
     def __enter__(self) -> "Profile":
@@ -60,7 +67,7 @@ class Profile:
                     f"{bank.path}: sedetect is attached already; leave the other context of this model first"
                 )
         with ExitStack() as stack:
-            stack.callback(hf.attach(self._model, [(bank, hf.measure(bank)) for bank in self._banks]))
+            stack.callback(hf.attach(self._model, [(bank, self._call(bank)) for bank in self._banks]))
             stack.enter_context(self._tracked)
             stack.enter_context(torch.no_grad())
             self._exit = stack.pop_all()
@@ -70,6 +77,20 @@ class Profile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
+
+    def _call(self, bank: hf.Bank) -> Callable[..., torch.Tensor]:
+        """What attach puts in the place of a bank's module."""
+        call = hf.measure(bank)
+        if not (self._first_rows and bank.routed):
+            return call
+
+        def measured(module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+            state = bank.prepare(x.device, module.down_proj.dtype)
+            if state.published_max is None:
+                state.published_max = torch.zeros(bank.experts, device=x.device)
+            return call(module, x, *routing)
+
+        return measured
 
     def batch(
         self,
@@ -86,7 +107,18 @@ class Profile:
             positions: (B, L) position of each token in its sequence.
             mask: (B, L) nonzero where a token counts.
         """
-        ids = None if sequence_ids is None else torch.as_tensor(sequence_ids, dtype=torch.int64)
+        ids = None if sequence_ids is None else torch.as_tensor(sequence_ids)
+        if ids is not None:
+            if ids.is_floating_point() or ids.dim() not in (1, 2):
+                raise SedetectError(
+                    f"prof.batch: sequence_ids of shape {tuple(ids.shape)} and {ids.dtype}; give integers"
+                )
+            if ids.device.type == "cpu" and (bool((ids < 0).any()) or ids.dim() == 1 and len(ids.unique()) < len(ids)):
+                raise SedetectError(
+                    f"prof.batch: sequence_ids {ids.tolist()} are negative or not unique; give one each"
+                )
+            ids = ids.to(torch.int64)
+        positions, mask = (None if x is None else torch.atleast_2d(torch.as_tensor(x)) for x in (positions, mask))
         self._tracked.tracker.pending = Batch(ids, positions, mask)
 
     @property
@@ -97,12 +129,17 @@ class Profile:
             if bank.state is None:
                 notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
             notes.update(f"{bank.id}: {why}" for why in bank.fallbacks)
-            banks[bank.id] = bank.state.to("cpu") if bank.state is not None else BankStats.empty(bank.experts)
+            if bank.state is not None:
+                banks[bank.id] = bank.state.to("cpu")
+            else:
+                channels = (bank.hidden, bank.intermediate) if bank.channels else None
+                optional = (channels, bank.coactivation and bank.experts > 1, self._first_rows and bank.routed)
+                banks[bank.id] = BankStats.empty(bank.experts, "cpu", *optional)
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
         tokens, sequences = tracker.totals()
         header = Header(
             model=_name(self._model),
-            digest=model_digest(self._model),
+            digest=self._digest,
             dtype=str(self._model.dtype).removeprefix("torch."),
             layers=hf.layers_per_stack(self._model, self._banks),
             banks=described,
@@ -125,6 +162,7 @@ def profile(
     backend: str | None = None,
     channels: bool = False,
     coactivation: bool = False,
+    first_rows: bool = False,
 ) -> Profile:
     """Measure every expert of a model while it runs.
 
@@ -142,10 +180,11 @@ def profile(
         backend: "cpu" or "torch"; the fastest that serves each layer by default.
         channels: keep the per-channel maxima and squares (BankStats.channel_max, in_channel_max, in_channel_sq).
         coactivation: count the tokens routed to each pair of experts (BankStats.coactivation).
+        first_rows: keep what the published tool reads of each routed expert (BankStats.published_max).
     Raises:
         SedetectError: for a model in training mode, without experts, or with experts that cannot be measured.
     """
-    return Profile(model, source, info, prefix, backend, channels, coactivation)
+    return Profile(model, source, info, prefix, backend, channels, coactivation, first_rows)
 
 
 def _name(model: nn.Module) -> str:
@@ -156,6 +195,13 @@ def _name(model: nn.Module) -> str:
 
 def model_digest(model: nn.Module) -> str:
     """What makes two runs runs of one model: a digest of its config and of its checkpoint's weights."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE}
+    config = _stable(model.config.to_dict())
     weights = weights_digest(model.config._name_or_path)
     return digest(json.dumps([config, weights], sort_keys=True, default=str))
+
+
+def _stable(config: Any) -> Any:
+    """A config's dictionary without what is volatile, sub-configs too."""
+    if isinstance(config, dict):
+        return {key: _stable(value) for key, value in config.items() if key not in _VOLATILE}
+    return config

@@ -155,6 +155,7 @@ def rank(
     fraction: float = 0.1,
     layers: float = 0.75,
     compat: str | None = None,
+    rows: str = "all",
     min_value: float = 50.0,
     min_ratio: float = 10.0,
     min_gate_ratio: float = 3.0,
@@ -164,6 +165,8 @@ def rank(
     criterion: "paper", the only one. percentile in [0, 100) (NumPy's linear interpolation), fraction of max(A) in
     (0, 1), layers: L as a fraction of the stack's layers in (0, 1]; both value tests are strict.
     compat="published-tool" takes max(A) // 10, as the published tool does, and asks for fraction=0.1.
+    rows="first" ranks routed experts by published_max, the value that the published tool records, instead of out_max;
+    an expert's sign, channel, token and gate stay those of its out_max. The tool reads shared experts whole.
 
     The thresholds of the verdict, each >= 0. tiny-moe is the checkpoint in tests/data, its super expert L1E28.
 
@@ -183,8 +186,8 @@ def rank(
 
     Experts with a NaN or Inf are left out of every population and named in nonfinite.
 
-    Raises SedetectError for an argument out of its range, and for statistics whose header lacks a stack's number of
-    layers or a bank's top_k.
+    Raises SedetectError for an argument out of its range, for statistics whose header lacks a stack's number of layers
+    or a bank's top_k, and for rows="first" where they lack published_max.
     """
     criteria = {
         "criterion": criterion,
@@ -192,6 +195,7 @@ def rank(
         "fraction": fraction,
         "layers": layers,
         "compat": compat,
+        "rows": rows,
         "min_value": min_value,
         "min_ratio": min_ratio,
         "min_gate_ratio": min_gate_ratio,
@@ -199,7 +203,7 @@ def rank(
     _check(criteria)
     header = stats.header
     banks = sorted(stats.banks, key=lambda bank: (bank.stack == "decoder", bank))
-    views = {bank: _View(bank, stats.banks[bank], header) for bank in banks}
+    views = {bank: _View(bank, stats.banks[bank], header, rows) for bank in banks}
     limits = {stack: round(layers * _layers_of(stack, header)) for stack in sorted({bank.stack for bank in banks})}
 
     ranked = [bank for bank in banks if not bank.kind.startswith("dense")]
@@ -293,9 +297,12 @@ class _Tests:
 class _View:
     """What ranking reads of one bank of E experts, as (E,) NumPy arrays."""
 
-    def __init__(self, bank: BankId, state: BankStats, header: Header):
+    def __init__(self, bank: BankId, state: BankStats, header: Header, rows: str):
         self.bank = bank
-        self.values = state.out_max.double().cpu().numpy()
+        values = state.published_max if rows == "first" and bank.kind.startswith("routed") else state.out_max
+        if values is None:
+            raise SedetectError(f"{bank}: the statistics lack the first rows; profile again with --first-rows")
+        self.values = values.double().cpu().numpy()
         self.first_max, self.rest_max = state.first_max.cpu().numpy(), state.rest_max.cpu().numpy()
         self.rows, self.first_rows = state.rows.cpu().numpy(), state.first_rows.cpu().numpy()
         self.gate_sum, self.gate_first_sum = state.gate_sum.cpu().numpy(), state.gate_first_sum.cpu().numpy()
@@ -373,6 +380,8 @@ def _check(criteria: dict[str, Any]) -> None:
         raise SedetectError(f"criterion {criteria['criterion']!r} is not known; use 'paper'")
     if criteria["compat"] not in (None, "published-tool"):
         raise SedetectError(f"compat {criteria['compat']!r} is not known; use 'published-tool' or leave it out")
+    if criteria["rows"] not in ("all", "first"):
+        raise SedetectError(f"rows {criteria['rows']!r} is not known; use 'all' or 'first'")
     ranges = {
         "percentile": ("at least 0 and below 100", lambda x: 0 <= x < 100),
         "fraction": ("above 0 and below 1", lambda x: 0 < x < 1),

@@ -29,6 +29,8 @@ from sedetect.errors import SedetectError
 from sedetect.kernels.update import Rows
 from sedetect.stats import ranges_of
 
+UNMAPPED_CALL = "rows not mapped: layers ran outside a forward of the model whose rows are known"
+UNMAPPED_CACHE = "rows not mapped: a cache was filled where this profile could not see it"
 UNMAPPED_INPUT = "rows not mapped: the model was called without input_ids or inputs_embeds"
 UNMAPPED_MASK = "rows not mapped: the attention mask is not (batch, length), so padding was counted"
 UNMAPPED_RESIZED = "rows not mapped: a cache was continued with another batch size"
@@ -104,6 +106,7 @@ class RowTracker:
         self.pending: Batch | None = None
         self.notes: set[str] = set()
         self._signature = inspect.signature(model.forward)
+        self._stack = "decoder_" if "decoder_input_ids" in self._signature.parameters else ""
         self._config = getattr(model, "generation_config", None)
         self._generation: Generation | None = None
         self._running: Running | None = None
@@ -144,8 +147,10 @@ class RowTracker:
         config = kwargs.get("generation_config")
 
         def setting(name: str) -> Any:
-            values = (kwargs.get(name), getattr(config, name, None), getattr(self._config, name, None))
-            return next((v for v in values if v is not None), None)
+            if name in kwargs:
+                return kwargs[name]
+            own = getattr(config, name, None)
+            return getattr(self._config, name, None) if own is None else own
 
         eos, pad = setting("eos_token_id"), setting("pad_token_id")
         eos = torch.as_tensor([] if eos is None else eos, dtype=torch.int64).reshape(-1)
@@ -157,6 +162,9 @@ class RowTracker:
                 mask = (prompt != pad) | ~(prompt == pad).any()
         outer = self._generation
         columns = 0 if prompt is None else prompt.shape[1]
+        if self._stack:  # an encoder-decoder: the prompt is the encoder's, the decoder begins with its start token
+            begun = kwargs.get("decoder_input_ids")
+            mask, columns = None, 1 if begun is None else begun.shape[1]
         self._generation = Generation(columns, mask, eos, any(kwargs.get(name) is not None for name in _CACHES))
         try:
             yield
@@ -177,7 +185,13 @@ class RowTracker:
         """Half-open ranges of the sequence ids seen. Synchronises."""
         ids = [t.cpu().reshape(-1) for t in self._given_ids]
         ids += [torch.arange(int(t)) for t in self._next_id.values()]
-        return ranges_of(torch.cat(ids)) if ids else []
+        seen = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
+        return ranges_of(seen[seen >= 0])
+
+    def _note_ids(self, ids: torch.Tensor) -> None:
+        if self._next_id:
+            raise SedetectError("prof.batch: earlier forwards had no sequence_ids and this one has; give them to all")
+        self._given_ids.append(ids)
 
     def _unmapped(self, note: str) -> None:
         self.notes.add(note)
@@ -185,7 +199,7 @@ class RowTracker:
     def _read(self, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
         call = self._signature.bind_partial(*args, **kwargs)
         arguments = {**call.arguments, **call.arguments.get("kwargs", {})}
-        stack = "decoder_" if "decoder_input_ids" in self._signature.parameters else ""
+        stack = self._stack
         tokens, embeds = arguments.get(f"{stack}input_ids"), arguments.get(f"{stack}inputs_embeds")
         if tokens is None:
             if embeds is None:
@@ -201,7 +215,7 @@ class RowTracker:
         if counted is None:
             return self._unmapped(UNMAPPED_MASK)
         sequence = batch.sequence_ids.to(call.device).expand(call.shape)
-        self._given_ids.append(sequence[counted] if call.device.type == "cpu" else sequence)
+        self._note_ids(sequence.masked_fill(~counted, -1))
         rank = _rank_in_sequence(sequence, counted)
         first = counted & (rank == 0)
         position = self._positions(call, batch)
@@ -212,6 +226,8 @@ class RowTracker:
         """Rows of a call in which each row of the batch is one sequence, new or continued."""
         size, length = call.shape
         running = self._resume(call)
+        if running is None and _cached_length(call.cache):
+            return self._unmapped(UNMAPPED_CACHE)
         if running is None:
             running = self._start(call, batch.sequence_ids)
         if len(running.sequence) != size:
@@ -233,7 +249,7 @@ class RowTracker:
 
         position = self._positions(call, batch)
         packed = torch.zeros(size, 1, dtype=torch.bool, device=call.device)
-        if position is not None and batch.positions is None and call.position_ids.dim() == 2:
+        if position is not None and (batch.positions is not None or call.position_ids.dim() == 2):
             # A position 0 that is not the first token: sequences packed together, which cannot be told apart here.
             packed = (counted & ~first & (position == 0)).any(1, keepdim=True)
         self._count(counted, first, call.tokens, packed)
@@ -246,14 +262,11 @@ class RowTracker:
         if call.cache is None:
             return generation.running if generation is not None else None
         running = self._by_cache.get(call.cache)
-        if running is None:
+        if running is None or _cached_length(call.cache) == 0:
             return None
         if generation is not running.generation:
             # A cache from before this generate() call: its own old one, reset, unless the caller handed it in.
             if generation is not None and not generation.given_cache:
-                return None
-            length = call.cache.get_seq_length() if hasattr(call.cache, "get_seq_length") else None
-            if isinstance(length, int) and length == 0:
                 return None
             running.generation = generation
             running.ended = torch.zeros_like(running.ended)
@@ -267,8 +280,12 @@ class RowTracker:
                     f"prof.batch: {len(given)} sequence_ids for a batch of {size}; give one per sequence"
                 )
             ids = given.to(device)
-            self._given_ids.append(ids)
+            self._note_ids(ids)
         else:
+            if self._given_ids:
+                raise SedetectError(
+                    "prof.batch: earlier forwards had sequence_ids and this one has none; give them to all"
+                )
             # A device counter, advanced by an op: a replayed CUDA graph sees new ids.
             counter = self._next_id.setdefault(device, torch.zeros((), dtype=torch.int64, device=device))
             ids = counter + torch.arange(size, device=device)
@@ -293,7 +310,9 @@ class RowTracker:
             return torch.ones(call.shape, dtype=torch.bool, device=call.device)
         if not _per_token(mask) or mask.shape[1] < length or len(mask) != size:
             return None
-        return mask[:, mask.shape[1] - length :].to(call.device) != 0
+        # A mask over the whole cache begins with its first column; a shorter one covers these tokens alone.
+        begin = start if mask.shape[1] >= start + length else mask.shape[1] - length
+        return mask[:, begin : begin + length].to(call.device) != 0
 
     def _ended(self, call: _Call, running: Running, start: int, again: int) -> torch.Tensor:
         """(B, L) bool: tokens after the first generated end-of-sequence token, which itself is not among them."""
@@ -321,6 +340,12 @@ class RowTracker:
         totals = torch.stack([counted.sum(), first.sum(), (packed & counted).sum(), (bare & ~packed).sum()])
         device = tokens.device
         self._totals.setdefault(device, torch.zeros_like(totals)).add_(totals)
+
+
+def _cached_length(cache: Any) -> int | None:
+    """Tokens in a cache; None where only the device knows (static caches) or it keeps no count."""
+    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
+    return length if isinstance(length, int) else None
 
 
 def _per_token(mask: Any) -> bool:

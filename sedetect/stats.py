@@ -26,7 +26,7 @@ from sedetect.kernels.records import COLUMN, EMPTY, RECORD, column, empty_record
 COUNTS = ("rows", "first_rows", "nonfinite", "over_fp16", "over_fp8")
 SUMS = ("gate_sum", "gate_first_sum", "norm_sum", "sqnorm_sum", "gate_norm_sum")
 RECORDS = {"outliers": 32, "first_outliers": 8, "in_max": 1}
-OPTIONAL = ("channel_max", "in_channel_max", "in_channel_sq", "coactivation")
+OPTIONAL = ("channel_max", "in_channel_max", "in_channel_sq", "coactivation", "published_max")
 
 FORMAT = "sedetect-stats"
 VERSION = "1"
@@ -79,6 +79,8 @@ class BankStats:
         max|h| over all of them (value, sign and channel are h's there)
     channel_max (E, H) float32, in_channel_max (E, I) float32, in_channel_sq (E, I) float64, coactivation (E, E) int64:
         optional; max|y| and max|h| per channel, sum of h^2 over finite rows, tokens routed to both experts
+    published_max (E,) float32: optional, routed banks only; max|y| over the rows that the published tool reads, see
+        sedetect.kernels.optional.update_published_torch; 0 for an expert that saw none
     """
 
     counts: torch.Tensor
@@ -90,6 +92,7 @@ class BankStats:
     in_channel_max: torch.Tensor | None = None
     in_channel_sq: torch.Tensor | None = None
     coactivation: torch.Tensor | None = None
+    published_max: torch.Tensor | None = None
 
     @classmethod
     def empty(
@@ -98,8 +101,10 @@ class BankStats:
         device: torch.device | str = "cpu",
         channels: tuple[int, int] | None = None,
         coactivation: bool = False,
+        first_rows: bool = False,
     ) -> "BankStats":
-        """The state that has seen nothing. channels is (H, I) to keep the per-channel statistics."""
+        """The state that has seen nothing. channels is (H, I) to keep the per-channel statistics, first_rows keeps
+        published_max."""
         e = num_experts
         state = cls(
             counts=torch.zeros(e, len(COUNTS), dtype=torch.int64, device=device),
@@ -113,6 +118,8 @@ class BankStats:
             state.in_channel_sq = torch.zeros(e, intermediate, dtype=torch.float64, device=device)
         if coactivation:
             state.coactivation = torch.zeros(e, e, dtype=torch.int64, device=device)
+        if first_rows:
+            state.published_max = torch.zeros(e, device=device)
         return state
 
     @property
@@ -291,7 +298,8 @@ class Header:
         banks = dict(self.banks)
         for name, bank in other.banks.items():
             mine = banks.get(name, bank)
-            banks[name] = replace(mine, backends=sorted({*mine.backends, *bank.backends}))
+            served = sorted({*mine.backends, *bank.backends})
+            banks[name] = replace(mine, top_k=max(mine.top_k, bank.top_k), backends=served)
         versions = {
             name: " + ".join(
                 sorted({v for h in (self, other) if name in h.versions for v in h.versions[name].split(" + ")})

@@ -10,7 +10,7 @@ from torch import nn
 
 from sedetect.hf import Bank
 from sedetect.kernels.update import Rows
-from sedetect.rows import RowTracker
+from sedetect.rows import UNMAPPED_CALL, RowTracker
 
 
 class TrackedModel:
@@ -36,7 +36,11 @@ class TrackedModel:
 
     def rows_of(self, bank: Bank, tokens: int, device: torch.device) -> Rows:
         """The rows (T = tokens) of a bank's call in the forward under way, on device; unmapped ones where unknown."""
-        if self._rows is None or bank.id.stack != "decoder":
+        if self._rows is None:
+            self.tracker.notes.add(UNMAPPED_CALL)
+            return Rows.unmapped(tokens, device)
+        if bank.id.stack != "decoder":
+            self.tracker.notes.add(f"rows not mapped: those of the {bank.id.stack} stack")
             return Rows.unmapped(tokens, device)
         rows = next(iter(self._rows.values()))
         if len(rows.counted) != tokens:

@@ -118,7 +118,7 @@ def test_moe_mlp(backend, dtype, shape, variant):
 def gpt_oss(z):
     """transformers, modeling_gpt_oss: interleaved, clamped, up + 1."""
     gate, up = z[..., ::2].clamp(max=7.0), z[..., 1::2].clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(gate * 1.702)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
 
 
 def clamped_swiglu(z):
@@ -154,7 +154,14 @@ def test_fused_gates(backend, dtype, gate):
 
 def test_probe_recognises_every_gate_and_no_other():
     for gate, own in GATES.items():
-        assert probe_gate(own, 24, candidate_gates(gate.gated, [7.0, 10.0])) == gate
+        for dtype in TOLERANCES:
+            assert probe_gate(own, 24, candidate_gates(gate.gated, [7.0, 10.0]), dtype) == gate
+
+    def in_float32(z):
+        return swiglu(z.float()).to(z.dtype)
+
+    assert probe_gate(in_float32, 24, candidate_gates(True, [])) == Gate()
+    assert probe_gate(in_float32, 24, candidate_gates(True, []), torch.bfloat16) is None
     # A clamp whose limit is not among the candidates must not pass for the plain gate.
     assert probe_gate(clamped_swiglu, 24, candidate_gates(True, [])) is None
     assert probe_gate(lambda z: swiglu(z) * 1.001, 24, candidate_gates(True, [7.0])) is None
@@ -363,3 +370,54 @@ def test_combine_reference_is_the_weighted_sum():
 def test_single_plan():
     plan = single_plan(3, torch.device("cpu"))
     assert plan.order.tolist() == [0, 1, 2] and plan.offsets.tolist() == [0, 3] and plan.num_experts == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_that_do_not_fit_are_refused(backend):
+    call = make_call((6, 2, 4, 16, 8), torch.float32, 0)
+    wrong = [
+        (call, BankStats.empty(3), None),
+        (call, BankStats.empty(4), make_rows(5, 0)),
+        (call | {"top_k_weights": call["top_k_weights"][:, :1]}, BankStats.empty(4), None),
+        (call | {"top_k_index": call["top_k_index"][:5], "top_k_weights": call["top_k_weights"][:5]},
+         BankStats.empty(4), None),
+    ]  # fmt: skip
+    for arguments, state, rows in wrong:
+        with pytest.raises(ValueError, match="experts|do not fit"):
+            ops.moe_mlp(**arguments, state=state, rows=rows, backend=backend)
+    with pytest.raises(ValueError, match="do not fit"):
+        ops.output_stats(torch.zeros(6, 4), torch.zeros(2, 4), BankStats.empty(1), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counts_and_sums_of_extreme_rows(backend):
+    """Values beyond fp8 and fp16, rows that do not count, NaN, and an infinite routing weight, against plain loops."""
+    generator = torch.Generator().manual_seed(1)
+    h = torch.randn(40, 6, generator=generator) * 10 ** torch.linspace(0, 5, 40)[:, None]
+    h[3], h[5, 0], h[7, 2] = torch.nan, torch.inf, torch.nan
+    weight = torch.randn(1, 9, 6, generator=generator)
+    gates = torch.rand(40, 1, generator=generator)
+    gates[10], gates[11] = torch.inf, torch.nan
+    ids = torch.arange(40)
+    rows = Rows((ids != 5) & (ids != 39), ids % 8 == 0, ids // 8, ids % 8, ids)
+    state = BankStats.empty(1, channels=(9, 6))
+    y = ops.down_stats(h, single_plan(40, h.device), weight, gates, state, rows=rows, backend=backend)
+    counts, sums, squares = [0] * 5, [0.0] * 5, torch.zeros(6, dtype=torch.float64)
+    for t in range(40):
+        if not rows.counted[t]:
+            continue
+        finite, size = y[t].isfinite(), y[t].abs()
+        counts[0] += 1
+        counts[1] += bool(rows.first[t])
+        counts[2] += int((~finite).sum())
+        counts[3] += int((finite & (size > 65504)).sum())
+        counts[4] += int((finite & (size > 448)).sum())
+        if finite.all() and gates[t].isfinite():
+            g, norm = float(gates[t]), float(y[t].double().norm())
+            for i, term in enumerate((g, g * bool(rows.first[t]), norm, norm**2, g * norm)):
+                sums[i] += term
+            squares += h[t].double() ** 2
+    assert counts[3] > 0 and counts[4] > counts[3] and counts[2] >= 18
+    assert state.counts[0].tolist() == counts
+    assert state.sums[0].tolist() == pytest.approx(sums, rel=1e-5)
+    assert state.in_channel_sq[0].tolist() == pytest.approx(squares.tolist(), rel=1e-5)

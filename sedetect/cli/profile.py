@@ -37,6 +37,7 @@ Percentile = Annotated[float, typer.Option(help="percentile of the population an
 Fraction = Annotated[float, typer.Option(help="fraction of the largest value an expert must exceed")]
 Layers = Annotated[float, typer.Option(help="the first layers, as a fraction, that may hold super experts")]
 Compat = Annotated[str | None, typer.Option(help="'published-tool' for its floor division")]
+RowsOption = Annotated[str, typer.Option("--rows", help="'first' for what the published tool reads")]
 MinValue = Annotated[float, typer.Option(help="least max|y| of the verdict super")]
 MinRatio = Annotated[float, typer.Option(help="least multiple of its layer's median")]
 MinGateRatio = Annotated[float, typer.Option(help="least routing weight on first tokens, over that on the rest")]
@@ -54,6 +55,8 @@ def profile_command(
     chat_template: Annotated[bool, typer.Option("--chat-template", help="put the texts through it")] = False,
     channels: Annotated[bool, typer.Option("--channels", help="keep per-channel statistics")] = False,
     coactivation: Annotated[bool, typer.Option("--coactivation", help="count experts chosen together")] = False,
+    first_rows: Annotated[bool, typer.Option("--first-rows", help="keep what the published tool reads")] = False,
+    until_stable: Annotated[int | None, typer.Option(help="stop once N rounds left the set as it was")] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     backend: Backend = None,
@@ -80,6 +83,8 @@ def profile_command(
             chat_template=chat_template,
             channels=channels,
             coactivation=coactivation,
+            first_rows=first_rows,
+            until_stable=until_stable,
             device=device,
             dtype=dtype,
             backend=backend,
@@ -109,6 +114,7 @@ def rank_command(
     fraction: Fraction = 0.1,
     layers: Layers = 0.75,
     compat: Compat = None,
+    rows: RowsOption = "all",
     min_value: MinValue = 50.0,
     min_ratio: MinRatio = 10.0,
     min_gate_ratio: MinGateRatio = 3.0,
@@ -121,6 +127,7 @@ def rank_command(
         fraction=fraction,
         layers=layers,
         compat=compat,
+        rows=rows,
         min_value=min_value,
         min_ratio=min_ratio,
         min_gate_ratio=min_gate_ratio,
@@ -162,9 +169,24 @@ def _show(result: ModelProfile, output: Path | None) -> None:
     print_ranking(console, ranking, result.tokenizer)
     print_domains(console, {domain: rank(stats) for domain, stats in result.domains.items()})
     print_run(console, result.stats, result.seconds)
+    if result.rounds:
+        console.print(_stability(result), markup=False, highlight=False, soft_wrap=True)
     if output is not None:
         console.print(f"written to {output}", markup=False, soft_wrap=True)
 
 
 def _domain_file(output: Path, domain: str) -> Path:
     return output / "domains" / f"{domain}.safetensors"
+
+
+def _stability(result: ModelProfile) -> str:
+    """One line: how many tokens the set of super experts needed."""
+    tokens, names = result.rounds[-1]
+    found = ", ".join(names) or "no super expert"
+    if result.stable_after is None:
+        return f"not stable: {found} after {tokens:,} tokens ({_counted(len(result.rounds))}); give more --tokens"
+    return f"stable: {found} from {result.stable_after:,} tokens on, {tokens:,} in all ({_counted(len(result.rounds))})"
+
+
+def _counted(rounds: int) -> str:
+    return f"{rounds} round{'s' * (rounds != 1)}"

@@ -1,0 +1,300 @@
+"""sedetect analyze residual, trace: where massive activations form and who writes them, when and where experts fire."""
+
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sedetect.ablation import ablate
+from sedetect.calibration import Windows, prefix_ids
+from sedetect.cli.shared import (
+    Attn,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    Revision,
+    SeqLen,
+    Tokens,
+    TrustRemoteCode,
+    app,
+    check_writable,
+    console,
+    progress_bar,
+)
+from sedetect.errors import SedetectError
+from sedetect.experiment import choose_experts
+from sedetect.files import write_json
+from sedetect.pipeline import calibration_windows, open_model, profile_model
+from sedetect.ranking import Place, rank
+from sedetect.residual import Residual, observe_residual, sink_decay
+from sedetect.stats import ModelStats
+from sedetect.stream import Formation
+from sedetect.traces import ExpertTrace, Group, trace_experts
+
+analyze = typer.Typer(no_args_is_help=True, help="What a model's experts do inside it.")
+app.add_typer(analyze, name="analyze")
+
+ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="put the texts through it")]
+_PROFILED = ("super", "random", "top-frequency")  # choices that need statistics
+_SHOWN = 12
+
+
+@analyze.command("residual")
+def residual_command(
+    model: Model,
+    ablated: Annotated[
+        str | None, typer.Option("--ablate", help="also without these: super, or names (L1E28,L8shared)")
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="sequences to observe, one at a time")] = 8,
+    min_ratio: Annotated[float, typer.Option(help="least multiple of the median of a massive activation")] = 100.0,
+    output: Output = None,
+    data: Data = None,
+    tokens: Tokens = 8192,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    chat_template: ChatTemplate = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """The residual stream of MODEL, layer by layer, and its attention sinks.
+
+    --tokens is the text of the profile that 'super' needs; observed are --sequences windows.
+    """
+    if sequences < 1:
+        raise SedetectError(f"--sequences {sequences}: must be at least 1")
+    if output is not None:
+        check_writable(output)
+    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
+    loaded, tokenizer, notes = open_model(model, **options, trust_remote_code=trust_remote_code)
+    cut = {"seq_len": seq_len, "seed": None, "chat_template": chat_template}
+    domains = calibration_windows(loaded, tokenizer, data, **cut, tokens=sequences * seq_len).domains
+    settings = {"prefix": len(prefix_ids(tokenizer)), "sequences": sequences, "min_ratio": min_ratio}
+    experts: list[Place] = []
+    if ablated is not None:
+        experts = _choose("--ablate", ablated, loaded, tokenizer, data, batch_size=batch_size, tokens=tokens, **cut)
+    before = _observe("observing", loaded, domains, settings)
+    after = None
+    if experts:
+        with ablate(loaded, experts):
+            after = _observe("without them", loaded, domains, settings)
+    if output is not None:
+        document = before.to_dict()
+        if after is not None:
+            without = {"experts": [str(e) for e in experts], "residual": after.to_dict()}
+            document["ablated"] = without | {"sink_decay": sink_decay(before, after)}
+        write_json(output / "residual.json", document)
+    _print_residual(before, tokenizer, notes)
+    if after is not None:
+        _print_ablated(before, after, experts)
+    if output is not None:
+        _line(f"written to {output / 'residual.json'}")
+
+
+@analyze.command("trace")
+def trace_command(
+    model: Model,
+    experts: Annotated[str, typer.Option(help="super, or names (L1E28,L8shared)")] = "super",
+    top: Annotated[int, typer.Option(help="strongest rows to keep of each expert")] = 100,
+    output: Output = None,
+    data: Data = None,
+    tokens: Tokens = 8192,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    chat_template: ChatTemplate = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """When and where chosen experts of MODEL fire: at which positions and tokens, and how strongly."""
+    if top < 1:
+        raise SedetectError(f"--top {top}: must be at least 1")
+    if output is not None:
+        check_writable(output)
+    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
+    loaded, tokenizer, notes = open_model(model, **options, trust_remote_code=trust_remote_code)
+    cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": chat_template}
+    calibration = calibration_windows(loaded, tokenizer, data, **cut)
+    chosen = _choose("--experts", experts, loaded, tokenizer, data, batch_size=batch_size, **cut)
+    if not chosen:
+        return
+    with progress_bar() as bar:
+        task = bar.add_task("tracing", total=calibration.used)
+        traces = trace_experts(
+            loaded,
+            calibration.domains,
+            chosen,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            top=top,
+            progress=lambda done: bar.advance(task, done),
+        )
+    if output is not None:
+        write_json(output / "traces.json", traces.to_dict())
+    _line(
+        f"{traces.model}: {traces.tokens:,} tokens in {sum(traces.sequences.values()):,} sequences; rows of all such "
+        "tokens came to the expert; max|y| and its mean over them, mean routing weight"
+    )
+    for trace in traces.experts:
+        _print_trace(trace)
+    for note in [*notes, *calibration.notes, *traces.notes]:
+        _line(f"note: {note}")
+    if output is not None:
+        _line(f"written to {output / 'traces.json'}")
+
+
+def _choose(
+    option: str,
+    spec: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | None,
+    **settings: Any,
+) -> list[Place]:
+    """The experts that an option names; the model is profiled first where that takes statistics. No super: []."""
+    stats = ModelStats.empty()
+    if spec.partition(":")[0] in _PROFILED:
+        with progress_bar() as bar:
+            task = bar.add_task("profile", total=None)
+            settings["progress"] = lambda domain, done, total: bar.update(task, completed=done, total=total)
+            stats = profile_model(model, data, tokenizer=tokenizer, **settings).stats
+    if spec == "super":
+        ranking = rank(stats)
+        found = [e for e in ranking.super_experts if e.verdict == "super"]
+        if not found:
+            _line(f"{option} super: {ranking.headline}")
+        return [Place(e.stack, e.layer, e.kind, e.expert) for e in found]
+    try:
+        return choose_experts(spec, stats)
+    except SedetectError as error:
+        raise SedetectError(str(error).replace("--experts", option)) from None
+
+
+def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], settings: dict[str, Any]) -> Residual:
+    windows = min(settings["sequences"], sum(len(windows.ids) for windows in domains.values()))
+    length = max(windows.ids.shape[1] for windows in domains.values())
+    with progress_bar() as bar:
+        task = bar.add_task(label, total=windows * length)
+        return observe_residual(model, domains, **settings, progress=lambda done: bar.advance(task, done))
+
+
+def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
+    forming = ", ".join(f"L{layer}" for layer in residual.forming_layers)
+    writers = ", ".join(sorted(map(str, residual.writers())))
+    headline = (
+        f"massive activations form in {forming}" if forming else "no massive activation that a later layer carries"
+    )
+    _line(headline + (f", written by {writers}" if writers else ""), "bold")
+    table = _table("layer", "max|x|", "/median", "channel", "pos", "token", "massive", "sink", "head max", left="token")
+    for layer in residual.layers:
+        table.add_row(
+            str(layer.layer),
+            f"{layer.maximum:.5g}",
+            "-" if layer.ratio is None else f"{layer.ratio:.0f}",
+            str(layer.channel),
+            str(layer.position),
+            _text(tokenizer.decode([layer.token_id])),
+            str(layer.massive),
+            _number(layer.sink_mean),
+            _number(layer.sinks and max(layer.sinks)),
+        )
+    console.print(table)
+    if residual.formations:
+        _print_formations(residual.formations)
+    shown = ", ".join(f"{domain} {count}" for domain, count in residual.sequences.items())
+    _line(
+        f"{residual.model}: {sum(residual.sequences.values())} sequences of {residual.seq_len} tokens ({shown}); "
+        f"massive: |x| > {residual.min_value:g} and at least {residual.min_ratio:g} times the median; sink: attention "
+        "to the first token, mean over sequences and the queries in their last three quarters; mean over heads, and the "
+        "largest head"
+    )
+    for note in [*notes, *residual.notes]:
+        _line(f"note: {note}")
+
+
+def _print_formations(formations: list[Formation]) -> None:
+    """One line per layer, channel, position and token: the largest, and how many sequences have it."""
+    places: dict[tuple[int, int, int, int], list[Formation]] = {}
+    for one in formations:
+        places.setdefault((one.layer, one.channel, one.position, one.token_id), []).append(one)
+    table = _table("formed in", "channel", "pos", "seqs", "before", "after", "attn", "writers", "up to", left="writers")
+    for (layer, channel, position, _), same in list(places.items())[:_SHOWN]:
+        one = max(same, key=lambda f: abs(f.after))
+        shares = [f"{w.expert} {w.share:.0%}" for w in one.writers if abs(w.share) >= 0.05]
+        attention = "-" if one.attention is None else f"{one.attention:.0%}"
+        values = (f"{one.before:.4g}", f"{one.after:.4g}", attention)
+        place = (f"L{layer}", str(channel), str(position), str(len(same)))
+        table.add_row(*place, *values, escape("\n".join(shares) or "-"), f"L{one.carried_to}")
+    console.print(table)
+    if len(places) > _SHOWN:
+        _line(f"... and {len(places) - _SHOWN} more")
+
+
+def _print_ablated(before: Residual, after: Residual, experts: list[Place]) -> None:
+    _line(f"without {', '.join(map(str, experts))}", "bold")
+    table = _table("layer", "max|x|", "without", "sink", "without", "D_sink")
+    for old, new, decay in zip(before.layers, after.layers, sink_decay(before, after), strict=True):
+        values = (f"{old.maximum:.5g}", f"{new.maximum:.5g}", _number(old.sink_mean), _number(new.sink_mean))
+        table.add_row(str(old.layer), *values, _number(decay))
+    console.print(table)
+    _line(
+        f"mean sink {_number(before.sink_mean)} to {_number(after.sink_mean)}; largest |x| between the first and the "
+        f"last layer {before.inner_max:.5g} to {after.inner_max:.5g}; D_sink: 1 - mean over heads of sink without / "
+        "with them, of no meaning in layers whose heads are no sinks"
+    )
+
+
+def _print_trace(trace: ExpertTrace) -> None:
+    _line(f"{trace.expert}: {trace.rows:,} rows", "bold")
+    if not trace.rows:
+        return
+    table = _table("tokens", "rows", "of all", "max|y|", "mean", "gate")
+    for name, group in {
+        **trace.kinds,
+        **{f"position {name}": group for name, group in trace.positions.items()},
+    }.items():
+        table.add_row(name, *_cells(group))
+    for token in list(trace.tokens)[:_SHOWN]:
+        table.add_row(f"#{token} {_text(trace.texts[token])}", *_cells(trace.tokens[token]))
+    console.print(table)
+
+
+def _cells(group: Group) -> list[str]:
+    return [
+        f"{group.rows:,}",
+        f"{group.seen:,}",
+        _number(group.maximum, 5),
+        _number(group.mean, 4),
+        _number(group.gate),
+    ]
+
+
+def _table(*columns: str, left: str = "") -> Table:
+    """Numbers to the right; the first column and the one named left to the left."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if name == left or not number else "right", no_wrap=True)
+    return table
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def _text(text: str | None) -> str:
+    shown = repr(text or "")
+    return escape(shown if len(shown) <= 12 else f"{shown[:11]}…")
+
+
+def _line(text: str, style: str = "") -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,94 @@
+"""sedetect stability: does the set depend on the thresholds, or on the text?"""
+
+from pathlib import Path
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from sedetect.cli.compare import Json, Runs, load_runs
+from sedetect.cli.shared import app, console
+from sedetect.files import write_json
+from sedetect.stability import Agreement, Grid, agreement, sensitivity
+from sedetect.stats import ModelStats
+
+_SHOWN = 20
+
+
+@app.command("stability")
+def stability_command(stats: Runs, json: Json = None) -> None:
+    """How sure the set of super experts is: under other thresholds, and over parts of the text.
+
+    Every argument gets a grid of thresholds. One folder of a profile is compared over its domains, several arguments
+    with each other (profiles of one model on different text).
+    """
+    runs = load_runs(stats)
+    grids = {name: sensitivity(run) for name, run in runs.items()}
+    parts = runs if len(runs) > 1 else _domains(stats[0])
+    agreed = agreement(parts) if len(parts) > 1 else None
+    if json is not None:
+        document = {"grids": {name: grid.to_dict() for name, grid in grids.items()}}
+        write_json(json, document | {"agreement": agreed.to_dict() if agreed else None})
+    for name, grid in grids.items():
+        _print_grid(name, grid)
+    if agreed is not None:
+        _print_agreement(agreed)
+    else:
+        _line("agreement: one part only; give a folder with several domains, or several profiles")
+
+
+def _domains(path: Path) -> dict[str, ModelStats]:
+    files = sorted(path.glob("domains/*.safetensors")) if path.is_dir() else []
+    return {file.stem: ModelStats.load(file) for file in files}
+
+
+def _print_grid(name: str, grid: Grid) -> None:
+    total = len(grid.cells)
+    if grid.constant:
+        found = ", ".join(grid.cells[0].found)
+        said = f"the super experts are the same under all {total} pairs of thresholds: {found}"
+        _line(f"{name}: {said if found else f'no super expert under any of {total} pairs of thresholds'}", "bold")
+    else:
+        _line(f"{name}: the super experts depend on the thresholds", "bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("super (in the set)")
+    for fraction in grid.fractions:
+        table.add_column(f"{fraction:g} of max", justify="right", no_wrap=True)
+    for percentile in grid.percentiles:
+        cells = (f"{len(cell.found)} ({len(cell.named)})" for cell in grid.row(percentile))
+        table.add_row(f"P{percentile:g}", *cells)
+    console.print(table)
+    if not grid.constant:
+        for names in dict.fromkeys(cell.found for cell in grid.cells):
+            cells = [f"P{c.percentile:g} and {c.fraction:g}" for c in grid.cells if c.found == names]
+            more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
+            _line(f"{', '.join(names) or 'none'}: {', '.join(cells[:3])}{more}")
+
+
+def _print_agreement(agreed: Agreement) -> None:
+    found = ", ".join(agreed.found[0])
+    count = len(agreed.parts)
+    if agreed.same:
+        said = f"the same super experts in each of {count} parts alone: {found}"
+        _line(said if found else f"no super expert in any of {count} parts alone", "bold")
+    else:
+        _line(f"the super experts differ over {count} parts, mean Jaccard {agreed.mean_jaccard:.2f}", "bold")
+        for part, names in zip(agreed.parts, agreed.found, strict=True):
+            _line(f"  {part}: {', '.join(names) or 'none'}")
+    if not agreed.experts:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("expert", no_wrap=True)
+    for column in ("super in", "in set of", "lowest max|y|", "highest", "highest/lowest"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for expert in agreed.experts[:_SHOWN]:
+        spread = f"{expert.highest / expert.lowest:.2f}" if expert.lowest else "-"
+        sets = (f"{expert.found}/{count}", f"{expert.named}/{count}")
+        table.add_row(escape(expert.name), *sets, f"{expert.lowest:.5g}", f"{expert.highest:.5g}", spread)
+    console.print(table)
+    if len(agreed.experts) > _SHOWN:
+        _line(f"... and {len(agreed.experts) - _SHOWN} more")
+
+
+def _line(text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,85 @@
+"""sedetect super-weights: the single weights behind the outliers of the super experts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from sedetect.cli.shared import (
+    Attn,
+    Backend,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Model,
+    Revision,
+    Seed,
+    SeqLen,
+    Tokens,
+    TrustRemoteCode,
+    app,
+    console,
+    progress_bar,
+)
+from sedetect.files import write_json
+from sedetect.pipeline import open_model, profile_model
+from sedetect.ranking import rank
+from sedetect.super_weights import FORMAT, VERSION, SuperWeight, super_weights
+
+
+@app.command("super-weights")
+def super_weights_command(
+    model: Model,
+    json: Annotated[Path | None, typer.Option("--json", help="write the result to this file")] = None,
+    top: Annotated[int, typer.Option(help="weights to show of each expert")] = 3,
+    data: Data = None,
+    tokens: Tokens = 32768,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    seed: Seed = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="put the texts through it")] = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    backend: Backend = None,
+    revision: Revision = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Profile MODEL, and divide the outlier of each super expert among the weights of its down_proj."""
+    with progress_bar() as bar:
+        task = bar.add_task("loading", total=None)
+
+        def show(domain: str, done: int, total: int) -> None:
+            bar.update(task, description=domain, completed=done, total=total)
+
+        options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
+        loaded, tokenizer, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
+        cut = {"tokens": tokens, "seq_len": seq_len, "seed": seed, "chat_template": chat_template}
+        run = {"tokenizer": tokenizer, "batch_size": batch_size, "backend": backend, "progress": show}
+        result = profile_model(loaded, data, **cut, **run)
+        ranking = rank(result.stats)
+        found = super_weights(loaded, ranking, result.windows, top=top)
+    if json is not None:
+        document = {"format": FORMAT, "version": VERSION, "model": ranking.model, "headline": ranking.headline}
+        write_json(json, document | {"super_weights": [one.to_dict() for one in found]})
+    console.print(ranking.headline, style="bold", markup=False, highlight=False, soft_wrap=True)
+    if found:
+        _print(found)
+
+
+def _print(found: list[SuperWeight]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("expert", no_wrap=True)
+    for name in ("outlier", "weight at", "weight", "h", "share", "sum of shares"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in found:
+        for place, part in enumerate(one.top):
+            head = ("", "") if place else (str(one.expert), f"{one.value:.5g}")
+            numbers = (f"{part.weight:.4g}", f"{part.hidden:.4g}", f"{part.share:.1%}", f"{part.cumulative:.1%}")
+            table.add_row(*head, f"{one.channel}, {part.intermediate}", *numbers)
+    console.print(table)
+    text = "weight at: output channel, intermediate channel of down_proj; share: weight x h, of the outlier"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -32,7 +32,7 @@ from sedetect.tracking import TrackedModel
 
 HOW = ("skip", "renormalize", "remove")
 TOKENS = ("all", "first", "rest")
-_NAME = re.compile(r"(?:(\w+)\.)?L(\d+)(?:E(\d+)(_\w+)?|((?:shared|dense)(?:_\d+)?))")
+_NAME = re.compile(r"(?:(\w+)\.)?L(\d+)(?:E(\d+)(_\w+)?|((?:shared|dense)(?:_\d+)?)(?:E(\d+))?)")
 
 
 def parse_place(name: str) -> Place:
@@ -40,10 +40,10 @@ def parse_place(name: str) -> Place:
     match = _NAME.fullmatch(name)
     if match is None:
         raise SedetectError(f"{name!r}: not the name of an expert; write L1E28, or L8shared for a shared expert")
-    stack, layer, expert, suffix, single = match.groups()
-    if single is None:
+    stack, layer, expert, suffix, kind, one = match.groups()
+    if kind is None:
         return Place(stack or "decoder", int(layer), f"routed{suffix or ''}", int(expert))
-    return Place(stack or "decoder", int(layer), single, single.split("_")[0])
+    return Place(stack or "decoder", int(layer), kind, kind.split("_")[0] if one is None else int(one))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ def logits(model, ids, what=(), **how):
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("name", ["L1E28", "L8shared", "L8shared_1", "encoder.L2E0", "L3E4_vision", "L0dense"])
+@pytest.mark.parametrize(
+    "name", ["L1E28", "L8shared", "L8shared_1", "encoder.L2E0", "L3E4_vision", "L0dense", "L8sharedE2"]
+)
 def test_names_are_read_as_they_are_printed(name):
     assert str(parse_place(name)) == name
 

@@ -9,7 +9,7 @@ from sedetect.cli import ablate, analyze, compare, profile, stability, super_wei
 from sedetect.cli.shared import app, stderr
 from sedetect.errors import SedetectError
 
-__all__ = ["app", "compare", "main", "profile", "stability", "super_weights"]
+__all__ = ["ablate", "analyze", "app", "compare", "main", "profile", "stability", "super_weights"]
 
 
 def main() -> None:

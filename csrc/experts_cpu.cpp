@@ -47,10 +47,11 @@ void gather(const Tensor& tokens, const int64_t* slot, int64_t rows, int64_t top
   });
 }
 
-// out[r] = W[e] @ in[r] + bias[e] for the rows of a chunk, which begin at row first of in and out.
+// out[r] = W[e] @ in[r] + bias[e] for the rows of a chunk, which begin at row first of in and out. Up to the next multiple
+// of multiple, rows beyond the chunk are computed as well, for the next chunk to overwrite.
 void linear(const Tensor& in, int64_t first, const Tensor& weight, const std::optional<Tensor>& bias, const Chunk& chunk,
-            bool transposed, const Tensor& out) {
-  const int64_t rows = chunk.end - chunk.begin;
+            bool transposed, const Tensor& out, int64_t multiple = 1) {
+  const int64_t rows = (chunk.end - chunk.begin + multiple - 1) / multiple * multiple;
   Tensor result = out.narrow(0, first, rows);
   const Tensor matrix = weight.select(0, chunk.expert);
   at::mm_out(result, in.narrow(0, first, rows), transposed ? matrix : matrix.t());
@@ -146,10 +147,12 @@ void experts_cpu(const Tensor& x, const Tensor& order, const Tensor& offsets, in
   const Tensor tokens = x.contiguous();
   const int64_t most = std::min(order.numel(), kChunk), hidden = output_width(down, transposed);
   const int64_t intermediate = down.size(transposed ? 1 : 2);
-  const Tensor gathered = at::empty({most, tokens.size(1)}, gate_up.options());
-  const Tensor z = at::empty({most, output_width(gate_up, transposed)}, gate_up.options());
-  const Tensor h = at::empty({most, intermediate}, gate_up.options());
-  const Tensor y = at::empty({most, hidden}, down.options());
+  // oneDNN, which serves the 16-bit types, compiles a kernel for every number of rows it meets: let it meet few.
+  const int64_t multiple = down.scalar_type() == at::kFloat ? 1 : 32, room = most + multiple;
+  const Tensor gathered = at::zeros({room, tokens.size(1)}, gate_up.options());
+  const Tensor z = at::empty({room, output_width(gate_up, transposed)}, gate_up.options());
+  const Tensor h = at::zeros({room, intermediate}, gate_up.options());
+  const Tensor y = at::empty({room, hidden}, down.options());
   const int64_t* slot = order.const_data_ptr<int64_t>();
   const float* weight = gates.const_data_ptr<float>();
   float* sum = combined.mutable_data_ptr<float>();
@@ -159,9 +162,9 @@ void experts_cpu(const Tensor& x, const Tensor& order, const Tensor& offsets, in
     for (const Block& block : blocks_of(offsets)) {
       const int64_t begin = block.front().begin, rows = block.back().end - begin;
       gather(tokens, slot + begin, rows, top_k, gathered);
-      for (const Chunk& c : block) linear(gathered, c.begin - begin, gate_up, gate_up_bias, c, transposed, z);
+      for (const Chunk& c : block) linear(gathered, c.begin - begin, gate_up, gate_up_bias, c, transposed, z, multiple);
       apply_gate(gate, z.narrow(0, 0, rows), h.narrow(0, 0, rows));
-      for (const Chunk& c : block) linear(h, c.begin - begin, down, down_bias, c, transposed, y);
+      for (const Chunk& c : block) linear(h, c.begin - begin, down, down_bias, c, transposed, y, multiple);
       at::parallel_for(0, rows, 8, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
           scan_into(out, begin + i, y_data + i * hidden, hidden, h_data + i * intermediate, intermediate);

@@ -1,9 +1,17 @@
-"""Gate_up: gather each expert's tokens and apply its gate and up projections. x (T, H) -> (S, 2I)."""
+"""Gate_up: gather each expert's tokens and apply its gate and up projections. x (T, H) -> (S, 2I).
+
+With a known gate the kernel applies it to the float32 products: x (T, H) -> h (S, I), rounded once.
+"""
 
 import torch
+import triton
+import triton.language as tl
 
-from sedetect.kernels.grouped import grouped_linear_torch
-from sedetect.kernels.plan import Plan
+from sedetect.kernels import tiles
+from sedetect.kernels.gate import Gate
+from sedetect.kernels.grouped import grouped_linear_torch, multiply, tile_at, weight_columns, weight_operand
+from sedetect.kernels.plan import Plan, scheduled
+from sedetect.kernels.row_scan import row_key
 
 
 def gate_up_torch(
@@ -19,3 +27,134 @@ def gate_up_torch(
         (S, 2I), sorted by expert.
     """
     return grouped_linear_torch(x[plan.order // plan.top_k], plan, weight, bias, transposed)
+
+
+@triton.jit
+def _activate(g, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    if ACTIVATION == "silu":
+        return g / (1 + tl.exp(-g * SLOPE))
+    elif ACTIVATION == "gelu":
+        return 0.5 * g * (1 + tl.erf(g * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(a)) = sigmoid(2a), without the cancellation.
+        return g / (1 + tl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g)))
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        r = tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return r * r
+
+
+@triton.jit
+def _gate(
+    z,  # (BLOCK_M, BLOCK_N) float32: the tile's gates then its ups, or in turns when INTERLEAVED
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    LIMIT: tl.constexpr, SLOPE: tl.constexpr, SHIFT: tl.constexpr,
+):  # fmt: skip
+    if GATED:
+        if INTERLEAVED:
+            g, u = tl.split(z.reshape(BLOCK_M, BLOCK_N // 2, 2))
+        else:
+            g, u = tl.split(z.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
+        if LIMIT is not None:
+            g = tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            u = tl.minimum(u, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            u = tl.maximum(u, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        return _activate(g, ACTIVATION, SLOPE) * (u + SHIFT)
+    else:
+        return _activate(z, ACTIVATION, SLOPE)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _gate_up(
+    X,  # (T, H)
+    W,  # (E, COLUMNS, H) by strides, or its descriptor
+    Bias,  # (E, COLUMNS) or None
+    Out,  # (S, I), (S, COLUMNS) without ACTIVATION - output; rows of no expert are not written
+    Keys,  # (column tiles, S) int64 or None - output; row_key of this tile of each row
+    Order,  # (S,) int64
+    Offsets,  # (E + 1,) int64
+    Tiles,  # (max_tiles, 2) int32
+    TileCount,  # (1,) int32
+    slots, stride_xm, stride_we, stride_wn, stride_wk,
+    H: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    LIMIT: tl.constexpr, SLOPE: tl.constexpr, SHIFT: tl.constexpr,
+    W_TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    HALVED: tl.constexpr = GATED and ACTIVATION is not None
+    PARTS: tl.constexpr = 2 if HALVED and not INTERLEAVED else 1
+    WIDTH: tl.constexpr = COLUMNS // 2 if HALVED else COLUMNS
+    BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if HALVED else BLOCK_N
+    COLUMN_TILES: tl.constexpr = (WIDTH + BLOCK_OUT - 1) // BLOCK_OUT
+    row_tiles = tl.load(TileCount)
+    for index in tl.range(tl.program_id(0), row_tiles * COLUMN_TILES, tl.num_programs(0), flatten=FLATTEN):
+        row_tile, tile = tile_at(index, row_tiles, COLUMN_TILES, GROUP)
+        expert = tl.load(Tiles + 2 * row_tile)
+        first = tl.load(Tiles + 2 * row_tile + 1)
+        end = tl.load(Offsets + expert + 1).to(tl.int32)
+        row = first + tl.arange(0, BLOCK_M)
+        # Rows and columns past the end repeat a valid one: cheaper than masks, and never stored.
+        x_row = tl.load(Order + tl.minimum(row, end - 1)) // TOP_K
+        column, valid = weight_columns(tile, COLUMNS, BLOCK_N, PARTS)
+        column = tl.where(valid, column, 0)
+        z = multiply(
+            X, stride_xm,
+            W, stride_we, stride_wn, stride_wk,
+            x_row, column, first, expert if W_TMA else expert.to(tl.int64), tile,
+            H, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
+            False, W_TMA, TRANSPOSED,
+        )  # fmt: skip
+        if Bias is not None:
+            z += tl.load(Bias + expert.to(tl.int64) * COLUMNS + column).to(tl.float32)[None, :]
+        if ACTIVATION is not None:
+            z = _gate(z, BLOCK_M, BLOCK_N, ACTIVATION, GATED, INTERLEAVED, LIMIT, SLOPE, SHIFT)
+        out = z.to(Out.dtype.element_ty)
+        out_column = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        stored = (row < end)[:, None] & (out_column < WIDTH)[None, :]
+        tl.store(Out + row.to(tl.int64)[:, None] * WIDTH + out_column[None, :], out, mask=stored)
+        if Keys is not None:
+            key = row_key(out, tile * BLOCK_OUT, WIDTH, BLOCK_OUT)
+            tl.store(Keys + tile.to(tl.int64) * slots + row, key, mask=row < end)
+
+
+def gate_up(
+    x: torch.Tensor,
+    plan: Plan,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    transposed: bool = False,
+    gate: Gate | None = None,
+    keys: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """gate_up_torch, followed by the gate if one is given: (z (S, 2I) or h (S, I), keys).
+
+    keys, if asked for, are (column tiles, S) int64: where the largest element of each row of the result stands
+    (sedetect.kernels.row_scan). Rows of no expert are not written.
+    """
+    x, plan = x.to(weight.dtype).contiguous(), scheduled(plan)
+    bias = None if bias is None else bias.contiguous()
+    slots, columns = len(plan.order), weight.shape[2 if transposed else 1]
+    halved = gate is not None and gate.gated
+    width = columns // 2 if halved else columns
+    out = x.new_empty(slots, width)
+    if slots == 0:
+        return out, torch.empty(1, 0, dtype=torch.int64, device=x.device) if keys else None
+    tile = tiles.choose(tiles.GATE_UP, plan.schedule.rows, x.dtype, columns, x.device)
+    operand, w_tma, strides = weight_operand(weight, transposed, tile, 2 if halved and not gate.interleaved else 1)
+    column_tiles = triton.cdiv(width, tile.n // 2 if halved else tile.n)
+    found = torch.empty(column_tiles, slots, dtype=torch.int64, device=x.device) if keys else None
+    gate, activation = (Gate(gated=False), None) if gate is None else (gate, gate.activation)
+    grid = tiles.programs(tile, x.dtype, len(plan.schedule.tiles) * column_tiles, x.device)
+    _gate_up[(grid,)](
+        x, operand, bias, out, found, plan.order, plan.offsets, plan.schedule.tiles, plan.schedule.count,
+        slots, x.stride(0), *strides,
+        H=x.shape[1], COLUMNS=columns, TOP_K=plan.top_k,
+        ACTIVATION=activation, GATED=gate.gated, INTERLEAVED=gate.interleaved,
+        LIMIT=gate.limit, SLOPE=gate.slope, SHIFT=gate.shift,
+        W_TMA=w_tma, TRANSPOSED=transposed,
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tiles.GROUP, FLATTEN=tile.flatten,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, found

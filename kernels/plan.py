@@ -6,6 +6,39 @@ T tokens, k experts per token, S = T*k slots, E experts. Slot s is the (s % k)-t
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
+
+from sedetect.kernels import tiles
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the Triton GEMMs and combine need beside order and offsets; all of it on the device.
+
+    row    (S,) int32: sorted row of each slot, the inverse of order
+    rows   sorted rows of a tile; a tile belongs to one expert
+    tiles  (max_tiles, 2) int32: expert and first sorted row of each tile, in the order of the experts
+    count  (1,) int32: how many tiles there are
+
+    Example: that of Plan with 2 rows to a tile
+        row      [2, 0, 3, 5, 1, 4]
+        tiles    [[0, 0], [2, 2], [2, 4], ...]
+        count    [3]
+    """
+
+    row: torch.Tensor
+    rows: int
+    tiles: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def empty(cls, slots: int, experts: int, device: torch.device) -> "Schedule":
+        """Uninitialised, for a kernel to fill."""
+        rows = tiles.tile_rows(slots, experts)
+        most = tiles.max_tiles(slots, experts, rows)
+        row, table, count = (torch.empty(n, dtype=torch.int32, device=device) for n in (slots, 2 * most, 1))
+        return cls(row, rows, table.view(most, 2), count)
 
 
 @dataclass(frozen=True)
@@ -15,6 +48,7 @@ class Plan:
     order    (S,) int64: slot of each sorted row; stable, so an expert's rows stand in token order
     offsets  (E + 1,) int64: expert e owns sorted rows offsets[e] .. offsets[e + 1] - 1
     top_k    k
+    schedule  None for plans made elsewhere than by plan(); scheduled() adds it
 
     Slots whose index is outside [0, E) (expert-parallel sentinels) sort to the tail, beyond offsets[E].
 
@@ -27,6 +61,7 @@ class Plan:
     order: torch.Tensor
     offsets: torch.Tensor
     top_k: int
+    schedule: Schedule | None = None
 
     @property
     def num_experts(self) -> int:
@@ -47,4 +82,167 @@ def plan_torch(top_k_index: torch.Tensor, num_experts: int) -> Plan:
 
 def single_plan(tokens: int, device: torch.device) -> Plan:
     """The plan of a bank with one expert that every token visits (shared experts, dense MLPs)."""
-    return Plan(torch.arange(tokens, device=device), torch.tensor([0, tokens], device=device), 1)
+    # No tensor made from host values, which would wait for the device.
+    return Plan(torch.arange(tokens, device=device), torch.arange(2, device=device) * tokens, 1)
+
+
+@triton.jit
+def _load_experts(Index, first, slots, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    slot = first + tl.arange(0, BLOCK)
+    expert = tl.load(Index + slot, mask=slot < slots, other=NUM_EXPERTS)
+    return slot, tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, NUM_EXPERTS).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["slots", "blocks"])
+def _count(
+    Index,  # (S,) int
+    Counts,  # (E + 1, blocks) int32 - output; slots of each expert in each block
+    slots, blocks,
+    NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    _, expert = _load_experts(Index, tl.program_id(0) * BLOCK, slots, NUM_EXPERTS, BLOCK)
+    bins = tl.arange(0, BINS)
+    tl.store(Counts + bins * blocks + tl.program_id(0), tl.histogram(expert, BINS), mask=bins <= NUM_EXPERTS)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _scan(
+    Counts,  # (E + 1, blocks) int32 - in place: those of the blocks before
+    Totals,  # (E + 1,) int32 - output
+    blocks,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros((), tl.int32)
+    row = Counts + tl.program_id(0) * blocks
+    for start in range(0, blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        count = tl.load(row + block, mask=block < blocks, other=0)
+        tl.store(row + block, total + tl.cumsum(count, 0) - count, mask=block < blocks)
+        total += tl.sum(count, 0)
+    tl.store(Totals + tl.program_id(0), total)
+
+
+@triton.jit
+def _write_tiles(
+    first, count,  # (BINS,) int32: first sorted row and rows of each expert; 0 rows beyond the last
+    Tiles, TileCount,
+    BINS: tl.constexpr, ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
+):  # fmt: skip
+    needed = (count + ROWS - 1) // ROWS
+    end = tl.cumsum(needed, 0)
+    total = tl.sum(needed, 0)
+    tile = tl.program_id(0) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
+    expert = tl.sum((end[None, :] <= tile[:, None]).to(tl.int32), 1)
+    at = tl.minimum(expert, BINS - 1)
+    row = tl.gather(first, at, 0) + (tile - tl.gather(end - needed, at, 0)) * ROWS
+    tl.store(Tiles + 2 * tile, expert, mask=tile < total)
+    tl.store(Tiles + 2 * tile + 1, row, mask=tile < total)
+    if tl.program_id(0) == 0:
+        tl.store(TileCount, total)
+
+
+@triton.jit(do_not_specialize=["slots", "blocks"])
+def _sort(
+    Index,  # (S,) int
+    Counts,  # (E + 1, blocks) int32; not read where there is one block
+    Totals,  # (E + 1,) int32
+    Order,  # (S,) int64 - output
+    Offsets,  # (E + 1,) int64 - output
+    Row,  # (S,) int32 - output
+    Tiles,  # (max_tiles, 2) int32 - output
+    TileCount,  # (1,) int32 - output
+    slots, blocks,
+    NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    slot, expert = _load_experts(Index, tl.program_id(0) * BLOCK, slots, NUM_EXPERTS, BLOCK)
+    bins = tl.arange(0, BINS)
+    if ONE_BLOCK:
+        _, everything = _load_experts(Index, 0, slots, NUM_EXPERTS, BLOCK)
+        total = tl.histogram(everything, BINS)
+    else:
+        total = tl.load(Totals + bins, mask=bins <= NUM_EXPERTS, other=0)
+    first = tl.cumsum(total, 0) - total
+    row = tl.gather(first, expert, 0)
+    if not ONE_BLOCK:
+        row += tl.load(Counts + expert * blocks + tl.program_id(0), mask=slot < slots, other=0)
+    # Equals before me in this block, by comparing all pairs: neither a sort nor atomics, whose order is not fixed.
+    for start in range(0, BLOCK, PAIRED):
+        other, other_expert = _load_experts(Index, tl.program_id(0) * BLOCK + start, slots, NUM_EXPERTS, PAIRED)
+        before = (other_expert[None, :] == expert[:, None]) & (other[None, :] < slot[:, None])
+        row += tl.sum(before.to(tl.int32), 1)
+    tl.store(Order + row, slot.to(tl.int64), mask=slot < slots)
+    tl.store(Row + slot, row, mask=slot < slots)
+    if tl.program_id(0) == 0:
+        tl.store(Offsets + bins, first.to(tl.int64), mask=bins <= NUM_EXPERTS)
+    _write_tiles(first, tl.where(bins < NUM_EXPERTS, total, 0), Tiles, TileCount, BINS, ROWS, PER_PROGRAM)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _schedule(
+    Order,  # (S,) int64
+    Offsets,  # (E + 1,) int64
+    Row,  # (S,) int32 - output
+    Tiles,  # (max_tiles, 2) int32 - output
+    TileCount,  # (1,) int32 - output
+    slots,
+    NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
+):  # fmt: skip
+    sorted_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(Order + sorted_row, mask=sorted_row < slots, other=0)
+    tl.store(Row + slot, sorted_row, mask=sorted_row < slots)
+    bins = tl.arange(0, BINS)
+    first = tl.load(Offsets + bins, mask=bins < NUM_EXPERTS, other=0).to(tl.int32)
+    end = tl.load(Offsets + bins + 1, mask=bins < NUM_EXPERTS, other=0).to(tl.int32)
+    _write_tiles(first, end - first, Tiles, TileCount, BINS, ROWS, PER_PROGRAM)
+
+
+def _shape(schedule: Schedule, slots: int, experts: int) -> tuple[int, dict[str, int]]:
+    """(programs, constants) of the kernels that write a schedule: every program writes some of its tiles."""
+    bins = triton.next_power_of_2(experts + 1)
+    grid = triton.cdiv(slots, tiles.SLOTS)
+    per_program = triton.next_power_of_2(triton.cdiv(len(schedule.tiles), grid))
+    if per_program > 64:
+        per_program, grid = 64, max(grid, triton.cdiv(len(schedule.tiles), 64))
+    constants = {"BLOCK": tiles.SLOTS, "BINS": bins, "ROWS": schedule.rows, "PER_PROGRAM": per_program}
+    return grid, constants | {"NUM_EXPERTS": experts}
+
+
+def plan(top_k_index: torch.Tensor, num_experts: int) -> Plan:
+    """plan_torch as a counting sort: one launch for up to tiles.SLOTS slots, three for more. Repeatable and stable."""
+    index = top_k_index.contiguous()
+    slots, device = index.numel(), index.device
+    order = torch.empty(slots, dtype=torch.int64, device=device)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=device)
+    schedule = Schedule.empty(slots, num_experts, device)
+    if slots == 0:
+        return Plan(order, offsets.zero_(), top_k_index.shape[1], schedule)
+    grid, constants = _shape(schedule, slots, num_experts)
+    blocks = triton.cdiv(slots, tiles.SLOTS)
+    counts = torch.empty(num_experts + 1, blocks, dtype=torch.int32, device=device)
+    totals = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    if blocks > 1:
+        count = {name: constants[name] for name in ("NUM_EXPERTS", "BLOCK", "BINS")}
+        _count[(blocks,)](index, counts, slots, blocks, **count)
+        _scan[(num_experts + 1,)](counts, totals, blocks, BLOCK=1024)
+    _sort[(grid,)](
+        index, counts, totals,
+        order, offsets, schedule.row, schedule.tiles, schedule.count,
+        slots, blocks,
+        **constants, ONE_BLOCK=blocks == 1, PAIRED=32, num_warps=8,
+    )  # fmt: skip
+    return Plan(order, offsets, top_k_index.shape[1], schedule)
+
+
+def scheduled(plan: Plan) -> Plan:
+    """The plan with its schedule, which is made here where the plan came from elsewhere (single_plan, plan_torch)."""
+    if plan.schedule is not None:
+        return plan
+    slots = len(plan.order)
+    schedule = Schedule.empty(slots, plan.num_experts, plan.order.device)
+    if slots:
+        grid, constants = _shape(schedule, slots, plan.num_experts)
+        _schedule[(grid,)](
+            plan.order, plan.offsets, schedule.row, schedule.tiles, schedule.count, slots, **constants, num_warps=8
+        )
+    return Plan(plan.order, plan.offsets, plan.top_k, schedule)

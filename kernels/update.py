@@ -6,10 +6,19 @@ Rows that do not count (padding, sentinels, a routing weight of exactly 0) are l
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
+from sedetect.kernels import tiles
 from sedetect.kernels.plan import Plan
-from sedetect.kernels.records import COLUMN, RECORD, float_bits, sort_records
+from sedetect.kernels.records import COLUMN, INF_BITS, NAN_BITS, RECORD, float_bits, sort_records
 from sedetect.kernels.row_stats import RowStats
+
+_LAST_SOURCE = tl.constexpr(2**31 - 1)
+_INF, _NAN, _COLUMNS = tl.constexpr(INF_BITS), tl.constexpr(NAN_BITS), tl.constexpr(len(RECORD))
+_VALUE, _SIGN, _CHANNEL, _SOURCE, _SEQUENCE, _POSITION, _TOKEN, _GATE, _IN_VALUE, _IN_CHANNEL = (
+    tl.constexpr(COLUMN[name]) for name in RECORD
+)
 
 
 @dataclass
@@ -96,3 +105,333 @@ def update_torch(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: 
     keep(state.outliers, stats.peak, stats.channel, counted & ~first)
     keep(state.first_outliers, stats.peak, stats.channel, first)
     keep(state.in_max, stats.in_peak, stats.in_channel, counted)
+
+
+@triton.jit
+def _block_of(Offsets, block, NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
+    """(expert, first sorted row, end) of the block-th block of ROWS rows of one expert; expert is E past the last."""
+    bins = tl.arange(0, BINS)
+    first = tl.load(Offsets + bins, mask=bins < NUM_EXPERTS, other=0)
+    end = tl.load(Offsets + bins + 1, mask=bins < NUM_EXPERTS, other=0)
+    blocks = (end - first + ROWS - 1) // ROWS
+    after = tl.cumsum(blocks, 0)
+    expert = tl.sum(((after <= block) & (bins < NUM_EXPERTS)).to(tl.int32), 0)
+    mine = bins == expert
+    start = tl.sum(tl.where(mine, first + (block - (after - blocks)) * ROWS, 0), 0)
+    return expert, start, tl.minimum(start + ROWS, tl.sum(tl.where(mine, end, 0), 0))
+
+
+@triton.jit
+def _value_bits(x):
+    """Bits of |x|; every NaN becomes NAN_BITS."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.where(bits > _INF, _NAN, bits)
+
+
+@triton.jit
+def _record_key(row, mask, source, Peak, Channel, Order, Sequence, Position, TOP_K: tl.constexpr):
+    """(value and source, sequence, position, channel) of rows, which order records; the first descending."""
+    token = tl.load(Order + row, mask=mask, other=0) // TOP_K
+    value = _value_bits(tl.load(Peak + row, mask=mask, other=0)).to(tl.int64)
+    return (
+        (tl.where(mask, value, -1) << 32) | (-source + _LAST_SOURCE),
+        tl.load(Sequence + token, mask=mask, other=0),
+        tl.load(Position + token, mask=mask, other=0),
+        tl.load(Channel + row, mask=mask, other=0).to(tl.int64),
+    )
+
+
+@triton.jit
+def _kept_key(Record, mask):
+    """The same of records that are kept; that of an empty one where not mask."""
+    value = tl.load(Record + _VALUE, mask=mask, other=-1)
+    return (
+        (value << 32) | (-tl.load(Record + _SOURCE, mask=mask, other=0) + _LAST_SOURCE),
+        tl.load(Record + _SEQUENCE, mask=mask, other=0),
+        tl.load(Record + _POSITION, mask=mask, other=0),
+        tl.load(Record + _CHANNEL, mask=mask, other=0),
+    )
+
+
+@triton.jit
+def _precedes(value, sequence, position, channel, value2, sequence2, position2, channel2):
+    """Whether the first record stands before the second."""
+    result = (position < position2) | ((position == position2) & (channel < channel2))
+    result = (sequence < sequence2) | ((sequence == sequence2) & result)
+    return (value > value2) | ((value == value2) & result)
+
+
+@triton.jit
+def _offer(
+    row, taken,  # rows of a block, and those the list is for
+    Last,  # the last record that the list keeps
+    source, Peak, Channel, Order, Sequence, Position,
+    Heads, Numbers, Offers,  # of this block: largest value offered, -1 for none; how many; rows (ROWS,) - output
+    ONE: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    """Offer the rows that stand before the last record of a list; if it keeps ONE, only those of the largest value."""
+    value = _value_bits(tl.load(Peak + row, mask=taken, other=0))
+    least = tl.load(Last + _VALUE).to(tl.int32)
+    enters = taken & (value > least)
+    # Equals are rare, except in experts that give the same everywhere, such as zero: those must not enter every time.
+    equals = taken & (value == least)
+    if tl.max(equals.to(tl.int32), 0) > 0:
+        key, sequence, position, channel = _record_key(
+            row, equals, source, Peak, Channel, Order, Sequence, Position, TOP_K
+        )
+        last, last_sequence, last_position, last_channel = _kept_key(Last, True)
+        enters |= equals & _precedes(key, sequence, position, channel, last, last_sequence, last_position, last_channel)
+    head = tl.max(tl.where(enters, value, -1), 0)
+    if ONE:
+        enters = enters & (value == head)
+    number = enters.to(tl.int32)
+    tl.store(Heads, head)
+    tl.store(Numbers, tl.sum(number, 0))
+    tl.store(Offers + tl.cumsum(number, 0) - 1, row.to(tl.int32), mask=enters)
+
+
+@triton.jit(do_not_specialize=["blocks", "source"])
+def _update_blocks(
+    Peak, Channel, Sqnorm, Nonfinite, OverFp16, OverFp8, InPeak, InChannel,  # RowStats, (S,) each
+    Order,  # (S,) int64
+    Offsets,  # (E + 1,) int64
+    Gates,  # (T, k)
+    Counted, First, Sequence, Position,  # Rows, (T,) each
+    Outliers, FirstOutliers, InMax,  # (E, K, 10) int64
+    Counts,  # (5, blocks) int64 - output
+    Sums,  # (5, blocks) float64 - output
+    Heads, Numbers,  # (3, blocks) int32 - output; as in _offer, for each list
+    Offers,  # (3, blocks, ROWS) int32 - output
+    blocks, source,
+    NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
+    KEPT: tl.constexpr, FIRST_KEPT: tl.constexpr, IN_KEPT: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    expert, start, end = _block_of(Offsets, block, NUM_EXPERTS, BINS, ROWS)
+    if expert < NUM_EXPERTS:
+        row = start + tl.arange(0, ROWS)
+        inside = row < end
+        slot = tl.load(Order + row, mask=inside, other=0)
+        token = slot // TOP_K
+        gate = tl.load(Gates + slot, mask=inside, other=0).to(tl.float32)
+        counted = inside & (gate != 0) & (tl.load(Counted + token, mask=inside, other=0) != 0)
+        first = counted & (tl.load(First + token, mask=inside, other=0) != 0)
+        nonfinite = tl.load(Nonfinite + row, mask=counted, other=0)
+        at = Counts + block
+        tl.store(at, tl.sum(counted.to(tl.int64), 0))
+        tl.store(at + blocks, tl.sum(first.to(tl.int64), 0))
+        tl.store(at + 2 * blocks, tl.sum(nonfinite.to(tl.int64), 0))
+        tl.store(at + 3 * blocks, tl.sum(tl.load(OverFp16 + row, mask=counted, other=0).to(tl.int64), 0))
+        tl.store(at + 4 * blocks, tl.sum(tl.load(OverFp8 + row, mask=counted, other=0).to(tl.int64), 0))
+
+        summed = counted & (nonfinite == 0) & (_value_bits(gate) < _INF)
+        squares = tl.load(Sqnorm + row, mask=summed, other=0)
+        gate64 = tl.where(summed, gate, 0.0).to(tl.float64)
+        norm = tl.sqrt_rn(squares).to(tl.float64)
+        at = Sums + block
+        tl.store(at, tl.sum(gate64, 0))
+        tl.store(at + blocks, tl.sum(tl.where(first, gate64, 0.0), 0))
+        tl.store(at + 2 * blocks, tl.sum(norm, 0))
+        tl.store(at + 3 * blocks, tl.sum(squares.to(tl.float64), 0))
+        tl.store(at + 4 * blocks, tl.sum(gate64 * norm, 0))
+
+        _offer(
+            row, counted & (first == 0), Outliers + (expert * KEPT + KEPT - 1) * _COLUMNS,
+            source, Peak, Channel, Order, Sequence, Position,
+            Heads + block, Numbers + block, Offers + block * ROWS, KEPT == 1, TOP_K,
+        )  # fmt: skip
+        block += blocks
+        _offer(
+            row, first, FirstOutliers + (expert * FIRST_KEPT + FIRST_KEPT - 1) * _COLUMNS,
+            source, Peak, Channel, Order, Sequence, Position,
+            Heads + block, Numbers + block, Offers + block * ROWS, FIRST_KEPT == 1, TOP_K,
+        )  # fmt: skip
+        block += blocks
+        _offer(
+            row, counted, InMax + (expert * IN_KEPT + IN_KEPT - 1) * _COLUMNS,
+            source, InPeak, InChannel, Order, Sequence, Position,
+            Heads + block, Numbers + block, Offers + block * ROWS, IN_KEPT == 1, TOP_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def _pair(a, b, SLOTS: tl.constexpr):
+    """a and b (SLOTS,) as one tensor, in turns."""
+    return tl.join(a, b).reshape(2 * SLOTS)
+
+
+@triton.jit
+def _pick(values, rank, SLOTS: tl.constexpr):
+    """The values at ranks 0 to SLOTS - 1, in order."""
+    slot = tl.arange(0, SLOTS)
+    return tl.sum(tl.where(rank[None, :] == slot[:, None], values[None, :], 0), 1)
+
+
+@triton.jit
+def _total(Table, blocks, first_block, end_block, BLOCKS: tl.constexpr):
+    """Sum over an expert's blocks, in a fixed order."""
+    total = tl.zeros((BLOCKS,), Table.dtype.element_ty)
+    for start in range(first_block, end_block, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        total += tl.load(Table + block, mask=block < end_block, other=0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _sign_bit(x):
+    """2^31 where x is negative or -0; 0 for NaN."""
+    sign = (x.to(tl.int32, bitcast=True).to(tl.int64) >> 31) & 1
+    return tl.where(_value_bits(x) > _INF, 0, sign << 31)
+
+
+@triton.jit(do_not_specialize=["blocks", "source"])
+def _update_experts(
+    Peak, Channel, InPeak, InChannel,  # of RowStats, (S,) each
+    Order,  # (S,) int64
+    Offsets,  # (E + 1,) int64
+    Gates,  # (T, k)
+    Sequence, Position, Token,  # of Rows, (T,) each
+    Counts, Sums, Heads, Numbers, Offers,  # as _update_blocks left them
+    StateCounts, StateSums, Outliers, FirstOutliers, InMax,  # BankStats - in place
+    blocks, source,
+    NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOP_K: tl.constexpr,
+    KEPT: tl.constexpr, FIRST_KEPT: tl.constexpr, IN_KEPT: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    expert, which = tl.program_id(0), tl.program_id(1)
+    bins = tl.arange(0, BINS)
+    first = tl.load(Offsets + bins, mask=bins < NUM_EXPERTS, other=0)
+    end = tl.load(Offsets + bins + 1, mask=bins < NUM_EXPERTS, other=0)
+    needed = (end - first + ROWS - 1) // ROWS
+    first_block = tl.sum(tl.where(bins < expert, needed, 0), 0).to(tl.int32)
+    end_block = first_block + tl.sum(tl.where(bins == expert, needed, 0), 0).to(tl.int32)
+    if which == 0:
+        for i in tl.static_range(5):
+            count = _total(Counts + i * blocks, blocks, first_block, end_block, BLOCKS)
+            tl.store(StateCounts + expert * 5 + i, tl.load(StateCounts + expert * 5 + i) + count)
+            total = _total(Sums + i * blocks, blocks, first_block, end_block, BLOCKS)
+            tl.store(StateSums + expert * 5 + i, tl.load(StateSums + expert * 5 + i) + total)
+
+    # The list of this program: outliers, first_outliers or in_max.
+    kept = tl.where(which == 0, KEPT, tl.where(which == 1, FIRST_KEPT, IN_KEPT))
+    Records = tl.where(which == 0, Outliers, tl.where(which == 1, FirstOutliers, InMax)) + expert * kept * _COLUMNS
+    Peak = tl.where(which == 2, InPeak, Peak)
+    Channel = tl.where(which == 2, InChannel, Channel)
+    Heads += which * blocks
+    Numbers += which * blocks
+    Offers += which * blocks * ROWS
+    slot = tl.arange(0, SLOTS)
+    value, sequence, position, channel = _kept_key(Records + slot * _COLUMNS, slot < kept)
+    # What each slot will hold: a sorted row, or the record of slot -1 - origin.
+    origin = -1 - slot.to(tl.int64)
+    entered = 0
+    least = tl.load(Records + (kept - 1) * _COLUMNS + _VALUE)
+    for start in range(first_block, end_block, BLOCKS):
+        some = start + tl.arange(0, BLOCKS)
+        heads = tl.load(Heads + some, mask=some < end_block, other=-1)
+        # In a settled state hardly any block offers anything.
+        if (tl.max(heads, 0) >= 0) & (tl.max(heads, 0) >= least):
+            for block in range(start, tl.minimum(start + BLOCKS, end_block)):
+                if tl.load(Heads + block) >= least:
+                    number = tl.load(Numbers + block)
+                    for some_offers in range(0, number, SLOTS):
+                        at = some_offers + slot
+                        offered = at < number
+                        row = tl.load(Offers + block * ROWS + at, mask=offered, other=0).to(tl.int64)
+                        new_value, new_sequence, new_position, new_channel = _record_key(
+                            row, offered, source, Peak, Channel, Order, Sequence, Position, TOP_K
+                        )
+                        if (tl.max(new_value, 0) >> 32) >= least:
+                            values = _pair(value, new_value, SLOTS)
+                            sequences = _pair(sequence, new_sequence, SLOTS)
+                            positions = _pair(position, new_position, SLOTS)
+                            channels = _pair(channel, new_channel, SLOTS)
+                            origins = _pair(origin, row, SLOTS)
+                            # Of equals the kept one stays, then the row that came first: offers are in row order.
+                            places = (channels << 32) | _pair(slot, slot + SLOTS, SLOTS)
+                            before = _precedes(
+                                values[None, :], sequences[None, :], positions[None, :], places[None, :],
+                                values[:, None], sequences[:, None], positions[:, None], places[:, None],
+                            )  # fmt: skip
+                            rank = tl.sum(before.to(tl.int32), 1)
+                            stays = slot < kept
+                            origin = _pick(origins, rank, SLOTS)
+                            # Slots beyond those of the list hold empty records.
+                            value = tl.where(stays, _pick(values, rank, SLOTS), -1 << 32)
+                            sequence = _pick(sequences, rank, SLOTS)
+                            position = _pick(positions, rank, SLOTS)
+                            channel = _pick(channels, rank, SLOTS)
+                            least = tl.min(tl.where(stays, value, 2**62), 0) >> 32
+                            entered = 1
+    if entered > 0:
+        stays = slot < kept
+        old, new = stays & (origin < 0), stays & (origin >= 0)
+        From = Records + tl.where(old, -1 - origin, 0) * _COLUMNS
+        row = tl.where(new, origin, 0)
+        routed = tl.load(Order + row, mask=new, other=0)
+        token = routed // TOP_K
+        gate = tl.load(Gates + routed, mask=new, other=0).to(tl.float32)
+        in_peak = tl.load(InPeak + row, mask=new, other=0)
+        negative = (tl.load(Peak + row, mask=new, other=0) < 0).to(tl.int64)
+        sign = tl.where(old, tl.load(From + _SIGN, mask=old, other=0), negative)
+        token_id = tl.load(Token + token, mask=new, other=0)
+        token_id = tl.where(old, tl.load(From + _TOKEN, mask=old, other=0), token_id)
+        gate_bits = _value_bits(gate).to(tl.int64) | _sign_bit(gate)
+        gate_bits = tl.where(old, tl.load(From + _GATE, mask=old, other=0), gate_bits)
+        in_bits = _value_bits(in_peak).to(tl.int64) | _sign_bit(in_peak)
+        in_bits = tl.where(old, tl.load(From + _IN_VALUE, mask=old, other=0), in_bits)
+        in_channel = tl.load(InChannel + row, mask=new, other=0).to(tl.int64)
+        in_channel = tl.where(old, tl.load(From + _IN_CHANNEL, mask=old, other=0), in_channel)
+        # Every thread has read the old records before any writes a new one.
+        tl.debug_barrier()
+        To = Records + slot * _COLUMNS
+        tl.store(To + _VALUE, value >> 32, mask=stays)
+        tl.store(To + _SIGN, sign, mask=stays)
+        tl.store(To + _CHANNEL, channel, mask=stays)
+        tl.store(To + _SOURCE, -(value & _LAST_SOURCE) + _LAST_SOURCE, mask=stays)
+        tl.store(To + _SEQUENCE, sequence, mask=stays)
+        tl.store(To + _POSITION, position, mask=stays)
+        tl.store(To + _TOKEN, token_id, mask=stays)
+        tl.store(To + _GATE, gate_bits, mask=stays)
+        tl.store(To + _IN_VALUE, in_bits, mask=stays)
+        tl.store(To + _IN_CHANNEL, in_channel, mask=stays)
+
+
+def update(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
+    """update_torch on the device, in place and in a fixed order: blocks of rows of one expert, then its blocks.
+
+    A block offers only rows that reach the last record kept, so in a settled state there is nothing to merge.
+    """
+    slots, experts, device = len(plan.order), plan.num_experts, plan.order.device
+    if slots == 0:
+        return
+    blocks = tiles.max_tiles(slots, experts, tiles.UPDATE_ROWS)
+    records = (state.outliers, state.first_outliers, state.in_max)
+    kept = [table.shape[1] for table in records]
+    counts = torch.empty(5, blocks, dtype=torch.int64, device=device)
+    sums = torch.empty(5, blocks, dtype=torch.float64, device=device)
+    heads = torch.empty(3, blocks, dtype=torch.int32, device=device)
+    numbers = torch.empty_like(heads)
+    offers = torch.empty(3, blocks, tiles.UPDATE_ROWS, dtype=torch.int32, device=device)
+    gates = gates.contiguous()
+    constants = {
+        "NUM_EXPERTS": experts, "BINS": triton.next_power_of_2(experts), "ROWS": tiles.UPDATE_ROWS,
+        "TOP_K": plan.top_k, "KEPT": kept[0], "FIRST_KEPT": kept[1], "IN_KEPT": kept[2],
+    }  # fmt: skip
+    _update_blocks[(blocks,)](
+        *stats.tensors(), plan.order, plan.offsets, gates,
+        rows.counted, rows.first, rows.sequence, rows.position,
+        *records,
+        counts, sums, heads, numbers, offers,
+        blocks, rows.source,
+        **constants,
+    )  # fmt: skip
+    _update_experts[(experts, len(records))](
+        stats.peak, stats.channel, stats.in_peak, stats.in_channel, plan.order, plan.offsets, gates,
+        rows.sequence, rows.position, rows.token,
+        counts, sums, heads, numbers, offers,
+        state.counts, state.sums, *records,
+        blocks, rows.source,
+        **constants, BLOCKS=64, SLOTS=triton.next_power_of_2(max(kept)),
+        # So that the programs of all experts run at once; what spills is needed only where there is much to merge.
+        maxnreg=128,
+    )  # fmt: skip

@@ -18,10 +18,11 @@ from sedetect.kernels.plan import Plan, plan_torch
 from sedetect.kernels.row_stats import RowStats, row_stats_torch
 from sedetect.kernels.update import Rows, update_torch
 from sedetect.stats import BankStats
+from sedetect.triton_backend import TritonBackend
 
 
 class TorchBackend:
-    """The torch references. Synchronises with the host once per experts call to loop over experts."""
+    """The torch references. Synchronises with the host in every experts call, to loop over experts."""
 
     name = "torch"
 
@@ -106,8 +107,9 @@ class CpuBackend(TorchBackend):
         _C.update_cpu(tables, stats.tensors(), plan.order, plan.offsets, plan.top_k, gates, rows.tensors(), rows.source)
 
 
-# In the order of preference.
-BACKENDS = {backend.name: backend for backend in (CpuBackend(), TorchBackend())}
+# In the order of preference. triton comes last, so that it serves only where it is asked for: its kernels agree with the
+# references under triton's interpreter and compile for sm_80, sm_90 and sm_100, but have not run on a GPU yet.
+BACKENDS = {backend.name: backend for backend in (CpuBackend(), TorchBackend(), TritonBackend())}
 
 
 def choose_backend(

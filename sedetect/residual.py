@@ -80,6 +80,7 @@ def observe_residual(
             run_tokens(model, ids[None])
             progress(len(ids))
     counts = {domain: sum(d == domain for d, *_ in chosen) for domain in domains}
+    layers = [seen.result(number) for number, seen in enumerate(observer.layers)]
     return Residual(
         model=model_name(model),
         sequences={domain: count for domain, count in counts.items() if count},
@@ -87,11 +88,28 @@ def observe_residual(
         prefix=prefix,
         min_value=min_value,
         min_ratio=min_ratio,
-        layers=[seen.result(number) for number, seen in enumerate(observer.layers)],
+        layers=layers,
         formations=observer.formations,
         found=observer.found,
-        notes=sorted(observer.notes),
+        notes=_notes(layers, observer.formations, observer.found),
     )
+
+
+def _notes(layers: list[LayerResidual], formations: list[Formation], found: int) -> list[str]:
+    notes = []
+    blind = [layer.layer for layer in layers if layer.sinks is None]
+    if blind:
+        notes.append(f"no attention weights, and so no sinks, in layers {', '.join(map(str, blind))}")
+    if any(layer.nonfinite for layer in layers):
+        first = next(layer.layer for layer in layers if layer.nonfinite)
+        notes.append(f"NaN or Inf in the residual stream, first after layer {first}; counted as 0")
+    if found > len(formations):
+        notes.append(f"{found} formations; of each layer and sequence the {_PER_LAYER} largest are kept")
+    if any(abs(one.explained - 1) > 0.05 for one in formations):
+        notes.append(
+            "attention and experts do not add up to every jump (norms or factors after them): shares are rough"
+        )
+    return notes
 
 
 def _spread(domains: dict[str, Windows], sequences: int) -> list[tuple[str, int, torch.Tensor]]:
@@ -139,7 +157,6 @@ class _Observer:
         self.layers = [_Seen() for _ in self.modules]
         self.formations: list[Formation] = []
         self.found = 0
-        self.notes: set[str] = set()
 
     def __enter__(self) -> Self:
         paths = {id(module): path for path, module in self.model.named_modules()}

@@ -46,7 +46,7 @@ def assert_logits_close(logits, reference, rtol):
     assert error <= rtol, f"worst logit off by {error:.2e} of their RMS"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_banks(name, backend):
     model, ids = random_model(name), token_ids()

@@ -1,5 +1,6 @@
 """sedetect analyze residual, trace: where massive activations form and who writes them, when and where experts fire."""
 
+from collections import defaultdict
 from typing import Annotated, Any
 
 import typer
@@ -214,9 +215,8 @@ def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, note
     shown = ", ".join(f"{domain} {count}" for domain, count in residual.sequences.items())
     _line(
         f"{residual.model}: {sum(residual.sequences.values())} sequences of {residual.seq_len} tokens ({shown}); "
-        f"massive: |x| > {residual.min_value:g} and at least {residual.min_ratio:g} times the median; sink: attention "
-        "to the first token, mean over sequences and the queries in their last three quarters; mean over heads, and the "
-        "largest head"
+        f"massive: |x| > {residual.min_value:g} and at least {residual.min_ratio:g} times the median; sink: attention to "
+        "the first token, mean over sequences, the queries in their last three quarters, and heads; and the largest head"
     )
     for note in [*notes, *residual.notes]:
         _line(f"note: {note}")
@@ -224,15 +224,14 @@ def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, note
 
 def _print_formations(formations: list[Formation]) -> None:
     """One line per layer, channel, position and token: the largest, and how many sequences have it."""
-    places: dict[tuple[int, int, int, int], list[Formation]] = {}
+    places: dict[tuple[int, ...], list[Formation]] = defaultdict(list)
     for one in formations:
-        places.setdefault((one.layer, one.channel, one.position, one.token_id), []).append(one)
+        places[one.layer, one.channel, one.position, one.token_id].append(one)
     table = _table("formed in", "channel", "pos", "seqs", "before", "after", "attn", "writers", "up to", left="writers")
     for (layer, channel, position, _), same in list(places.items())[:_SHOWN]:
         one = max(same, key=lambda f: abs(f.after))
         shares = [f"{w.expert} {w.share:.0%}" for w in one.writers if abs(w.share) >= 0.05]
-        attention = "-" if one.attention is None else f"{one.attention:.0%}"
-        values = (f"{one.before:.4g}", f"{one.after:.4g}", attention)
+        values = (f"{one.before:.4g}", f"{one.after:.4g}", "-" if one.attention is None else f"{one.attention:.0%}")
         place = (f"L{layer}", str(channel), str(position), str(len(same)))
         table.add_row(*place, *values, escape("\n".join(shares) or "-"), f"L{one.carried_to}")
     console.print(table)

@@ -1,0 +1,313 @@
+"""How fast is one MoE layer with its statistics, beside transformers, hooks, and what the hardware allows?
+
+    python benchmarks/bench_moe.py                              all shapes, T = 1 to 32768 (CUDA)
+    python benchmarks/bench_moe.py --shapes qwen3 --tokens 8192 --stages
+    python benchmarks/bench_moe.py --device cpu --rounds 2      a small layer, to see that it runs
+
+One experts call in bfloat16 on random data; prints a table, and the last line is the same as JSON. Variants:
+
+    eager, grouped_mm     transformers' experts implementations
+    hooks                 transformers' eager loop with abs-max and argmax of every expert's input and output
+    lean                  grouped_mm without transformers around it, compiled
+    lean+statistics       the same with per-expert abs-max, sums of norms and of gate-weighted norms, and the largest
+                          rows, returned (a compiler deletes what is not)
+    off                   ours without statistics
+    combine, down         ours with every default statistic, taken by the combine or by the down kernel
+
+floor = the larger of FLOPs over the matmul rate and bytes over the copy bandwidth, both measured in this run; bytes are
+the weights of the experts that are hit, the input and the output. Up to 256 tokens several routings take turns, so that
+weights do not stay in cache, and ours is replayed as a CUDA graph (whose memory was taken before, so it shows as none).
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from bench_model import hooked_experts
+from rich.console import Console
+from rich.table import Table
+from timing import interleaved, machine
+from torch import nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from sedetect import ops, triton_backend
+from sedetect.kernels.combine import combine
+from sedetect.kernels.down import down, merge_partials
+from sedetect.kernels.gate import Gate
+from sedetect.kernels.gate_up import gate_up
+from sedetect.kernels.plan import plan
+from sedetect.kernels.update import Rows, update
+from sedetect.stats import BankStats
+from sedetect.triton_backend import TritonBackend
+
+
+class Shape(NamedTuple):
+    experts: int
+    hidden: int
+    intermediate: int
+    top_k: int
+
+
+SHAPES = {
+    "qwen3": Shape(128, 2048, 768, 8),  # Qwen3-30B-A3B
+    "olmoe": Shape(64, 2048, 1024, 8),
+    "mixtral": Shape(8, 4096, 14336, 2),
+    "deepseek": Shape(256, 7168, 2048, 8),  # V3
+}
+TOKENS = (1, 16, 256, 2048, 8192, 32768)
+VARIANTS = ("eager", "hooks", "grouped_mm", "lean", "lean+statistics", "off", "combine", "down")
+ROUTINGS = 8  # that take turns where tokens are few
+KEPT = 256  # rows that lean+statistics keeps
+
+
+class Call(NamedTuple):
+    x: torch.Tensor  # (T, H)
+    index: torch.Tensor  # (T, k)
+    weights: torch.Tensor  # (T, k)
+
+
+class Ceilings(NamedTuple):
+    flops: float
+    bandwidth: float
+
+    def floor(self, shape: Shape, calls: list[Call]) -> float:
+        """Seconds that a call cannot be faster than, on average."""
+        tokens, size = len(calls[0].x), calls[0].x.element_size()
+        flops = 6 * tokens * shape.top_k * shape.hidden * shape.intermediate
+        hit = sum(len(call.index.unique()) for call in calls) / len(calls)
+        # weights of the hit experts + input + output
+        nbytes = size * (3 * hit * shape.hidden * shape.intermediate + 2 * tokens * shape.hidden)
+        return max(flops / self.flops, nbytes / self.bandwidth)
+
+
+def measure_ceilings(device: str, rounds: int) -> Ceilings:
+    n, m = (8192, 2**31) if device == "cuda" else (512, 2**24)
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(m, dtype=torch.int8, device=device).random_()
+    target = torch.empty_like(source)
+    seconds = interleaved({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, max(rounds, 9), device)
+    return Ceilings(2 * n**3 / seconds["matmul"]["median"], 2 * m / seconds["copy"]["median"])
+
+
+def make_layer(shape: Shape, device: str) -> nn.Module:
+    config = Qwen3MoeConfig(
+        hidden_size=shape.hidden, moe_intermediate_size=shape.intermediate, num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+    )  # fmt: skip
+    with torch.device(device):
+        layer = Qwen3MoeExperts(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.normal_(std=0.02)
+    return layer.requires_grad_(False)
+
+
+def make_calls(shape: Shape, tokens: int, device: str, skew: float) -> list[Call]:
+    calls = []
+    for seed in range(ROUTINGS if tokens <= 256 else 1):
+        generator = torch.Generator(device).manual_seed(seed)
+        logits = torch.randn(tokens, shape.experts, device=device, generator=generator)
+        logits[:, 0] += skew
+        weights, index = logits.softmax(-1).topk(shape.top_k)
+        x = torch.randn(tokens, shape.hidden, device=device, generator=generator).bfloat16()
+        calls.append(Call(x, index, (weights / weights.sum(-1, keepdim=True)).bfloat16()))
+    return calls
+
+
+def lean(x, index, weights, gate_up_weight, down_weight, statistics: bool):
+    """The layer as one would write it by hand on torch's grouped_mm."""
+    tokens, k = index.shape
+    experts = gate_up_weight.shape[0]
+    expert, order = index.flatten().sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(experts, device=x.device), right=True, out_int32=True)
+    g, u = torch._grouped_mm(x[order // k], gate_up_weight.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    y = torch._grouped_mm(F.silu(g) * u, down_weight.transpose(1, 2), offs=ends)
+    by_slot = torch.empty_like(y).index_copy(0, order, y).view(tokens, k, -1)
+    out = (by_slot.float() * weights[..., None].float()).sum(1).to(x.dtype)
+    if not statistics:
+        return out
+    largest = y.abs().amax(1).float()
+    norm = y.float().square().sum(1).sqrt()
+    zeros = norm.new_zeros(experts)
+    peak = zeros.index_reduce(0, expert, largest, "amax")
+    norms = zeros.index_add(0, expert, norm)
+    weighted = zeros.index_add(0, expert, norm * weights.flatten()[order].float())
+    return out, peak, norms, weighted, largest.topk(min(KEPT, len(largest)))
+
+
+def make_variants(
+    layer: nn.Module, shape: Shape, calls: list[Call], device: str, wanted: set[str]
+) -> dict[str, Callable[[], object]]:
+    """What to time: each runs all calls once."""
+    weights = (layer.gate_up_proj, layer.down_proj)
+
+    def transformers(implementation: str) -> Callable[[], object]:
+        def run() -> None:
+            layer.config._experts_implementation = implementation
+            layer.hooked = {}
+            for call in calls:
+                layer(*call)
+
+        return run
+
+    def hooks() -> None:
+        layer.hooked = {}
+        for call in calls:
+            hooked_experts(layer, *call)
+
+    def by_hand(statistics: bool) -> Callable[[], object]:
+        function = torch.compile(lean, dynamic=False) if device == "cuda" else lean
+        return lambda: [function(*call, *weights, statistics) for call in calls]
+
+    def ours(stage: str) -> Callable[[], object]:
+        state = BankStats.empty(shape.experts, device)
+        rows = Rows.unmapped(len(calls[0].x), device)
+        backend = TritonBackend()
+
+        def run() -> None:
+            triton_backend.ROW_STATS_IN = stage
+            for x, index, gates in calls:
+                routing = backend.plan(index, shape.experts)
+                arguments = (weights[0], None, Gate(), weights[1], None, False, gates)
+                _, stats = backend.experts(x, routing, *arguments, statistics=stage != "off")
+                if stats is not None:
+                    backend.update(state, stats, routing, gates, rows)
+
+        def run_on_cpu() -> None:
+            for x, index, gates in calls:
+                ops.moe_mlp(x, index, gates, *weights, Gate(), state)
+
+        if device == "cpu":
+            return run_on_cpu
+        return captured(run) if len(calls) > 1 else run
+
+    makers = {
+        "eager": lambda: transformers("eager"),
+        "hooks": lambda: hooks,
+        "grouped_mm": lambda: transformers("grouped_mm"),
+        "lean": lambda: by_hand(False),
+        "lean+statistics": lambda: by_hand(True),
+        **{stage: lambda stage=stage: ours(stage) for stage in ("off", "combine", "down")},
+    }
+    if device == "cpu":
+        del makers["off"], makers["down"]
+    return {name: make() for name, make in makers.items() if name in wanted}
+
+
+def make_stages(layer: nn.Module, shape: Shape, calls: list[Call], device: str) -> dict[str, Callable[[], object]]:
+    """The stages of ours one by one, for tuning (CUDA)."""
+    x, index, gates = calls[0]
+    weights, gate = (layer.gate_up_proj, layer.down_proj), Gate()
+    state, rows = BankStats.empty(shape.experts, device), Rows.unmapped(len(x), device)
+    routing = plan(index, shape.experts)
+    h, keys = gate_up(x, routing, weights[0], gate=gate, keys=True)
+    y, partials = down(h, routing, weights[1])
+    stats = merge_partials(partials, keys)
+    stages = {
+        "plan": lambda: plan(index, shape.experts),
+        "gate_up": lambda: gate_up(x, routing, weights[0], gate=gate),
+        "gate_up+keys": lambda: gate_up(x, routing, weights[0], gate=gate, keys=True),
+        "down": lambda: down(h, routing, weights[1], statistics=False),
+        "down+partials": lambda: down(h, routing, weights[1]),
+        "merge_partials": lambda: merge_partials(partials, keys),
+        "combine": lambda: combine(y, routing, gates, x.dtype),
+        "combine+statistics": lambda: combine(y, routing, gates, x.dtype, keys),
+        "update": lambda: update(state, stats, routing, gates, rows),
+    }
+    return {name: captured(lambda run=run: [run() for _ in range(10)]) for name, run in stages.items()}
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int | None:
+    """Memory that one run takes beyond what is allocated before; None where it is not known."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--skew", type=float, default=0.0, help="added to the logit of expert 0")
+    parser.add_argument("--stages", action="store_true", help="also time the stages of ours one by one")
+    args = parser.parse_args()
+    shapes, tokens_list = {name: SHAPES[name] for name in args.shapes}, args.tokens
+    if args.device == "cpu":
+        shapes, tokens_list = {"small": Shape(8, 64, 32, 2)}, [min(args.tokens), 300]
+
+    console = Console(width=170)
+    ceilings = measure_ceilings(args.device, args.rounds)
+    console.print(f"ceilings: {ceilings.flops / 1e12:.1f} TFLOP/s, {ceilings.bandwidth / 1e9:.0f} GB/s")
+    results = []
+    for name, shape in shapes.items():
+        layer = make_layer(shape, args.device)
+        table = Table(title=f"{name}: ms (x floor) +- half the interquartile range, extra MB")
+        for column in ("T", "floor", *args.variants):
+            table.add_column(column, justify="right")
+        for tokens in tokens_list:
+            calls = make_calls(shape, tokens, args.device, args.skew)
+            floor = ceilings.floor(shape, calls)
+            with torch.no_grad():
+                variants = make_variants(layer, shape, calls, args.device, set(args.variants))
+                memory = {n: peak_bytes(run, args.device) for n, run in variants.items()}
+                seconds = interleaved(variants, args.rounds, args.device)
+                stages = {}
+                if args.stages and args.device == "cuda":
+                    stages = interleaved(make_stages(layer, shape, calls, args.device), args.rounds, args.device)
+            seconds = {n: {k: v / len(calls) for k, v in s.items()} for n, s in seconds.items()}
+            stages = {n: s["median"] / 10 for n, s in stages.items()}
+            cells = [str(tokens), f"{floor * 1e3:.3f}"]
+            for n in args.variants:
+                if n not in seconds:
+                    cells.append("-")
+                    continue
+                s, mb = seconds[n], "" if memory[n] is None else f" {memory[n] / 2**20:.0f}"
+                spread = (s["high"] - s["low"]) / 2
+                cells.append(f"{s['median'] * 1e3:.3f} ({s['median'] / floor:.2f}x) +-{spread * 1e3:.3f}{mb}")
+            table.add_row(*cells)
+            results.append({
+                "shape": name, **shape._asdict(), "tokens": tokens, "floor": floor, "seconds": seconds,
+                "of_floor": {n: s["median"] / floor for n, s in seconds.items()}, "peak_bytes": memory,
+                "stages": stages,
+            })  # fmt: skip
+            if stages:
+                flops = 2 * tokens * shape.top_k * shape.hidden * shape.intermediate
+                console.print(f"{name} T={tokens}: " + ", ".join(
+                    f"{n} {t * 1e6:.0f} us" + (f" ({flops * {'gate_up': 2, 'down': 1}[n.split('+')[0]] / t / 1e12:.0f} "
+                    "TFLOP/s)" if n.split("+")[0] in ("gate_up", "down") else "") for n, t in stages.items()
+                ))  # fmt: skip
+            del variants
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+        console.print(table)
+        del layer
+    ceiling = {"flops": ceilings.flops, "bandwidth": ceilings.bandwidth}
+    report = {"benchmark": "moe", "machine": machine(args.device), "ceilings": ceiling, "skew": args.skew}
+    print(json.dumps(report | {"results": results}))
+
+
+if __name__ == "__main__":
+    main()

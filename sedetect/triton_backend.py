@@ -1,0 +1,75 @@
+"""The Triton backend: every stage on the GPU, the statistics taken while the experts are computed.
+
+The stages take and give what sedetect.backends.TorchBackend's do.
+"""
+
+import torch
+import triton
+
+from sedetect.kernels.combine import combine
+from sedetect.kernels.down import down, merge_partials
+from sedetect.kernels.gate_up import gate_up
+from sedetect.kernels.plan import plan, scheduled
+from sedetect.kernels.row_scan import row_stats
+from sedetect.kernels.update import update
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
+ROW_STATS_IN = "combine"  # "combine" or "down": the stage of the fused path that takes the statistics of y
+
+
+class TritonBackend:
+    """The kernels of sedetect.kernels. No stage synchronises with the host; rows of no expert are left undefined."""
+
+    name = "triton"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot serve a layer of this device and weight dtype; None if it can."""
+        if device.type != "cuda" and not INTERPRETED:
+            return f"it serves CUDA tensors, these are on {device}"
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it has no kernel for {dtype}"
+        return None
+
+    def plan(self, top_k_index, num_experts):
+        with _on(top_k_index.device):
+            return plan(top_k_index, num_experts)
+
+    def gate_up(self, x, plan, weight, bias, transposed):
+        with _on(x.device):
+            return gate_up(x, plan, weight, bias, transposed)[0]
+
+    def down(self, h, plan, weight, bias, transposed):
+        with _on(h.device):
+            h = h.to(weight.dtype)
+            y, _ = down(h, plan, weight, bias, transposed, statistics=False)
+            return y, row_stats(y, h, plan.offsets)
+
+    def experts(
+        self, x, plan, gate_up_weight, gate_up_bias, gate, down_weight, down_bias, transposed, gates, statistics=True
+    ):
+        """As TorchBackend.experts, with out in x's dtype; statistics=False leaves them out (None)."""
+        with _on(x.device):
+            plan = scheduled(plan)
+            h, in_keys = gate_up(x, plan, gate_up_weight, gate_up_bias, transposed, gate, keys=statistics)
+            in_down = statistics and ROW_STATS_IN == "down"
+            y, partials = down(h, plan, down_weight, down_bias, transposed, statistics=in_down)
+            if in_down:
+                return combine(y, plan, gates, x.dtype)[0], merge_partials(partials, in_keys)
+            return combine(y, plan, gates, x.dtype, in_keys)
+
+    def row_stats(self, y, h):
+        with _on(y.device):
+            return row_stats(y, h)
+
+    def combine(self, y, plan, gates):
+        with _on(y.device):
+            return combine(y, plan, gates)[0]
+
+    def update(self, state, stats, plan, gates, rows):
+        with _on(gates.device):
+            update(state, stats, plan, gates, rows)
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    """Launches go to the current device; a model may be spread over several."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

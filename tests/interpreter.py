@@ -1,0 +1,55 @@
+"""Run Triton kernels on the CPU: imported before triton where there is no GPU, and repairs what its interpreter lacks.
+
+triton 3.6's interpreter multiplies bfloat16 as integers, truncates where the hardware rounds to nearest, and turns
+one-element arrays into integers in a way that numpy 2.4 refuses.
+"""
+
+import os
+
+import numpy as np
+import torch
+
+INTERPRETED = not torch.cuda.is_available()
+
+
+def _bfloat16(bits: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(bits).view(np.int16)).view(torch.bfloat16)
+
+
+def _repair() -> None:
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot, patch_tensor = (
+        InterpreterBuilder.cast_impl,
+        InterpreterBuilder.create_dot,
+        interpreter._patch_lang_tensor,
+    )
+
+    def repaired_cast(self, source, target):
+        types = (source.dtype.scalar, target.scalar)
+        if types == (tl.float32, tl.bfloat16):
+            data = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16).numpy()
+            return TensorHandle(data.view(np.uint16), tl.bfloat16)
+        if types == (tl.bfloat16, tl.float32):
+            return TensorHandle(_bfloat16(source.data).float().numpy(), tl.float32)
+        return cast(self, source, target)
+
+    def repaired_dot(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (repaired_cast(self, operand, tl.float32) for operand in (a, b))
+        return dot(self, a, b, *rest)
+
+    def repaired_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    InterpreterBuilder.cast_impl = repaired_cast
+    InterpreterBuilder.create_dot = repaired_dot
+    interpreter._patch_lang_tensor = repaired_tensor
+
+
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
+    _repair()

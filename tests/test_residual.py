@@ -1,0 +1,273 @@
+"""The residual stream and the sinks, on tiny-moe (facts: tests/data/tiny-moe/README.md) and on random models.
+
+Published numbers are of other text. What the first token's own embedding decides (values at BOS) is the same on the
+embedded corpus; medians and sinks move with the text and have their own tolerance here.
+"""
+
+import json
+
+import pytest
+import torch
+from models import CONFIGS, TINY, random_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from sedetect import hf
+from sedetect.ablation import ablate, parse_place
+from sedetect.calibration import Windows, load_texts, make_windows
+from sedetect.cli import app
+from sedetect.errors import SedetectError
+from sedetect.layers import attention_blocks, decoder_layers
+from sedetect.residual import Residual, observe_residual, sink_decay
+
+SE = parse_place("L1E28")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def domains():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    return make_windows(tokenizer, load_texts(None), tokens=8 * 512, seq_len=512).domains
+
+
+@pytest.fixture(scope="module")
+def residual(tiny, domains):
+    return observe_residual(tiny, domains, prefix=1, sequences=4)
+
+
+@pytest.fixture(scope="module")
+def without(tiny, domains):
+    with ablate(tiny, [SE]):
+        return observe_residual(tiny, domains, prefix=1, sequences=4)
+
+
+def windows_of(ids: torch.Tensor) -> dict[str, Windows]:
+    return {"mine": Windows(ids, torch.arange(len(ids)), "mine", {"domain": "mine"})}
+
+
+def attention_and_stream(model, ids):
+    """Per layer (heads, L, L) and (L, H), by transformers' own outputs; the stream before the final norm by a hook."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    stream = []
+    hooks = [
+        layer.register_forward_hook(lambda module, args, out: stream.append(out[0])) for layer in model.model.layers
+    ]
+    try:
+        with torch.no_grad():
+            out = model(input_ids=ids[None], output_attentions=True, use_cache=False)
+    finally:
+        model.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
+    return [attention[0] for attention in out.attentions], stream
+
+
+def test_the_massive_activation_of_tiny_moe(residual):
+    assert residual.sequences == dict.fromkeys(("english", "chinese", "mathematics", "code"), 1)
+    assert residual.forming_layers == [1] and residual.writers() == {SE} and residual.notes == []
+    first = residual.layers[1]
+    assert (first.channel, first.position, first.token_id) == (101, 0, 0)
+    assert first.maximum == pytest.approx(1232.6, rel=1e-3)
+    assert first.ratio == pytest.approx(574, rel=0.06)
+    assert residual.inner_max == pytest.approx(1249.6, rel=1e-3)
+    assert residual.layers[8].ratio == pytest.approx(242, rel=0.06)
+    assert residual.layers[0].massive == 0
+
+    formed = [f for f in residual.formations if (f.layer, f.channel) == (1, 101)]
+    assert len(formed) == 4 and {f.domain for f in formed} == set(residual.sequences)
+    for one in formed:
+        assert (one.kind, one.position, one.token_id, one.carried_to, one.vanishes) == ("formed", 0, 0, 9, None)
+        assert abs(one.after) == pytest.approx(1232.6, rel=1e-3) and abs(one.before) < 20
+        assert one.jump == pytest.approx(one.after - one.before)
+        assert one.writers[0].expert == SE and one.writers[0].share == pytest.approx(1, abs=0.01)
+        assert one.writers[0].gate == pytest.approx(0.961, abs=0.002)
+        assert abs(one.attention) < 0.01 and one.explained == pytest.approx(1, abs=1e-4)
+
+
+def test_the_late_outlier_expert_is_carried_by_nobody(residual):
+    late = [f for f in residual.formations if f.layer == 9]
+    assert {(f.channel, f.position, f.writers[0].expert) for f in late} == {(159, 0, parse_place("L9E7"))}
+    for one in late:
+        assert one.after == pytest.approx(1493.3, rel=1e-3) and one.carried_to == 9
+        assert one.writers[0].share == pytest.approx(0.98, abs=0.02)
+    assert 9 not in residual.forming_layers
+
+
+def test_some_channels_are_carried_only_for_a_while(residual):
+    """Channel 159 stays above 100, but the median grows: it falls below 100 times after layer 5."""
+    for one in (f for f in residual.formations if (f.layer, f.channel) == (1, 159)):
+        assert 1 < one.carried_to < 9 and one.vanishes == one.carried_to + 1
+
+
+def test_layers_and_sinks_against_an_independent_computation(tiny, domains):
+    one = domains["code"]
+    residual = observe_residual(tiny, {"code": one}, prefix=1, sequences=2)
+    assert residual.sequences == {"code": 2}
+    attention, stream = zip(*(attention_and_stream(tiny, ids) for ids in one.ids[:2]))
+    for number, layer in enumerate(residual.layers):
+        x = torch.stack([s[number] for s in stream]).abs()  # (2, L, H)
+        sequence, position, channel = (int(i) for i in torch.unravel_index(x.argmax(), x.shape))
+        assert layer.maximum == pytest.approx(float(x.max()), rel=1e-5)
+        assert x[layer.sequence, layer.position, layer.channel] == pytest.approx(layer.maximum, rel=1e-5)
+        assert (layer.position, layer.channel) == (position, channel)
+        assert layer.token_id == one.ids[sequence, position]
+        assert layer.median == pytest.approx(float(x.flatten(1).median(1).values.mean()), rel=1e-5)
+        weights = torch.stack([a[number] for a in attention]).double()  # (2, heads, L, L)
+        assert torch.allclose(weights.sum(-1), torch.ones(1, dtype=torch.float64), atol=1e-5)
+        expected = weights[:, :, 128:, 0].mean((0, 2))
+        assert torch.allclose(torch.tensor(layer.sinks, dtype=torch.float64), expected, atol=1e-6)
+
+
+def test_sinks_of_tiny_moe(residual):
+    assert residual.sink_mean == pytest.approx(0.070, abs=0.01)
+    assert max(range(10), key=lambda n: residual.layers[n].sink_mean) == 6
+    assert 0.45 < max(residual.layers[6].sinks) < 0.65  # 0.51 and 0.58 on two selections of other text
+    assert residual.layers[1].sink_mean == pytest.approx(0.002, abs=0.001)  # uniform attention has 0.003
+
+
+def test_without_its_super_expert_there_is_none(residual, without):
+    assert without.formations == [] and without.forming_layers == [] and without.writers() == set()
+    assert all(layer.massive == 0 for layer in without.layers)
+    assert without.inner_max < residual.inner_max / 5
+    assert max(layer.ratio for layer in without.layers[1:-1]) < 40
+    assert without.sink_mean < residual.sink_mean / 2
+    decay = sink_decay(residual, without)
+    assert decay[0] == pytest.approx(0, abs=1e-6)  # attention of layers 0 and 1 comes before the expert
+    assert all(d > 0.1 for d in decay[2:]) and decay[8] > 0.8 and decay[9] > 0.8
+    layer = 6
+    ratios = [b / a for a, b in zip(residual.layers[layer].sinks, without.layers[layer].sinks, strict=True)]
+    assert decay[layer] == pytest.approx(1 - sum(ratios) / len(ratios))
+
+
+def test_the_trigger_is_the_token_not_the_position(tiny, domains):
+    """BOS at position 100: the activation forms there."""
+    ids = domains["english"].ids[:1, 1:257].clone()
+    ids[0, 100] = 0
+    residual = observe_residual(tiny, windows_of(ids), prefix=0, sequences=1)
+    assert {(f.position, f.token_id) for f in residual.formations} == {(100, 0)}
+    ids[0, 100] = ids[0, 99]
+    assert not observe_residual(tiny, windows_of(ids), prefix=0, sequences=1).formations
+
+
+def test_thresholds_and_sequences_are_arguments(tiny, domains):
+    short = {"english": domains["english"], "code": domains["code"]}
+    residual = observe_residual(tiny, short, prefix=1, sequences=3, min_ratio=1000)
+    assert residual.sequences == {"english": 2, "code": 1} and not residual.formations
+    assert residual.min_ratio == 1000
+    seen = []
+    assert observe_residual(tiny, short, prefix=1, sequences=1, progress=seen.append).sequences == {"english": 1}
+    assert seen == [512]
+    for arguments in ({"sequences": 0}, {"domains": {}}):
+        with pytest.raises(SedetectError):
+            observe_residual(tiny, **{"domains": short, "prefix": 1} | arguments)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_a_random_model_has_no_formation(name):
+    model = random_model(name)
+    ids = torch.randint(3, 96, (3, 40), generator=torch.Generator().manual_seed(0))
+    residual = observe_residual(model, windows_of(ids), prefix=0, sequences=3)
+    assert residual.formations == [] and residual.forming_layers == []
+    assert len(residual.layers) == 3 and all(len(layer.sinks) == 4 for layer in residual.layers)
+    assert all(0 < layer.sink_mean < 1 for layer in residual.layers)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_attention_and_experts_explain_every_jump(name):
+    """With the thresholds at the floor nearly every element is a formation: shared, dense, biased experts and all."""
+    model = random_model(name)
+    ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(1))
+    residual = observe_residual(model, windows_of(ids), prefix=0, sequences=1, min_value=0.0, min_ratio=1.0)
+    assert residual.found > len(residual.formations) == 3 * 16
+    kinds = {writer.expert.kind for f in residual.formations for writer in f.writers}
+    assert kinds == {"qwen3_moe": {"routed"}, "gpt_oss": {"routed"}}.get(name, {"routed", "shared", "dense"})
+    for one in residual.formations:
+        assert one.explained == pytest.approx(1, abs=2e-3), one
+
+
+def test_everything_is_restored(domains):
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="sdpa").eval()
+    configs = [bank.module.config for bank in hf.find_banks(model)]
+    windows = windows_of(domains["code"].ids[:1, :64])
+    logits = model(input_ids=windows["mine"].ids).logits
+
+    def check():
+        assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
+            "sdpa"
+        }
+        assert all(bank.module.config is config for bank, config in zip(hf.find_banks(model), configs, strict=True))
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        assert torch.equal(model(input_ids=windows["mine"].ids).logits, logits)
+
+    observe_residual(model, windows, prefix=1)
+    check()
+
+    def fail(tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        observe_residual(model, windows, prefix=1, progress=fail)
+    check()
+    with pytest.raises(SedetectError, match="eval"):
+        observe_residual(model.train(), windows, prefix=1)
+
+
+def test_layers_without_attention_weights():
+    """A layer whose attention block gives no weights has no sinks, and D_sink leaves it out."""
+    model = random_model("qwen3_moe")
+    banks = hf.find_banks(model)
+    (block,) = attention_blocks(decoder_layers(model, banks)[1], "model.layers.1", banks)
+    original = block.forward
+    block.forward = lambda *args, **kwargs: (original(*args, **kwargs)[0], None)
+    ids = torch.randint(3, 96, (1, 16))
+    residual = observe_residual(model, windows_of(ids), prefix=0)
+    assert [layer.sinks is None for layer in residual.layers] == [False, True, False]
+    assert residual.notes == ["no attention weights, and so no sinks, in layers 1"]
+    assert sink_decay(residual, residual) == [pytest.approx(0), None, pytest.approx(0)]
+    assert Residual.from_dict(json.loads(json.dumps(residual.to_dict(), allow_nan=False))) == residual
+
+
+def test_values_that_are_not_finite_are_counted():
+    model = random_model("qwen3_moe")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5, 3] = torch.inf
+    residual = observe_residual(model, windows_of(torch.tensor([[4, 6, 7, 8, 9, 5]])), prefix=0)
+    assert residual.layers[0].nonfinite > 0
+    assert any("NaN or Inf" in note and "after layer 0" in note for note in residual.notes)
+    json.dumps(residual.to_dict(), allow_nan=False)
+
+
+def test_the_document(residual):
+    document = json.loads(json.dumps(residual.to_dict(), allow_nan=False))
+    assert document["forming_layers"] == [1] and document["format"] == "sedetect-residual"
+    assert document["formations"][0]["writers"][0]["expert"] == "L1E28"
+    assert Residual.from_dict(document | {"ablated": {}}) == residual
+    with pytest.raises(SedetectError, match="sedetect-ranking"):
+        Residual.from_dict({"format": "sedetect-ranking", "version": "1"})
+
+
+def test_the_command(tmp_path):
+    arguments = ["--dtype", "float32", "--sequences", "2", "--seq-len", "128", "--tokens", "1024", "--ablate", "super"]
+    result = CliRunner().invoke(app, ["analyze", "residual", str(TINY), *arguments, "-o", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "massive activations form in L1, written by L1E28" in result.output
+    assert "without L1E28" in result.output and "D_sink" in result.output
+    assert all(len(line) <= 80 for line in result.output.splitlines() if line.startswith(" "))
+    document = json.loads((tmp_path / "residual.json").read_text(encoding="utf-8"))
+    before, after = Residual.from_dict(document), Residual.from_dict(document["ablated"]["residual"])
+    assert before.forming_layers == [1] and after.forming_layers == []
+    assert document["ablated"]["experts"] == ["L1E28"]
+    assert document["ablated"]["sink_decay"] == pytest.approx(sink_decay(before, after))
+
+
+def test_the_command_refuses(tmp_path):
+    for option in (["--sequences", "0"], ["--ablate", "nothing"], ["--ablate", "L1E99"]):
+        arguments = ["--seq-len", "32", "--tokens", "128", *option, "-o", str(tmp_path / "out")]
+        result = CliRunner().invoke(app, ["analyze", "residual", str(TINY), *arguments])
+        assert isinstance(result.exception, SedetectError), option
+        assert not (tmp_path / "out").exists()

@@ -1,0 +1,316 @@
+"""The Triton kernels against their torch references: on a GPU where there is one, else smaller and interpreted."""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import interpreter  # before triton
+import pytest
+import torch
+from test_kernels import GATES, SHAPES, TOLERANCES, assert_close, loop_over_slots, make_call, make_rows, swiglu
+
+from sedetect import ops, triton_backend
+from sedetect.backends import BACKENDS
+from sedetect.kernels import tiles
+from sedetect.kernels.combine import combine, combine_torch
+from sedetect.kernels.down import down
+from sedetect.kernels.gate_up import gate_up, gate_up_torch
+from sedetect.kernels.plan import Plan, plan, plan_torch, scheduled, single_plan
+from sedetect.kernels.row_scan import row_stats
+from sedetect.kernels.row_stats import RowStats, row_stats_torch
+from sedetect.kernels.update import Rows, update, update_torch
+from sedetect.stats import BankStats
+from sedetect.triton_backend import TritonBackend
+
+DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda")
+ON_GPU = pytest.mark.skipif(interpreter.INTERPRETED, reason="needs a GPU")
+EXACT = ("peak", "channel", "nonfinite", "over_fp16", "over_fp8", "in_peak", "in_channel")
+
+if interpreter.INTERPRETED:
+    SHAPES = [
+        (1, 1, 1, 8, 8),
+        (1, 4, 16, 64, 32),  # decode: most experts empty
+        (7, 2, 3, 33, 17),  # dimensions that divide nothing: no copy engine
+        (36, 4, 4, 72, 40),  # tiles of 64 rows, a tail in every dimension
+        (200, 1, 1, 40, 24),  # tiles of 128 rows
+    ]
+else:
+    SHAPES = [*SHAPES, (515, 8, 16, 520, 264), (600, 8, 16, 512, 256)]
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch):
+    """The backend under test by name, and NaN in all memory that no kernel wrote."""
+    assert triton_backend.INTERPRETED == interpreter.INTERPRETED, "import tests/interpreter.py before triton"
+    monkeypatch.setitem(BACKENDS, "triton", TritonBackend())
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def on_device(call: dict) -> dict:
+    return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+
+
+def assert_equal_bits(name: str, mine: torch.Tensor, reference: torch.Tensor) -> None:
+    mine, reference = mine.cpu(), reference.cpu()
+    if mine.dtype == torch.float32:
+        mine, reference = mine.view(torch.int32), reference.view(torch.int32)
+    assert torch.equal(mine, reference), name
+
+
+def assert_same_stats(mine: RowStats, reference: RowStats, rows: int) -> None:
+    for name in EXACT:
+        assert_equal_bits(name, getattr(mine, name)[:rows], getattr(reference, name)[:rows])
+    finite = reference.nonfinite[:rows] == 0
+    # A row's float32 squares are added in another order.
+    assert torch.allclose(mine.sqnorm[:rows][finite], reference.sqnorm[:rows][finite], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 4, 70, 8, 8)], ids=str)
+@pytest.mark.parametrize("skew", [False, True])
+def test_plan(shape, skew):
+    index = make_call(shape, torch.float32, 3, skew=skew, sentinels=True)["top_k_index"].to(DEVICE)
+    index[0, 0] = -1  # as much a sentinel as E
+    tokens, k, experts = *index.shape, shape[2]
+    mine, reference = plan(index, experts), plan_torch(index, experts)
+    assert torch.equal(mine.order, reference.order) and torch.equal(mine.offsets, reference.offsets)
+    for routing in (mine, scheduled(reference)):
+        schedule = routing.schedule
+        assert torch.equal(routing.order[schedule.row.long()], torch.arange(tokens * k, device=DEVICE))
+        seen = torch.zeros(tokens * k, dtype=torch.int64)
+        for expert, first in schedule.tiles[: int(schedule.count)].tolist():
+            assert routing.offsets[expert] <= first < routing.offsets[expert + 1]
+            seen[first : min(first + schedule.rows, int(routing.offsets[expert + 1]))] += 1
+        routed = int(routing.offsets[-1])
+        assert (seen[:routed] == 1).all() and (seen[routed:] == 0).all()
+
+
+def test_schedule_example():
+    index = torch.tensor([[2, 0], [2, 3], [0, 2]], device=DEVICE)
+    schedule = plan(index, 3).schedule
+    assert schedule.row.tolist() == [2, 0, 3, 5, 1, 4]
+    assert schedule.tiles[: int(schedule.count)].tolist() == [[0, 0], [2, 2]] and schedule.rows == 16
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"transposed": True, "bias": True}, {"skew": True, "sentinels": True}],
+    ids=["plain", "transposed-bias", "skew-sentinels"],
+)
+def test_moe_mlp(dtype, shape, variant):
+    call = make_call(shape, dtype, seed=sum(shape), **variant)
+    state = BankStats.empty(shape[2], DEVICE)
+    rows = make_rows(shape[0], 1).to(DEVICE)
+    out = ops.moe_mlp(**on_device(call), state=state, rows=rows, backend="triton")
+    assert out.dtype == dtype
+    assert_close(f"moe_mlp {shape=} {dtype=}", out.cpu(), loop_over_slots(call), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("gate", GATES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused_gates(dtype, gate, transposed):
+    call = make_call((18, 2, 4, 48, 24), dtype, 11, bias=True, transposed=transposed)
+    if not gate.gated:
+        half = call["gate_up"][..., :24] if transposed else call["gate_up"][:, :24]
+        call |= {"gate_up": half.contiguous(), "gate_up_bias": call["gate_up_bias"][:, :24]}
+    call["gate_up"] = call["gate_up"] * 6  # far enough to reach the clamps
+    state = BankStats.empty(4, DEVICE)
+    out = ops.moe_mlp(**on_device(call | {"gate": gate}), state=state, backend="triton")
+    assert_close(f"{gate}", out.cpu(), loop_over_slots(call, GATES[gate]), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("stage", ["combine", "down"])
+def test_statistics_are_those_of_the_stored_output(monkeypatch, dtype, shape, stage):
+    """Bit for bit those of the h and y that the same kernels store, whichever stage takes them."""
+    monkeypatch.setattr(triton_backend, "ROW_STATS_IN", stage)
+    call = on_device(make_call(shape, dtype, seed=7 + sum(shape), sentinels=True))
+    routing = plan(call["top_k_index"], shape[2])
+    weights = (call["gate_up"], None, call["gate"], call["down"], None, False, call["top_k_weights"])
+    out, stats = TritonBackend().experts(call["x"], routing, *weights)
+    h, _ = gate_up(call["x"], routing, call["gate_up"], gate=call["gate"])
+    y, _ = down(h, routing, call["down"], statistics=False)
+    routed = int(routing.offsets[-1])
+    assert_same_stats(stats, row_stats_torch(y, h), routed)
+    general, general_stats = TritonBackend().down(h, routing, call["down"], None, False)
+    assert_equal_bits("y", general[:routed], y[:routed])
+    assert_same_stats(general_stats, row_stats_torch(y, h), routed)
+    again, unmeasured = TritonBackend().experts(call["x"], routing, *weights, statistics=False)
+    assert_equal_bits("out", again, out)
+    assert unmeasured is None
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gate_up_without_a_gate(dtype, shape, transposed):
+    call = on_device(make_call(shape, dtype, 5, bias=True, transposed=transposed))
+    routing = plan_torch(call["top_k_index"], shape[2])
+    z, keys = gate_up(call["x"], routing, call["gate_up"], call["gate_up_bias"], transposed)
+    wide = [call[name].double() for name in ("x", "gate_up", "gate_up_bias")]
+    assert keys is None
+    assert_close("gate_up", z, gate_up_torch(wide[0], routing, wide[1], wide[2], transposed), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("width", [1, 15, 65, 300])
+def test_row_stats(dtype, width):
+    """Ties, zeros, infinities, NaNs of every payload, subnormals and the limits of narrower types."""
+    generator = torch.Generator().manual_seed(width)
+    y = (torch.randn(40, width, generator=generator) * 10 ** torch.linspace(-8, 5, 40)[:, None]).to(dtype)
+    y[1] = 0
+    y[2] = -0.0
+    y[3] = y[3].abs().amax()  # all equal: the first channel
+    for row, special in enumerate((torch.inf, -torch.inf, torch.nan, 448.0, -449.0, 65504.0, 1e-40), start=4):
+        y[row, torch.randint(width, (2,), generator=generator)] = special
+    y[12].view(torch.int32 if dtype == torch.float32 else torch.int16).fill_(-1)  # NaN, all bits set
+    y[13, 0], y[13, -1] = -torch.inf, torch.nan
+    y = y.to(DEVICE)
+    assert_same_stats(row_stats(y, y), row_stats_torch(y, y), len(y))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_combine(dtype, shape):
+    _, _, experts, hidden, _ = shape
+    call = on_device(make_call(shape, dtype, 6, sentinels=True))
+    routing = plan(call["top_k_index"], experts)
+    y = torch.randn(len(routing.order), hidden, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    reference = combine_torch(y.double(), routing, call["top_k_weights"])
+    y[int(routing.offsets[-1]) :] = torch.nan  # rows of no expert
+    for result in (torch.float32, dtype):
+        out, _ = combine(y, routing, call["top_k_weights"], result)
+        assert out.dtype == result
+        assert_close("combine", out, reference, result)
+
+
+def random_stats(slots: int, generator: torch.Generator, values: int) -> RowStats:
+    """Row statistics of few distinct values, so that most records tie, with some NaN and Inf."""
+
+    def draw(*choices):
+        return torch.tensor(choices)[torch.randint(len(choices), (slots,), generator=generator)]
+
+    peaks = [float(v) for v in range(-values, values)]
+    nonfinite = draw(0, 0, 0, 0, 0, 0, 0, 0, 0, 2).int()
+    peak = torch.where(nonfinite > 0, draw(torch.nan, torch.inf, -torch.inf), draw(*peaks, -0.0))
+    return RowStats(
+        peak, draw(0, 1, 2).int(), draw(1.0, 2.0, 3.0), nonfinite, draw(0, 1).int(), draw(0, 1, 2).int(),
+        draw(*peaks, torch.nan), draw(0, 1).int(),
+    )  # fmt: skip
+
+
+def assert_same_state(mine: BankStats, reference: BankStats) -> None:
+    for field in fields(BankStats):
+        a, b = getattr(mine, field.name), getattr(reference, field.name)
+        if a is not None and a.dtype == torch.float64:
+            assert torch.allclose(a.cpu(), b.cpu(), rtol=1e-12, atol=0), field.name
+        elif a is not None:
+            assert torch.equal(a.cpu(), b.cpu()), field.name
+
+
+@pytest.mark.parametrize("experts", [1, 3])
+@pytest.mark.parametrize("values", [1, 3, 1000])
+def test_update_keeps_the_best_in_order(experts, values):
+    """Several blocks of one expert, ties everywhere, ids that do not ascend, several sources: the reference's bits."""
+    generator = torch.Generator().manual_seed(values)
+    mine, reference = BankStats.empty(experts, DEVICE), BankStats.empty(experts)
+    for call, tokens in enumerate((30, 300, 1, 170)):
+        k = min(2, experts)
+        index = torch.rand(tokens, experts, generator=generator).topk(k).indices
+        index[torch.rand(tokens, k, generator=generator) < 0.1] = experts
+        gates = torch.rand(tokens, k, generator=generator)
+        gates[torch.rand(tokens, k, generator=generator) < 0.1] = 0
+        gates[::29, 0] = torch.inf
+        stats = random_stats(tokens * k, generator, values)
+        sequence, position, token = (torch.randint(n, (tokens,), generator=generator) for n in (5, 4, 1000))
+        counted = torch.rand(tokens, generator=generator) < 0.9
+        first = counted & (torch.rand(tokens, generator=generator) < 0.2)
+        rows = Rows(counted, first, sequence, position, token, source=(3, 1, 3, 0)[call])
+        routing = plan_torch(index, experts)
+        update_torch(reference, stats, routing, gates, rows)
+        moved = Plan(routing.order.to(DEVICE), routing.offsets.to(DEVICE), k)
+        update(mine, RowStats(*(t.to(DEVICE) for t in stats.tensors())), moved, gates.to(DEVICE), rows.to(DEVICE))
+        assert_same_state(mine, reference)
+    assert mine.rows.sum() > tiles.UPDATE_ROWS
+
+
+def test_general_path_and_a_bank_of_one_expert():
+    x = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    state, reference = BankStats.empty(1, DEVICE), BankStats.empty(1, DEVICE)
+    y = ops.linear_stats(x, weight, weight[:, 0], state, backend="triton")
+    assert_close("linear", y, x.double() @ weight.double().T + weight[:, 0].double(), torch.float32)
+    ops.output_stats(y, x, reference, backend="triton")
+    assert_same_state(state, reference)
+    call = on_device(make_call((20, 2, 4, 32, 16), torch.float32, 8))
+    routed = BankStats.empty(4, DEVICE, channels=(32, 16), coactivation=True)
+    out = ops.moe_mlp(**call | {"gate": swiglu}, state=routed, rows=make_rows(20, 1).to(DEVICE), backend="triton")
+    assert_close("general", out, ops.moe_mlp(**call, state=BankStats.empty(4, DEVICE), backend="torch"), out.dtype)
+    assert torch.allclose(routed.channel_max.amax(1), routed.out_max)
+
+
+def test_no_tokens():
+    call = on_device(make_call((1, 2, 4, 16, 8), torch.float32, 0))
+    call |= {name: call[name][:0] for name in ("x", "top_k_index", "top_k_weights")}
+    for gate in (call["gate"], swiglu):
+        state = BankStats.empty(4, DEVICE)
+        assert ops.moe_mlp(**call | {"gate": gate}, state=state, backend="triton").shape == (0, 16)
+        assert state.equal(BankStats.empty(4, DEVICE))
+    assert scheduled(single_plan(0, DEVICE)).schedule.rows == 16
+
+
+def test_duplicates():
+    call = make_call((30, 4, 2, 64, 32), torch.float32, 5)
+    call["top_k_index"] = torch.randint(0, 2, (30, 4), generator=torch.Generator().manual_seed(0))
+    call["top_k_weights"] = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    out = ops.moe_mlp(**on_device(call), state=BankStats.empty(2, DEVICE), backend="triton")
+    assert_close("duplicates", out.cpu(), loop_over_slots(call), torch.float32)
+
+
+def test_refusals_name_the_reason():
+    backend = TritonBackend()
+    assert "float64" in backend.refusal(DEVICE, torch.float64)
+    assert backend.refusal(DEVICE, torch.bfloat16) is None
+
+
+@ON_GPU
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_no_synchronisation_and_graph_replay(dtype):
+    """The same bits eagerly, under the synchronisation check, and replayed as a CUDA graph on new inputs."""
+    call = on_device(make_call((600, 8, 16, 512, 256), dtype, 1))
+    rows = make_rows(600, 1).to(DEVICE)
+    eager, replayed = BankStats.empty(16, DEVICE), BankStats.empty(16, DEVICE)
+    expected = ops.moe_mlp(**call, state=eager, rows=rows, backend="triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.moe_mlp(**call, state=BankStats.empty(16, DEVICE), rows=rows, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    inputs = {name: torch.zeros_like(call[name]) for name in ("x", "top_k_index", "top_k_weights")}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.moe_mlp(**call | inputs, state=replayed, rows=rows, backend="triton")
+    for name, tensor in inputs.items():
+        tensor.copy_(call[name])
+    graph.replay()
+    assert_equal_bits("out", out, expected)
+    assert_same_state(replayed, eager)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compile_for(capability):
+    script = Path(__file__).with_name("compile_triton.py")
+    run = subprocess.run(
+        [sys.executable, script, str(capability)],
+        env=os.environ | {"TRITON_INTERPRET": "0"}, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    names = {line.split()[1] for line in run.stdout.splitlines()}
+    assert {"_sort", "_gate_up", "_down", "_combine", "_row_stats", "_update_blocks", "_update_experts"} <= names

@@ -10,7 +10,7 @@ namespace sedetect {
 namespace {
 
 // Rows of one GEMM. Large enough that the weights are read few times, small enough that gate_up, gate and down output of a
-// chunk stay in cache: 512 rows were faster than 128 on a 2 MiB second-level cache (benchmarks/RESULTS.md).
+// chunk stay in cache: 512 rows were faster than 128 on a 2 MiB second-level cache.
 constexpr int64_t kChunk = 512;
 
 int64_t output_width(const Tensor& weight, bool transposed) { return weight.size(transposed ? 2 : 1); }

@@ -129,7 +129,7 @@ def run_experiment(
     plan: list[tuple[str, list[Place], str, str]] = [("none", [], "skip", "all")]
     plan += [(how, list(experts), how, "all") for how in shared]
     if positions:
-        plan += [(f"skip, {tokens} tokens only", list(experts), "skip", tokens) for tokens in ("first", "rest")]
+        plan += [(f"skip, {tokens} only", list(experts), "skip", tokens) for tokens in ("first", "rest")]
     others = [place for place in routed_experts(stats) if place not in set(experts)]
     drawn: dict[str, list[tuple[str, list[Place], str, str]]] = {"same layers": [], "anywhere": []}
     for seed in range(controls if routed else 0):

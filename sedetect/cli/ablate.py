@@ -114,8 +114,8 @@ def _print(experiment: Experiment) -> None:
     domains = list(experiment.baseline.perplexity)
     asked = experiment.baseline.accuracy is not None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("switched off")
-    for name in [*(d[:8] for d in domains), "mean", "sink", "residual", *(["exact"] if asked else [])]:
+    table.add_column("switched off", no_wrap=True)
+    for name in [*(d[:7] for d in domains), "mean", "sink", "residual", *(["exact"] if asked else [])]:
         table.add_column(escape(name), justify="right", no_wrap=True)
     base = experiment.baseline
     table.add_row("nothing", *(f"{base.perplexity[d]:.2f}" for d in domains), "", *_rest(base, asked))
@@ -123,14 +123,13 @@ def _print(experiment: Experiment) -> None:
         table.add_row(escape(outcome.label), *_changes(outcome, domains), *_rest(outcome, asked))
     for name, runs in experiment.controls.items():
         if runs:
-            table.add_row(
-                f"random, {name}: mean of {len(runs)}", *_summary(runs, domains, statistics.fmean), *_mean(runs, asked)
-            )
-            table.add_row(f"random, {name}: worst", *_summary(runs, domains, max), "", "", *([""] if asked else []))
+            table.add_row(f"{name}: mean", *_summary(runs, domains, statistics.fmean), *_mean(runs, asked))
+            table.add_row(f"{name}: worst", *_summary(runs, domains, max), "", "", *([""] if asked else []))
     console.print(table)
     text = (
-        f"perplexity, then its change; sink: mean attention on the first token; residual: its largest value; both on "
-        f"{experiment.sequences} sequences. In a small model perplexity alone proves little: judge by the controls of "
+        "perplexity, then its change, also without random experts of the same layers and anywhere "
+        f"({len(experiment.controls['anywhere'])} draws each); sink: mean attention on the first token; residual: its "
+        f"largest value; both on {experiment.sequences} sequences. In a small model perplexity alone proves little: judge by the controls of "
         "the same layers, the sinks and the residual together."
     )
     console.print(text, markup=False, highlight=False, soft_wrap=True)

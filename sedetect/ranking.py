@@ -23,13 +23,16 @@ Verdicts, each a test on top of the rule:
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import RECORD, column
 from sedetect.stats import BankId, BankStats, Header, ModelStats
+
+if TYPE_CHECKING:
+    from sedetect.stream import Residual
 
 FORMAT = "sedetect-ranking"
 VERSION = "1"
@@ -71,6 +74,7 @@ class SuperExpert(Place):
                  token is not routed here; None for shared experts (no router) and where there were no such tokens
     first_max, rest_max     largest |y| on first tokens, and on all others; 0 where there was none
     signature    first-token signature, None: not observed (see rank)
+    carried      whether it writes a massive activation that a later layer carries; None: the residual was not observed
     verdict      "super", "outlier" or "unsupported"
     """
 
@@ -89,6 +93,7 @@ class SuperExpert(Place):
     first_max: float
     rest_max: float
     signature: bool | None
+    carried: bool | None
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,17 +158,21 @@ def rank(
     criterion: str = "paper",
     percentile: float = 99.5,
     fraction: float = 0.1,
-    layers: float = 0.75,
+    layers: float | str = 0.75,
     compat: str | None = None,
     rows: str = "all",
     min_value: float = 50.0,
     min_ratio: float = 10.0,
     min_gate_ratio: float = 3.0,
+    residual: "Residual | None" = None,
 ) -> Ranking:
     """The paper's set of super experts (module docstring), each with a verdict.
 
     criterion: "paper", the only one. percentile in [0, 100) (NumPy's linear interpolation), fraction of max(A) in
     (0, 1), layers: L as a fraction of the stack's layers in (0, 1]; both value tests are strict.
+    residual is what sedetect.residual.observe_residual saw of the same model: with it, "super" also needs the expert to
+    write at least half of a massive activation that a later layer carries (its decoder stack only), which tells late
+    outliers apart without a fixed L; and layers="data" takes for L the layers that form such activations.
     compat="published-tool" takes max(A) // 10, as the published tool does, and asks for fraction=0.1.
     rows="first" ranks routed experts by published_max, the value that the published tool records, instead of out_max;
     an expert's sign, channel, token and gate stay those of its out_max. The tool reads shared experts whole.
@@ -199,18 +208,24 @@ def rank(
         "min_value": min_value,
         "min_ratio": min_ratio,
         "min_gate_ratio": min_gate_ratio,
+        "residual": residual is not None,
     }
     _check(criteria)
     header = stats.header
     banks = sorted(stats.banks, key=lambda bank: (bank.stack == "decoder", bank))
     views = {bank: _View(bank, stats.banks[bank], header, rows) for bank in banks}
-    limits = {stack: round(layers * _layers_of(stack, header)) for stack in sorted({bank.stack for bank in banks})}
+    part = 1 if layers == "data" else layers
+    limits = {stack: round(part * _layers_of(stack, header)) for stack in sorted({bank.stack for bank in banks})}
+    writers = None if residual is None else residual.writers()
 
     ranked = [bank for bank in banks if not bank.kind.startswith("dense")]
     experts = [(bank, e) for bank in ranked for e in range(len(views[bank].values))]
     values = np.array([views[bank].values[e] for bank, e in experts])
     finite = np.isfinite(values)
     inside = finite & np.array([bank.layer < limits[bank.stack] for bank, _ in experts], dtype=bool)
+    if layers == "data":
+        formed = set(residual.forming_layers)
+        inside &= np.array([bank.stack == "decoder" and bank.layer in formed for bank, _ in experts], dtype=bool)
     medians = _medians(views)
 
     def judge(chosen: np.ndarray, tests: _Tests, in_set: bool) -> list[SuperExpert]:
@@ -221,11 +236,13 @@ def rank(
         for bank, e in (experts[i] for i in order):
             evidence = views[bank].evidence(e, medians[bank], tests, min_gate_ratio)
             ratio = evidence["ratio"]
+            carried = None if writers is None else Place(*bank, views[bank].name(e)) in writers
             if evidence["value"] < min_value or ratio is None or ratio < min_ratio:
                 verdict = "unsupported"
             else:
-                verdict = "super" if in_set and evidence["signature"] is not False else "outlier"
-            found.append(SuperExpert(*bank, views[bank].name(e), **evidence, verdict=verdict))
+                shown = evidence["signature"] is not False and carried is not False
+                verdict = "super" if in_set and shown else "outlier"
+            found.append(SuperExpert(*bank, views[bank].name(e), **evidence, carried=carried, verdict=verdict))
         return found
 
     tests = _Tests.of(values[inside], criteria)
@@ -385,13 +402,15 @@ def _check(criteria: dict[str, Any]) -> None:
     ranges = {
         "percentile": ("at least 0 and below 100", lambda x: 0 <= x < 100),
         "fraction": ("above 0 and below 1", lambda x: 0 < x < 1),
-        "layers": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+        **({} if criteria["layers"] == "data" else {"layers": ("above 0 and at most 1", lambda x: 0 < x <= 1)}),
         **dict.fromkeys(("min_value", "min_ratio", "min_gate_ratio"), ("at least 0", lambda x: 0 <= x < math.inf)),
     }
     for name, (wanted, holds) in ranges.items():
         value = criteria[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise SedetectError(f"{name} {value!r} is out of range; give a number {wanted}")
+    if criteria["layers"] == "data" and not criteria["residual"]:
+        raise SedetectError("layers 'data' needs what was seen of the residual stream; pass residual= as well")
     if criteria["compat"] and criteria["fraction"] != 0.1:
         raise SedetectError(
             f"fraction {criteria['fraction']!r} does not go with compat 'published-tool', which takes maximum // 10; "
@@ -427,7 +446,10 @@ def _headline(
         text = f"no super expert: none of the {len(tests.population)} experts lies above the percentile, {at}"
     elif named[0].verdict == "outlier":
         largest = f"the largest the rule names, {_described(named[0])}"
-        text = f"no super expert: {largest}, lacks the first-token signature"
+        lacks = (
+            "lacks the first-token signature" if named[0].signature is False else "writes nothing later layers carry"
+        )
+        text = f"no super expert: {largest}, {lacks}"
     else:
         needed = f"needs |y| {_short(criteria['min_value'])} and {_short(criteria['min_ratio'])}x"
         text = (

@@ -18,6 +18,8 @@ from sedetect.calibration import Windows, load_texts, make_windows
 from sedetect.cli import app
 from sedetect.errors import SedetectError
 from sedetect.layers import attention_blocks, decoder_layers
+from sedetect.pipeline import profile_model
+from sedetect.ranking import rank
 from sedetect.residual import Residual, observe_residual, sink_decay
 
 SE = parse_place("L1E28")
@@ -271,3 +273,22 @@ def test_the_command_refuses(tmp_path):
         result = CliRunner().invoke(app, ["analyze", "residual", str(TINY), *arguments])
         assert isinstance(result.exception, SedetectError), option
         assert not (tmp_path / "out").exists()
+
+
+def test_the_residual_stream_tells_a_late_outlier_apart(tiny, residual, without):
+    """L9E7 has the value and the first-token signature of a super expert; no later layer carries what it writes."""
+    stats = profile_model(tiny, tokens=2048, seq_len=256, tokenizer=AutoTokenizer.from_pretrained(TINY)).stats
+    everywhere = {"layers": 1.0, "percentile": 95, "fraction": 0.01}
+    judged = {str(e): e for e in rank(stats, **everywhere, residual=residual).super_experts}
+    unjudged = {str(e): e for e in rank(stats, **everywhere).super_experts}
+    assert unjudged["L9E7"].verdict == "super" and unjudged["L9E7"].carried is None
+    assert judged["L9E7"].verdict == "outlier" and judged["L9E7"].carried is False
+    assert judged["L1E28"].verdict == unjudged["L1E28"].verdict == "super" and judged["L1E28"].carried
+    by_data = rank(stats, layers="data", residual=residual, percentile=90)
+    assert [str(e) for e in by_data.super_experts] == ["L1E28"] and by_data.population == 32
+    # a residual without massive activations forms no layer set, and supports nobody
+    assert rank(stats, layers="data", residual=without).population == 0
+    assert not [e for e in rank(stats, residual=without).super_experts if e.verdict == "super"]
+    assert rank(stats, residual=without).headline.endswith("writes nothing later layers carry")
+    with pytest.raises(SedetectError, match="layers 'data' needs"):
+        rank(stats, layers="data")

@@ -50,15 +50,11 @@ def attention_weights(output: object, length: int) -> torch.Tensor | None:
     return weights[0] if bool((last >= 0).all() and (last.sum(-1) < 1.01).all()) else None
 
 
-def model_name(model: PreTrainedModel) -> str:
-    """The last part of the hub name or folder that a model came from: files that travel do not tell where it lay."""
-    return model.config._name_or_path.rstrip("/").rpartition("/")[2] or type(model).__name__
-
-
 def run_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """One forward over ids (B, L), without a cache, and without all logits but the last where the model can do so."""
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    model(input_ids=ids.to(model.device), use_cache=False, **last)
+    """One forward over ids (B, L), without a cache, and without all logits but the last, where the model can do so."""
+    wanted = {"use_cache": False, "logits_to_keep": 1}
+    known = inspect.signature(model.forward).parameters
+    model(input_ids=ids.to(model.device), **{name: value for name, value in wanted.items() if name in known})
 
 
 @contextmanager

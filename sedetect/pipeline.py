@@ -1,6 +1,5 @@
 """profile_model: the whole calibration, from a checkpoint and texts to merged statistics."""
 
-import inspect
 import os
 import time
 import warnings
@@ -9,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration import (
@@ -25,6 +23,7 @@ from sedetect.calibration import (
 from sedetect.checkpoint import check_checkpoint, load_model, load_tokenizer
 from sedetect.errors import SedetectError
 from sedetect.hf import find_banks
+from sedetect.layers import run_tokens
 from sedetect.profiler import profile
 from sedetect.ranking import rank
 from sedetect.stats import ModelStats, merge_all
@@ -125,7 +124,7 @@ def profile_model(
                     if result.interrupted:
                         break
                     prof.batch(sequence_ids=numbers)
-                    run_lean(model, ids)
+                    run_tokens(model, ids)
                     done += ids.numel()
                     progress(domain, done, calibration.used)
             stats = prof.stats
@@ -235,10 +234,3 @@ def calibration_windows(
     for windows in calibration.domains.values():
         check_vocabulary(tokenizer, windows, model.get_input_embeddings().weight.shape[0])
     return calibration
-
-
-def run_lean(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """One forward over ids (B, L), without what calibration never reads: the cache, and all logits but the last."""
-    wanted = {"use_cache": False, "logits_to_keep": 1}
-    known = inspect.signature(model.forward).parameters
-    model(input_ids=ids.to(model.device), **{name: value for name, value in wanted.items() if name in known})

@@ -138,7 +138,7 @@ class Profile:
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
         tokens, sequences = tracker.totals()
         header = Header(
-            model=_name(self._model),
+            model=model_name(self._model),
             digest=self._digest,
             dtype=str(self._model.dtype).removeprefix("torch."),
             layers=hf.layers_per_stack(self._model, self._banks),
@@ -187,7 +187,7 @@ def profile(
     return Profile(model, source, info, prefix, backend, channels, coactivation, first_rows)
 
 
-def _name(model: nn.Module) -> str:
+def model_name(model: nn.Module) -> str:
     """The hub name, or the last part of a folder's path: files that travel do not tell where it lay."""
     name = model.config._name_or_path
     return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__

@@ -31,9 +31,9 @@ from sedetect.layers import (
     attention_weights,
     decoder_layers,
     eager_attention,
-    model_name,
     run_tokens,
 )
+from sedetect.profiler import model_name
 from sedetect.stream import Formation, LayerResidual, Residual, Writer, sink_decay
 
 __all__ = ["Formation", "LayerResidual", "Residual", "Writer", "observe_residual", "sink_decay"]

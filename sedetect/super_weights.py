@@ -26,7 +26,7 @@ from sedetect import hf
 from sedetect.ablation import expert_hidden
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
-from sedetect.pipeline import run_lean
+from sedetect.layers import run_tokens
 from sedetect.ranking import Place, Ranking, SuperExpert
 from sedetect.stability import found_in
 
@@ -152,7 +152,7 @@ def super_weights(
         ]
         undo = hf.attach(model, calls)
         try:
-            run_lean(model, ids[None])
+            run_tokens(model, ids[None])
         finally:
             undo()
     missing = [expert for expert in chosen if _place(expert) not in results]

@@ -28,7 +28,8 @@ from sedetect import hf
 from sedetect.calibration import Windows, batches
 from sedetect.errors import SedetectError
 from sedetect.kernels.update import Rows
-from sedetect.layers import expert_output, model_name, run_tokens
+from sedetect.layers import expert_output, run_tokens
+from sedetect.profiler import model_name
 from sedetect.ranking import Place
 from sedetect.rows import Batch
 from sedetect.stats import BankId

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sedetect.cli.saliency import By, print_saliency
 from sedetect.cli.shared import (
     Attn,
     Backend,
@@ -31,6 +32,7 @@ from sedetect.files import write_json
 from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.ranking import rank
 from sedetect.report import print_domains, print_ranking, print_run, ranking_document
+from sedetect.saliency import check_saliency, saliency_document
 from sedetect.stats import ModelStats
 
 Percentile = Annotated[float, typer.Option(help="percentile of the population an expert must exceed")]
@@ -110,6 +112,7 @@ def profile_command(
 def rank_command(
     stats: Annotated[Path, typer.Argument(help="a statistics file, or the folder of a profile", metavar="STATS")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write the ranking as JSON")] = None,
+    by: By = None,
     percentile: Percentile = 99.5,
     fraction: Fraction = 0.1,
     layers: Layers = 0.75,
@@ -119,7 +122,9 @@ def rank_command(
     min_ratio: MinRatio = 10.0,
     min_gate_ratio: MinGateRatio = 3.0,
 ) -> None:
-    """Rank the experts of a statistics file under other thresholds."""
+    """Rank the experts of a statistics file under other thresholds, or each layer's by a saliency (--by)."""
+    if by is not None:
+        check_saliency(by)
     state = ModelStats.load(stats)
     ranking = rank(
         state,
@@ -132,10 +137,14 @@ def rank_command(
         min_ratio=min_ratio,
         min_gate_ratio=min_gate_ratio,
     )
-    print_ranking(console, ranking)
-    print_run(console, state)
+    document = ranking_document(ranking, None) if by is None else saliency_document(state, by, ranking)
     if output is not None:
-        write_json(output, ranking_document(ranking, None))
+        write_json(output, document)
+    if by is None:
+        print_ranking(console, ranking)
+    else:
+        print_saliency(document)
+    print_run(console, state)
 
 
 @app.command("merge")

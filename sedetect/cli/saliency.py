@@ -1,0 +1,45 @@
+"""What the commands that rank by saliency share: the option --by, and the table by layer."""
+
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from sedetect.cli.shared import console
+from sedetect.saliency import SALIENCIES
+
+_SHOWN = 3  # experts at each end of a layer
+
+By = Annotated[str | None, typer.Option(help=f"a saliency: {', '.join(SALIENCIES)}")]
+
+
+def print_saliency(document: dict[str, Any]) -> None:
+    """Where the super experts stand, and a table of the lowest and highest of each layer; of saliency_document."""
+    found = [f"{one['name']} ({one['place']} of {one['of']} from below)" for one in document["super_experts"]]
+    headline = f"{document['model']} by {document['by']}; super experts in their layers: {', '.join(found) or 'none'}"
+    console.print(headline, style="bold", markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("layer", "lowest", "median", "highest"):
+        table.add_column(name, justify="right" if name == "median" else "left")
+    for layer in document["layers"]:
+        stack, number, kind = layer["bank"].split(".")
+        name = f"{'' if stack == 'decoder' else stack + '.'}L{number}{kind.removeprefix('routed')}"
+        order, values = layer["ascending"], layer["values"]
+        known = [e for e in order if values[e] is not None]
+        middle = _short(values[known[len(known) // 2]]) if known else "-"
+        low, high = order[: min(_SHOWN, len(order) // 2)], order[::-1][: min(_SHOWN, (len(order) + 1) // 2)]
+        table.add_row(escape(name), _listed(low, values), middle, _listed(high, values))
+    console.print(table)
+    text = "each layer's experts with the lowest and the highest saliency; layers do not compare with each other"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _listed(experts: list[int], values: list[float | None]) -> str:
+    # No break between an expert and its number.
+    return "  ".join(f"E{e}\u00a0{'unknown' if values[e] is None else _short(values[e])}" for e in experts)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if 1000 <= value < 1e6 else f"{value:.4g}"

@@ -62,7 +62,7 @@ def check_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> No
             f"{folder / 'config.json'}: model_type {model_type!r} is unknown to transformers "
             f"{transformers.__version__}; install a newer transformers{remote}"
         )
-    for shard in _shards(folder):
+    for shard in weight_files(folder):
         _read_header(shard)
 
 
@@ -75,7 +75,7 @@ def weights_digest(path: str | Path) -> str | None:
     folder = Path(path)
     if not (path and (folder / "config.json").is_file()):
         return None
-    shards = _shards(folder)
+    shards = weight_files(folder)
     return _digest_of(tuple((shard, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards))
 
 
@@ -148,6 +148,18 @@ def load_model(
     return model.eval()
 
 
+def empty_model(folder: str | Path, config: str | Path | None = None) -> PreTrainedModel:
+    """The model of a checkpoint folder without its weights, on the meta device.
+
+    config is a folder to take config.json from instead. Raises SedetectError where transformers cannot build it.
+    """
+    with _one_line_errors(str(folder)):
+        read = AutoConfig.from_pretrained(str(config or folder))
+        read._name_or_path = str(folder)
+        with torch.device("meta"):
+            return _auto_class(str(folder), read, False).from_config(read).eval()
+
+
 def load_tokenizer(
     path_or_name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
@@ -183,7 +195,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return document
 
 
-def _shards(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, sorted; the ones transformers would read. All of them exist."""
     named = _read_json(folder / "config.json").get("transformers_weights")
     names = [named] if named else ["model.safetensors", "model.safetensors.index.json"]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,38 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> None
         raise SedetectError(f"{path}: cannot be written ({why}); free space or choose another folder") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise SedetectError where path exists, unless it is an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise SedetectError(f"{path}: exists already; choose a new folder")
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder of files beside path, which takes its name on leaving; after an exception nothing is left of it.
+
+    Raises SedetectError where path exists with something in it, or cannot be written.
+    """
+    path = Path(path)
+    check_new_folder(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise SedetectError(f"{path.parent}: cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            os.chmod(file, 0o666 & ~_umask())
+        os.chmod(temporary, 0o777 & ~_umask())
+        temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SedetectError(f"{path}: cannot be written ({why}); free space or choose another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike, document: Any) -> None:

@@ -1,0 +1,99 @@
+"""sedetect prune: a checkpoint with fewer experts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sedetect.cli.saliency import By
+from sedetect.cli.shared import (
+    Attn,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Model,
+    SeqLen,
+    Tokens,
+    app,
+    console,
+    progress_bar,
+)
+from sedetect.errors import SedetectError
+from sedetect.files import check_new_folder
+from sedetect.pipeline import profile_model
+from sedetect.pruning import check_model, check_prunable, choose_kept, prune_checkpoint, read_config, router_groups
+from sedetect.ranking import rank
+from sedetect.saliency import check_saliency, saliency, super_places
+from sedetect.stats import ModelStats
+
+
+@app.command("prune")
+def prune_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the new checkpoint folder")],
+    ratio: Annotated[float, typer.Option(help="share of each layer's experts to prune")] = 0.25,
+    by: By = "reap",
+    protect: Annotated[str, typer.Option(help="super: keep super experts whatever their saliency; none")] = "super",
+    stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
+    data: Data = None,
+    tokens: Tokens = 32768,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    attn: Attn = None,
+) -> None:
+    """Write a checkpoint of MODEL (a folder) without the experts of each layer that have the lowest saliency."""
+    check_saliency(by)
+    if protect not in ("super", "none"):
+        raise SedetectError(f"--protect {protect}: is not known; use super or none")
+    check_prunable(model, ratio)
+    check_new_folder(output)
+    with progress_bar() as bar:
+        task = bar.add_task("loading", total=None)
+
+        def show(domain: str, done: int, total: int) -> None:
+            bar.update(task, description=domain, completed=done, total=total)
+
+        if stats is None:
+            cut = {"tokens": tokens, "seq_len": seq_len, "batch_size": batch_size}
+            options = {"device": device, "dtype": dtype, "attn": attn}
+            state = profile_model(model, data, **cut, **options, progress=show).stats
+        else:
+            state = ModelStats.load(stats)
+            check_model(model, state)
+    found = super_places(rank(state))
+    groups = router_groups(read_config(model))
+    kept = choose_kept(state, by, ratio, found if protect == "super" else (), groups=groups)
+    facts = {
+        "model": state.header.model,
+        "digest": state.header.digest,
+        "by": by,
+        "ratio": ratio,
+        "tokens": state.header.tokens,
+        "super_experts": [str(place) for place in found],
+        "protected": protect == "super",
+    }
+    with progress_bar("bytes") as bar:
+        task = bar.add_task("writing", total=None)
+        notes = prune_checkpoint(
+            model, output, kept, facts=facts, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    experts, left = len(next(iter(saliency(state, by).values()))), len(next(iter(kept.values())))
+    lost = [str(p) for p in found if p.kind == "routed" and p.expert not in kept[p.stack, p.layer, p.kind]]
+    _line(f"{output}: {left} of {experts} experts in each of {len(kept)} layers, by {by}", "bold")
+    if not found:
+        _line("no super expert to protect")
+    elif protect == "super":
+        alone = choose_kept(state, by, ratio, groups=groups)
+        saved = [str(p) for p in found if p.kind == "routed" and p.expert not in alone[p.stack, p.layer, p.kind]]
+        _line(f"protected: {', '.join(map(str, found))}; {by} alone would prune {', '.join(saved) or 'none of them'}")
+    else:
+        _line(f"not protected: {', '.join(map(str, found))}; pruned of them: {', '.join(lost) or 'none'}")
+    for note in notes:
+        _line(f"note: {note}")
+
+
+def _line(text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

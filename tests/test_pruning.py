@@ -1,0 +1,306 @@
+"""Pruned checkpoints: what they compute is what the original computes with those experts removed from its router."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from models import CONFIGS, TINY, random_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_cli import put_tokenizer, refused, run
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+
+import sedetect
+from sedetect import BankId, ModelStats, pruning
+from sedetect.ablation import ablate
+from sedetect.errors import SedetectError
+from sedetect.pruning import choose_kept, prune_checkpoint
+from sedetect.ranking import Place
+from sedetect.saliency import SALIENCIES, saliency
+
+SIZES = {"qwen3_moe": 8, "qwen2_moe": 6, "deepseek_v3": 8, "gpt_oss": 8, "mixtral": 8}
+
+
+@pytest.fixture(scope="module")
+def stats(tmp_path_factory):
+    return sedetect.profile_model(TINY, tokens=4096, seq_len=128).stats
+
+
+@pytest.fixture(scope="module")
+def stats_file(stats, tmp_path_factory):
+    file = tmp_path_factory.mktemp("stats") / "stats.safetensors"
+    stats.save(file)
+    return file
+
+
+def text_ids(count=60):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    return torch.tensor(
+        [tokenizer("The quick brown fox jumps over the lazy dog, said Alice. " * 8)["input_ids"][:count]]
+    )
+
+
+def removed(kept, sizes):
+    return [Place(*bank, e) for bank, mine in kept.items() for e in range(sizes) if e not in mine]
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize(
+    "ratio, by, protect", [(0.125, "reap", True), (0.5, "frequency", True), (0.25, "frequency", False)]
+)
+def test_the_pruned_checkpoint_computes_what_is_left(stats, tmp_path, ratio, by, protect):
+    """tiny-moe in float32: logits of the pruned checkpoint equal those of the original without the same experts."""
+    kept = choose_kept(stats, by, ratio, [Place("decoder", 1, "routed", 28)] if protect else [])
+    assert (28 in kept[BankId("decoder", 1, "routed")]) == protect
+    assert {len(mine) for mine in kept.values()} == {round(32 * (1 - ratio))}
+    prune_checkpoint(TINY, tmp_path / "out", kept)
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert pruned.config.num_local_experts == round(32 * (1 - ratio))
+    original = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    ids = text_ids()
+    with ablate(original, removed(kept, 32), how="remove"):
+        expected = logits(original, ids)
+    torch.testing.assert_close(logits(pruned, ids), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - logits(original, ids)).abs().max() > 0.1, "the experts removed mattered"
+
+
+def family(name, folder):
+    """A small random checkpoint of a family as save_pretrained writes it, and its statistics."""
+    if name == "mixtral":
+        config = MixtralConfig(**{**CONFIGS["qwen3_moe"]().to_dict(), "model_type": "mixtral", "num_local_experts": 8})
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1.0))
+    else:
+        model = random_model(name)
+    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with sedetect.profile(model) as prof:
+        model(input_ids=torch.randint(3, 96, (4, 30), generator=torch.Generator().manual_seed(0)))
+    return model, prof.stats
+
+
+@pytest.mark.parametrize("name", list(SIZES))
+def test_every_layout(name, tmp_path):
+    """Experts one by one and together, router biases, groups, shared experts, dense layers."""
+    model, stats = family(name, tmp_path / "source")
+    groups = 2 if name == "deepseek_v3" else 1
+    kept = choose_kept(stats, "reap", 0.34 if name == "qwen2_moe" else 0.25, groups=groups)
+    prune_checkpoint(tmp_path / "source", tmp_path / "out", kept)
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(1))
+    with ablate(model, removed(kept, SIZES[name]), how="remove"):
+        expected = logits(model, ids)
+    torch.testing.assert_close(logits(pruned, ids), expected, rtol=1e-4, atol=1e-4)
+    assert (expected - logits(model, ids)).abs().max() > 0.1
+    if groups == 2:
+        for mine in kept.values():
+            assert sum(e < 4 for e in mine) == sum(e >= 4 for e in mine) == 3
+
+
+def test_correction_biases_follow_and_predictor_heads_go(tmp_path):
+    """DeepSeek-V3: the bias of the router, and the extra layer of a published checkpoint, which predicts further tokens."""
+    _, stats = family("deepseek_v3", tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = load_file(file)
+    names = {layer: f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)}
+    for name in names.values():
+        tensors[name] = torch.rand(8)
+    extra = {name.replace(".2.", ".3."): t.clone() for name, t in tensors.items() if ".layers.2.mlp." in name}
+    save_file(tensors | extra, file, {"format": "pt"})
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    kept = choose_kept(stats, "reap", 0.5, groups=2)
+    (note,) = prune_checkpoint(tmp_path / "source", tmp_path / "out", kept)
+    assert note.startswith(f"{len(extra)} tensors of heads that predict further tokens left out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for layer, name in names.items():
+        assert torch.equal(written[name], tensors[name][kept[BankId("decoder", layer, "routed")]])
+    assert not any(".layers.3." in name for name in written)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["n_routed_experts"], config["num_nextn_predict_layers"]) == (4, 0)
+
+
+def test_files_are_split_and_every_tensor_is_the_right_one(stats, tmp_path, monkeypatch):
+    monkeypatch.setattr(pruning, "MAX_FILE", "5MB")
+    kept = choose_kept(stats, "man", 0.25)
+    steps = []
+    prune_checkpoint(TINY, tmp_path / "out", kept, facts={"by": "man"}, progress=lambda *step: steps.append(step))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) == 6 and steps[-1] == (index["metadata"]["total_size"],) * 2
+    source = {}
+    for file in TINY.glob("*.safetensors"):
+        source |= load_file(file)
+    written = {}
+    for file in files:
+        assert (tmp_path / "out" / file).stat().st_size < 5.1e6
+        written |= load_file(tmp_path / "out" / file)
+    assert written.keys() == index["weight_map"].keys()
+    for name, tensor in written.items():
+        parts = name.split(".")
+        if ".experts." in name:
+            old = kept[BankId("decoder", int(parts[2]), "routed")][int(parts[5])]
+            assert torch.equal(tensor, source[".".join([*parts[:5], str(old), *parts[6:]])])
+        elif name.endswith("mlp.gate.weight"):
+            assert torch.equal(tensor, source[name][kept[BankId("decoder", int(parts[2]), "routed")]])
+        else:
+            assert torch.equal(tensor, source[name])
+    assert len(written) == len(source) - 10 * 8 * 3
+    assert {f.name for f in (tmp_path / "out").iterdir()} - set(files) == {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "pruning.json",
+        "model.safetensors.index.json",
+    }  # fmt: skip
+    document = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert (document["format"], document["version"], document["by"]) == ("sedetect-pruning", "1", "man")
+    assert document["kept"] == {str(bank): mine for bank, mine in kept.items()}
+    with safe_open(tmp_path / "out" / files[0], "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+def test_choosing(stats):
+    """The kept are those of highest saliency; a protected expert takes the place of the lowest kept one."""
+    bank = BankId("decoder", 1, "routed")
+    values = saliency(stats, "frequency")[bank].tolist()
+    order = sorted(range(32), key=lambda e: (values[e], e))
+    assert order.index(28) < 8, "pruned by frequency at 25 %"
+    assert choose_kept(stats, "frequency", 0.25)[bank] == sorted(order[8:])
+    protected = choose_kept(stats, "frequency", 0.25, [Place("decoder", 1, "routed", 28)])[bank]
+    assert protected == sorted([28, *order[9:]]), "the next expert goes in its place"
+    assert len(choose_kept(stats, "reap", 0.29)[bank]) == 32 - 9
+    assert len(choose_kept(stats, "reap", 0.9)[bank]) == 4, "top_k of them are enough"
+    for by in SALIENCIES:
+        assert 28 in choose_kept(stats, by, 0.5, [Place("decoder", 1, "routed", 28)])[bank]
+
+
+@pytest.mark.parametrize(
+    "ratio, options, said",
+    [
+        (0, {}, "--ratio 0: give the share of the experts to prune, above 0 and below 1"),
+        (1, {}, "--ratio 1: give the share"),
+        (0.01, {}, "--ratio 0.01: prunes none of 32 experts; give at least 0.03125"),
+        (0.95, {}, "--ratio 0.95: leaves 2 of 32 experts, and every token takes 4; give at most 0.875"),
+        (0.1, {"groups": 4}, "prunes 3 of 32 experts, which does not divide by the 4 groups .* give 0 or 0.125"),
+        (0.5, {"protected": [Place("decoder", 1, "routed", e) for e in range(20)]}, "20 of 32 experts are protected"),
+    ],
+)
+def test_choosing_refuses(stats, ratio, options, said):
+    with pytest.raises(SedetectError, match=said):
+        choose_kept(stats, "reap", ratio, **options)
+
+
+def copy_of(folder, edit=lambda tensors, config: None):
+    """A small checkpoint with its config and tensors edited."""
+    model = random_model("qwen3_moe")
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    edit(tensors, config)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _unknown_tensor(tensors, config):
+    tensors["model.layers.1.mlp.gate.tid2eid"] = torch.zeros(96, 2)
+
+
+def _odd_shape(tensors, config):
+    tensors["model.layers.1.mlp.gate.weight"] = torch.zeros(7, 32)
+
+
+def _other_layout(tensors, config):
+    tensors["model.layers.1.mlp.text_moe.experts.0.down_proj.weight"] = torch.zeros(2, 2)
+
+
+def _second_set(tensors, config):
+    tensors["talker.layers.1.mlp.experts.0.down_proj.weight"] = torch.zeros(2, 2)
+
+
+def _no_number(tensors, config):
+    config["num_local_experts"] = 9
+
+
+def _numbered(tensors, config):
+    config["quantization_config"] = {"ignore": ["model.layers.0.mlp.experts.3.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    "edit, said",
+    [
+        (_unknown_tensor, "model.layers.1.mlp.gate.tid2eid: its part in the MoE block is not known"),
+        (_odd_shape, r"mlp.gate.weight: shape \(7, 32\) where dimension 0 should count the 8 experts of layer 1"),
+        (_other_layout, "text_moe.experts.0.down_proj.weight: this layout of experts is not known"),
+        (_second_set, "talker.layers.1.mlp.experts.0.down_proj.weight: a second set of experts in layer 1"),
+        (_no_number, "8 experts in the weights, but none of num_experts, .* says so"),
+        (_numbered, r"names an expert by number \(model.layers.0.mlp.experts.3.down_proj\)"),
+    ],
+)
+def test_refusals_name_the_tensor_and_leave_nothing(tmp_path, edit, said):
+    source = copy_of(tmp_path / "source", edit)
+    with pytest.raises(SedetectError, match=said):
+        prune_checkpoint(
+            source, tmp_path / "out", {BankId("decoder", layer, "routed"): [0, 1, 2] for layer in range(3)}
+        )
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_an_error_while_writing_leaves_nothing(stats, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pruning, "save_file", full)
+    with pytest.raises(SedetectError, match="out: cannot be written .No space left on device"):
+        prune_checkpoint(TINY, tmp_path / "out", choose_kept(stats, "reap", 0.25))
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(SedetectError, match="layer 9 has experts in the checkpoint alone"):
+        kept = {bank: mine for bank, mine in choose_kept(stats, "reap", 0.25).items() if bank.layer != 9}
+        prune_checkpoint(TINY, tmp_path / "out", kept)
+
+
+def test_command(stats_file, tmp_path):
+    options = ("--ratio", 0.25, "--by", "frequency", "--stats", stats_file)
+    code, out, err = run("prune", TINY, *options, "-o", tmp_path / "safe")
+    assert code == 0 and err == ""
+    assert "24 of 32 experts in each of 10 layers, by frequency" in out
+    assert "protected: L1E28; frequency alone would prune L1E28" in out
+    code, out, _ = run("prune", TINY, *options, "--protect", "none", "-o", tmp_path / "damaged")
+    assert code == 0 and "not protected: L1E28; pruned of them: L1E28" in out
+    kept = [json.loads((tmp_path / name / "pruning.json").read_text()) for name in ("safe", "damaged")]
+    assert [28 in document["kept"]["decoder.1.routed"] for document in kept] == [True, False]
+    assert [document["protected"] for document in kept] == [True, False]
+    result = sedetect.profile_model(tmp_path / "safe", tokens=1024, seq_len=128)
+    (expert,) = sedetect.rank(result.stats).super_experts
+    assert (expert.layer, expert.verdict) == (1, "super")
+    assert kept[0]["kept"]["decoder.1.routed"][expert.expert] == 28, "it is still there, under its new number"
+    assert "exists already" in refused(run("prune", TINY, *options, "-o", tmp_path / "safe"))
+
+
+def test_command_profiles_first(tmp_path):
+    code, out, _ = run("prune", TINY, "--tokens", 1024, "--seq-len", 128, "-o", tmp_path / "out")
+    assert code == 0 and "24 of 32 experts in each of 10 layers, by reap" in out
+    assert "protected: L1E28; reap alone would prune none of them" in out
+    assert json.loads((tmp_path / "out" / "pruning.json").read_text())["tokens"] == 1024
+
+
+def test_command_refuses(stats_file, tmp_path):
+    out = tmp_path / "out"
+    assert "--by best: is no saliency" in refused(run("prune", TINY, "--by", "best", "-o", out))
+    assert "--protect all: is not known" in refused(run("prune", TINY, "--protect", "all", "-o", out))
+    assert "leaves 3 of 32 experts" in refused(run("prune", TINY, "--ratio", 0.92, "-o", out))
+    assert "no such folder" in refused(run("prune", tmp_path / "nowhere", "-o", out))
+    other = put_tokenizer(copy_of(tmp_path / "other"))
+    said = refused(run("prune", other, "--stats", stats_file, "-o", out))
+    assert "the statistics are of tiny-moe (" in said and "profile this folder" in said
+    assert not out.exists()
+    copied = shutil.copytree(TINY, tmp_path / "copied")
+    assert run("prune", copied, "--stats", stats_file, "-o", out).code == 0, "the same model at another place"
+    assert ModelStats.load(stats_file).header.digest == json.loads((out / "pruning.json").read_text())["digest"]

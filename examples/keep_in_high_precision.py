@@ -1,7 +1,8 @@
 """A toy weight quantizer that keeps the experts which, by their profile, the model cannot live without.
 
-The down_proj of every other routed expert is rounded to nearest, one scale per output channel, in place. The statistics
-come from the quantizer's own calibration loop, or from a file that `sedetect profile` wrote.
+The down_proj of every other routed expert is rounded to nearest (sedetect.quantization), in place. The statistics come
+from the quantizer's own calibration loop, or from a file that `sedetect profile` wrote. `sedetect budget` does the like
+for whole experts, in several formats, beside random experts kept.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import sedetect
 from sedetect.calibration import load_texts, make_windows
 from sedetect.profiler import model_digest
+from sedetect.quantization import fake_quantize
 
 
 def choose(stats: sedetect.ModelStats, out_max: float, min_rows: int) -> tuple[dict[tuple, str], set[tuple]]:
@@ -34,8 +36,7 @@ def quantize(model: PreTrainedModel, stats: sedetect.ModelStats, experts: set[tu
     for bank, e in experts:
         module = model.get_submodule(stats.header.banks[str(bank)].module)
         weight = module.down_proj[e]  # (H, I), or (I, H) when transposed
-        scale = weight.float().abs().amax(0 if module.is_transposed else 1, keepdim=True) / (2 ** (bits - 1) - 1)
-        weight.copy_((weight / scale.clamp(min=1e-12)).round() * scale)
+        weight.copy_(fake_quantize(weight, f"int{bits}", dim=0 if module.is_transposed else 1))
 
 
 @torch.no_grad()

@@ -134,7 +134,7 @@ def run_experiment(
     drawn: dict[str, list[tuple[str, list[Place], str, str]]] = {"same layers": [], "anywhere": []}
     for seed in range(controls if routed else 0):
         generator = np.random.default_rng(seed)
-        same = _draw_like(generator, others, routed)
+        same = draw_like(generator, others, routed)
         drawn["same layers"].append((f"random, same layers, seed {seed}", same, "skip", "all"))
         anywhere = _draw(generator, others, min(len(routed), len(others)))
         drawn["anywhere"].append((f"random, anywhere, seed {seed}", anywhere, "skip", "all"))
@@ -195,7 +195,7 @@ def _draw(generator: np.random.Generator, experts: list[Place], number: int) -> 
     return [experts[i] for i in sorted(generator.choice(len(experts), number, replace=False).tolist())]
 
 
-def _draw_like(generator: np.random.Generator, others: list[Place], experts: list[Place]) -> list[Place]:
+def draw_like(generator: np.random.Generator, others: list[Place], experts: list[Place]) -> list[Place]:
     """As many others per bank as there are experts in it (all there are, where that is fewer)."""
     drawn = []
     for bank, number in sorted(Counter((p.stack, p.layer, p.kind) for p in experts).items()):

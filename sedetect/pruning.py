@@ -84,6 +84,11 @@ def router_groups(config: dict[str, Any]) -> int:
     return (config.get("text_config") or config).get("n_group") or 1
 
 
+def check_ratio(ratio: float) -> None:
+    if not 0 < ratio < 1:
+        raise SedetectError(f"--ratio {ratio:g}: must be above 0 and below 1, the share of the experts to prune")
+
+
 def check_prunable(source: str | Path, ratio: float) -> None:
     """What prune_checkpoint and choose_kept refuse of a checkpoint and a ratio, before any statistics are there."""
     config = read_config(source)
@@ -168,8 +173,7 @@ def prune_checkpoint(
 
 def _number_gone(experts: int, ratio: float, top_k: int, groups: int) -> int:
     """How many of a layer's experts a ratio prunes. Raises SedetectError where that does not work."""
-    if not 0 < ratio < 1:
-        raise SedetectError(f"--ratio {ratio:g}: give the share of the experts to prune, above 0 and below 1")
+    check_ratio(ratio)
     gone = math.floor(round(ratio * experts, 9))  # 0.29 * 100 is 28.999...
     if not gone:
         raise SedetectError(f"--ratio {ratio:g}: prunes none of {experts} experts; give at least {1 / experts:.4g}")

@@ -1,0 +1,239 @@
+"""A budget: what compression of the experts costs, and what keeping a few of them buys.
+
+Every row is one compression of the routed experts (a pruning ratio, or a simulated weight format), evaluated with no
+expert kept, with chosen experts (the super experts) kept, and with as many random experts of the same layers kept in
+their place. Everything happens in memory, and the model is afterwards as it was.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from sedetect.ablation import ablate
+from sedetect.calibration import Windows
+from sedetect.errors import SedetectError
+from sedetect.evaluation import perplexity
+from sedetect.experiment import draw_like, routed_experts
+from sedetect.hf import find_banks
+from sedetect.pruning import choose_kept
+from sedetect.quantization import FORMATS, GROUP, expert_weights, quantized_experts, stored_bits
+from sedetect.ranking import Place
+from sedetect.stats import ModelStats
+
+FORMAT = "sedetect-budget"
+VERSION = "1"
+RATIOS = (0.125, 0.25, 0.5)
+LIMIT = 0.05  # the sentence on how far compression can go is about this change of perplexity
+
+
+@dataclass
+class Cost:
+    """One evaluation.
+
+    kept          experts left uncompressed (names)
+    size          weights of the routed experts, relative to those of the unchanged model
+    perplexity    per domain
+    change        per domain, relative to the unchanged model (0.1 is 10 % worse); mean_change their mean
+    """
+
+    kept: list[str]
+    size: float
+    perplexity: dict[str, float]
+    change: dict[str, float] = field(default_factory=dict)
+    mean_change: float = 0.0
+
+
+@dataclass
+class Row:
+    """One compression: "prune 25 %" or a format. kept is None without experts to keep, and random empty then."""
+
+    name: str
+    bare: Cost
+    kept: Cost | None
+    random: list[Cost]
+
+
+@dataclass
+class Budget:
+    """All rows, in order of the weights left, largest first within their kind.
+
+    kept       the chosen experts (names)
+    baseline   the unchanged model
+    tokens     evaluated, per domain
+    notes      rows that this model does not allow, and why
+    """
+
+    model: str
+    dtype: str
+    by: str
+    group: int
+    kept: list[str]
+    baseline: Cost
+    rows: list[Row]
+    tokens: dict[str, int]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For budget.json; conclusion is conclusion(self)."""
+        return {"format": FORMAT, "version": VERSION} | asdict(self) | {"conclusion": conclusion(self)}
+
+
+def held_out(domains: dict[str, Windows], stats: ModelStats) -> dict[str, Windows]:
+    """The windows that stats did not see, told by their source and number; a domain without any is left out.
+
+    A profile with windows of another length has other sources, and is not recognised.
+    Raises SedetectError where no window is left.
+    """
+    left = {}
+    for domain, windows in domains.items():
+        source = stats.header.sources.get(windows.source)
+        seen = torch.zeros(len(windows.numbers), dtype=torch.bool)
+        for start, end in source.ranges if source else ():
+            seen |= (windows.numbers >= start) & (windows.numbers < end)
+        if not seen.all():
+            left[domain] = replace(windows, ids=windows.ids[~seen], numbers=windows.numbers[~seen])
+    if not left:
+        raise SedetectError("the statistics saw all of the evaluation text; give more --tokens, or other --data")
+    return left
+
+
+def make_budget(
+    model: PreTrainedModel,
+    domains: dict[str, Windows],
+    stats: ModelStats,
+    experts: Sequence[Place],
+    *,
+    prefix: int,
+    by: str = "reap",
+    ratios: Sequence[float] = RATIOS,
+    formats: Sequence[str] = FORMATS,
+    group: int = GROUP,
+    groups: int = 1,
+    controls: int = 3,
+    batch_size: int = 8,
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> Budget:
+    """Evaluate every compression with and without experts kept.
+
+    Args:
+        domains: evaluation windows per domain, each beginning with prefix tokens of the tokenizer's prefix.
+        stats: statistics of the model, for the saliency by which pruning chooses.
+        experts: those to keep; only routed ones count, as nothing else is compressed.
+        group: inputs per scale of the formats. groups: n_group of the router.
+        controls: how many random sets of the same size to keep instead, each in the same layers.
+    """
+    sizes = _sizes(model)
+    kept = [place for place in experts if place.kind.startswith("routed")]
+    others = [place for place in routed_experts(stats) if place not in set(kept)]
+    drawn = [draw_like(np.random.default_rng(seed), others, kept) for seed in range(controls if kept else 0)]
+    sets = [[], *([kept] if kept else []), *drawn]
+    # Per row, per set: what is kept, the size, what tells equal runs apart, and the context that compresses.
+    plan: list[tuple[str, list[tuple[list[Place], float, Any, Callable[[], AbstractContextManager]]]]] = []
+    notes = []
+    for ratio in sorted(ratios):
+        try:
+            runs = []
+            for safe in sets:
+                gone = _gone(stats, by, ratio, safe, groups)
+                runs.append(
+                    (safe, 1 - _share(sizes, gone), frozenset(gone), partial(ablate, model, gone, how="remove"))
+                )
+        except SedetectError as error:
+            notes.append(f"left out: {error}")
+            continue
+        plan.append((f"prune {ratio:.4g}", runs))
+    for name in formats:
+        whole = _stored(model, name, group)
+        runs = []
+        for safe in sets:
+            share = _share(sizes, safe)
+            compress = partial(quantized_experts, model, name, safe, group=group)
+            runs.append((safe, share + (1 - share) * whole, frozenset(safe), compress))
+        plan.append((name, runs))
+
+    total = 1 + len({(name, key) for name, runs in plan for _, _, key, _ in runs})
+    seen: dict[tuple[str, Any], dict[str, float]] = {}
+
+    def evaluate(name: str, safe: list[Place], size: float, key: Any, context: Callable[..., Any]) -> Cost:
+        if (name, key) not in seen:  # where pruning takes none of them anyway, keeping them is the same run
+            progress(name, len(seen), total)
+            with context():
+                measured = perplexity(model, domains, prefix=prefix, batch_size=batch_size)
+            seen[name, key] = {domain: p.value for domain, p in measured.items()}
+        return Cost([str(place) for place in safe], size, dict(seen[name, key]))
+
+    baseline = evaluate("unchanged", [], 1.0, None, nullcontext)
+    rows = []
+    for name, runs in plan:
+        costs = [evaluate(name, *run) for run in runs]
+        rows.append(Row(name, costs[0], costs[1] if kept else None, costs[2:]))
+    progress("done", total, total)
+    for cost in (cost for row in rows for cost in (row.bare, *([row.kept] if row.kept else []), *row.random)):
+        cost.change = {d: cost.perplexity[d] / baseline.perplexity[d] - 1 for d in baseline.perplexity}
+        cost.mean_change = statistics.fmean(cost.change.values())
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    tokens = {domain: windows.ids.numel() for domain, windows in domains.items()}
+    names = [str(place) for place in kept]
+    return Budget(stats.header.model, dtype, by, group, names, baseline, rows, tokens, notes)
+
+
+def conclusion(budget: Budget) -> list[str]:
+    """What the rows say: what keeping buys, and how far compression goes."""
+    lines = []
+    compared = [row for row in budget.rows if row.kept is not None and row.random]
+    if compared:
+        names = ", ".join(budget.kept)
+        better = [row for row in compared if row.kept.mean_change < min(c.mean_change for c in row.random)]
+        most = max(compared, key=lambda row: row.bare.mean_change - row.kept.mean_change)
+        low, high = (f([c.mean_change for c in most.random]) for f in (min, max))
+        lines.append(
+            f"keeping {names} beats every random choice in {len(better)} of {len(compared)} rows; it buys most at "
+            f"{most.name}: {most.bare.mean_change:+.1%} without, {most.kept.mean_change:+.1%} with "
+            f"(random experts of the same layers: {low:+.1%} to {high:+.1%})"
+        )
+    for what, of in (("nothing kept", "bare"), (f"{', '.join(budget.kept)} kept", "kept")):
+        costs = [(row.name, getattr(row, of)) for row in budget.rows if getattr(row, of) is not None]
+        if costs:
+            within = [name for name, cost in costs if cost.mean_change <= LIMIT]
+            lines.append(f"within {LIMIT:.0%} of the unchanged perplexity, {what}: {', '.join(within) or 'none'}")
+    return lines
+
+
+def _gone(stats: ModelStats, by: str, ratio: float, safe: list[Place], groups: int) -> list[Place]:
+    kept = choose_kept(stats, by, ratio, safe, groups=groups)
+    return [place for place in routed_experts(stats) if place.expert not in kept[place.stack, place.layer, place.kind]]
+
+
+def _sizes(model: PreTrainedModel) -> dict[tuple[str, int, str], tuple[int, int]]:
+    """Per routed bank: weights of one expert, and experts."""
+    return {
+        tuple(bank.id): (
+            sum(getattr(bank.module, name)[0].numel() for name in expert_weights(bank.module)),
+            bank.experts,
+        )
+        for bank in find_banks(model)
+        if bank.routed
+    }
+
+
+def _share(sizes: dict[tuple[str, int, str], tuple[int, int]], experts: list[Place]) -> float:
+    """Of all experts' weights, the part that is in these experts."""
+    return sum(sizes[p.stack, p.layer, p.kind][0] for p in experts) / sum(one * e for one, e in sizes.values())
+
+
+def _stored(model: PreTrainedModel, name: str, group: int) -> float:
+    """Size of all routed experts in a format, relative to now."""
+    before = after = 0.0
+    for bank in find_banks(model):
+        for weight, dim in expert_weights(bank.module).items() if bank.routed else ():
+            tensor = getattr(bank.module, weight)
+            before += tensor.numel() * tensor.itemsize * 8
+            after += tensor.numel() * stored_bits(name, tensor.shape[dim], group)
+    return after / before

@@ -1,0 +1,145 @@
+"""sedetect budget: what compression costs, and what keeping a few experts buys."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from sedetect.budget import RATIOS, Budget, Cost, conclusion, held_out, make_budget
+from sedetect.calibration import prefix_ids
+from sedetect.cli.saliency import By
+from sedetect.cli.shared import (
+    Attn,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    Revision,
+    SeqLen,
+    TrustRemoteCode,
+    app,
+    check_writable,
+    console,
+    progress_bar,
+)
+from sedetect.errors import SedetectError
+from sedetect.experiment import choose_experts
+from sedetect.files import write_json
+from sedetect.pipeline import calibration_windows, open_model, profile_model
+from sedetect.profiler import model_digest
+from sedetect.pruning import check_ratio, router_groups
+from sedetect.quantization import FORMATS, GROUP, bits_of
+from sedetect.ranking import rank
+from sedetect.saliency import check_saliency, super_places
+from sedetect.stats import ModelStats
+
+
+@app.command("budget")
+def budget_command(
+    model: Model,
+    experts: Annotated[str, typer.Option(help="to keep: super, or names (L1E28,L9E7)")] = "super",
+    ratio: Annotated[list[float] | None, typer.Option(help="pruning ratios (default: 0.125, 0.25, 0.5)")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="fp8, int2 to int8 (default: int8, fp8, int4, int3)")
+    ] = None,
+    by: By = "reap",
+    group: Annotated[int, typer.Option(help="inputs per scale of the formats")] = GROUP,
+    controls: Annotated[int, typer.Option(help="random sets of the same size to keep instead")] = 3,
+    stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
+    output: Output = None,
+    data: Data = None,
+    tokens: Annotated[int, typer.Option(help="tokens of text; half profiled, the rest evaluated")] = 32768,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Perplexity of MODEL against compression of its experts, with and without its super experts kept as they are."""
+    check_saliency(by)
+    for name in formats or ():
+        bits_of(name)
+    for number in ratio or ():
+        check_ratio(number)
+    for option, number, least in (("--group", group, 1), ("--controls", controls, 0)):
+        if number < least:
+            raise SedetectError(f"{option} {number}: must be at least {least}")
+    if output is not None:
+        check_writable(output)
+    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
+    loaded, tokenizer, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
+    cut = {"seq_len": seq_len, "seed": None, "chat_template": False}
+    domains = calibration_windows(loaded, tokenizer, data, **cut, tokens=tokens).domains
+    with progress_bar("runs") as bar:
+        task = bar.add_task("profile", total=None)
+        if stats is None:
+            run = {"tokens": tokens // 2, "seq_len": seq_len, "batch_size": batch_size}
+            state = profile_model(loaded, data, **run, tokenizer=tokenizer).stats
+        else:
+            state = ModelStats.load(stats)
+            if state.header.digest != model_digest(loaded):
+                raise SedetectError(f"{stats}: statistics of another model ({state.header.model}); profile this one")
+        ranking = rank(state)
+        chosen = super_places(ranking) if experts == "super" else choose_experts(experts, state)
+        budget = make_budget(
+            loaded,
+            held_out(domains, state),
+            state,
+            chosen,
+            prefix=len(prefix_ids(tokenizer)),
+            by=by,
+            ratios=RATIOS if ratio is None else ratio,
+            formats=FORMATS if formats is None else formats,
+            group=group,
+            groups=router_groups(loaded.config.to_dict()),
+            controls=controls,
+            batch_size=batch_size,
+            progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+        )
+    if output is not None:
+        write_json(output / "budget.json", budget.to_dict())
+    _print(budget, ranking.headline)
+    if output is not None:
+        _line(f"written to {output / 'budget.json'}")
+
+
+def _print(budget: Budget, headline: str) -> None:
+    _line(headline, "bold")
+    for line in conclusion(budget):
+        _line(line)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("experts", no_wrap=True)
+    for name in ("size", "nothing kept", "kept", "random kept", "worst", "best"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in budget.rows:
+        changes = sorted(cost.mean_change for cost in row.random)
+        random = (sum(changes) / len(changes), changes[-1], changes[0]) if changes else ()
+        cells = [f"{row.bare.size:.1%}", f"{row.bare.mean_change:+.2%}", _change(row.kept)]
+        table.add_row(row.name, *cells, *(f"{change:+.2%}" for change in random))
+    console.print(table)
+    base = ", ".join(f"{domain} {value:.2f}" for domain, value in budget.baseline.perplexity.items())
+    more = ""
+    if budget.kept:
+        extra = (budget.rows[-1].kept.size - budget.rows[-1].bare.size) if budget.rows else 0
+        more = f"; kept: {', '.join(budget.kept)}, which adds {extra:.2%} to the size at {budget.rows[-1].name}"
+    _line(
+        f"size: of the routed experts' weights; change of perplexity, mean over domains, on {sum(budget.tokens.values()):,} "
+        f"tokens that were not calibrated on; unchanged ({budget.dtype}): {base}{more}. Formats: round to nearest, one "
+        f"scale per output channel and {budget.group} inputs. Pruning: by {budget.by}, the same number in each layer."
+    )
+    for note in budget.notes:
+        _line(f"note: {note}")
+
+
+def _change(cost: Cost | None) -> str:
+    return "-" if cost is None else f"{cost.mean_change:+.2%}"
+
+
+def _line(text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -23,9 +23,9 @@ from sedetect.evaluation import perplexity
 from sedetect.experiment import draw_like, routed_experts
 from sedetect.hf import find_banks
 from sedetect.pruning import choose_kept
-from sedetect.quantization import FORMATS, GROUP, expert_weights, quantized_experts, stored_bits
+from sedetect.quantization import FORMATS, GROUP, expert_sizes, expert_weights, quantized_experts, stored_bits
 from sedetect.ranking import Place
-from sedetect.stats import ModelStats
+from sedetect.stats import BankId, ModelStats
 
 FORMAT = "sedetect-budget"
 VERSION = "1"
@@ -129,7 +129,7 @@ def make_budget(
         group: inputs per scale of the formats. groups: n_group of the router.
         controls: how many random sets of the same size to keep instead, each in the same layers.
     """
-    sizes = _sizes(model)
+    sizes = expert_sizes(model)
     kept = [place for place in experts if place.kind.startswith("routed")]
     others = [place for place in routed_experts(stats) if place not in set(kept)]
     drawn = [draw_like(np.random.default_rng(seed), others, kept) for seed in range(controls if kept else 0)]
@@ -211,21 +211,9 @@ def _gone(stats: ModelStats, by: str, ratio: float, safe: list[Place], groups: i
     return [place for place in routed_experts(stats) if place.expert not in kept[place.stack, place.layer, place.kind]]
 
 
-def _sizes(model: PreTrainedModel) -> dict[tuple[str, int, str], tuple[int, int]]:
-    """Per routed bank: weights of one expert, and experts."""
-    return {
-        tuple(bank.id): (
-            sum(getattr(bank.module, name)[0].numel() for name in expert_weights(bank.module)),
-            bank.experts,
-        )
-        for bank in find_banks(model)
-        if bank.routed
-    }
-
-
-def _share(sizes: dict[tuple[str, int, str], tuple[int, int]], experts: list[Place]) -> float:
+def _share(sizes: dict[BankId, tuple[int, int]], experts: list[Place]) -> float:
     """Of all experts' weights, the part that is in these experts."""
-    return sum(sizes[p.stack, p.layer, p.kind][0] for p in experts) / sum(one * e for one, e in sizes.values())
+    return sum(sizes[BankId(p.stack, p.layer, p.kind)][0] for p in experts) / sum(one * e for one, e in sizes.values())
 
 
 def _stored(model: PreTrainedModel, name: str, group: int) -> float:

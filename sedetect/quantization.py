@@ -19,6 +19,7 @@ from torch import nn
 from sedetect import hf
 from sedetect.errors import SedetectError
 from sedetect.ranking import Place
+from sedetect.stats import BankId
 
 GROUP = 128
 FORMATS = ("int8", "fp8", "int4", "int3")
@@ -59,6 +60,15 @@ def expert_weights(module: nn.Module) -> dict[str, int]:
     """The matrices of a routed experts module, with the dimension of their inputs; biases are not among them."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
     return dict.fromkeys((up, "down_proj"), 1 if module.is_transposed else 2)
+
+
+def expert_sizes(model: nn.Module) -> dict[BankId, tuple[int, int]]:
+    """Per routed bank of a model (with or without its weights): weights of one expert, and number of experts."""
+    return {
+        bank.id: (sum(getattr(bank.module, name)[0].numel() for name in expert_weights(bank.module)), bank.experts)
+        for bank in hf.find_banks(model)
+        if bank.routed
+    }
 
 
 @contextmanager

@@ -5,11 +5,23 @@ import sys
 import huggingface_hub.utils.logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
-from sedetect.cli import ablate, analyze, budget, compare, profile, prune, stability, super_weights
+from sedetect.cli import ablate, analyze, budget, compare, export, profile, prune, stability, super_weights
 from sedetect.cli.shared import app, stderr
 from sedetect.errors import SedetectError
 
-__all__ = ["ablate", "analyze", "app", "budget", "compare", "main", "profile", "prune", "stability", "super_weights"]
+__all__ = [
+    "ablate",
+    "analyze",
+    "app",
+    "budget",
+    "compare",
+    "export",
+    "main",
+    "profile",
+    "prune",
+    "stability",
+    "super_weights",
+]
 
 
 def main() -> None:

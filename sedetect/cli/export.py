@@ -1,0 +1,85 @@
+"""sedetect export: protect lists and channel statistics in the forms that other tools read."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sedetect.channel_exports import write_awq_scales, write_imatrix
+from sedetect.checkpoint import empty_model
+from sedetect.cli.shared import app, console, stderr
+from sedetect.errors import SedetectError
+from sedetect.exporting import GRANULARITIES, TOOLS, export, kept_experts, protect_list
+from sedetect.files import write_atomic
+from sedetect.profiler import model_digest
+from sedetect.quantization import expert_sizes
+from sedetect.stats import ModelStats
+
+_CHANNELS = {"imatrix": write_imatrix, "awq": write_awq_scales}
+
+
+@app.command("export")
+def export_command(
+    stats: Annotated[Path, typer.Argument(help="a statistics file, or the folder of a profile", metavar="STATS")],
+    to: Annotated[str, typer.Option(help=f"{', '.join(TOOLS)}; of profile --channels: imatrix, awq")],
+    granularity: Annotated[
+        str, typer.Option(help="expert, or layer: all experts of a super expert's layer")
+    ] = "expert",
+    neighbours: Annotated[int, typer.Option(help="also protect the N routed experts with the next largest |y|")] = 0,
+    model: Annotated[Path | None, typer.Option(help="checkpoint folder, to say sizes in bytes")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="file (default: print the list)")] = None,
+) -> None:
+    """Write what a quantizer must leave alone, in the form that it reads."""
+    if to not in TOOLS and to not in _CHANNELS:
+        raise SedetectError(f"--to {to}: is not known; use one of {', '.join([*TOOLS, *_CHANNELS])}")
+    if to in _CHANNELS and output is None:
+        raise SedetectError(f"--to {to}: writes a binary file; give it a name with -o")
+    state = ModelStats.load(stats)
+    if to in _CHANNELS:
+        count = _CHANNELS[to](state, output)
+        _say(f"{output}: {count} entries, of the inputs of down_proj; other matrices were not measured")
+        return
+    experts = protect_list(state, neighbours)
+    sizes = _sizes(state, experts, model)
+    document, notes = export(state, to, granularity=granularity, neighbours=neighbours)
+    text = document if isinstance(document, str) else json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        write_atomic(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    quiet = output is None  # standard output is the document alone
+    _say(f"protected: {', '.join(str(expert.place) for expert in experts)}, by {granularity}", quiet)
+    _say(sizes, quiet)
+    for note in notes:
+        _say(f"note: {note}", quiet)
+
+
+def _sizes(state: ModelStats, experts: list, model: Path | None) -> str:
+    """One line: what each granularity costs, where the experts are otherwise stored in 4 bits."""
+    total = sum(s.num_experts for bank, s in state.banks.items() if bank.kind.startswith("routed"))
+    sizes = None
+    if model is not None:
+        empty = empty_model(model)
+        if model_digest(empty) != state.header.digest:
+            raise SedetectError(
+                f"--model {model}: the statistics are of another model ({state.header.model}); give the folder of that one"
+            )
+        sizes = expert_sizes(empty)
+    parts = []
+    for granularity in GRANULARITIES:
+        kept = kept_experts(state, experts, granularity)
+        count = sum(kept.values())
+        text = f"{granularity}: {count} of {total} routed experts"
+        if sizes is None:
+            text += f", {12 / 4 * count / total:+.2%}"
+        else:
+            extra = sum(sizes[bank][0] * number for bank, number in kept.items()) * 12 / 8
+            whole = sum(one * number for one, number in sizes.values()) * 4 / 8
+            text += f", {extra:+,.0f} bytes ({extra / whole:+.2%})"
+        parts.append(text)
+    return f"size at 16 bits, where all routed experts would have 4: {'; '.join(parts)}"
+
+
+def _say(text: str, quiet: bool = False) -> None:
+    (stderr if quiet else console).print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,277 @@
+"""Exports: what each form selects, by the matching rule of its tool; tests/check_exports.py runs the tools themselves."""
+
+import json
+import re
+from fnmatch import fnmatch
+
+import gguf
+import pytest
+import torch
+from models import CONFIGS, TINY, random_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_cli import refused, run
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+import sedetect
+from sedetect import BankId
+from sedetect.channel_exports import write_awq_scales, write_imatrix
+from sedetect.errors import SedetectError
+from sedetect.exporting import TOOLS, export, protect_list
+
+# What the quantizers see: one linear module per matrix of an expert, after they have taken the fused ones apart.
+LINEARS = {
+    f"{prefix}model.layers.{layer}.mlp.experts.{e}.{name}_proj": (layer, e)
+    for prefix in ("", "model.language_")
+    for layer in range(12)
+    for e in range(32)
+    for name in ("gate", "up", "down")
+}
+OTHERS = ["lm_head", "model.layers.1.mlp.gate", "model.layers.1.self_attn.o_proj", "model.layers.11.mlp.experts_norm"]
+EXPERT, LAYER = {(1, 28), (9, 7)}, {(layer, e) for layer in (1, 9) for e in range(32)}
+
+
+@pytest.fixture(scope="module")
+def stats(tmp_path_factory):
+    stats = sedetect.profile_model(TINY, tokens=2048, seq_len=128, channels=True).stats
+    stats.save(tmp_path_factory.getbasetemp() / "export" / "stats.safetensors")
+    return stats
+
+
+@pytest.fixture(scope="module")
+def folder(stats, tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "export"
+
+
+def selected(match, names=LINEARS):
+    """The places that a rule takes, and a check that it takes all matrices of each and nothing else."""
+    taken = [name for name in names if match(name)]
+    places = {LINEARS[name] for name in taken}
+    assert len(taken) == sum(place in places for name, place in LINEARS.items() if name in names)
+    assert not any(match(name) for name in OTHERS if name not in ("lm_head", "model.layers.1.mlp.gate"))
+    return places
+
+
+def test_the_list(stats):
+    """The super expert, then the routed experts with the next largest |y|."""
+    assert [(str(p.place), p.why) for p in protect_list(stats)] == [("L1E28", "super")]
+    protected = protect_list(stats, neighbours=3)
+    values = sorted(
+        ((float(v), f"L{bank.layer}E{e}") for bank, s in stats.banks.items() for e, v in enumerate(s.out_max)),
+        reverse=True,
+    )
+    assert [str(p.place) for p in protected] == [name for _, name in values[:4]]
+    assert [p.value for p in protected] == [value for value, _ in values[:4]]
+    assert (protected[0].channel, protected[0].intermediate) == (101, 14), "the super weight"
+    assert protected[0].module == "model.layers.1.mlp.experts"
+
+
+@pytest.mark.parametrize("granularity, wanted", [("expert", EXPERT), ("layer", LAYER)])
+def test_forms(stats, granularity, wanted):
+    def made(tool):
+        document, _ = export(stats, tool, granularity=granularity, neighbours=1)
+        assert json.loads(json.dumps(document)) == document
+        return document
+
+    (modifier,) = made("llm-compressor")["quant_stage"]["quant_modifiers"].values()
+    patterns = [target.removeprefix("re:") for target in modifier["ignore"] if target.startswith("re:")]
+    assert selected(lambda name: any(re.match(pattern, name) for pattern in patterns)) == wanted
+    assert "lm_head" in modifier["ignore"] and any(re.match(p, "model.layers.1.mlp.gate") for p in patterns)
+    if granularity == "layer":
+        assert any(re.match(pattern, "model.layers.1.mlp.experts") for pattern in patterns), "a fused layer's own name"
+
+    dynamic = made("gptqmodel")["dynamic"]
+    assert all(value == {} and key.startswith("-:") for key, value in dynamic.items())
+    assert selected(lambda name: any(re.match(key[2:], name) for key in dynamic)) == wanted
+
+    own = [name for name in LINEARS if name.startswith("model.layers")]  # names, not patterns
+    ignored = made("auto-round")["ignore_layers"].split(",")
+    ignored = [name + "." if name[-1].isdigit() else name for name in ignored]  # as AutoRound does
+    assert selected(lambda name: any(part in name for part in ignored), own) == wanted
+
+    entries = made("modelopt")["quant_cfg"]
+    assert all(entry["enable"] is False for entry in entries)
+    rules = [entry["quantizer_name"] for entry in entries]
+    assert selected(lambda name: any(fnmatch(f"{name}.weight_quantizer", rule) for rule in rules)) == wanted
+    for layer in (1, 9, 11):
+        for e in (2, 7, 8, 28):
+            for matrix in ("gate_up_proj", "down_proj"):
+                name = f"model.layers.{layer}.mlp.experts.{matrix}_weight_quantizers.{e}"
+                assert any(fnmatch(name, rule) for rule in rules) == ((layer, e) in wanted)
+
+    skip = made("bitsandbytes")["llm_int8_skip_modules"]
+    assert selected(lambda name: not should_convert_module(name, skip), own) == wanted
+    assert not should_convert_module("lm_head", skip)
+
+    document = made("json")
+    assert (document["format"], document["version"]) == ("sedetect-protect-list", "1")
+    assert [expert["name"] for expert in document["experts"]] == ["L1E28", "L9E7"]
+    assert [expert["why"] for expert in document["experts"]] == ["super", "neighbour"]
+    suffixes = (".28", ".7") if granularity == "expert" else ("", "")
+    assert document["modules"] == [f"model.layers.{n}.mlp.experts{s}" for n, s in zip((1, 9), suffixes, strict=True)]
+
+
+def test_llama_cpp(stats):
+    """One `name=type` per line, the name a regular expression searched in the lower-cased tensor name."""
+    text, _ = export(stats, "llama.cpp", granularity="layer", neighbours=1)
+    rules = [line.split("=") for line in text.splitlines()]
+    assert [kind for _, kind in rules] == ["bf16", "bf16"] and all(rule == rule.lower() for rule, _ in rules)
+    found = {
+        (layer, name)
+        for layer in range(20)
+        for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_inp", "attn_v", "ffn_down_shexp")
+        if any(re.search(rule, f"blk.{layer}.{name}.weight") for rule, _ in rules)
+    }
+    assert found == {(layer, f"ffn_{name}_exps") for layer in (1, 9) for name in ("gate", "up", "down")}
+    with pytest.raises(SedetectError, match="stores a layer's experts as one tensor; give --granularity layer"):
+        export(stats, "llama.cpp")
+
+
+def test_shared_experts_and_other_stacks():
+    """A shared super expert is named by its own module, in both granularities; its layer's routed experts are not."""
+    model = random_model("qwen2_moe")
+    with sedetect.profile(model) as prof:
+        model(input_ids=torch.randint(3, 96, (2, 20)))
+    stats = prof.stats
+    shared = stats.banks[BankId("decoder", 0, "shared")]
+    shared.outliers[0, 0, 0] = torch.tensor(1e4).view(torch.int32).long()
+    shared.first_outliers[0, 0, 0] = torch.tensor(2e4).view(torch.int32).long()
+    assert [str(p.place) for p in protect_list(stats)] == ["L0shared"]
+    for granularity in ("expert", "layer"):
+        document, _ = export(stats, "json", granularity=granularity)
+        assert document["modules"] == ["model.layers.0.mlp.shared_expert"]
+        (rule,) = export(stats, "gptqmodel", granularity=granularity)[0]["dynamic"]
+        assert re.match(rule[2:], "model.layers.0.mlp.shared_expert.down_proj")
+        assert not re.match(rule[2:], "model.layers.0.mlp.shared_expert_gate")
+        assert not re.match(rule[2:], "model.layers.0.mlp.experts.0.down_proj")
+    assert "_shexp" in export(stats, "llama.cpp", granularity="layer")[0]
+
+
+def test_nothing_to_protect():
+    model = random_model("qwen3_moe")
+    with sedetect.profile(model) as prof:
+        model(input_ids=torch.randint(3, 96, (2, 20)))
+    for tool in TOOLS:
+        with pytest.raises(SedetectError, match="nothing to protect: no super expert"):
+            export(prof.stats, tool, granularity="layer")
+
+
+def test_imatrix(stats, tmp_path):
+    assert write_imatrix(stats, tmp_path / "imatrix.gguf") == 10
+    reader = gguf.GGUFReader(tmp_path / "imatrix.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert len(tensors) == 20
+    for bank, state in stats.banks.items():
+        sums = tensors[f"blk.{bank.layer}.ffn_down_exps.weight.in_sum2"]
+        counts = tensors[f"blk.{bank.layer}.ffn_down_exps.weight.counts"]
+        assert sums.shape.tolist() == [48, 32] and counts.shape.tolist() == [1, 32], "llama.cpp's order"
+        assert torch.equal(torch.tensor(sums.data), state.in_channel_sq.float())
+        assert torch.equal(torch.tensor(counts.data)[:, 0], state.rows.float())
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF")}
+    assert fields == {
+        "general.architecture": "imatrix", "general.type": "imatrix", "imatrix.chunk_count": 16,
+        "imatrix.chunk_size": 128, "imatrix.datasets": [s.info["domain"] for s in stats.header.sources.values()],
+    }  # fmt: skip
+
+
+def test_sums_of_squares_are_those_of_the_inputs(tmp_path):
+    """Against the inputs of every down_proj, computed by hand, shared and dense ones too."""
+    model = random_model("qwen2_moe")
+    seen, calls = {}, {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0]))
+        for path, module in model.named_modules()
+        if path.endswith("down_proj")
+    ]
+    ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+    experts = {path: module for path, module in model.named_modules() if path.endswith(".experts")}
+    hooks += [
+        module.register_forward_pre_hook(lambda _, args, path=path: calls.__setitem__(path, args))
+        for path, module in experts.items()
+    ]
+    with torch.no_grad():
+        model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    with sedetect.profile(model, channels=True) as prof:
+        model(input_ids=ids)
+    write_imatrix(prof.stats, tmp_path / "imatrix.gguf")
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(
+        tensors["blk.1.ffn_down.weight.in_sum2"][0],
+        seen["model.layers.1.mlp.down_proj"].reshape(-1, 40).square().sum(0),
+        **close,
+    )
+    shared = seen["model.layers.0.mlp.shared_expert.down_proj"]
+    torch.testing.assert_close(
+        tensors["blk.0.ffn_down_shexp.weight.in_sum2"][0], shared.reshape(-1, 20).square().sum(0), **close
+    )
+    x, index, _ = calls["model.layers.2.mlp.experts"]
+    module = experts["model.layers.2.mlp.experts"]
+    for e in range(CONFIGS["qwen2_moe"]().num_experts):
+        gate, up = (x[(index == e).any(1)] @ module.gate_up_proj[e].T).chunk(2, dim=-1)
+        h = gate * torch.sigmoid(gate) * up
+        torch.testing.assert_close(tensors["blk.2.ffn_down_exps.weight.in_sum2"][e], h.square().sum(0), **close)
+        assert tensors["blk.2.ffn_down_exps.weight.counts"][e, 0] == len(h)
+
+
+def test_awq_scales(stats, tmp_path):
+    stats.banks[BankId("decoder", 3, "routed")].counts[5] = 0
+    assert write_awq_scales(stats, tmp_path / "awq.safetensors") == 10
+    tensors = load_file(tmp_path / "awq.safetensors")
+    assert tensors.keys() == {f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(10)}
+    state = stats.banks[BankId("decoder", 1, "routed")]
+    scales = tensors["model.layers.1.mlp.experts.down_proj"]
+    for e in (0, 28):
+        rms = [(total / int(state.rows[e])) ** 0.5 for total in state.in_channel_sq[e].tolist()]
+        raw = [max(r, 1e-4) ** 0.5 for r in rms]
+        wanted = [s / (max(raw) * min(raw)) ** 0.5 for s in raw]
+        assert scales[e].tolist() == pytest.approx(wanted, rel=1e-5)
+        assert float(scales[e].max() * scales[e].min()) == pytest.approx(1, rel=1e-5)
+    assert scales[28].argmax() == 14, "the super weight's input channel"
+    assert torch.equal(tensors["model.layers.3.mlp.experts.down_proj"][5], torch.ones(48))
+    with safe_open(tmp_path / "awq.safetensors", "pt") as opened:
+        assert opened.metadata()["format"] == "sedetect-awq-scales"
+
+
+def test_command(folder, tmp_path):
+    code, out, err = run("export", folder, "--to", "gptqmodel", "--model", TINY)
+    assert code == 0 and list(json.loads(out)["dynamic"]) == [r"-:(.*\.)?layers\.1\.mlp\.experts\.28(\.|$)"]
+    assert "protected: L1E28, by expert" in err and "use --granularity layer" in err
+    weights = 96 * 256 + 256 * 48  # of one expert; 12 bits more each
+    assert f"expert: 1 of 320 routed experts, +{weights * 12 // 8:,} bytes (+0.94%)" in err
+    assert f"layer: 32 of 320 routed experts, +{32 * weights * 12 // 8:,} bytes (+30.00%)" in err
+    file = tmp_path / "types.txt"
+    code, out, err = run("export", folder, "--to", "llama.cpp", "--granularity", "layer", "-o", file)
+    assert (
+        code == 0
+        and err == ""
+        and "protected: L1E28, by layer" in out
+        and "expert: 1 of 320 routed experts, +0.94%" in out
+    )
+    assert file.read_text() == "^blk\\.1\\.ffn_(gate|up|gate_up|down)_exps\\.weight=bf16\n"
+    for to in ("imatrix", "awq"):
+        code, out, err = run("export", folder, "--to", to, "-o", tmp_path / to)
+        assert code == 0 and "10 entries, of the inputs of down_proj" in out and (tmp_path / to).stat().st_size > 1000
+
+
+def test_command_refuses(folder, stats, tmp_path):
+    out = ("-o", tmp_path / "out")
+    assert "--to torch: is not known" in refused(run("export", folder, "--to", "torch", *out))
+    assert "--neighbours -1: must be at least 0" in refused(
+        run("export", folder, "--to", "json", "--neighbours", -1, *out)
+    )
+    assert "--granularity row: is not known" in refused(
+        run("export", folder, "--to", "json", "--granularity", "row", *out)
+    )
+    assert "one tensor; give --granularity layer" in refused(run("export", folder, "--to", "llama.cpp", *out))
+    assert "give it a name with -o" in refused(run("export", folder, "--to", "awq"))
+    bare = sedetect.profile_model(TINY, tokens=256, seq_len=16).stats
+    bare.save(tmp_path / "bare.safetensors")
+    said = refused(run("export", tmp_path / "bare.safetensors", "--to", "imatrix", *out))
+    assert "hold no channels; profile again with --channels" in said
+    random_model("qwen3_moe").save_pretrained(tmp_path / "other")
+    said = refused(run("export", folder, "--to", "json", "--model", tmp_path / "other"))
+    assert "the statistics are of another model (tiny-moe)" in said
+    assert not (tmp_path / "out").exists()

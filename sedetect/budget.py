@@ -52,7 +52,7 @@ class Cost:
 
 @dataclass
 class Row:
-    """One compression: "prune 25 %" or a format. kept is None without experts to keep, and random empty then."""
+    """One compression, "prune 25 %" or a format. kept is None without experts to keep, and random empty then."""
 
     name: str
     bare: Cost
@@ -148,7 +148,7 @@ def make_budget(
         except SedetectError as error:
             notes.append(f"left out: {error}")
             continue
-        plan.append((f"prune {ratio:.4g}", runs))
+        plan.append((f"prune {100 * ratio:g} %", runs))
     for name in formats:
         whole = _stored(model, name, group)
         runs = []

@@ -24,7 +24,8 @@ def write_imatrix(stats: ModelStats, path: str | os.PathLike) -> int:
 
     Per bank: blk.<layer>.ffn_down_exps.weight.in_sum2 (E, I) and .counts (E, 1), both float32, as llama-imatrix writes
     them: sums of squares, and rows they are over. Shared experts are ffn_down_shexp, dense MLPs ffn_down. Tensors that
-    it does not name are quantized without importance; llama-imatrix --in-file merges it with a file of its own.
+    it does not name are quantized without importance, which the types of the fewest bits refuse; llama-imatrix
+    --in-file merges it with a file of its own.
     Raises SedetectError for statistics without channels, several stacks, or several banks of one kind in a layer.
     """
     try:
@@ -41,10 +42,10 @@ def write_imatrix(stats: ModelStats, path: str | os.PathLike) -> int:
     def write(temporary: Path) -> None:
         writer = gguf.GGUFWriter(temporary, "imatrix")
         writer.add_type("imatrix")
-        sources = stats.header.sources.items()
-        writer.add_array("imatrix.datasets", [source.info.get("domain", name) for name, source in sources])
+        names = [source.info.get("domain", name) for name, source in stats.header.sources.items()]
+        writer.add_array("imatrix.datasets", names or ["unknown"])  # its reader takes the first
         writer.add_uint32("imatrix.chunk_count", stats.header.sequences)
-        writer.add_uint32("imatrix.chunk_size", stats.header.window or 0)
+        writer.add_uint32("imatrix.chunk_size", stats.header.window or 512)  # its default, where windows differed
         for bank, state in banks.items():
             name = f"blk.{bank.layer}.{_GGUF[bank.kind]}.weight"
             writer.add_tensor(f"{name}.in_sum2", state.in_channel_sq.float().numpy())

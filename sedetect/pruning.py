@@ -214,6 +214,11 @@ def _by_layer(kept: dict[BankId, list[int]], layout: Layout, source: Path) -> di
             f"{source}: layer {odd} has experts in the {'statistics' if odd in by_layer else 'checkpoint'} alone; "
             "profile this checkpoint"
         )
+    for layer, one in by_layer.items():
+        if not one or max(one) >= layout.experts[layer]:
+            raise SedetectError(
+                f"{source}: layer {layer} has {layout.experts[layer]} experts, not those to keep: {one}"
+            )
     return by_layer
 
 

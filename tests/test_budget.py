@@ -1,6 +1,7 @@
 """Simulated formats against plain loops; the budget against a model whose weights are edited by hand."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -142,7 +143,7 @@ def test_rows_against_edited_weights_and_removed_experts(subject, budget):
             getattr(edited.model.layers[1].mlp.experts, name)[28] = originals[1, name][28]
         kept = {d: p.value for d, p in perplexity(edited, domains, prefix=1).items()}
     rows = {row.name: row for row in budget.rows}
-    assert list(rows) == ["prune 0.25", "int8", "int3"]
+    assert list(rows) == ["prune 25 %", "int8", "int3"]
     assert rows["int3"].bare.perplexity == pytest.approx(bare, rel=1e-5)
     assert rows["int3"].kept.perplexity == pytest.approx(kept, rel=1e-5)
     base = {d: p.value for d, p in perplexity(model, domains, prefix=1).items()}
@@ -151,13 +152,13 @@ def test_rows_against_edited_weights_and_removed_experts(subject, budget):
         assert value == pytest.approx(kept[domain] / base[domain] - 1, abs=1e-5)
     assert rows["int3"].kept.mean_change == pytest.approx(sum(rows["int3"].kept.change.values()) / 4)
 
-    for cost, safe in ((rows["prune 0.25"].bare, []), (rows["prune 0.25"].kept, [SUPER])):
+    for cost, safe in ((rows["prune 25 %"].bare, []), (rows["prune 25 %"].kept, [SUPER])):
         left = choose_kept(stats, "frequency", 0.25, safe)
         gone = [Place(*bank, e) for bank, mine in left.items() for e in range(32) if e not in mine]
         with ablate(model, gone, how="remove"):
             expected = {d: p.value for d, p in perplexity(model, domains, prefix=1).items()}
         assert cost.perplexity == pytest.approx(expected, rel=1e-6)
-    assert rows["prune 0.25"].kept.mean_change < rows["prune 0.25"].bare.mean_change
+    assert rows["prune 25 %"].kept.mean_change < rows["prune 25 %"].bare.mean_change
 
 
 def test_random_controls_and_sizes(budget):
@@ -165,7 +166,7 @@ def test_random_controls_and_sizes(budget):
     for row in rows.values():
         assert row.bare.kept == [] and row.kept.kept == ["L1E28"]
         assert all(len(c.kept) == 1 and c.kept[0].startswith("L1E") and c.kept != ["L1E28"] for c in row.random)
-    assert rows["prune 0.25"].bare.size == rows["prune 0.25"].kept.size == 0.75
+    assert rows["prune 25 %"].bare.size == rows["prune 25 %"].kept.size == 0.75
     # float32; gate_up: 96 x 256 in two groups, down: 256 x 48 in one
     weights = 96 * 256 + 256 * 48
     bits = 3 * weights + 16 * (96 * 2 + 256)
@@ -182,7 +183,7 @@ def test_the_document_and_what_it_concludes(budget):
     assert (document["format"], document["version"], document["kept"]) == ("sedetect-budget", "1", ["L1E28"])
     said = conclusion(budget)
     assert said[0].startswith("keeping L1E28 beats every random choice in ") and " of 3 rows" in said[0]
-    assert "it buys most at prune 0.25: +" in said[0]
+    assert "it buys most at prune 25 %: +" in said[0]
     within = [row.name for row in budget.rows if row.bare.mean_change <= 0.05]
     assert said[1] == f"within 5% of the unchanged perplexity, nothing kept: {', '.join(within)}" and "int8" in within
 
@@ -201,9 +202,9 @@ def test_command(tmp_path):
     code, out, err = run("budget", TINY, *options, "--by", "frequency", "-o", tmp_path)
     assert code == 0 and err == ""
     assert out.startswith("1 super expert: L1E28") and "keeping L1E28 beats" in out
-    for name in ("prune 0.25", "int3"):
+    for name in ("prune 25 %", "int3"):
         (line,) = [line for line in out.splitlines() if line.strip().startswith(name)]
-        assert line.count("%") == 6 and len(line) <= 80
+        assert len(re.findall(r"[\d.]+%", line)) == 6 and len(line) <= 80
     assert "1,024 tokens that were not calibrated on" in out
     document = json.loads((tmp_path / "budget.json").read_text())
     assert document["dtype"] == "bfloat16" and sum(document["tokens"].values()) == 1024

@@ -8,7 +8,7 @@ their place. Everything happens in memory, and the model is afterwards as it was
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from sedetect.stats import BankId, ModelStats
 FORMAT = "sedetect-budget"
 VERSION = "1"
 RATIOS = (0.125, 0.25, 0.5)
+Sizes = dict[BankId, tuple[int, int]]  # per routed bank: weights of one expert, number of experts
 LIMIT = 0.05  # the sentence on how far compression can go is about this change of perplexity
 
 
@@ -46,8 +47,8 @@ class Cost:
     kept: list[str]
     size: float
     perplexity: dict[str, float]
-    change: dict[str, float] = field(default_factory=dict)
-    mean_change: float = 0.0
+    change: dict[str, float]
+    mean_change: float
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Budget:
     kept       the chosen experts (names)
     baseline   the unchanged model
     tokens     evaluated, per domain
-    notes      rows that this model does not allow, and why
+    notes      what was left out, and why
     """
 
     model: str
@@ -131,53 +132,43 @@ def make_budget(
     """
     sizes = expert_sizes(model)
     kept = [place for place in experts if place.kind.startswith("routed")]
+    notes = [f"{place} is not compressed in any row" for place in experts if place not in kept]
+    for place in kept:
+        if place.expert >= sizes.get(BankId(place.stack, place.layer, place.kind), (0, 0))[1]:
+            raise SedetectError(f"{place}: {type(model).__name__} has no such expert; name another")
     others = [place for place in routed_experts(stats) if place not in set(kept)]
     drawn = [draw_like(np.random.default_rng(seed), others, kept) for seed in range(controls if kept else 0)]
     sets = [[], *([kept] if kept else []), *drawn]
-    # Per row, per set: what is kept, the size, what tells equal runs apart, and the context that compresses.
-    plan: list[tuple[str, list[tuple[list[Place], float, Any, Callable[[], AbstractContextManager]]]]] = []
-    notes = []
+    plan = []
     for ratio in sorted(ratios):
         try:
-            runs = []
-            for safe in sets:
-                gone = _gone(stats, by, ratio, safe, groups)
-                runs.append(
-                    (safe, 1 - _share(sizes, gone), frozenset(gone), partial(ablate, model, gone, how="remove"))
-                )
+            gone = [_gone(stats, by, ratio, safe, groups) for safe in sets]
         except SedetectError as error:
             notes.append(f"left out: {error}")
             continue
-        plan.append((f"prune {100 * ratio:g} %", runs))
-    for name in formats:
-        whole = _stored(model, name, group)
-        runs = []
-        for safe in sets:
-            share = _share(sizes, safe)
-            compress = partial(quantized_experts, model, name, safe, group=group)
-            runs.append((safe, share + (1 - share) * whole, frozenset(safe), compress))
-        plan.append((name, runs))
+        plan.append([_pruned(model, ratio, *one, sizes) for one in zip(sets, gone, strict=True)])
+    plan += [[_quantized(model, name, safe, group, sizes) for safe in sets] for name in formats]
 
-    total = 1 + len({(name, key) for name, runs in plan for _, _, key, _ in runs})
-    seen: dict[tuple[str, Any], dict[str, float]] = {}
+    total = 1 + len({run.same for runs in plan for run in runs})
+    seen: dict[Any, dict[str, float]] = {}
 
-    def evaluate(name: str, safe: list[Place], size: float, key: Any, context: Callable[..., Any]) -> Cost:
-        if (name, key) not in seen:  # where pruning takes none of them anyway, keeping them is the same run
-            progress(name, len(seen), total)
-            with context():
+    def evaluate(run: _Run) -> Cost:
+        if run.same not in seen:
+            progress(run.name, len(seen), total)
+            with run.compressed():
                 measured = perplexity(model, domains, prefix=prefix, batch_size=batch_size)
-            seen[name, key] = {domain: p.value for domain, p in measured.items()}
-        return Cost([str(place) for place in safe], size, dict(seen[name, key]))
+            seen[run.same] = {domain: p.value for domain, p in measured.items()}
+        values, base = seen[run.same], seen[None]
+        change = {domain: values[domain] / base[domain] - 1 for domain in base}
+        names = [str(place) for place in run.kept]
+        return Cost(names, run.size, dict(values), change, statistics.fmean(change.values()))
 
-    baseline = evaluate("unchanged", [], 1.0, None, nullcontext)
+    baseline = evaluate(_Run("unchanged", [], 1.0, None, nullcontext))
     rows = []
-    for name, runs in plan:
-        costs = [evaluate(name, *run) for run in runs]
-        rows.append(Row(name, costs[0], costs[1] if kept else None, costs[2:]))
+    for runs in plan:
+        costs = [evaluate(run) for run in runs]
+        rows.append(Row(runs[0].name, costs[0], costs[1] if kept else None, costs[2:]))
     progress("done", total, total)
-    for cost in (cost for row in rows for cost in (row.bare, *([row.kept] if row.kept else []), *row.random)):
-        cost.change = {d: cost.perplexity[d] / baseline.perplexity[d] - 1 for d in baseline.perplexity}
-        cost.mean_change = statistics.fmean(cost.change.values())
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     tokens = {domain: windows.ids.numel() for domain, windows in domains.items()}
     names = [str(place) for place in kept]
@@ -206,12 +197,35 @@ def conclusion(budget: Budget) -> list[str]:
     return lines
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One evaluation to come. Runs with equal same are the same (pruning that takes none of the kept experts anyway)."""
+
+    name: str
+    kept: list[Place]
+    size: float
+    same: Any
+    compressed: Callable[[], AbstractContextManager]
+
+
+def _pruned(model: PreTrainedModel, ratio: float, kept: list[Place], gone: list[Place], sizes: Sizes) -> _Run:
+    name = f"prune {100 * ratio:g} %"
+    run = partial(ablate, model, gone, how="remove")
+    return _Run(name, kept, 1 - _share(sizes, gone), (name, frozenset(gone)), run)
+
+
+def _quantized(model: PreTrainedModel, name: str, kept: list[Place], group: int, sizes: Sizes) -> _Run:
+    share = _share(sizes, kept)
+    size = share + (1 - share) * _stored(model, name, group)
+    return _Run(name, kept, size, (name, frozenset(kept)), partial(quantized_experts, model, name, kept, group=group))
+
+
 def _gone(stats: ModelStats, by: str, ratio: float, safe: list[Place], groups: int) -> list[Place]:
     kept = choose_kept(stats, by, ratio, safe, groups=groups)
     return [place for place in routed_experts(stats) if place.expert not in kept[place.stack, place.layer, place.kind]]
 
 
-def _share(sizes: dict[BankId, tuple[int, int]], experts: list[Place]) -> float:
+def _share(sizes: Sizes, experts: list[Place]) -> float:
     """Of all experts' weights, the part that is in these experts."""
     return sum(sizes[BankId(p.stack, p.layer, p.kind)][0] for p in experts) / sum(one * e for one, e in sizes.values())
 

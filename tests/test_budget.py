@@ -191,10 +191,15 @@ def test_the_document_and_what_it_concludes(budget):
 def test_without_experts_to_keep(subject):
     model, stats, domains = subject
     few = {"english": held_out(domains, stats)["english"]}
-    budget = make_budget(model, few, stats, [], prefix=1, ratios=(), formats=("int4",))
+    shared = Place("decoder", 1, "shared", "shared")
+    budget = make_budget(model, few, stats, [shared], prefix=1, ratios=(), formats=("int4",))
+    assert budget.notes == ["L1shared is not compressed in any row"]
     assert budget.kept == [] and budget.rows[0].kept is None and budget.rows[0].random == []
     assert len(conclusion(budget)) == 1
     assert json.loads(json.dumps(budget.to_dict())) == budget.to_dict()
+    for name in ((1, 32), (12, 0)):
+        with pytest.raises(SedetectError, match="Qwen3MoeForCausalLM has no such expert"):
+            make_budget(model, few, stats, [Place("decoder", name[0], "routed", name[1])], prefix=1)
 
 
 def test_command(tmp_path):

@@ -58,6 +58,17 @@ class Weight:
         return f"{self.expert}[{self.channel},{self.intermediate}]"
 
 
+def parse_target(name: str) -> Place | Weight:
+    """parse_place, and the Weight whose str is name: "L1E28[101,14]"."""
+    expert, bracket, rest = name.partition("[")
+    if not bracket:
+        return parse_place(name)
+    match = re.fullmatch(r"(\d+),\s*(\d+)\]", rest)
+    if match is None:
+        raise SedetectError(f"{name!r}: not the name of a weight; write L1E28[channel,intermediate]")
+    return Weight(parse_place(expert), int(match[1]), int(match[2]))
+
+
 @dataclass
 class _Off:
     """What is switched off in one bank."""
@@ -90,7 +101,7 @@ def ablate(
     banks = {(b.id.stack, b.id.layer, b.id.kind): b for b in hf.find_banks(model)}
     chosen: dict[tuple[str, int, str], _Off] = defaultdict(_Off)
     for one in what:
-        one = parse_place(one) if isinstance(one, str) else one
+        one = parse_target(one) if isinstance(one, str) else one
         place = one.expert if isinstance(one, Weight) else one
         bank = banks.get((place.stack, place.layer, place.kind))
         number = 0 if isinstance(place.expert, str) else place.expert

@@ -5,6 +5,7 @@ cost much when they are missing. So three things are judged together: the perple
 the same layers, the attention on the first token (sinks), and the largest value of the residual stream.
 """
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,14 +14,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect.ablation import ablate, parse_place
+from sedetect import hf
+from sedetect.ablation import Weight, ablate, parse_target
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import Question, exact_match, perplexity
 from sedetect.ranking import Place, rank
-from sedetect.residual import observe_residual
+from sedetect.residual import observe_residual, sink_decay
 from sedetect.stats import ModelStats
 
 
@@ -28,10 +31,11 @@ from sedetect.stats import ModelStats
 class Outcome:
     """One run over the evaluation text.
 
-    label         what was done, for people; experts, how and tokens say it exactly (see ablate)
+    label         what was done, for people; experts (or weights), how and tokens say it exactly (see ablate)
     perplexity    per domain
     change        per domain, relative to the unchanged model (0.1 is 10 % worse); mean_change their mean
-    sink_mean     mean attention on the first token (residual.Residual)
+    sink_mean     mean attention on the first token (residual.Residual); sinks: of each layer, mean over its heads
+    sink_decay    D_sink of each layer against the unchanged model (stream.sink_decay)
     residual_max  largest |x| of the residual stream after any layer but the first and the last
     accuracy      share of questions answered exactly, None without questions
     """
@@ -42,6 +46,8 @@ class Outcome:
     tokens: str
     perplexity: dict[str, float]
     sink_mean: float | None
+    sinks: list[float | None]
+    sink_decay: list[float | None]
     residual_max: float
     accuracy: float | None = None
     change: dict[str, float] = field(default_factory=dict)
@@ -50,9 +56,10 @@ class Outcome:
 
 @dataclass
 class Experiment:
-    """A set of experts switched off in several ways, and controls of the same size.
+    """Experts or weights switched off in several ways, and controls of the same size.
 
-    controls: "same layers" and "anywhere", one outcome per seed, all under "skip".
+    controls: "same layers" and "anywhere", one outcome per seed, all under "skip": as many random experts of the same
+    banks, and of all; for a weight, a random weight of the same down_proj, and of any routed expert's.
     """
 
     baseline: Outcome
@@ -60,26 +67,40 @@ class Experiment:
     controls: dict[str, list[Outcome]]
     sequences: int
 
+    @property
+    def sink_layer(self) -> int | None:
+        """The layer whose sinks are the strongest in the unchanged model; its D_sink is the one to look at."""
+        seen = [(sink, layer) for layer, sink in enumerate(self.baseline.sinks) if sink is not None]
+        return max(seen)[1] if seen else None
+
     def to_dict(self) -> dict[str, Any]:
         """For ablation.json; conclusion is conclusion(self)."""
-        return {"format": "sedetect-ablation", "version": "1"} | asdict(self) | {"conclusion": conclusion(self)}
+        document = {"format": "sedetect-ablation", "version": "1"} | asdict(self)
+        return document | {"sink_layer": self.sink_layer, "conclusion": conclusion(self)}
 
 
-def choose_experts(spec: str, stats: ModelStats, seed: int = 0) -> list[Place]:
-    """The experts that a command line names.
+Target = Place | Weight
 
-    "super" (verdict super), "random:N" and "top-frequency:N" (most rows) over the routed experts of all layers, or
-    names separated by commas ("L1E28,L8shared"). Raises SedetectError where that gives no expert.
+
+def needs_statistics(spec: str) -> bool:
+    """Whether choose_experts takes this choice from statistics."""
+    return spec.partition(":")[0] in ("super", "top-frequency")
+
+
+def choose_experts(spec: str, model: nn.Module, stats: ModelStats | None = None, seed: int = 0) -> list[Target]:
+    """What a command line names.
+
+    "super" (verdict super; an empty list where there is none) and "top-frequency:N" (most rows) take statistics of the
+    model; "random:N" draws from the routed experts of all layers; else names separated by commas: experts ("L1E28",
+    "L8shared") or single weights of a down_proj ("L1E28[101,14]"). Raises SedetectError for anything else.
     """
     kind, _, number = spec.partition(":")
     if spec == "super":
         found = [expert for expert in rank(stats).super_experts if expert.verdict == "super"]
-        if not found:
-            raise SedetectError("--experts super: the profile found no super expert; name experts (L1E28) instead")
         return [Place(e.stack, e.layer, e.kind, e.expert) for e in found]
     if kind not in ("random", "top-frequency"):
-        return [parse_place(name.strip()) for name in spec.split(",")]
-    experts = routed_experts(stats)
+        return [parse_target(name.strip()) for name in re.split(r",(?![^\[]*\])", spec)]
+    experts = routed_experts(model)
     if not number.isdecimal() or not 0 < int(number) <= len(experts):
         raise SedetectError(f"--experts {spec}: {number or 'nothing'} is no number from 1 to {len(experts)}")
     if kind == "random":
@@ -88,22 +109,16 @@ def choose_experts(spec: str, stats: ModelStats, seed: int = 0) -> list[Place]:
     return sorted(experts, key=lambda place: -rows[place])[: int(number)]
 
 
-def routed_experts(stats: ModelStats) -> list[Place]:
+def routed_experts(model: nn.Module) -> list[Place]:
     """Every routed expert of a model, in order."""
-    return [
-        Place(*bank, e)
-        for bank, state in stats.banks.items()
-        if bank.kind.startswith("routed")
-        for e in range(state.num_experts)
-    ]
+    return [Place(*bank.id, e) for bank in hf.find_banks(model) if bank.routed for e in range(bank.experts)]
 
 
 def run_experiment(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domains: dict[str, Windows],
-    experts: Sequence[Place],
-    stats: ModelStats,
+    experts: Sequence[Target],
     *,
     prefix: int,
     hows: Sequence[str] = ("skip", "renormalize", "remove"),
@@ -118,43 +133,46 @@ def run_experiment(
 
     Args:
         domains: evaluation windows per domain, each beginning with prefix tokens of the tokenizer's prefix.
-        hows: interventions of ablate for the experts; the first serves the runs restricted by position.
+        experts: at least one; experts, or single weights of a down_proj.
+        hows: interventions of ablate for the experts; "skip" alone serves shared experts and weights.
         positions: also only at first tokens, and only at all others.
         controls: number of random sets of the same size, in the same layers and anywhere.
         sequences: how many sequences the residual stream and the attention are observed on.
         progress: called with (label, runs done, runs in all).
     """
-    routed = [place for place in experts if place.kind.startswith("routed")]
-    shared = [how for how in hows if how == "skip"] if len(routed) < len(experts) else list(hows)
-    plan: list[tuple[str, list[Place], str, str]] = [("none", [], "skip", "all")]
-    plan += [(how, list(experts), how, "all") for how in shared]
+    plain = all(isinstance(one, Place) and one.kind.startswith("routed") for one in experts)
+    allowed = [how for how in hows if plain or how == "skip"]
+    plan: list[tuple[str, list[Target], str, str]] = [("none", [], "skip", "all")]
+    plan += [(how, list(experts), how, "all") for how in allowed]
     if positions:
         plan += [(f"skip, {tokens} only", list(experts), "skip", tokens) for tokens in ("first", "rest")]
-    others = [place for place in routed_experts(stats) if place not in set(experts)]
-    drawn: dict[str, list[tuple[str, list[Place], str, str]]] = {"same layers": [], "anywhere": []}
-    for seed in range(controls if routed else 0):
-        generator = np.random.default_rng(seed)
-        same = _draw_like(generator, others, routed)
-        drawn["same layers"].append((f"random, same layers, seed {seed}", same, "skip", "all"))
-        anywhere = _draw(generator, others, min(len(routed), len(others)))
-        drawn["anywhere"].append((f"random, anywhere, seed {seed}", anywhere, "skip", "all"))
+    if len(plan) == 1:
+        raise SedetectError(f"how {', '.join(hows)}: shared experts and single weights know only skip")
+    drawn = {"same layers": [], "anywhere": []}
+    for seed in range(controls):
+        for place, targets in _controls(np.random.default_rng(seed), model, experts).items():
+            if targets:
+                drawn[place].append((f"random, {place}, seed {seed}", targets, "skip", "all"))
     runs = [*plan, *drawn["same layers"], *drawn["anywhere"]]
 
-    outcomes = []
-    for number, (label, places, how, tokens) in enumerate(runs):
+    outcomes, before = [], None
+    for number, (label, targets, how, tokens) in enumerate(runs):
         progress(label, number, len(runs))
-        with ablate(model, places, how=how, tokens=tokens) if places else nullcontext():
+        with ablate(model, targets, how=how, tokens=tokens) if targets else nullcontext():
             measured = perplexity(model, domains, prefix=prefix, batch_size=batch_size)
             residual = observe_residual(model, domains, prefix=prefix, sequences=sequences)
             accuracy = exact_match(model, tokenizer, list(questions)) if questions else None
+        before = before or residual
         outcomes.append(
             Outcome(
                 label,
-                [str(place) for place in places],
+                [str(target) for target in targets],
                 how,
                 tokens,
                 {domain: p.value for domain, p in measured.items()},
                 residual.sink_mean,
+                [layer.sink_mean for layer in residual.layers],
+                sink_decay(before, residual),
                 residual.inner_max,
                 accuracy,
             )
@@ -179,7 +197,9 @@ def conclusion(experiment: Experiment) -> str:
         beside = f"{max(same):+.1%} for the worst of {len(same)} random sets of the same layers"
         signs.append((worse, f"perplexity {main.mean_change:+.1%} (against {beside})"))
     if base.sink_mean:
+        decay = main.sink_decay[experiment.sink_layer]
         text = f"attention on first tokens {base.sink_mean:.3f} to {main.sink_mean:.3f}"
+        text += f" (D_sink {decay:.2f} in layer {experiment.sink_layer})"
         signs.append((main.sink_mean < base.sink_mean / 2, text))
     text = f"residual maximum {base.residual_max:.4g} to {main.residual_max:.4g}"
     signs.append((main.residual_max < base.residual_max / 2, text))
@@ -191,14 +211,25 @@ def conclusion(experiment: Experiment) -> str:
     return f"without {names}: {verdict}: {'; '.join(text for _, text in signs)}"
 
 
+def _controls(generator: np.random.Generator, model: nn.Module, experts: Sequence[Target]) -> dict[str, list[Target]]:
+    """As many random targets of the same banks as there are chosen ones (all there are, where that is fewer), and of
+    any bank. Shared experts have no peers."""
+    banks = {(bank.id.stack, bank.id.layer, bank.id.kind): bank for bank in hf.find_banks(model)}
+    others = [place for place in routed_experts(model) if place not in set(experts)]
+    same: list[Target] = []
+    counts = Counter(
+        (p.stack, p.layer, p.kind) for p in experts if isinstance(p, Place) and p.kind.startswith("routed")
+    )
+    for key, number in sorted(counts.items()):
+        peers = [place for place in others if (place.stack, place.layer, place.kind) == key]
+        same += _draw(generator, peers, min(number, len(peers)))
+    anywhere: list[Target] = _draw(generator, others, min(counts.total(), len(others)))
+    for weight in (one for one in experts if isinstance(one, Weight)):
+        for drawn, expert in ((same, weight.expert), (anywhere, *_draw(generator, others, 1))):
+            bank = banks[expert.stack, expert.layer, expert.kind]
+            drawn.append(Weight(expert, *(int(generator.integers(n)) for n in (bank.hidden, bank.intermediate))))
+    return {"same layers": same, "anywhere": anywhere}
+
+
 def _draw(generator: np.random.Generator, experts: list[Place], number: int) -> list[Place]:
     return [experts[i] for i in sorted(generator.choice(len(experts), number, replace=False).tolist())]
-
-
-def _draw_like(generator: np.random.Generator, others: list[Place], experts: list[Place]) -> list[Place]:
-    """As many others per bank as there are experts in it (all there are, where that is fewer)."""
-    drawn = []
-    for bank, number in sorted(Counter((p.stack, p.layer, p.kind) for p in experts).items()):
-        peers = [p for p in others if (p.stack, p.layer, p.kind) == bank]
-        drawn += _draw(generator, peers, min(number, len(peers)))
-    return drawn

@@ -199,22 +199,28 @@ def find_banks(model: nn.Module) -> list[Bank]:
     return sorted(banks, key=lambda bank: bank.id)
 
 
-def attach(model: nn.Module, calls: list[tuple[Bank, Callable[..., torch.Tensor]]]) -> Callable[[], None]:
+def attach(
+    model: nn.Module, calls: list[tuple[Bank, Callable[..., torch.Tensor]]], *, innermost: bool = False
+) -> Callable[[], None]:
     """Let each bank's module be computed by its call. Returns the function that restores what was there.
 
     A routed bank's call gets (module, x, top_k_index, top_k_weights), another's (down_proj module, x). A call may
-    step in before what was attached earlier (an ablation inside a profile): see run_inner.
+    step in before what was attached earlier (an ablation inside a profile): see run_inner. With innermost, the call of
+    a routed bank steps in after the ablations that are there, and sees the routing they leave.
     """
     with ExitStack() as undo:
         for bank, call in calls:
             if bank.routed:
-                config = bank.module.config
+                owner, name = bank.module, "config"
+                while innermost and _passes_on(getattr(owner, name)):
+                    owner, name = getattr(owner, name), "sedetect_inner"
+                config = getattr(owner, name)
                 own = copy.copy(config)
                 own._experts_implementation_internal = NAME
                 own.sedetect_call = call
                 own.sedetect_inner = config
-                undo.callback(setattr, bank.module, "config", config)
-                bank.module.config = own
+                undo.callback(setattr, owner, name, config)
+                setattr(owner, name, own)
             else:
                 path, _, name = bank.path.rpartition(".")
                 parent = model.get_submodule(path)
@@ -222,6 +228,12 @@ def attach(model: nn.Module, calls: list[tuple[Bank, Callable[..., torch.Tensor]
                 undo.callback(setattr, parent, name, original)
                 setattr(parent, name, SubstitutedDown(original, call))
         return undo.pop_all().close
+
+
+def _passes_on(config: object) -> bool:
+    """Whether this config's call lets what was there before compute (an ablation), instead of computing (a profile)."""
+    call = getattr(config, "sedetect_call", None)
+    return call is not None and getattr(call, "func", None) is not _measure_experts
 
 
 def run_inner(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:

@@ -196,7 +196,8 @@ def rank(
     Experts with a NaN or Inf are left out of every population and named in nonfinite.
 
     Raises SedetectError for an argument out of its range, for statistics whose header lacks a stack's number of layers
-    or a bank's top_k, and for rows="first" where they lack published_max.
+    or a bank's top_k, for rows="first" where they lack published_max, and for the residual stream of another
+        model.
     """
     criteria = {
         "criterion": criterion,
@@ -212,6 +213,10 @@ def rank(
     }
     _check(criteria)
     header = stats.header
+    if residual is not None and residual.model != header.model:
+        raise SedetectError(
+            f"the residual stream is that of {residual.model}, the statistics are of {header.model}; observe the same model"
+        )
     banks = sorted(stats.banks, key=lambda bank: (bank.stack == "decoder", bank))
     views = {bank: _View(bank, stats.banks[bank], header, rows) for bank in banks}
     part = 1 if layers == "data" else layers

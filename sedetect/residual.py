@@ -58,9 +58,9 @@ def observe_residual(
     """Run a bounded number of sequences, one at a time, and record the residual stream and the attention sinks.
 
     Args:
-        model: a Hugging Face MoE model in eval mode, possibly under sedetect.ablation.ablate (the shares of writers then
-            go by the router's own choice, which an ablation changes later). Attention is eager during the run; hooks
-            and attention implementations are restored on exit, also after an exception.
+        model: a Hugging Face MoE model in eval mode, possibly under sedetect.ablation.ablate: an expert that is switched
+            off writes nothing. Attention is eager during the run; hooks and attention implementations are restored on
+            exit, also after an exception.
         domains: as calibration_windows gives them; the first windows of each, in turn, are observed.
         prefix: how many tokens of each window are the tokenizer's prefix.
         sequences: how many windows in all, fewer where there are not so many.
@@ -162,7 +162,7 @@ class _Observer:
         paths = {id(module): path for path, module in self.model.named_modules()}
         with ExitStack() as stack:
             stack.enter_context(eager_attention(self.model))
-            stack.callback(hf.attach(self.model, self.experts.calls))
+            stack.callback(hf.attach(self.model, self.experts.calls, innermost=True))
             for number, layer in enumerate(self.modules):
                 for block in attention_blocks(layer, paths[id(layer)], self.banks):
                     stack.callback(block.register_forward_hook(partial(self._attention, number)).remove)

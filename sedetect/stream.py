@@ -4,7 +4,10 @@ sedetect.residual observes it; here are its parts, its document residual.json, a
 of a decoder layer before any final norm; everything is in its units.
 """
 
+import json
+import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sedetect.ablation import parse_place
@@ -128,6 +131,18 @@ class Residual:
         """Largest |x| after any layer but the first and the last: what is neither embedding nor made for the output."""
         return max(layer.maximum for layer in self.layers[1:-1] or self.layers)
 
+    @property
+    def headline(self) -> str:
+        """One sentence: in which layers massive activations form that later layers carry, and which experts write them."""
+        forming = ", ".join(f"L{layer}" for layer in self.forming_layers)
+        writers = ", ".join(
+            str(place) for place in sorted(self.writers(), key=lambda p: (p.layer, p.kind, str(p.expert)))
+        )
+        text = (
+            f"massive activations form in {forming}" if forming else "no massive activation that a later layer carries"
+        )
+        return text + (f", written by {writers}" if writers else "")
+
     def writers(self, min_share: float = 0.5) -> set[Place]:
         """Experts that write at least min_share of the jump of a formation that a later layer carries."""
         carried = [f for f in self.formations if f.carried_to > f.layer]
@@ -142,11 +157,28 @@ class Residual:
         return document
 
     @classmethod
+    def load(cls, path: str | os.PathLike) -> "Residual":
+        """Read residual.json, or the one of a folder. Raises SedetectError for a missing, damaged or other file."""
+        path = Path(path)
+        if path.is_dir():
+            path /= "residual.json"
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            return cls.from_dict(document)
+        except OSError as error:
+            why = f"cannot be read ({error.strerror}); run `sedetect analyze residual MODEL -o DIR` to make one"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            why = "is damaged; observe the residual stream again"
+        except SedetectError as error:
+            why = str(error)
+        raise SedetectError(f"{path}: {why}")
+
+    @classmethod
     def from_dict(cls, document: dict[str, Any]) -> "Residual":
         """The inverse of to_dict; keys beside its own are left out. Raises SedetectError for another document."""
         if (document.get("format"), document.get("version")) != (FORMAT, VERSION):
             found = f"{document.get('format')} version {document.get('version')}"
-            raise SedetectError(f"{found}: is not {FORMAT} version {VERSION}; observe the residual stream again")
+            raise SedetectError(f"{found} is not {FORMAT} version {VERSION}; observe the residual stream again")
         fields = {name: document[name] for name in cls.__dataclass_fields__}
         fields["layers"] = [LayerResidual(**layer) for layer in document["layers"]]
         fields["formations"] = [

@@ -5,6 +5,7 @@ embedded corpus; medians and sinks move with the text and have their own toleran
 """
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sedetect.cli import app
 from sedetect.errors import SedetectError
 from sedetect.layers import attention_blocks, decoder_layers
 from sedetect.pipeline import profile_model
+from sedetect.profiler import profile
 from sedetect.ranking import rank
 from sedetect.residual import Residual, observe_residual, sink_decay
 
@@ -188,6 +190,21 @@ def test_attention_and_experts_explain_every_jump(name):
     assert residual.found > len(residual.formations) == 3 * 16
     kinds = {writer.expert.kind for f in residual.formations for writer in f.writers}
     assert kinds == {"qwen3_moe": {"routed"}, "gpt_oss": {"routed"}}.get(name, {"routed", "shared", "dense"})
+    for one in residual.formations:
+        assert one.explained == pytest.approx(1, abs=2e-3), one
+
+
+@pytest.mark.parametrize("under", ["nothing", "a profile"])
+def test_what_is_switched_off_writes_nothing(under):
+    """An ablation around the observation: neither the routed nor the shared expert is a writer, the rest adds up."""
+    model = random_model("qwen2_moe")
+    ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(1))
+    off = {parse_place(name) for name in ("L0E1", "L0E3", "L2shared")}
+    settings = {"prefix": 0, "sequences": 1, "min_value": 0.0, "min_ratio": 1.0}
+    assert off & {w.expert for f in observe_residual(model, windows_of(ids), **settings).formations for w in f.writers}
+    with profile(model) if under == "a profile" else nullcontext(), ablate(model, off):
+        residual = observe_residual(model, windows_of(ids), **settings)
+    assert not off & {w.expert for f in residual.formations for w in f.writers if w.share}
     for one in residual.formations:
         assert one.explained == pytest.approx(1, abs=2e-3), one
 

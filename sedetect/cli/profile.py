@@ -95,6 +95,7 @@ def profile_command(
             first_rows=first_rows,
             residual=residual,
             until_stable=until_stable,
+            keep_rounds=until_stable is not None and output is not None,
             device=device,
             dtype=dtype,
             backend=backend,
@@ -187,10 +188,8 @@ def _show(result: ModelProfile, output: Path | None) -> None:
     ranking = rank(result.stats, residual=result.residual)
     if output is not None:
         result.stats.save(output / "stats.safetensors")
-        for stale in set(output.glob("domains/*.safetensors")) - {_domain_file(output, d) for d in result.domains}:
-            stale.unlink()
-        for domain, stats in result.domains.items():
-            stats.save(_domain_file(output, domain))
+        _save_parts(output / "domains", result.domains)
+        _save_parts(output / "rounds", {f"{number:03}": shard for number, shard in enumerate(result.shards)})
         write_json(output / "super_experts.json", ranking_document(ranking, result.tokenizer))
         if result.residual is not None:
             write_json(output / "residual.json", result.residual.to_dict())
@@ -203,8 +202,13 @@ def _show(result: ModelProfile, output: Path | None) -> None:
         console.print(f"written to {output}", markup=False, soft_wrap=True)
 
 
-def _domain_file(output: Path, domain: str) -> Path:
-    return output / "domains" / f"{domain}.safetensors"
+def _save_parts(folder: Path, parts: dict[str, ModelStats]) -> None:
+    """One statistics file per part; those of parts that are no more go."""
+    files = {folder / f"{name}.safetensors": stats for name, stats in parts.items()}
+    for stale in set(folder.glob("*.safetensors")) - files.keys():
+        stale.unlink()
+    for file, stats in files.items():
+        stats.save(file)
 
 
 def _stability(result: ModelProfile) -> str:

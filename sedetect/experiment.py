@@ -18,12 +18,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect import hf
-from sedetect.ablation import Weight, ablate, parse_target
+from sedetect.ablation import Weight, ablate, resolve
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import Question, exact_match, perplexity
 from sedetect.ranking import Place, rank
-from sedetect.residual import observe_residual, sink_decay
+from sedetect.residual import Residual, observe_residual, sink_decay
+from sedetect.stability import finite
 from sedetect.stats import ModelStats
 
 
@@ -69,13 +70,14 @@ class Experiment:
 
     @property
     def sink_layer(self) -> int | None:
-        """The layer whose sinks are the strongest in the unchanged model; its D_sink is the one to look at."""
-        seen = [(sink, layer) for layer, sink in enumerate(self.baseline.sinks) if sink is not None]
+        """Of the layers that the ablation can change, the one with the strongest sinks in the unchanged model."""
+        first = min(int(re.search(r"L(\d+)", name)[1]) for name in self.outcomes[0].experts)
+        seen = [(sink, n) for n, sink in enumerate(self.baseline.sinks) if sink is not None and n > first]
         return max(seen)[1] if seen else None
 
     def to_dict(self) -> dict[str, Any]:
         """For ablation.json; conclusion is conclusion(self)."""
-        document = {"format": "sedetect-ablation", "version": "1"} | asdict(self)
+        document = {"format": "sedetect-ablation", "version": "1"} | finite(asdict(self))
         return document | {"sink_layer": self.sink_layer, "conclusion": conclusion(self)}
 
 
@@ -84,29 +86,55 @@ Target = Place | Weight
 
 def needs_statistics(spec: str) -> bool:
     """Whether choose_experts takes this choice from statistics."""
-    return spec.partition(":")[0] in ("super", "top-frequency")
+    return spec == "super" or spec.startswith("top-frequency:")
 
 
-def choose_experts(spec: str, model: nn.Module, stats: ModelStats | None = None, seed: int = 0) -> list[Target]:
+def check_choice(spec: str, model: nn.Module) -> None:
+    """Raise SedetectError for what choose_experts refuses, before anything is measured."""
+    if spec != "super" and _number(spec, model) is None:
+        resolve(model, _names(spec))
+
+
+def choose_experts(
+    spec: str,
+    model: nn.Module,
+    stats: ModelStats | None = None,
+    seed: int = 0,
+    residual: Residual | None = None,
+) -> list[Target]:
     """What a command line names.
 
-    "super" (verdict super; an empty list where there is none) and "top-frequency:N" (most rows) take statistics of the
-    model; "random:N" draws from the routed experts of all layers; else names separated by commas: experts ("L1E28",
-    "L8shared") or single weights of a down_proj ("L1E28[101,14]"). Raises SedetectError for anything else.
+    "super" (verdict super, by the residual stream too where it is given; an empty list where there is none) and
+    "top-frequency:N" (most rows) take statistics of the model; "random:N" draws from the routed experts of all layers;
+    else names separated by commas: experts ("L1E28", "L8shared") or single weights of a down_proj ("L1E28[101,14]").
+    Raises SedetectError for anything else, and for what the model does not have.
     """
-    kind, _, number = spec.partition(":")
     if spec == "super":
-        found = [expert for expert in rank(stats).super_experts if expert.verdict == "super"]
+        found = [expert for expert in rank(stats, residual=residual).super_experts if expert.verdict == "super"]
         return [Place(e.stack, e.layer, e.kind, e.expert) for e in found]
-    if kind not in ("random", "top-frequency"):
-        return [parse_target(name.strip()) for name in re.split(r",(?![^\[]*\])", spec)]
+    number = _number(spec, model)
+    if number is None:
+        return list(resolve(model, _names(spec)))
     experts = routed_experts(model)
-    if not number.isdecimal() or not 0 < int(number) <= len(experts):
-        raise SedetectError(f"--experts {spec}: {number or 'nothing'} is no number from 1 to {len(experts)}")
-    if kind == "random":
-        return _draw(np.random.default_rng(seed), experts, int(number))
+    if spec.startswith("random:"):
+        return _draw(np.random.default_rng(seed), experts, number)
     rows = {place: int(stats.banks[place.stack, place.layer, place.kind].rows[place.expert]) for place in experts}
-    return sorted(experts, key=lambda place: -rows[place])[: int(number)]
+    return sorted(experts, key=lambda place: -rows[place])[:number]
+
+
+def _names(spec: str) -> list[str]:
+    return [name.strip() for name in re.split(r",(?![^\[]*\])", spec)]
+
+
+def _number(spec: str, model: nn.Module) -> int | None:
+    """N of random:N and top-frequency:N, None for other choices."""
+    kind, _, number = spec.partition(":")
+    if kind not in ("random", "top-frequency"):
+        return None
+    most = len(routed_experts(model))
+    if not number.isdecimal() or not 0 < int(number) <= most:
+        raise SedetectError(f"--experts {spec}: {number or 'nothing'} is no number; give one from 1 to {most}")
+    return int(number)
 
 
 def routed_experts(model: nn.Module) -> list[Place]:
@@ -140,19 +168,19 @@ def run_experiment(
         sequences: how many sequences the residual stream and the attention are observed on.
         progress: called with (label, runs done, runs in all).
     """
+    experts = list(resolve(model, experts))
     plain = all(isinstance(one, Place) and one.kind.startswith("routed") for one in experts)
     allowed = [how for how in hows if plain or how == "skip"]
+    if not allowed:
+        raise SedetectError(f"how {', '.join(hows)}: shared experts and single weights know only skip; use that")
     plan: list[tuple[str, list[Target], str, str]] = [("none", [], "skip", "all")]
     plan += [(how, list(experts), how, "all") for how in allowed]
     if positions:
         plan += [(f"skip, {tokens} only", list(experts), "skip", tokens) for tokens in ("first", "rest")]
-    if len(plan) == 1:
-        raise SedetectError(f"how {', '.join(hows)}: shared experts and single weights know only skip")
-    drawn = {"same layers": [], "anywhere": []}
-    for seed in range(controls):
-        for place, targets in _controls(np.random.default_rng(seed), model, experts).items():
-            if targets:
-                drawn[place].append((f"random, {place}, seed {seed}", targets, "skip", "all"))
+    drawn = {
+        place: [(f"random, {place}, draw {n}", targets, "skip", "all") for n, targets in enumerate(draws)]
+        for place, draws in random_controls(model, experts, controls).items()
+    }
     runs = [*plan, *drawn["same layers"], *drawn["anywhere"]]
 
     outcomes, before = [], None
@@ -184,7 +212,8 @@ def run_experiment(
         outcome.mean_change = statistics.fmean(outcome.change.values())
     same = outcomes[len(plan) : len(plan) + len(drawn["same layers"])]
     anywhere = outcomes[len(plan) + len(same) :]
-    return Experiment(base, outcomes[1 : len(plan)], {"same layers": same, "anywhere": anywhere}, sequences)
+    observed = sum(before.sequences.values())
+    return Experiment(base, outcomes[1 : len(plan)], {"same layers": same, "anywhere": anywhere}, observed)
 
 
 def conclusion(experiment: Experiment) -> str:
@@ -196,11 +225,14 @@ def conclusion(experiment: Experiment) -> str:
         worse = main.mean_change > max(same) and main.mean_change > 0
         beside = f"{max(same):+.1%} for the worst of {len(same)} random sets of the same layers"
         signs.append((worse, f"perplexity {main.mean_change:+.1%} (against {beside})"))
-    if base.sink_mean:
-        decay = main.sink_decay[experiment.sink_layer]
-        text = f"attention on first tokens {base.sink_mean:.3f} to {main.sink_mean:.3f}"
-        text += f" (D_sink {decay:.2f} in layer {experiment.sink_layer})"
-        signs.append((main.sink_mean < base.sink_mean / 2, text))
+    both = [pair for pair in zip(base.sinks, main.sinks, strict=True) if None not in pair]
+    if both:
+        old, new = map(statistics.fmean, zip(*both))
+        text = f"attention on first tokens {old:.3f} to {new:.3f}"
+        layer = experiment.sink_layer
+        if layer is not None and main.sink_decay[layer] is not None:
+            text += f" (D_sink {main.sink_decay[layer]:.2f} in layer {layer})"
+        signs.append((new < old / 2, text))
     text = f"residual maximum {base.residual_max:.4g} to {main.residual_max:.4g}"
     signs.append((main.residual_max < base.residual_max / 2, text))
     shown = sum(sign for sign, _ in signs)
@@ -211,23 +243,35 @@ def conclusion(experiment: Experiment) -> str:
     return f"without {names}: {verdict}: {'; '.join(text for _, text in signs)}"
 
 
-def _controls(generator: np.random.Generator, model: nn.Module, experts: Sequence[Target]) -> dict[str, list[Target]]:
-    """As many random targets of the same banks as there are chosen ones (all there are, where that is fewer), and of
-    any bank. Shared experts have no peers."""
-    banks = {(bank.id.stack, bank.id.layer, bank.id.kind): bank for bank in hf.find_banks(model)}
+def random_controls(model: nn.Module, experts: Sequence[Target], number: int) -> dict[str, list[list[Target]]]:
+    """Up to number disjoint sets of random targets, as many as experts: of the same banks, and of any routed bank.
+
+    Keys "same layers" and "anywhere". Fewer sets, or none, where the experts that are left do not suffice. Shared experts
+    have no peers.
+    """
+    generator = np.random.default_rng(0)
     others = [place for place in routed_experts(model) if place not in set(experts)]
-    same: list[Target] = []
+    others = [others[i] for i in generator.permutation(len(others))]
+    weights = [one for one in experts if isinstance(one, Weight)]
     counts = Counter(
         (p.stack, p.layer, p.kind) for p in experts if isinstance(p, Place) and p.kind.startswith("routed")
     )
-    for key, number in sorted(counts.items()):
-        peers = [place for place in others if (place.stack, place.layer, place.kind) == key]
-        same += _draw(generator, peers, min(number, len(peers)))
-    anywhere: list[Target] = _draw(generator, others, min(counts.total(), len(others)))
-    for weight in (one for one in experts if isinstance(one, Weight)):
-        for drawn, expert in ((same, weight.expert), (anywhere, *_draw(generator, others, 1))):
-            bank = banks[expert.stack, expert.layer, expert.kind]
-            drawn.append(Weight(expert, *(int(generator.integers(n)) for n in (bank.hidden, bank.intermediate))))
+    peers = {key: [p for p in others if (p.stack, p.layer, p.kind) == key] for key in counts}
+    banks = {bank.id: bank for bank in hf.find_banks(model)}
+
+    def weight_of(expert: Place) -> Weight:
+        bank = banks[expert.stack, expert.layer, expert.kind]
+        return Weight(expert, int(generator.integers(bank.hidden)), int(generator.integers(bank.intermediate)))
+
+    same, anywhere = [], []
+    for draw in range(number):
+        parts = [peers[key][draw * count : (draw + 1) * count] for key, count in sorted(counts.items())]
+        if sum(map(len, parts)) == counts.total() and (parts or weights):
+            same.append([*(place for part in parts for place in part), *(weight_of(one.expert) for one in weights)])
+        size = counts.total() + len(weights)
+        part = others[draw * size : (draw + 1) * size]
+        if part and len(part) == size:
+            anywhere.append([*part[: counts.total()], *map(weight_of, part[counts.total() :])])
     return {"same layers": same, "anywhere": anywhere}
 
 

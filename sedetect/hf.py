@@ -200,25 +200,31 @@ def find_banks(model: nn.Module) -> list[Bank]:
 
 
 def attach(
-    model: nn.Module, calls: list[tuple[Bank, Callable[..., torch.Tensor]]], *, innermost: bool = False
+    model: nn.Module,
+    calls: list[tuple[Bank, Callable[..., torch.Tensor]]],
+    *,
+    computes: bool = False,
+    innermost: bool = False,
 ) -> Callable[[], None]:
     """Let each bank's module be computed by its call. Returns the function that restores what was there.
 
     A routed bank's call gets (module, x, top_k_index, top_k_weights), another's (down_proj module, x). A call may
-    step in before what was attached earlier (an ablation inside a profile): see run_inner. With innermost, the call of
-    a routed bank steps in after the ablations that are there, and sees the routing they leave.
+    step in before what was attached earlier (an ablation inside a profile): see run_inner. computes says that the calls
+    do not let it run, but compute by themselves (a profile). With innermost, the call of a routed bank steps in after
+    all that pass on, and sees the routing that ablations leave.
     """
     with ExitStack() as undo:
         for bank, call in calls:
             if bank.routed:
                 owner, name = bank.module, "config"
-                while innermost and _passes_on(getattr(owner, name)):
+                while innermost and not getattr(getattr(owner, name), "sedetect_computes", True):
                     owner, name = getattr(owner, name), "sedetect_inner"
                 config = getattr(owner, name)
                 own = copy.copy(config)
                 own._experts_implementation_internal = NAME
                 own.sedetect_call = call
                 own.sedetect_inner = config
+                own.sedetect_computes = computes
                 undo.callback(setattr, owner, name, config)
                 setattr(owner, name, own)
             else:
@@ -228,12 +234,6 @@ def attach(
                 undo.callback(setattr, parent, name, original)
                 setattr(parent, name, SubstitutedDown(original, call))
         return undo.pop_all().close
-
-
-def _passes_on(config: object) -> bool:
-    """Whether this config's call lets what was there before compute (an ablation), instead of computing (a profile)."""
-    call = getattr(config, "sedetect_call", None)
-    return call is not None and getattr(call, "func", None) is not _measure_experts
 
 
 def run_inner(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:

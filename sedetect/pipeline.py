@@ -5,9 +5,11 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration import (
@@ -21,7 +23,7 @@ from sedetect.calibration import (
     prefix_ids,
 )
 from sedetect.checkpoint import check_checkpoint, load_model, load_tokenizer
-from sedetect.errors import SedetectError
+from sedetect.errors import SedetectError, shorten
 from sedetect.hf import find_banks
 from sedetect.layers import run_tokens
 from sedetect.profiler import profile
@@ -106,7 +108,8 @@ def profile_model(
             when the residual stream is observed.
         stop: asked before every batch; once it is true, what was measured so far is returned.
     Raises:
-        SedetectError: for bad input, before anything is measured.
+        SedetectError: for bad input, before anything is measured. Where only the residual stream cannot be observed,
+            the statistics' header notes why.
     """
     for option, number in {"--until-stable": until_stable, "--residual": residual}.items():
         if number is not None and number < 1:
@@ -163,8 +166,25 @@ def profile_model(
     if residual is not None and not result.interrupted:
         progress("residual", 0, None)
         prefix = len(prefix_ids(tokenizer))
-        result.residual = observe_residual(model, calibration.domains, prefix=prefix, sequences=residual)
+        try:
+            result.residual = observe_residual(
+                model, calibration.domains, prefix=prefix, sequences=residual, progress=partial(_check, stop)
+            )
+        except _Stopped:
+            result.interrupted = True
+        except (SedetectError, torch.OutOfMemoryError) as error:  # the profile is done, and is not lost for that
+            why = f"the residual stream was not observed: {shorten(error)}"
+            result.stats.header.notes = sorted({*result.stats.header.notes, why})
     return result
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _check(stop: Callable[[], bool], tokens: int) -> None:
+    if stop():
+        raise _Stopped
 
 
 def _rounds(domains: dict[str, Windows], count: int) -> list[dict[str, Windows]]:

@@ -59,7 +59,7 @@ def print_ranking(
 def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
     """One sentence: first tokens against the rest, in output and routing, and what later layers carry of its writing."""
     parts = []
-    if expert.signature is None:
+    if expert.signature is None and not expert.first_max:
         parts.append("first tokens not observed")
     else:
         parts.append(f"|y| {expert.first_max:.4g} on first tokens, {expert.rest_max:.4g} on the rest")
@@ -67,12 +67,11 @@ def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
         parts.append(f"mean routing weight {expert.first_gate:.2g} and {expert.rest_gate:.2g}")
     if residual is not None:
         place = Place(expert.stack, expert.layer, expert.kind, expert.expert)
-        written = [(w.share, f) for f in residual.formations for w in f.writers if w.expert == place]
-        carried = [(share, f) for share, f in written if share >= 0.5 and f.carried_to > f.layer]
+        carried = residual.carried_by(place)
         if carried:
-            share, one = max(carried, key=lambda found: abs(found[1].jump))
+            one = max(carried, key=lambda formation: abs(formation.jump))
             parts.append(
-                f"writes {share:.0%} of a massive activation in channel {one.channel}, carried to L{one.carried_to}"
+                f"writes {one.share_of(place):.0%} of a massive activation in channel {one.channel}, carried to L{one.carried_to}"
             )
         else:
             parts.append("writes no massive activation that later layers carry")

@@ -33,7 +33,7 @@ from sedetect.layers import (
     eager_attention,
     run_tokens,
 )
-from sedetect.profiler import model_name
+from sedetect.profiler import model_digest, model_name
 from sedetect.stream import Formation, LayerResidual, Residual, Writer, sink_decay
 
 __all__ = ["Formation", "LayerResidual", "Residual", "Writer", "observe_residual", "sink_decay"]
@@ -59,7 +59,7 @@ def observe_residual(
 
     Args:
         model: a Hugging Face MoE model in eval mode, possibly under sedetect.ablation.ablate: an expert that is switched
-            off writes nothing. Attention is eager during the run; hooks and attention implementations are restored on
+            off writes nothing (a single weight that is off still counts in its expert's share). Attention is eager during the run; hooks and attention implementations are restored on
             exit, also after an exception.
         domains: as calibration_windows gives them; the first windows of each, in turn, are observed.
         prefix: how many tokens of each window are the tokenizer's prefix.
@@ -83,6 +83,7 @@ def observe_residual(
     layers = [seen.result(number) for number, seen in enumerate(observer.layers)]
     return Residual(
         model=model_name(model),
+        digest=model_digest(getattr(model, "_orig_mod", model)),
         sequences={domain: count for domain, count in counts.items() if count},
         seq_len=max(len(ids) for *_, ids in chosen),
         prefix=prefix,

@@ -42,7 +42,8 @@ class Formation:
     attention    share of the jump that the attention block's output has in that channel; None where none is found
     writers      the 3 largest of the layer's routed, shared and dense experts, by |share|
     explained    attention + the shares of all experts: 1 but for rounding where the layer adds their outputs as they
-                 are; elsewhere (norms after a block, residual multipliers) shares compare only with each other
+                 are; elsewhere (norms after a block, residual multipliers) shares compare only with each other, which
+                 is what share_of does
     carried_to   last layer up to which the element stays massive without a gap; layer itself: nobody carries it
     vanishes     the layer after which it is not massive any more; None where it lasts to the end
     """
@@ -62,6 +63,16 @@ class Formation:
     explained: float
     carried_to: int
     vanishes: int | None
+
+    @property
+    def carried(self) -> bool:
+        """Whether a later layer carries the element."""
+        return self.carried_to > self.layer
+
+    def share_of(self, expert: Place) -> float:
+        """The part of what is explained that an expert has; 0 for one that is not among the writers."""
+        shares = [writer.share for writer in self.writers if writer.expert == expert]
+        return shares[0] / self.explained if shares and self.explained > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -99,12 +110,14 @@ class LayerResidual:
 
 @dataclass(frozen=True)
 class Residual:
-    """What observe_residual saw. sequences: how many of each domain; seq_len, prefix: tokens of each, and of its prefix.
+    """What observe_residual saw. digest: as in the header of statistics; sequences: how many of each domain; seq_len,
+    prefix: tokens of each, and of its prefix.
 
     formations are in the order of the forward, at most 16 per layer and sequence (the largest |x|); found counts all.
     """
 
     model: str
+    digest: str
     sequences: dict[str, int]
     seq_len: int
     prefix: int
@@ -118,7 +131,7 @@ class Residual:
     @property
     def forming_layers(self) -> list[int]:
         """Layers with a formation that at least one later layer carries."""
-        return sorted({f.layer for f in self.formations if f.carried_to > f.layer})
+        return sorted({f.layer for f in self.formations if f.carried})
 
     @property
     def sink_mean(self) -> float | None:
@@ -143,10 +156,13 @@ class Residual:
         )
         return text + (f", written by {writers}" if writers else "")
 
-    def writers(self, min_share: float = 0.5) -> set[Place]:
-        """Experts that write at least min_share of the jump of a formation that a later layer carries."""
-        carried = [f for f in self.formations if f.carried_to > f.layer]
-        return {writer.expert for f in carried for writer in f.writers if writer.share >= min_share}
+    def carried_by(self, expert: Place) -> list[Formation]:
+        """The formations that a later layer carries and of which the expert writes at least half (share_of)."""
+        return [f for f in self.formations if f.carried and f.share_of(expert) >= 0.5]
+
+    def writers(self) -> set[Place]:
+        """Experts that write at least half of a formation that a later layer carries."""
+        return {w.expert for f in self.formations for w in f.writers if self.carried_by(w.expert)}
 
     def to_dict(self) -> dict[str, Any]:
         """The document residual.json: every field, experts by name, forming_layers, sink_mean and inner_max; no NaN in it."""

@@ -10,7 +10,15 @@ from models import TINY
 import sedetect
 from sedetect.cli import main
 from sedetect.errors import SedetectError
-from sedetect.experiment import choose_experts, conclusion, routed_experts, run_experiment
+from sedetect.ablation import resolve
+from sedetect.experiment import (
+    check_choice,
+    choose_experts,
+    conclusion,
+    random_controls,
+    routed_experts,
+    run_experiment,
+)
 from sedetect.pipeline import calibration_windows, open_model
 
 
@@ -114,16 +122,15 @@ def test_the_document_is_json(experiment):
 
 
 def test_a_harmless_set_shows_no_sign(experiment):
-    quiet = replace(experiment, outcomes=[experiment.controls["same layers"][0]])
-    quiet.outcomes[0].mean_change = -1.0
+    quiet = replace(experiment, outcomes=[replace(experiment.controls["same layers"][0], mean_change=-1.0)])
     assert ": no sign of super experts: " in conclusion(quiet)
 
 
 def test_choosing_experts(subject):
     model, _, _, stats = subject
     assert len(routed_experts(model)) == 320
-    names = ["L1E28", "L9E7", "L1E28[101,14]", "L8shared[3,4]"]
-    assert [str(target) for target in choose_experts(", ".join(names), model)] == names
+    names = ["L1E28", "L9E7", "L1E28[101,14]"]
+    assert [str(target) for target in choose_experts(", ".join([*names, "L9E7"]), model)] == names
     drawn = choose_experts("random:5", model, seed=1)
     assert len(set(drawn)) == 5 and drawn == choose_experts("random:5", model, seed=1)
     assert drawn != choose_experts("random:5", model, seed=2)
@@ -132,10 +139,40 @@ def test_choosing_experts(subject):
     assert [int(stats.banks[p.stack, p.layer, p.kind].rows[p.expert]) for p in busiest] == rows[:3]
     for spec, said in (
         ("random:0", "is no number"), ("random:999", "is no number"), ("best", "not the name of an expert"),
-        ("L1E28[101", "not the name of a weight"), ("L1E28[1,2,3]", "not the name of a weight"),
+        ("L9E32", "no such expert"), ("L8shared", "no such expert"), ("L1E28[256,0]", "its down_proj is 256 x 48"),
+        ("super:3", "not the name"), ("top-frequency", "is no number"), ("L1E28[101", "not the name of a weight"), ("L1E28[1,2,3]", "not the name of a weight"),
     ):  # fmt: skip
         with pytest.raises(SedetectError, match=said):
             choose_experts(spec, model, stats)
+        with pytest.raises(SedetectError, match=said):
+            check_choice(spec, model)  # before a profile
+
+
+def test_controls_are_disjoint_and_of_one_size(subject):
+    model = subject[0]
+    for number, experts in ((12, ["L1E28"]), (12, ["L1E28", "L1E3", "L2E0"]), (5, [f"L1E{e}" for e in range(30)])):
+        places = list(resolve(model, experts))
+        draws = random_controls(model, places, number)
+        same, anywhere = draws["same layers"], draws["anywhere"]
+        assert len(same) == {1: 12, 3: 12, 30: 0}[len(experts)] and len(anywhere) == {1: 12, 3: 12, 30: 5}[len(experts)]
+        for sets in (same, anywhere):
+            drawn = [place for one in sets for place in one]
+            assert len(set(drawn)) == len(drawn) and not set(drawn) & set(places)
+            assert all(len(one) == len(places) for one in sets)
+        assert all(sorted(p.layer for p in one) == sorted(p.layer for p in places) for one in same)
+        assert draws == random_controls(model, places, number)
+    everything = routed_experts(model)
+    assert random_controls(model, everything, 3) == {"same layers": [], "anywhere": []}
+
+
+def test_an_experiment_without_controls_of_its_size(subject):
+    """30 of 32 experts of a layer: no set of that size is left there; what was observed is what there was."""
+    model, tokenizer, domains, _ = subject
+    short = {"code": replace(domains["code"], ids=domains["code"].ids[:1], numbers=domains["code"].numbers[:1])}
+    experts = resolve(model, [f"L8E{e}" for e in range(30)])
+    result = run_experiment(model, tokenizer, short, list(experts), prefix=1, hows=("skip",), controls=1, sequences=8)
+    assert result.controls["same layers"] == [] and result.sequences == 1 and result.sink_layer == 9
+    assert "random sets" not in conclusion(result) and "residual maximum" in conclusion(result)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import INDEX, SMALL, files_of, put_model, ranked, refused, row, run
 
 import sedetect
+from sedetect import ModelStats, SedetectError, pipeline
 from sedetect.report import evidence
 from sedetect.stream import Residual
 
@@ -51,7 +52,7 @@ def test_rank_takes_what_the_folder_holds(observed, tmp_path):
         out = run("rank", *source, "--layers", "data", "-o", tmp_path / "ranking.json").out
         assert out.startswith("1 super expert: L1E28 ")
         document = ranked(tmp_path / "ranking.json")
-        assert document["population"] == 32 and document["criteria"]["layers"] == "data"
+        assert document["population"] == 256 and document["criteria"]["layers"] == "data"
     out = run("rank", folder / "stats.safetensors", "--layers", 1).out
     assert (row(out, "L1E28")[-1], row(out, "L9E7")[-1]) == ("super", "super") and "writes" not in out
 
@@ -68,8 +69,8 @@ def test_residual_refusals(observed, tmp_path):
     document = json.loads((observed[1] / "residual.json").read_text())
     damaged.write_text(json.dumps(document | {"version": "2"}))
     assert "sedetect-residual version 2 is not" in refused(run("rank", stats, "--residual", damaged))
-    damaged.write_text(json.dumps(document | {"model": "another"}))
-    assert "the residual stream is that of another" in refused(run("rank", stats, "--residual", damaged))
+    damaged.write_text(json.dumps(document | {"model": "another", "digest": "0"}))
+    assert "the residual stream is that of another (0)" in refused(run("rank", stats, "--residual", damaged))
     assert "--residual 0: must be at least 1" in refused(run("profile", TINY, "--residual", 0))
 
 
@@ -97,6 +98,54 @@ def test_tiny_moe_without_its_super_expert_has_none(tmp_path):
     assert "L9E7" not in {expert["name"] for expert in document["others"]}  # it fires on the activation that is gone
     assert "each domain alone (english, chinese, mathematics, code): none" in out
     assert Residual.load(tmp_path / "out").forming_layers == []
+
+
+def test_a_profile_outlives_its_observation(tmp_path, monkeypatch):
+    """What fails or is stopped after the profile does not lose it, and a residual stream of another run goes."""
+    (tmp_path / "residual.json").write_text("{}")
+    model = put_model(tmp_path / "model")
+
+    def fail(*args, **options):
+        raise SedetectError("layer 0: no residual stream")
+
+    monkeypatch.setattr(pipeline, "observe_residual", fail)
+    code, out, err = run("profile", model, *SMALL, "--residual", 2, "-o", tmp_path)
+    assert (
+        code == 0
+        and err == ""
+        and "note: the residual stream was not observed: " in out
+        and "no residual stream" in out
+    )
+    assert not (tmp_path / "residual.json").exists() and ModelStats.load(tmp_path).header.tokens == 256
+
+    def stopped(*args, progress, **options):
+        progress(16)
+
+    monkeypatch.setattr(pipeline, "observe_residual", stopped)
+    done = []
+    result = pipeline.profile_model(
+        model,
+        tokens=256,
+        seq_len=16,
+        residual=2,
+        stop=lambda: len(done) > 0,
+        progress=lambda domain, *_: done.append(1) if domain == "residual" else None,
+    )
+    assert result.interrupted and result.residual is None and result.stats.header.tokens == 256
+
+
+def test_a_draw_is_repeatable():
+    names = [run("analyze", "residual", TINY, *TEXT, "--sequences", 1, "--ablate", "random:2").out for _ in range(2)]
+    assert names[0] == names[1] and "without L" in names[0]
+
+
+def test_evidence_of_one_token():
+    """No other token to compare with: the signature is not decided, but what first tokens gave is said."""
+    model = random_model("qwen3_moe")
+    with sedetect.profile(model) as prof:
+        model(input_ids=torch.tensor([[5], [6]]))
+    (expert, *_) = sedetect.rank(prof.stats, min_value=0, min_ratio=0).super_experts
+    assert expert.signature is None and evidence(expert).startswith(f"{expert}: |y| {expert.first_max:.4g} on first")
 
 
 def test_evidence_of_what_was_not_observed():

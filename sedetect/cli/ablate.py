@@ -75,7 +75,7 @@ def ablate_command(
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": False}
     domains = calibration_windows(loaded, tokenizer, data, **cut).domains
     run = {"tokens": tokens, "seq_len": seq_len, "batch_size": batch_size}
-    chosen = choose("--experts", experts, loaded, tokenizer, data, stats=stats, seed=seed, **run)
+    chosen = choose("--experts", experts, loaded, tokenizer, data, stats=stats, draw=seed, **run)
     if not chosen:
         console.print("nothing to switch off; name experts (L1E28) to try them", markup=False, highlight=False)
         return
@@ -129,10 +129,14 @@ def _print(experiment: Experiment) -> None:
             table.add_row(f"{name}: mean", *_summary(runs, domains, statistics.fmean), *_rest(runs, layer, asked))
             table.add_row(f"{name}: max", *_summary(runs, domains, max), *blank)
     print_whole(table)
-    decayed = "" if layer is None else f"D_sink: the share of it that is lost in layer {layer}, which has most of it; "
+    decayed = (
+        ""
+        if layer is None
+        else f"D_sink: the share of it that is lost in layer {layer}, which of the layers after it has most; "
+    )
     text = (
         "perplexity, then its change, also without random ones of the same layers and anywhere "
-        f"({len(experiment.controls['anywhere'])} draws each); sink: mean attention on the first token; "
+        f"({len(experiment.controls['same layers'])} and {len(experiment.controls['anywhere'])} draws); sink: mean attention on the first token; "
         f"{decayed}resid: the largest value of the residual stream inside; on "
         f"{experiment.sequences} sequences. In a small model perplexity alone proves little: judge by the controls of "
         "the same layers, the sinks and the residual together."
@@ -150,8 +154,13 @@ def _summary(runs: list[Outcome], domains: list[str], of) -> list[str]:
 
 def _rest(runs: list[Outcome], layer: int | None, asked: bool) -> list[str]:
     """Means over the runs: the sinks, D_sink of one layer, the residual maximum, and exact answers where asked."""
-    cells = ["-" if layer is None else f"{statistics.fmean(r.sink_mean for r in runs):.3f}"]
+    cells = [_number([r.sink_mean for r in runs], "{:.3f}")]
     if layer is not None:
-        cells.append(f"{statistics.fmean(r.sink_decay[layer] for r in runs):.2f}")
-    cells.append(f"{statistics.fmean(r.residual_max for r in runs):.4g}")
-    return cells + ([f"{statistics.fmean(r.accuracy for r in runs):.0%}"] if asked else [])
+        cells.append(_number([r.sink_decay[layer] for r in runs], "{:.2f}"))
+    cells.append(_number([r.residual_max for r in runs], "{:.4g}"))
+    return cells + ([_number([r.accuracy for r in runs], "{:.0%}")] if asked else [])
+
+
+def _number(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(statistics.fmean(known)) if known else "-"

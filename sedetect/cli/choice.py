@@ -7,11 +7,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.cli.shared import console, progress_bar
 from sedetect.errors import SedetectError
-from sedetect.experiment import Target, choose_experts, needs_statistics
+from sedetect.experiment import Target, check_choice, choose_experts, needs_statistics
 from sedetect.pipeline import profile_model
 from sedetect.profiler import model_digest
 from sedetect.ranking import rank
 from sedetect.stats import ModelStats
+from sedetect.stream import Residual
 
 
 def choose(
@@ -22,24 +23,33 @@ def choose(
     data: str | None,
     *,
     stats: Path | None = None,
-    seed: int = 0,
+    draw: int = 0,
     **settings: Any,
 ) -> list[Target]:
     """The experts that an option names, by stats or else by a profile with these settings where that takes statistics.
 
-    Where "super" finds none, the headline is printed and the list is empty.
+    draw is the seed of random:N. Where "super" finds none, the headline is printed and the list is empty.
     """
-    state = None
-    if needs_statistics(spec):
-        state = _profile(model, tokenizer, data, settings) if stats is None else ModelStats.load(stats)
-        if state.header.digest != model_digest(model):
-            raise SedetectError(f"{stats}: statistics of another model ({state.header.model}); profile this one")
+    state, residual = None, None
     try:
-        chosen = choose_experts(spec, model, state, seed)
+        check_choice(spec, model)
+        if needs_statistics(spec):
+            if stats is None:
+                state = _profile(model, tokenizer, data, settings)
+            else:
+                state = ModelStats.load(stats)
+                if state.header.digest != model_digest(model):
+                    raise SedetectError(
+                        f"{stats}: statistics of another model ({state.header.model}); profile this one"
+                    )
+                if (stats / "residual.json").is_file():
+                    residual = Residual.load(stats)
+        chosen = choose_experts(spec, model, state, draw, residual)
     except SedetectError as error:
         raise SedetectError(str(error).replace("--experts", option)) from None
     if not chosen:
-        console.print(f"{option} {spec}: {rank(state).headline}", markup=False, highlight=False, soft_wrap=True)
+        found = rank(state, residual=residual).headline
+        console.print(f"{option} {spec}: {found}", markup=False, highlight=False, soft_wrap=True)
     return chosen
 
 

@@ -191,7 +191,9 @@ def _show(result: ModelProfile, output: Path | None) -> None:
         _save_parts(output / "domains", result.domains)
         _save_parts(output / "rounds", {f"{number:03}": shard for number, shard in enumerate(result.shards)})
         write_json(output / "super_experts.json", ranking_document(ranking, result.tokenizer))
-        if result.residual is not None:
+        if result.residual is None:
+            (output / "residual.json").unlink(missing_ok=True)  # of another run
+        else:
             write_json(output / "residual.json", result.residual.to_dict())
     print_ranking(console, ranking, result.tokenizer, result.residual)
     print_domains(console, {name: rank(stats, residual=result.residual) for name, stats in result.domains.items()})

@@ -28,6 +28,7 @@ from sedetect import hf
 from sedetect.errors import SedetectError
 from sedetect.kernels.grouped import expert_linear
 from sedetect.ranking import Place
+from sedetect.stats import BankId
 from sedetect.tracking import TrackedModel
 
 HOW = ("skip", "renormalize", "remove")
@@ -58,12 +59,39 @@ class Weight:
         return f"{self.expert}[{self.channel},{self.intermediate}]"
 
 
+def parse_target(name: str) -> Place | Weight:
+    """parse_place, and the Weight whose str is name: "L1E28[101,14]"."""
+    expert, bracket, rest = name.partition("[")
+    if not bracket:
+        return parse_place(name)
+    match = re.fullmatch(r"(\d+),\s*(\d+)\]", rest)
+    if match is None:
+        raise SedetectError(f"{name!r}: not the name of a weight; write L1E28[channel,intermediate]")
+    return Weight(parse_place(expert), int(match[1]), int(match[2]))
+
+
 @dataclass
 class _Off:
     """What is switched off in one bank."""
 
     experts: list[int] = field(default_factory=list)
     weights: list[tuple[int, int, int]] = field(default_factory=list)  # expert, channel, intermediate
+
+
+def resolve(model: nn.Module, what: Iterable[Place | Weight | str]) -> dict[Place | Weight, hf.Bank]:
+    """The bank of everything named, each once, in order. Raises SedetectError for what the model does not have."""
+    banks = {bank.id: bank for bank in hf.find_banks(model)}
+    found = {}
+    for one in what:
+        one = parse_target(one) if isinstance(one, str) else one
+        place = one.expert if isinstance(one, Weight) else one
+        bank = banks.get((place.stack, place.layer, place.kind))
+        if bank is None or not isinstance(place.expert, str) and place.expert >= bank.experts:
+            raise SedetectError(f"{one}: {type(model).__name__} has no such expert; layers and experts count from 0")
+        if isinstance(one, Weight) and (one.channel >= bank.hidden or one.intermediate >= bank.intermediate):
+            raise SedetectError(f"{one}: its down_proj is {bank.hidden} x {bank.intermediate}; name a weight inside")
+        found[one] = bank
+    return found
 
 
 @contextmanager
@@ -87,32 +115,28 @@ def ablate(
     if how == "remove" and tokens != "all":
         raise SedetectError(f"how 'remove' masks the router for every token; tokens {tokens!r} goes with skip only")
     model = getattr(model, "_orig_mod", model)
-    banks = {(b.id.stack, b.id.layer, b.id.kind): b for b in hf.find_banks(model)}
-    chosen: dict[tuple[str, int, str], _Off] = defaultdict(_Off)
-    for one in what:
-        one = parse_place(one) if isinstance(one, str) else one
-        place = one.expert if isinstance(one, Weight) else one
-        bank = banks.get((place.stack, place.layer, place.kind))
+    chosen: dict[BankId, _Off] = defaultdict(_Off)
+    found = {}
+    for target, bank in resolve(model, what).items():
+        found[bank.id] = bank
+        place = target.expert if isinstance(target, Weight) else target
         number = 0 if isinstance(place.expert, str) else place.expert
-        if bank is None or number >= bank.experts:
-            raise SedetectError(f"{one}: {type(model).__name__} has no such expert")
-        off = chosen[place.stack, place.layer, place.kind]
-        if isinstance(one, Weight):
-            if one.channel >= bank.hidden or one.intermediate >= bank.intermediate:
-                raise SedetectError(f"{one}: its down_proj is {bank.hidden} x {bank.intermediate}")
-            off.weights.append((number, one.channel, one.intermediate))
+        if isinstance(target, Weight):
+            chosen[bank.id].weights.append((number, target.channel, target.intermediate))
         else:
-            off.experts.append(number)
+            chosen[bank.id].experts.append(number)
+    for off in chosen.values():  # of an expert that is off there is no weight left to take out
+        off.weights = [weight for weight in off.weights if weight[0] not in off.experts]
     with ExitStack() as stack:
         tracked = stack.enter_context(TrackedModel(model)) if tokens != "all" else None
         calls = []
         for key, off in chosen.items():
-            bank = banks[key]
+            bank = found[key]
             selected = partial(_selected, tracked, tokens, bank)
             if not bank.routed:
                 calls.append((bank, partial(_without_down, off, selected)))
                 continue
-            calls.append((bank, partial(_without_experts, off, selected, how)))
+            calls.append((bank, partial(_without_experts, bank, off, selected, how)))
             if how == "remove" and off.experts:
                 stack.callback(_mask_router(model, bank, off.experts))
         stack.callback(hf.attach(model, calls))
@@ -130,6 +154,7 @@ def _selected(
 
 
 def _without_experts(
+    bank: hf.Bank,
     off: _Off,
     selected: Callable[[int, torch.device], torch.Tensor],
     how: str,
@@ -142,6 +167,8 @@ def _without_experts(
     kept = gates
     if off.experts:
         dropped = rows & torch.isin(index, torch.tensor(off.experts, device=index.device))
+        if how == "remove" and bank.experts - len(off.experts) >= index.shape[-1] and bool(dropped.any()):
+            raise SedetectError(f"{bank.path}: its router still chooses removed experts; use how='skip'")
         kept = gates.masked_fill(dropped, 0)
         if how == "renormalize":
             total, rest = gates.sum(1, keepdim=True), kept.sum(1, keepdim=True)
@@ -199,7 +226,7 @@ class _MaskedLogits(TorchFunctionMode):
 
 
 def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callable[[], None]:
-    """Wrap the forward of the bank's router; returns what unwraps it."""
+    """Wrap the forward of the bank's router, and let its correction biases stand at -inf; returns what undoes both."""
     router = _router(model, bank)
     original, previous = router.forward, router.__dict__.get("forward")
 
@@ -214,8 +241,21 @@ def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callabl
         return out
 
     router.forward = forward
+    # A bias added to the scores after the sigmoid (e_score_correction_bias) would let a logit of -inf be chosen.
+    block = model.get_submodule(bank.path.rpartition(".")[0])
+    swapped = []
+    for module in {id(m): m for m in (block, *router.modules())}.values():
+        for own in (module._parameters, module._buffers):
+            for name, bias in own.items():
+                if bias is not None and bias.numel() == bias.shape[-1] == bank.experts and bias.is_floating_point():
+                    masked = bias.detach().clone()
+                    masked[..., removed] = -torch.inf
+                    swapped.append((own, name, bias))
+                    own[name] = nn.Parameter(masked, False) if own is module._parameters else masked
 
     def undo() -> None:
+        for own, name, bias in swapped:
+            own[name] = bias
         if previous is None:
             del router.forward
         else:

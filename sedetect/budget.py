@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -20,7 +19,7 @@ from sedetect.ablation import ablate
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import perplexity
-from sedetect.experiment import draw_like, routed_experts
+from sedetect.experiment import Target, random_controls, routed_experts
 from sedetect.hf import find_banks
 from sedetect.pruning import choose_kept
 from sedetect.quantization import FORMATS, GROUP, expert_sizes, expert_weights, quantized_experts, stored_bits
@@ -109,7 +108,7 @@ def make_budget(
     model: PreTrainedModel,
     domains: dict[str, Windows],
     stats: ModelStats,
-    experts: Sequence[Place],
+    experts: Sequence[Target],
     *,
     prefix: int,
     by: str = "reap",
@@ -126,23 +125,22 @@ def make_budget(
     Args:
         domains: evaluation windows per domain, each beginning with prefix tokens of the tokenizer's prefix.
         stats: statistics of the model, for the saliency by which pruning chooses.
-        experts: those to keep; only routed ones count, as nothing else is compressed.
+        experts: those to keep; only whole routed ones count, as nothing else is compressed by itself.
         group: inputs per scale of the formats. groups: n_group of the router.
         controls: how many random sets of the same size to keep instead, each in the same layers.
     """
     sizes = expert_sizes(model)
-    kept = [place for place in experts if place.kind.startswith("routed")]
-    notes = [f"{place} is not compressed in any row" for place in experts if place not in kept]
+    kept = [place for place in experts if isinstance(place, Place) and place.kind.startswith("routed")]
+    notes = [f"{one} is not compressed by itself in any row" for one in experts if one not in kept]
     for place in kept:
         if place.expert >= sizes.get(BankId(place.stack, place.layer, place.kind), (0, 0))[1]:
             raise SedetectError(f"{place}: {type(model).__name__} has no such expert; name another")
-    others = [place for place in routed_experts(stats) if place not in set(kept)]
-    drawn = [draw_like(np.random.default_rng(seed), others, kept) for seed in range(controls if kept else 0)]
+    drawn = random_controls(model, kept, controls)["same layers"] if kept else []
     sets = [[], *([kept] if kept else []), *drawn]
     plan = []
     for ratio in sorted(ratios):
         try:
-            gone = [_gone(stats, by, ratio, safe, groups) for safe in sets]
+            gone = [_gone(model, stats, by, ratio, safe, groups) for safe in sets]
         except SedetectError as error:
             notes.append(f"left out: {error}")
             continue
@@ -220,9 +218,11 @@ def _quantized(model: PreTrainedModel, name: str, kept: list[Place], group: int,
     return _Run(name, kept, size, (name, frozenset(kept)), partial(quantized_experts, model, name, kept, group=group))
 
 
-def _gone(stats: ModelStats, by: str, ratio: float, safe: list[Place], groups: int) -> list[Place]:
+def _gone(
+    model: PreTrainedModel, stats: ModelStats, by: str, ratio: float, safe: list[Place], groups: int
+) -> list[Place]:
     kept = choose_kept(stats, by, ratio, safe, groups=groups)
-    return [place for place in routed_experts(stats) if place.expert not in kept[place.stack, place.layer, place.kind]]
+    return [place for place in routed_experts(model) if place.expert not in kept[place.stack, place.layer, place.kind]]
 
 
 def _share(sizes: Sizes, experts: list[Place]) -> float:

@@ -75,9 +75,14 @@ def load_questions(path: str | os.PathLike) -> list[Question]:
             continue
         try:
             record = json.loads(line)
-            questions.append(Question(record["prompt"], record["answer"]))
+            question = Question(record["prompt"], record["answer"])
+            if not all(isinstance(text, str) and text.strip() for text in (question.prompt, question.answer)):
+                raise ValueError
         except (ValueError, KeyError, TypeError):
-            raise SedetectError(f'{path}: line {number} is no object with "prompt" and "answer"; mend it') from None
+            raise SedetectError(
+                f'{path}: line {number} is no object with the texts "prompt" and "answer"; mend it'
+            ) from None
+        questions.append(question)
     if not questions:
         raise SedetectError(f"{path}: no questions in it; give one object per line")
     return questions

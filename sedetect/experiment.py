@@ -5,6 +5,7 @@ cost much when they are missing. So three things are judged together: the perple
 the same layers, the attention on the first token (sinks), and the largest value of the residual stream.
 """
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,14 +14,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect.ablation import ablate, parse_place
+from sedetect import hf
+from sedetect.ablation import Weight, ablate, resolve
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import Question, exact_match, perplexity
 from sedetect.ranking import Place, rank
-from sedetect.residual import observe_residual
+from sedetect.residual import Residual, observe_residual, sink_decay
+from sedetect.stability import finite
 from sedetect.stats import ModelStats
 
 
@@ -28,10 +32,11 @@ from sedetect.stats import ModelStats
 class Outcome:
     """One run over the evaluation text.
 
-    label         what was done, for people; experts, how and tokens say it exactly (see ablate)
+    label         what was done, for people; experts (or weights), how and tokens say it exactly (see ablate)
     perplexity    per domain
     change        per domain, relative to the unchanged model (0.1 is 10 % worse); mean_change their mean
-    sink_mean     mean attention on the first token (residual.Residual)
+    sink_mean     mean attention on the first token (residual.Residual); sinks: of each layer, mean over its heads
+    sink_decay    D_sink of each layer against the unchanged model (stream.sink_decay)
     residual_max  largest |x| of the residual stream after any layer but the first and the last
     accuracy      share of questions answered exactly, None without questions
     """
@@ -42,6 +47,8 @@ class Outcome:
     tokens: str
     perplexity: dict[str, float]
     sink_mean: float | None
+    sinks: list[float | None]
+    sink_decay: list[float | None]
     residual_max: float
     accuracy: float | None = None
     change: dict[str, float] = field(default_factory=dict)
@@ -50,9 +57,10 @@ class Outcome:
 
 @dataclass
 class Experiment:
-    """A set of experts switched off in several ways, and controls of the same size.
+    """Experts or weights switched off in several ways, and controls of the same size.
 
-    controls: "same layers" and "anywhere", one outcome per seed, all under "skip".
+    controls: "same layers" and "anywhere", one outcome per seed, all under "skip": as many random experts of the same
+    banks, and of all; for a weight, a random weight of the same down_proj, and of any routed expert's.
     """
 
     baseline: Outcome
@@ -60,50 +68,85 @@ class Experiment:
     controls: dict[str, list[Outcome]]
     sequences: int
 
+    @property
+    def sink_layer(self) -> int | None:
+        """Of the layers that the ablation can change, the one with the strongest sinks in the unchanged model."""
+        first = min(int(re.search(r"L(\d+)", name)[1]) for name in self.outcomes[0].experts)
+        seen = [(sink, n) for n, sink in enumerate(self.baseline.sinks) if sink is not None and n > first]
+        return max(seen)[1] if seen else None
+
     def to_dict(self) -> dict[str, Any]:
         """For ablation.json; conclusion is conclusion(self)."""
-        return {"format": "sedetect-ablation", "version": "1"} | asdict(self) | {"conclusion": conclusion(self)}
+        document = {"format": "sedetect-ablation", "version": "1"} | finite(asdict(self))
+        return document | {"sink_layer": self.sink_layer, "conclusion": conclusion(self)}
 
 
-def choose_experts(spec: str, stats: ModelStats, seed: int = 0) -> list[Place]:
-    """The experts that a command line names.
+Target = Place | Weight
 
-    "super" (verdict super), "random:N" and "top-frequency:N" (most rows) over the routed experts of all layers, or
-    names separated by commas ("L1E28,L8shared"). Raises SedetectError where that gives no expert.
+
+def needs_statistics(spec: str) -> bool:
+    """Whether choose_experts takes this choice from statistics."""
+    return spec == "super" or spec.startswith("top-frequency:")
+
+
+def check_choice(spec: str, model: nn.Module) -> None:
+    """Raise SedetectError for what choose_experts refuses, before anything is measured."""
+    if spec != "super" and _number(spec, model) is None:
+        resolve(model, _names(spec))
+
+
+def choose_experts(
+    spec: str,
+    model: nn.Module,
+    stats: ModelStats | None = None,
+    seed: int = 0,
+    residual: Residual | None = None,
+) -> list[Target]:
+    """What a command line names.
+
+    "super" (verdict super, by the residual stream too where it is given; an empty list where there is none) and
+    "top-frequency:N" (most rows) take statistics of the model; "random:N" draws from the routed experts of all layers;
+    else names separated by commas: experts ("L1E28", "L8shared") or single weights of a down_proj ("L1E28[101,14]").
+    Raises SedetectError for anything else, and for what the model does not have.
     """
-    kind, _, number = spec.partition(":")
     if spec == "super":
-        found = [expert for expert in rank(stats).super_experts if expert.verdict == "super"]
-        if not found:
-            raise SedetectError("--experts super: the profile found no super expert; name experts (L1E28) instead")
+        found = [expert for expert in rank(stats, residual=residual).super_experts if expert.verdict == "super"]
         return [Place(e.stack, e.layer, e.kind, e.expert) for e in found]
-    if kind not in ("random", "top-frequency"):
-        return [parse_place(name.strip()) for name in spec.split(",")]
-    experts = routed_experts(stats)
-    if not number.isdecimal() or not 0 < int(number) <= len(experts):
-        raise SedetectError(f"--experts {spec}: {number or 'nothing'} is no number from 1 to {len(experts)}")
-    if kind == "random":
-        return _draw(np.random.default_rng(seed), experts, int(number))
+    number = _number(spec, model)
+    if number is None:
+        return list(resolve(model, _names(spec)))
+    experts = routed_experts(model)
+    if spec.startswith("random:"):
+        return _draw(np.random.default_rng(seed), experts, number)
     rows = {place: int(stats.banks[place.stack, place.layer, place.kind].rows[place.expert]) for place in experts}
-    return sorted(experts, key=lambda place: -rows[place])[: int(number)]
+    return sorted(experts, key=lambda place: -rows[place])[:number]
 
 
-def routed_experts(stats: ModelStats) -> list[Place]:
+def _names(spec: str) -> list[str]:
+    return [name.strip() for name in re.split(r",(?![^\[]*\])", spec)]
+
+
+def _number(spec: str, model: nn.Module) -> int | None:
+    """N of random:N and top-frequency:N, None for other choices."""
+    kind, _, number = spec.partition(":")
+    if kind not in ("random", "top-frequency"):
+        return None
+    most = len(routed_experts(model))
+    if not number.isdecimal() or not 0 < int(number) <= most:
+        raise SedetectError(f"--experts {spec}: {number or 'nothing'} is no number; give one from 1 to {most}")
+    return int(number)
+
+
+def routed_experts(model: nn.Module) -> list[Place]:
     """Every routed expert of a model, in order."""
-    return [
-        Place(*bank, e)
-        for bank, state in stats.banks.items()
-        if bank.kind.startswith("routed")
-        for e in range(state.num_experts)
-    ]
+    return [Place(*bank.id, e) for bank in hf.find_banks(model) if bank.routed for e in range(bank.experts)]
 
 
 def run_experiment(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domains: dict[str, Windows],
-    experts: Sequence[Place],
-    stats: ModelStats,
+    experts: Sequence[Target],
     *,
     prefix: int,
     hows: Sequence[str] = ("skip", "renormalize", "remove"),
@@ -118,43 +161,46 @@ def run_experiment(
 
     Args:
         domains: evaluation windows per domain, each beginning with prefix tokens of the tokenizer's prefix.
-        hows: interventions of ablate for the experts; the first serves the runs restricted by position.
+        experts: at least one; experts, or single weights of a down_proj.
+        hows: interventions of ablate for the experts; "skip" alone serves shared experts and weights.
         positions: also only at first tokens, and only at all others.
         controls: number of random sets of the same size, in the same layers and anywhere.
         sequences: how many sequences the residual stream and the attention are observed on.
         progress: called with (label, runs done, runs in all).
     """
-    routed = [place for place in experts if place.kind.startswith("routed")]
-    shared = [how for how in hows if how == "skip"] if len(routed) < len(experts) else list(hows)
-    plan: list[tuple[str, list[Place], str, str]] = [("none", [], "skip", "all")]
-    plan += [(how, list(experts), how, "all") for how in shared]
+    experts = list(resolve(model, experts))
+    plain = all(isinstance(one, Place) and one.kind.startswith("routed") for one in experts)
+    allowed = [how for how in hows if plain or how == "skip"]
+    if not allowed:
+        raise SedetectError(f"how {', '.join(hows)}: shared experts and single weights know only skip; use that")
+    plan: list[tuple[str, list[Target], str, str]] = [("none", [], "skip", "all")]
+    plan += [(how, list(experts), how, "all") for how in allowed]
     if positions:
         plan += [(f"skip, {tokens} only", list(experts), "skip", tokens) for tokens in ("first", "rest")]
-    others = [place for place in routed_experts(stats) if place not in set(experts)]
-    drawn: dict[str, list[tuple[str, list[Place], str, str]]] = {"same layers": [], "anywhere": []}
-    for seed in range(controls if routed else 0):
-        generator = np.random.default_rng(seed)
-        same = draw_like(generator, others, routed)
-        drawn["same layers"].append((f"random, same layers, seed {seed}", same, "skip", "all"))
-        anywhere = _draw(generator, others, min(len(routed), len(others)))
-        drawn["anywhere"].append((f"random, anywhere, seed {seed}", anywhere, "skip", "all"))
+    drawn = {
+        place: [(f"random, {place}, draw {n}", targets, "skip", "all") for n, targets in enumerate(draws)]
+        for place, draws in random_controls(model, experts, controls).items()
+    }
     runs = [*plan, *drawn["same layers"], *drawn["anywhere"]]
 
-    outcomes = []
-    for number, (label, places, how, tokens) in enumerate(runs):
+    outcomes, before = [], None
+    for number, (label, targets, how, tokens) in enumerate(runs):
         progress(label, number, len(runs))
-        with ablate(model, places, how=how, tokens=tokens) if places else nullcontext():
+        with ablate(model, targets, how=how, tokens=tokens) if targets else nullcontext():
             measured = perplexity(model, domains, prefix=prefix, batch_size=batch_size)
             residual = observe_residual(model, domains, prefix=prefix, sequences=sequences)
             accuracy = exact_match(model, tokenizer, list(questions)) if questions else None
+        before = before or residual
         outcomes.append(
             Outcome(
                 label,
-                [str(place) for place in places],
+                [str(target) for target in targets],
                 how,
                 tokens,
                 {domain: p.value for domain, p in measured.items()},
                 residual.sink_mean,
+                [layer.sink_mean for layer in residual.layers],
+                sink_decay(before, residual),
                 residual.inner_max,
                 accuracy,
             )
@@ -166,7 +212,8 @@ def run_experiment(
         outcome.mean_change = statistics.fmean(outcome.change.values())
     same = outcomes[len(plan) : len(plan) + len(drawn["same layers"])]
     anywhere = outcomes[len(plan) + len(same) :]
-    return Experiment(base, outcomes[1 : len(plan)], {"same layers": same, "anywhere": anywhere}, sequences)
+    observed = sum(before.sequences.values())
+    return Experiment(base, outcomes[1 : len(plan)], {"same layers": same, "anywhere": anywhere}, observed)
 
 
 def conclusion(experiment: Experiment) -> str:
@@ -178,9 +225,14 @@ def conclusion(experiment: Experiment) -> str:
         worse = main.mean_change > max(same) and main.mean_change > 0
         beside = f"{max(same):+.1%} for the worst of {len(same)} random sets of the same layers"
         signs.append((worse, f"perplexity {main.mean_change:+.1%} (against {beside})"))
-    if base.sink_mean:
-        text = f"attention on first tokens {base.sink_mean:.3f} to {main.sink_mean:.3f}"
-        signs.append((main.sink_mean < base.sink_mean / 2, text))
+    both = [pair for pair in zip(base.sinks, main.sinks, strict=True) if None not in pair]
+    if both:
+        old, new = map(statistics.fmean, zip(*both))
+        text = f"attention on first tokens {old:.3f} to {new:.3f}"
+        layer = experiment.sink_layer
+        if layer is not None and main.sink_decay[layer] is not None:
+            text += f" (D_sink {main.sink_decay[layer]:.2f} in layer {layer})"
+        signs.append((new < old / 2, text))
     text = f"residual maximum {base.residual_max:.4g} to {main.residual_max:.4g}"
     signs.append((main.residual_max < base.residual_max / 2, text))
     shown = sum(sign for sign, _ in signs)
@@ -191,14 +243,37 @@ def conclusion(experiment: Experiment) -> str:
     return f"without {names}: {verdict}: {'; '.join(text for _, text in signs)}"
 
 
+def random_controls(model: nn.Module, experts: Sequence[Target], number: int) -> dict[str, list[list[Target]]]:
+    """Up to number disjoint sets of random targets, as many as experts: of the same banks, and of any routed bank.
+
+    Keys "same layers" and "anywhere". Fewer sets, or none, where the experts that are left do not suffice. Shared experts
+    have no peers.
+    """
+    generator = np.random.default_rng(0)
+    others = [place for place in routed_experts(model) if place not in set(experts)]
+    others = [others[i] for i in generator.permutation(len(others))]
+    weights = [one for one in experts if isinstance(one, Weight)]
+    counts = Counter(
+        (p.stack, p.layer, p.kind) for p in experts if isinstance(p, Place) and p.kind.startswith("routed")
+    )
+    peers = {key: [p for p in others if (p.stack, p.layer, p.kind) == key] for key in counts}
+    banks = {bank.id: bank for bank in hf.find_banks(model)}
+
+    def weight_of(expert: Place) -> Weight:
+        bank = banks[expert.stack, expert.layer, expert.kind]
+        return Weight(expert, int(generator.integers(bank.hidden)), int(generator.integers(bank.intermediate)))
+
+    same, anywhere = [], []
+    for draw in range(number):
+        parts = [peers[key][draw * count : (draw + 1) * count] for key, count in sorted(counts.items())]
+        if sum(map(len, parts)) == counts.total() and (parts or weights):
+            same.append([*(place for part in parts for place in part), *(weight_of(one.expert) for one in weights)])
+        size = counts.total() + len(weights)
+        part = others[draw * size : (draw + 1) * size]
+        if part and len(part) == size:
+            anywhere.append([*part[: counts.total()], *map(weight_of, part[counts.total() :])])
+    return {"same layers": same, "anywhere": anywhere}
+
+
 def _draw(generator: np.random.Generator, experts: list[Place], number: int) -> list[Place]:
     return [experts[i] for i in sorted(generator.choice(len(experts), number, replace=False).tolist())]
-
-
-def draw_like(generator: np.random.Generator, others: list[Place], experts: list[Place]) -> list[Place]:
-    """As many others per bank as there are experts in it (all there are, where that is fewer)."""
-    drawn = []
-    for bank, number in sorted(Counter((p.stack, p.layer, p.kind) for p in experts).items()):
-        peers = [p for p in others if (p.stack, p.layer, p.kind) == bank]
-        drawn += _draw(generator, peers, min(number, len(peers)))
-    return drawn

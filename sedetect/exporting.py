@@ -1,8 +1,7 @@
 """Protect lists: the super experts, in the form in which each quantizer takes what it must leave alone.
 
-    for expert in protect_list(stats, neighbours=2):
-        print(expert.place, expert.module)
-    document, notes = export(stats, "gptqmodel")
+    experts = protect_list(stats, neighbours=2)
+    document, notes = export(stats, experts, "gptqmodel")
 
 A list protects whole experts (every matrix of the expert), or with granularity "layer" all experts of their layers:
 engines that run a layer's experts as one operation want one scheme for all of them, and a GGUF file stores them as one
@@ -28,7 +27,7 @@ from typing import Any
 
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import column
-from sedetect.ranking import Place, rank
+from sedetect.ranking import Place, Ranking, rank
 from sedetect.saliency import super_places
 from sedetect.stats import BankId, ModelStats
 
@@ -64,14 +63,14 @@ class Protected:
         return self.place.kind.startswith("routed")
 
 
-def protect_list(stats: ModelStats, neighbours: int = 0) -> list[Protected]:
+def protect_list(stats: ModelStats, neighbours: int = 0, ranking: Ranking | None = None) -> list[Protected]:
     """The experts with the verdict "super", and the routed experts with the next largest |y|, as many as neighbours.
 
-    Raises SedetectError where there is nothing to protect.
+    ranking is rank(stats) where it is not given. Raises SedetectError where there is nothing to protect.
     """
     if neighbours < 0:
         raise SedetectError(f"--neighbours {neighbours}: must be at least 0")
-    ranking = rank(stats)
+    ranking = ranking or rank(stats)
     found = super_places(ranking)
     if not found:
         raise SedetectError(f"nothing to protect: {ranking.headline}; profile more text, or another model")
@@ -88,11 +87,11 @@ def protect_list(stats: ModelStats, neighbours: int = 0) -> list[Protected]:
 
 
 def export(
-    stats: ModelStats, tool: str, *, granularity: str = "expert", neighbours: int = 0
+    stats: ModelStats, experts: list[Protected], tool: str, granularity: str = "expert"
 ) -> tuple[dict[str, Any] | str, list[str]]:
-    """The protect list in a tool's form (a JSON document, or text for llama.cpp), and what the reader must know.
+    """The protect list experts of stats in a tool's form (a JSON document, or text for llama.cpp), and what the reader must know.
 
-    Raises SedetectError for an unknown tool or granularity, one that the tool cannot express, and nothing to protect.
+    Raises SedetectError for an unknown tool or granularity, and for one that the tool cannot express.
     """
     if tool not in TOOLS:
         raise SedetectError(f"--to {tool}: is not known; use one of {', '.join(TOOLS)}")
@@ -100,7 +99,6 @@ def export(
         raise SedetectError(f"--granularity {granularity}: is not known; use expert or layer")
     if tool == "llama.cpp" and granularity == "expert":
         raise SedetectError("--to llama.cpp: GGUF stores a layer's experts as one tensor; give --granularity layer")
-    experts = protect_list(stats, neighbours)
     document = TOOLS[tool](experts, granularity)
     if tool == "json":
         header = stats.header

@@ -199,22 +199,34 @@ def find_banks(model: nn.Module) -> list[Bank]:
     return sorted(banks, key=lambda bank: bank.id)
 
 
-def attach(model: nn.Module, calls: list[tuple[Bank, Callable[..., torch.Tensor]]]) -> Callable[[], None]:
+def attach(
+    model: nn.Module,
+    calls: list[tuple[Bank, Callable[..., torch.Tensor]]],
+    *,
+    computes: bool = False,
+    innermost: bool = False,
+) -> Callable[[], None]:
     """Let each bank's module be computed by its call. Returns the function that restores what was there.
 
     A routed bank's call gets (module, x, top_k_index, top_k_weights), another's (down_proj module, x). A call may
-    step in before what was attached earlier (an ablation inside a profile): see run_inner.
+    step in before what was attached earlier (an ablation inside a profile): see run_inner. computes says that the calls
+    do not let it run, but compute by themselves (a profile). With innermost, the call of a routed bank steps in after
+    all that pass on, and sees the routing that ablations leave.
     """
     with ExitStack() as undo:
         for bank, call in calls:
             if bank.routed:
-                config = bank.module.config
+                owner, name = bank.module, "config"
+                while innermost and not getattr(getattr(owner, name), "sedetect_computes", True):
+                    owner, name = getattr(owner, name), "sedetect_inner"
+                config = getattr(owner, name)
                 own = copy.copy(config)
                 own._experts_implementation_internal = NAME
                 own.sedetect_call = call
                 own.sedetect_inner = config
-                undo.callback(setattr, bank.module, "config", config)
-                bank.module.config = own
+                own.sedetect_computes = computes
+                undo.callback(setattr, owner, name, config)
+                setattr(owner, name, own)
             else:
                 path, _, name = bank.path.rpartition(".")
                 parent = model.get_submodule(path)

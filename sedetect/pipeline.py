@@ -5,9 +5,11 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration import (
@@ -21,11 +23,12 @@ from sedetect.calibration import (
     prefix_ids,
 )
 from sedetect.checkpoint import check_checkpoint, load_model, load_tokenizer
-from sedetect.errors import SedetectError
+from sedetect.errors import SedetectError, shorten
 from sedetect.hf import find_banks
 from sedetect.layers import run_tokens
 from sedetect.profiler import profile
 from sedetect.ranking import rank
+from sedetect.residual import Residual, observe_residual
 from sedetect.stats import ModelStats, merge_all
 
 ROUND_WINDOWS = 2  # of each domain per round: some thousand tokens, so that a round means much the same in every run
@@ -40,6 +43,7 @@ class ModelProfile:
     seconds       in the model's forwards and the statistics, without loading
     asked         tokens asked for; stats.header.tokens were used
     interrupted   stop() ended it early
+    residual      what was seen of the residual stream, where it was asked for and nothing interrupted the profile
     windows       the windows of each domain that there were to run; see sedetect.super_weights
     rounds        after each round, the tokens so far and the super experts (verdict "super"), largest first; empty
                   where profiling was not in rounds
@@ -54,6 +58,7 @@ class ModelProfile:
     asked: int = 0
     interrupted: bool = False
     tokenizer: PreTrainedTokenizerBase | None = None
+    residual: Residual | None = None
     windows: dict[str, Windows] = field(default_factory=dict)
     rounds: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
     stable_after: int | None = None
@@ -79,9 +84,10 @@ def profile_model(
     channels: bool = False,
     coactivation: bool = False,
     first_rows: bool = False,
+    residual: int | None = None,
     until_stable: int | None = None,
     keep_rounds: bool = False,
-    progress: Callable[[str, int, int], None] = lambda domain, done, total: None,
+    progress: Callable[[str, int, int | None], None] = lambda domain, done, total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ModelProfile:
     """Profile a model on calibration text. Domains never share a batch.
@@ -93,16 +99,21 @@ def profile_model(
         batch_size: windows per forward.
         device, dtype, revision, attn, trust_remote_code: as in load_model.
         backend, channels, coactivation, first_rows: as in profile.
+        residual: afterwards observe the residual stream and the attention sinks of this many windows, as
+            observe_residual does; rank takes what it saw.
         until_stable: take the windows in rounds, of each domain one batch of batch_size but at most ROUND_WINDOWS
             windows, and stop once this many rounds in a row have left the set of super experts as it was.
         keep_rounds: profile in rounds and keep the statistics of each; without until_stable, to the last window.
-        progress: called with (domain, tokens done, tokens in all) after every batch.
+        progress: called with (domain, tokens done, tokens in all) after every batch; once with ("residual", 0, None)
+            when the residual stream is observed.
         stop: asked before every batch; once it is true, what was measured so far is returned.
     Raises:
-        SedetectError: for bad input, before anything is measured.
+        SedetectError: for bad input, before anything is measured. Where only the residual stream cannot be observed,
+            the statistics' header notes why.
     """
-    if until_stable is not None and until_stable < 1:
-        raise SedetectError(f"--until-stable {until_stable}: must be at least 1")
+    for option, number in {"--until-stable": until_stable, "--residual": residual}.items():
+        if number is not None and number < 1:
+            raise SedetectError(f"{option} {number}: must be at least 1")
     options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
     model, tokenizer, notes = open_model(model, tokenizer, **options, trust_remote_code=trust_remote_code)
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": seed, "chat_template": chat_template}
@@ -152,7 +163,28 @@ def profile_model(
     for stats in result.domains.values():
         stats.header.notes = sorted({*stats.header.notes, *planned, *notes})
     result.stats = merge_all(result.domains.values())
+    if residual is not None and not result.interrupted:
+        progress("residual", 0, None)
+        prefix = len(prefix_ids(tokenizer))
+        try:
+            result.residual = observe_residual(
+                model, calibration.domains, prefix=prefix, sequences=residual, progress=partial(_check, stop)
+            )
+        except _Stopped:
+            result.interrupted = True
+        except (SedetectError, torch.OutOfMemoryError) as error:  # the profile is done, and is not lost for that
+            why = f"the residual stream was not observed: {shorten(error)}"
+            result.stats.header.notes = sorted({*result.stats.header.notes, why})
     return result
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _check(stop: Callable[[], bool], tokens: int) -> None:
+    if stop():
+        raise _Stopped
 
 
 def _rounds(domains: dict[str, Windows], count: int) -> list[dict[str, Windows]]:

@@ -67,7 +67,8 @@ class Profile:
                     f"{bank.path}: sedetect is attached already; leave the other context of this model first"
                 )
         with ExitStack() as stack:
-            stack.callback(hf.attach(self._model, [(bank, self._call(bank)) for bank in self._banks]))
+            calls = [(bank, self._call(bank)) for bank in self._banks]
+            stack.callback(hf.attach(self._model, calls, computes=True))
             stack.enter_context(self._tracked)
             stack.enter_context(torch.no_grad())
             self._exit = stack.pop_all()

@@ -109,7 +109,7 @@ class Ranking:
     others            experts outside the set that pass both value tests over all layers of their stack, likewise
     population        number of experts in A; its maximum, percentile_value and threshold (the fraction of the maximum);
                       the three are NaN for an empty population
-    layer_limits      per stack, the first layer that is not in L
+    layer_limits      per stack, the first layer that is not in A
     unseen            routed and shared experts of all layers that saw no row
     nonfinite         experts and dense MLPs whose output had a NaN or Inf, in the order of the forward (other stacks
                       before the decoder; by layer, kind, expert): the first is where such values are born
@@ -172,7 +172,9 @@ def rank(
     (0, 1), layers: L as a fraction of the stack's layers in (0, 1]; both value tests are strict.
     residual is what sedetect.residual.observe_residual saw of the same model: with it, "super" also needs the expert to
     write at least half of a massive activation that a later layer carries (its decoder stack only), which tells late
-    outliers apart without a fixed L; and layers="data" takes for L the layers that form such activations.
+    outliers apart without a fixed L; and layers="data" takes for L the layers that form such activations. That is a
+    few layers, so both value tests are then over the first three quarters (or up to the last of them, where that is
+    later), and L only cuts the set.
     compat="published-tool" takes max(A) // 10, as the published tool does, and asks for fraction=0.1.
     rows="first" ranks routed experts by published_max, the value that the published tool records, instead of out_max;
     an expert's sign, channel, token and gate stay those of its out_max. The tool reads shared experts whole.
@@ -196,7 +198,8 @@ def rank(
     Experts with a NaN or Inf are left out of every population and named in nonfinite.
 
     Raises SedetectError for an argument out of its range, for statistics whose header lacks a stack's number of layers
-    or a bank's top_k, and for rows="first" where they lack published_max.
+    or a bank's top_k, for rows="first" where they lack published_max, and for the residual stream of another
+        model.
     """
     criteria = {
         "criterion": criterion,
@@ -212,20 +215,29 @@ def rank(
     }
     _check(criteria)
     header = stats.header
+    if residual is not None and residual.digest != header.digest:
+        raise SedetectError(
+            f"the residual stream is that of {residual.model} ({residual.digest}), the statistics are of {header.model} "
+            f"({header.digest}); observe the same model"
+        )
     banks = sorted(stats.banks, key=lambda bank: (bank.stack == "decoder", bank))
     views = {bank: _View(bank, stats.banks[bank], header, rows) for bank in banks}
-    part = 1 if layers == "data" else layers
+    part = 0.75 if layers == "data" else layers
     limits = {stack: round(part * _layers_of(stack, header)) for stack in sorted({bank.stack for bank in banks})}
     writers = None if residual is None else residual.writers()
+    formed = residual.forming_layers if layers == "data" else None
+    if formed and "decoder" in limits:
+        limits["decoder"] = max(limits["decoder"], formed[-1] + 1)
 
     ranked = [bank for bank in banks if not bank.kind.startswith("dense")]
     experts = [(bank, e) for bank in ranked for e in range(len(views[bank].values))]
     values = np.array([views[bank].values[e] for bank, e in experts])
     finite = np.isfinite(values)
     inside = finite & np.array([bank.layer < limits[bank.stack] for bank, _ in experts], dtype=bool)
-    if layers == "data":
-        formed = set(residual.forming_layers)
-        inside &= np.array([bank.stack == "decoder" and bank.layer in formed for bank, _ in experts], dtype=bool)
+    # By the data, L is a few layers, whose percentile would admit one expert or two: it filters a population that stays.
+    admitted = inside.copy()
+    if formed is not None:
+        admitted &= np.array([bank.stack == "decoder" and bank.layer in formed for bank, _ in experts], dtype=bool)
     medians = _medians(views)
 
     def judge(chosen: np.ndarray, tests: _Tests, in_set: bool) -> list[SuperExpert]:
@@ -236,7 +248,10 @@ def rank(
         for bank, e in (experts[i] for i in order):
             evidence = views[bank].evidence(e, medians[bank], tests, min_gate_ratio)
             ratio = evidence["ratio"]
-            carried = None if writers is None else Place(*bank, views[bank].name(e)) in writers
+            # The residual stream is observed in the decoder only.
+            carried = (
+                None if writers is None or bank.stack != "decoder" else Place(*bank, views[bank].name(e)) in writers
+            )
             if evidence["value"] < min_value or ratio is None or ratio < min_ratio:
                 verdict = "unsupported"
             else:
@@ -246,7 +261,7 @@ def rank(
         return found
 
     tests = _Tests.of(values[inside], criteria)
-    named = inside & tests.passes(values)
+    named = admitted & tests.passes(values)
     super_experts = judge(named, tests, in_set=True)
 
     others = []
@@ -258,7 +273,7 @@ def rank(
 
     # Experts that only the percentile keeps out of the set: where few are in A, or where the largest are tied.
     no_percentile = replace(tests, percentile_value=-math.inf)
-    barred = judge(inside & no_percentile.passes(values) & (values >= min_value) & ~named, no_percentile, in_set=True)
+    barred = judge(admitted & no_percentile.passes(values) & (values >= min_value) & ~named, no_percentile, in_set=True)
     barred = [expert for expert in barred if expert.verdict == "super"]
 
     unseen = sum(int((views[bank].rows == 0).sum()) for bank in ranked)
@@ -269,7 +284,7 @@ def rank(
     ]
     return Ranking(
         model=header.model,
-        headline=_headline(super_experts, tests, len(experts), limits, nonfinite, criteria),
+        headline=_headline(super_experts, tests, len(experts), limits, formed, nonfinite, criteria),
         super_experts=super_experts,
         others=others,
         population=len(tests.population),
@@ -280,7 +295,7 @@ def rank(
         unseen=unseen,
         nonfinite=nonfinite,
         criteria=criteria,
-        notes=_notes(super_experts, barred, tests, len(experts), unseen, nonfinite, limits, percentile),
+        notes=_notes(super_experts, barred, tests, len(experts), unseen, nonfinite, limits, formed, percentile),
     )
 
 
@@ -429,6 +444,7 @@ def _headline(
     tests: _Tests,
     experts: int,
     limits: dict[str, int],
+    formed: list[int] | None,
     nonfinite: list[Place],
     criteria: dict[str, Any],
 ) -> str:
@@ -439,6 +455,8 @@ def _headline(
         text = "no super expert: the statistics hold no routed or shared experts"
     elif not len(tests.population):
         text = f"no super expert: no finite routed or shared expert in the layers below the limit ({_limits(limits)})"
+    elif formed is not None and not formed:
+        text = "no super expert: no layer forms a massive activation that later layers carry"
     elif tests.maximum == 0:
         text = f"no super expert: none of the {len(tests.population)} experts saw a row with an output other than 0"
     elif not named:
@@ -467,6 +485,7 @@ def _notes(
     unseen: int,
     nonfinite: list[Place],
     limits: dict[str, int],
+    formed: list[int] | None,
     percentile: float,
 ) -> list[str]:
     notes = []
@@ -474,6 +493,8 @@ def _notes(
     room = population - 1 - math.floor((population - 1) * percentile / 100)
     if population and room <= 1:
         notes.append(f"small population: percentile {percentile:g} of {population} experts admits {room} at most")
+    if formed:
+        notes.append(f"the set is of the layers that form massive activations: {', '.join(f'L{n}' for n in formed)}")
     if barred:
         notes.append(f"kept out of the set by the percentile alone: {_listed(barred)}")
     unobserved = sum(expert.signature is None for expert in named)

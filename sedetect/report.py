@@ -8,8 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from sedetect.ranking import Ranking, SuperExpert
+from sedetect.ranking import Place, Ranking, SuperExpert
 from sedetect.stats import ModelStats
+from sedetect.stream import Residual
 
 FEW_ROWS = 32  # an expert that saw fewer has no maximum to speak of
 _SHOWN = 12
@@ -24,8 +25,13 @@ def ranking_document(ranking: Ranking, tokenizer: PreTrainedTokenizerBase | None
     return document
 
 
-def print_ranking(console: Console, ranking: Ranking, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """The headline, then a table of the paper's set and of the experts that stand out beside it."""
+def print_ranking(
+    console: Console,
+    ranking: Ranking,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    residual: Residual | None = None,
+) -> None:
+    """The headline, a table of the paper's set and of the experts that stand out beside it, and the evidence."""
     console.print(ranking.headline, style="bold", markup=False, highlight=False, soft_wrap=True)
     experts = ranking.super_experts + ranking.others
     if experts:
@@ -40,8 +46,36 @@ def print_ranking(console: Console, ranking: Ranking, tokenizer: PreTrainedToken
         console.print(table)
         if len(experts) > _SHOWN:
             console.print(f"... and {len(experts) - _SHOWN} more")
+        for expert in experts[:_SHOWN]:
+            if expert.verdict != "unsupported":
+                _line(console, evidence(expert, residual))
+    if residual is not None:
+        number = sum(residual.sequences.values())
+        _line(console, f"{residual.headline} ({number} sequence{'s' * (number != 1)} observed)")
     for note in ranking.notes:
         _line(console, f"note: {note}")
+
+
+def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
+    """One sentence: first tokens against the rest, in output and routing, and what later layers carry of its writing."""
+    parts = []
+    if expert.signature is None and not expert.first_max:
+        parts.append("first tokens not observed")
+    else:
+        parts.append(f"|y| {expert.first_max:.4g} on first tokens, {expert.rest_max:.4g} on the rest")
+    if expert.first_gate is not None and expert.rest_gate is not None:
+        parts.append(f"mean routing weight {expert.first_gate:.2g} and {expert.rest_gate:.2g}")
+    if residual is not None:
+        place = Place(expert.stack, expert.layer, expert.kind, expert.expert)
+        carried = residual.carried_by(place)
+        if carried:
+            one = max(carried, key=lambda formation: abs(formation.jump))
+            parts.append(
+                f"writes {one.share_of(place):.0%} of a massive activation in channel {one.channel}, carried to L{one.carried_to}"
+            )
+        else:
+            parts.append("writes no massive activation that later layers carry")
+    return f"{expert}: {'; '.join(parts)}"
 
 
 def print_domains(console: Console, domains: dict[str, Ranking]) -> None:

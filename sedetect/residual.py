@@ -33,7 +33,7 @@ from sedetect.layers import (
     eager_attention,
     run_tokens,
 )
-from sedetect.profiler import model_name
+from sedetect.profiler import model_digest, model_name
 from sedetect.stream import Formation, LayerResidual, Residual, Writer, sink_decay
 
 __all__ = ["Formation", "LayerResidual", "Residual", "Writer", "observe_residual", "sink_decay"]
@@ -58,9 +58,9 @@ def observe_residual(
     """Run a bounded number of sequences, one at a time, and record the residual stream and the attention sinks.
 
     Args:
-        model: a Hugging Face MoE model in eval mode, possibly under sedetect.ablation.ablate (the shares of writers then
-            go by the router's own choice, which an ablation changes later). Attention is eager during the run; hooks
-            and attention implementations are restored on exit, also after an exception.
+        model: a Hugging Face MoE model in eval mode, possibly under sedetect.ablation.ablate: an expert that is switched
+            off writes nothing (a single weight that is off still counts in its expert's share). Attention is eager during the run; hooks and attention implementations are restored on
+            exit, also after an exception.
         domains: as calibration_windows gives them; the first windows of each, in turn, are observed.
         prefix: how many tokens of each window are the tokenizer's prefix.
         sequences: how many windows in all, fewer where there are not so many.
@@ -83,6 +83,7 @@ def observe_residual(
     layers = [seen.result(number) for number, seen in enumerate(observer.layers)]
     return Residual(
         model=model_name(model),
+        digest=model_digest(getattr(model, "_orig_mod", model)),
         sequences={domain: count for domain, count in counts.items() if count},
         seq_len=max(len(ids) for *_, ids in chosen),
         prefix=prefix,
@@ -162,7 +163,7 @@ class _Observer:
         paths = {id(module): path for path, module in self.model.named_modules()}
         with ExitStack() as stack:
             stack.enter_context(eager_attention(self.model))
-            stack.callback(hf.attach(self.model, self.experts.calls))
+            stack.callback(hf.attach(self.model, self.experts.calls, innermost=True))
             for number, layer in enumerate(self.modules):
                 for block in attention_blocks(layer, paths[id(layer)], self.banks):
                     stack.callback(block.register_forward_hook(partial(self._attention, number)).remove)

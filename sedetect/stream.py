@@ -4,7 +4,10 @@ sedetect.residual observes it; here are its parts, its document residual.json, a
 of a decoder layer before any final norm; everything is in its units.
 """
 
+import json
+import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sedetect.ablation import parse_place
@@ -39,7 +42,8 @@ class Formation:
     attention    share of the jump that the attention block's output has in that channel; None where none is found
     writers      the 3 largest of the layer's routed, shared and dense experts, by |share|
     explained    attention + the shares of all experts: 1 but for rounding where the layer adds their outputs as they
-                 are; elsewhere (norms after a block, residual multipliers) shares compare only with each other
+                 are; elsewhere (norms after a block, residual multipliers) shares compare only with each other, which
+                 is what share_of does
     carried_to   last layer up to which the element stays massive without a gap; layer itself: nobody carries it
     vanishes     the layer after which it is not massive any more; None where it lasts to the end
     """
@@ -59,6 +63,16 @@ class Formation:
     explained: float
     carried_to: int
     vanishes: int | None
+
+    @property
+    def carried(self) -> bool:
+        """Whether a later layer carries the element."""
+        return self.carried_to > self.layer
+
+    def share_of(self, expert: Place) -> float:
+        """The part of what is explained that an expert has; 0 for one that is not among the writers."""
+        shares = [writer.share for writer in self.writers if writer.expert == expert]
+        return shares[0] / self.explained if shares and self.explained > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -96,12 +110,14 @@ class LayerResidual:
 
 @dataclass(frozen=True)
 class Residual:
-    """What observe_residual saw. sequences: how many of each domain; seq_len, prefix: tokens of each, and of its prefix.
+    """What observe_residual saw. digest: as in the header of statistics; sequences: how many of each domain; seq_len,
+    prefix: tokens of each, and of its prefix.
 
     formations are in the order of the forward, at most 16 per layer and sequence (the largest |x|); found counts all.
     """
 
     model: str
+    digest: str
     sequences: dict[str, int]
     seq_len: int
     prefix: int
@@ -115,7 +131,7 @@ class Residual:
     @property
     def forming_layers(self) -> list[int]:
         """Layers with a formation that at least one later layer carries."""
-        return sorted({f.layer for f in self.formations if f.carried_to > f.layer})
+        return sorted({f.layer for f in self.formations if f.carried})
 
     @property
     def sink_mean(self) -> float | None:
@@ -128,10 +144,25 @@ class Residual:
         """Largest |x| after any layer but the first and the last: what is neither embedding nor made for the output."""
         return max(layer.maximum for layer in self.layers[1:-1] or self.layers)
 
-    def writers(self, min_share: float = 0.5) -> set[Place]:
-        """Experts that write at least min_share of the jump of a formation that a later layer carries."""
-        carried = [f for f in self.formations if f.carried_to > f.layer]
-        return {writer.expert for f in carried for writer in f.writers if writer.share >= min_share}
+    @property
+    def headline(self) -> str:
+        """One sentence: in which layers massive activations form that later layers carry, and which experts write them."""
+        forming = ", ".join(f"L{layer}" for layer in self.forming_layers)
+        writers = ", ".join(
+            str(place) for place in sorted(self.writers(), key=lambda p: (p.layer, p.kind, str(p.expert)))
+        )
+        text = (
+            f"massive activations form in {forming}" if forming else "no massive activation that a later layer carries"
+        )
+        return text + (f", written by {writers}" if writers else "")
+
+    def carried_by(self, expert: Place) -> list[Formation]:
+        """The formations that a later layer carries and of which the expert writes at least half (share_of)."""
+        return [f for f in self.formations if f.carried and f.share_of(expert) >= 0.5]
+
+    def writers(self) -> set[Place]:
+        """Experts that write at least half of a formation that a later layer carries."""
+        return {w.expert for f in self.formations for w in f.writers if self.carried_by(w.expert)}
 
     def to_dict(self) -> dict[str, Any]:
         """The document residual.json: every field, experts by name, forming_layers, sink_mean and inner_max; no NaN in it."""
@@ -142,11 +173,28 @@ class Residual:
         return document
 
     @classmethod
+    def load(cls, path: str | os.PathLike) -> "Residual":
+        """Read residual.json, or the one of a folder. Raises SedetectError for a missing, damaged or other file."""
+        path = Path(path)
+        if path.is_dir():
+            path /= "residual.json"
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            return cls.from_dict(document)
+        except OSError as error:
+            why = f"cannot be read ({error.strerror}); run `sedetect analyze residual MODEL -o DIR` to make one"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            why = "is damaged; observe the residual stream again"
+        except SedetectError as error:
+            why = str(error)
+        raise SedetectError(f"{path}: {why}")
+
+    @classmethod
     def from_dict(cls, document: dict[str, Any]) -> "Residual":
         """The inverse of to_dict; keys beside its own are left out. Raises SedetectError for another document."""
         if (document.get("format"), document.get("version")) != (FORMAT, VERSION):
             found = f"{document.get('format')} version {document.get('version')}"
-            raise SedetectError(f"{found}: is not {FORMAT} version {VERSION}; observe the residual stream again")
+            raise SedetectError(f"{found} is not {FORMAT} version {VERSION}; observe the residual stream again")
         fields = {name: document[name] for name in cls.__dataclass_fields__}
         fields["layers"] = [LayerResidual(**layer) for layer in document["layers"]]
         fields["formations"] = [

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import sedetect
-from sedetect.exporting import GRANULARITIES, export
+from sedetect.exporting import GRANULARITIES, export, protect_list
 
 TINY = Path(__file__).parent / "data" / "tiny-moe"
 PROTECTED = [(1, 28), (9, 7)]
@@ -107,7 +107,7 @@ def main() -> None:
     wrong = False
     for tool, select in TOOLS.items():
         for granularity in GRANULARITIES:
-            document, _ = export(stats, tool, granularity=granularity, neighbours=1)
+            document, _ = export(stats, protect_list(stats, 1), tool, granularity)
             wanted = {
                 f"model.layers.{layer}.mlp.experts.{number}.{name}_proj"
                 for layer, e in PROTECTED

@@ -92,6 +92,33 @@ def test_remove_is_pruning_the_router(name, layer):
         assert torch.allclose(out, pruned_logits(model, ids, layer, 3, name), atol=1e-4)
 
 
+def test_remove_with_a_correction_bias():
+    """A bias added after the sigmoid would let removed experts be chosen, at weight 0; it is restored afterwards."""
+    model, ids = random_model("deepseek_v3"), token_ids()
+    gate = model.model.layers[1].mlp.gate
+    gate.e_score_correction_bias.copy_(torch.randn(8, generator=torch.Generator().manual_seed(0)))
+    kept = gate.e_score_correction_bias.clone()
+    chosen = []
+    experts = model.model.layers[1].mlp.experts
+    hook = experts.register_forward_pre_hook(lambda module, args: chosen.append(args[1]))
+    try:
+        before = logits(model, ids)
+        favourites = chosen[0].flatten().bincount(minlength=8).topk(2).indices.tolist()
+        logits(model, ids, [f"L1E{e}" for e in favourites], how="remove")
+    finally:
+        hook.remove()
+    assert not torch.isin(chosen[1], torch.tensor(favourites)).any()
+    assert torch.equal(gate.e_score_correction_bias, kept) and torch.equal(logits(model, ids), before)
+
+
+def test_a_target_counts_once():
+    model, ids = random_model("qwen2_moe"), token_ids()
+    for what in (["L0E2[5,7]"], ["L2shared"], ["L0E1"]):
+        assert torch.equal(logits(model, ids, what * 2), logits(model, ids, what))
+    off = logits(model, ids, ["L2shared", "L0E2"])
+    assert torch.equal(logits(model, ids, ["L2shared", "L2shared[3,4]", "L0E2[5,7]", "L0E2"]), off)
+
+
 def pruned_logits(model, ids, layer, expert, name):
     """The model with an expert taken out of its weights and its router."""
     pruned = copy.deepcopy(model)
@@ -212,7 +239,10 @@ def test_questions_are_read_or_refused(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text('{"prompt": "1 + 1 =", "answer": " 2"}\n\n')
     assert load_questions(path) == [Question("1 + 1 =", " 2")]
-    for text, said in (('{"prompt": 1', "line 1"), ('{"prompt": "x"}', "line 1"), ("", "no questions")):
+    for text, said in (
+        ('{"prompt": 1', "line 1"), ('{"prompt": "x"}', "line 1"), ('{"prompt": "1+1=", "answer": 2}', "line 1"),
+        ('{"prompt": "1+1=", "answer": " "}', "line 1"), ("", "no questions"),
+    ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(SedetectError, match=said):
             load_questions(path)

@@ -11,7 +11,7 @@ from test_cli import refused, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
-from sedetect.ablation import ablate
+from sedetect.ablation import Weight, ablate
 from sedetect.budget import conclusion, held_out, make_budget
 from sedetect.errors import SedetectError
 from sedetect.evaluation import perplexity
@@ -192,8 +192,9 @@ def test_without_experts_to_keep(subject):
     model, stats, domains = subject
     few = {"english": held_out(domains, stats)["english"]}
     shared = Place("decoder", 1, "shared", "shared")
-    budget = make_budget(model, few, stats, [shared], prefix=1, ratios=(), formats=("int4",))
-    assert budget.notes == ["L1shared is not compressed in any row"]
+    others = [shared, Weight(SUPER, 101, 14)]
+    budget = make_budget(model, few, stats, others, prefix=1, ratios=(), formats=("int4",))
+    assert budget.notes == [f"{name} is not compressed by itself in any row" for name in ("L1shared", "L1E28[101,14]")]
     assert budget.kept == [] and budget.rows[0].kept is None and budget.rows[0].random == []
     assert len(conclusion(budget)) == 1
     assert json.loads(json.dumps(budget.to_dict())) == budget.to_dict()

@@ -17,7 +17,7 @@ import sedetect
 from sedetect import BankId
 from sedetect.channel_exports import write_awq_scales, write_imatrix
 from sedetect.errors import SedetectError
-from sedetect.exporting import TOOLS, export, protect_list
+from sedetect.exporting import export, protect_list
 
 # What the quantizers see: one linear module per matrix of an expert, after they have taken the fused ones apart.
 LINEARS = {
@@ -69,7 +69,7 @@ def test_the_list(stats):
 @pytest.mark.parametrize("granularity, wanted", [("expert", EXPERT), ("layer", LAYER)])
 def test_forms(stats, granularity, wanted):
     def made(tool):
-        document, _ = export(stats, tool, granularity=granularity, neighbours=1)
+        document, _ = export(stats, protect_list(stats, 1), tool, granularity)
         assert json.loads(json.dumps(document)) == document
         return document
 
@@ -113,7 +113,7 @@ def test_forms(stats, granularity, wanted):
 
 def test_llama_cpp(stats):
     """One `name=type` per line, the name a regular expression searched in the lower-cased tensor name."""
-    text, _ = export(stats, "llama.cpp", granularity="layer", neighbours=1)
+    text, _ = export(stats, protect_list(stats, 1), "llama.cpp", "layer")
     rules = [line.split("=") for line in text.splitlines()]
     assert [kind for _, kind in rules] == ["bf16", "bf16"] and all(rule == rule.lower() for rule, _ in rules)
     found = {
@@ -124,7 +124,7 @@ def test_llama_cpp(stats):
     }
     assert found == {(layer, f"ffn_{name}_exps") for layer in (1, 9) for name in ("gate", "up", "down")}
     with pytest.raises(SedetectError, match="stores a layer's experts as one tensor; give --granularity layer"):
-        export(stats, "llama.cpp")
+        export(stats, protect_list(stats), "llama.cpp")
 
 
 def test_shared_experts_and_other_stacks():
@@ -138,22 +138,21 @@ def test_shared_experts_and_other_stacks():
     shared.first_outliers[0, 0, 0] = torch.tensor(2e4).view(torch.int32).long()
     assert [str(p.place) for p in protect_list(stats)] == ["L0shared"]
     for granularity in ("expert", "layer"):
-        document, _ = export(stats, "json", granularity=granularity)
+        document, _ = export(stats, protect_list(stats), "json", granularity)
         assert document["modules"] == ["model.layers.0.mlp.shared_expert"]
-        (rule,) = export(stats, "gptqmodel", granularity=granularity)[0]["dynamic"]
+        (rule,) = export(stats, protect_list(stats), "gptqmodel", granularity)[0]["dynamic"]
         assert re.match(rule[2:], "model.layers.0.mlp.shared_expert.down_proj")
         assert not re.match(rule[2:], "model.layers.0.mlp.shared_expert_gate")
         assert not re.match(rule[2:], "model.layers.0.mlp.experts.0.down_proj")
-    assert "_shexp" in export(stats, "llama.cpp", granularity="layer")[0]
+    assert "_shexp" in export(stats, protect_list(stats), "llama.cpp", "layer")[0]
 
 
 def test_nothing_to_protect():
     model = random_model("qwen3_moe")
     with sedetect.profile(model) as prof:
         model(input_ids=torch.randint(3, 96, (2, 20)))
-    for tool in TOOLS:
-        with pytest.raises(SedetectError, match="nothing to protect: no super expert"):
-            export(prof.stats, tool, granularity="layer")
+    with pytest.raises(SedetectError, match="nothing to protect: no super expert"):
+        protect_list(prof.stats)
 
 
 def test_imatrix(stats, tmp_path):

@@ -5,6 +5,8 @@ embedded corpus; medians and sinks move with the text and have their own toleran
 """
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from sedetect.cli import app
 from sedetect.errors import SedetectError
 from sedetect.layers import attention_blocks, decoder_layers
 from sedetect.pipeline import profile_model
+from sedetect.profiler import profile
 from sedetect.ranking import rank
-from sedetect.residual import Residual, observe_residual, sink_decay
+from sedetect.residual import Residual, Writer, observe_residual, sink_decay
 
 SE = parse_place("L1E28")
 
@@ -192,6 +195,38 @@ def test_attention_and_experts_explain_every_jump(name):
         assert one.explained == pytest.approx(1, abs=2e-3), one
 
 
+def test_shares_where_the_layer_scales_its_experts(residual):
+    """GraniteMoe multiplies blocks by residual_multiplier: every share is larger by that, and share_of undoes it."""
+    (formation,) = [f for f in residual.formations[:1]]
+    scaled = replace(
+        formation,
+        attention=formation.attention / 0.22,
+        writers=[replace(w, share=w.share / 0.22) for w in formation.writers],
+        explained=formation.explained / 0.22,
+    )
+    assert scaled.share_of(SE) == pytest.approx(formation.share_of(SE)) == pytest.approx(formation.writers[0].share)
+    half = [Writer(SE, 1.14, 1.0), Writer(parse_place("L1E3"), 3.41, 1.0)]
+    part = replace(scaled, writers=half, attention=0.0, explained=4.55)
+    assert replace(residual, formations=[part]).writers() == {parse_place("L1E3")}
+    assert part.share_of(parse_place("L1E9")) == 0
+
+
+@pytest.mark.parametrize("under", ["nothing", "a profile", "a profile of first rows"])
+def test_what_is_switched_off_writes_nothing(under):
+    """An ablation around the observation: neither the routed nor the shared expert is a writer, the rest adds up."""
+    model = random_model("qwen2_moe")
+    ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(1))
+    off = {parse_place(name) for name in ("L0E1", "L0E3", "L2shared")}
+    settings = {"prefix": 0, "sequences": 1, "min_value": 0.0, "min_ratio": 1.0}
+    assert off & {w.expert for f in observe_residual(model, windows_of(ids), **settings).formations for w in f.writers}
+    context = nullcontext() if under == "nothing" else profile(model, first_rows="first" in under)
+    with context, ablate(model, off):
+        residual = observe_residual(model, windows_of(ids), **settings)
+    assert not off & {w.expert for f in residual.formations for w in f.writers if w.share}
+    for one in residual.formations:
+        assert one.explained == pytest.approx(1, abs=2e-3), one
+
+
 def test_everything_is_restored(domains):
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="sdpa").eval()
     configs = [bank.module.config for bank in hf.find_banks(model)]
@@ -285,9 +320,14 @@ def test_the_residual_stream_tells_a_late_outlier_apart(tiny, residual, without)
     assert judged["L9E7"].verdict == "outlier" and judged["L9E7"].carried is False
     assert judged["L1E28"].verdict == unjudged["L1E28"].verdict == "super" and judged["L1E28"].carried
     by_data = rank(stats, layers="data", residual=residual, percentile=90)
-    assert [str(e) for e in by_data.super_experts] == ["L1E28"] and by_data.population == 32
+    assert [str(e) for e in by_data.super_experts] == ["L1E28"] and by_data.population == 256
+    assert by_data.threshold == rank(stats).threshold and "the set is of the layers" in " ".join(by_data.notes)
+    carried = replace(residual, formations=[replace(f, carried_to=f.layer + 1) for f in residual.formations])
+    late = rank(stats, layers="data", residual=carried, fraction=0.05)  # L9 forms and carries: A reaches to it
+    assert {str(e) for e in late.super_experts} == {"L1E28", "L9E7"} and late.population == 320
     # a residual without massive activations forms no layer set, and supports nobody
-    assert rank(stats, layers="data", residual=without).population == 0
+    nothing = rank(stats, layers="data", residual=without)
+    assert nothing.super_experts == [] and "no layer forms a massive activation" in nothing.headline
     assert not [e for e in rank(stats, residual=without).super_experts if e.verdict == "super"]
     assert rank(stats, residual=without).headline.endswith("writes nothing later layers carry")
     with pytest.raises(SedetectError, match="layers 'data' needs"):

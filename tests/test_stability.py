@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from sedetect.errors import SedetectError
 from sedetect.pipeline import ROUND_WINDOWS, _stable_after
 from sedetect.ranking import Place
 from sedetect.stability import agreement, peak_of, sensitivity
-from sedetect.stats import merge_all
+from sedetect.stats import ModelStats, merge_all
 
 DOMAINS = ["english", "chinese", "mathematics", "code"]
 
@@ -206,11 +207,19 @@ def test_stability_of_a_folder(profiled, tmp_path):
     code, out, err = run("stability", folder, "--json", tmp_path / "s.json")
     assert code == 0 and err == ""
     assert out.startswith("tiny: the super experts are the same under all 16 pairs of thresholds: L1E28\n")
-    assert "the same super experts in each of 4 parts alone: L1E28\n" in out
+    assert "the same super experts in each of 4 domains alone: L1E28\n" in out
+    assert "the same super experts in each of 3 rounds alone: L1E28\n" in out
     assert max(map(len, out.splitlines())) <= 80
     document = json.loads((tmp_path / "s.json").read_text())
-    assert document["grids"]["tiny"]["constant"] and document["agreement"]["same"]
-    assert sorted(part["name"] for part in document["agreement"]["parts"]) == sorted(DOMAINS)
+    assert document["grids"]["tiny"]["constant"] and document["agreement"]["domains"]["same"]
+    assert sorted(part["name"] for part in document["agreement"]["domains"]["parts"]) == sorted(DOMAINS)
+    rounds = [ModelStats.load(folder / "rounds" / f"{n:03}.safetensors") for n in range(3)]
+    assert [part["tokens"] for part in document["agreement"]["rounds"]["parts"]] == [512] * 3
+    whole, merged = ModelStats.load(folder), merge_all(rounds)
+    assert all(state.equal(whole.banks[bank]) for bank, state in merged.banks.items())
+    again = shutil.copytree(folder, tmp_path / "again")
+    run("profile", TINY, "-o", again, "--tokens", 256, "--seq-len", 64)
+    assert list((again / "rounds").iterdir()) == []  # of a run that is gone
 
 
 def test_stability_of_files(profiled, tmp_path):
@@ -219,10 +228,10 @@ def test_stability_of_files(profiled, tmp_path):
     assert code == 0 and "agreement: one part only" in out
     code, out, _ = run("stability", *(folder / "domains" / f"{domain}.safetensors" for domain in ("english", "code")))
     assert code == 0 and out.count("pairs of thresholds") == 2
-    assert "the same super experts in each of 2 parts alone: L1E28\n" in out
+    assert "the same super experts in each of 2 runs alone: L1E28\n" in out
     model({(0, "routed"): layer(1000, 500, 95)}, 1).save(tmp_path / "a.safetensors")
     model({(0, "routed"): layer(1000, 1.5, 95)}, 1).save(tmp_path / "b.safetensors")
     code, out, _ = run("stability", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert code == 0 and "a: the super experts depend on the thresholds" in out
-    assert "the super experts differ over 2 parts, mean Jaccard 0.50\n  a: L0E0, L0E1\n  b: L0E0\n" in out
+    assert "the super experts differ over 2 runs, mean Jaccard 0.50\n  a: L0E0, L0E1\n  b: L0E0\n" in out
     assert run("stability", tmp_path / "missing").code == 2

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from sedetect.ablation import HOW
 from sedetect.calibration import prefix_ids
+from sedetect.cli.choice import choose
 from sedetect.cli.shared import (
     Attn,
     BatchSize,
@@ -25,20 +26,22 @@ from sedetect.cli.shared import (
     app,
     check_writable,
     console,
+    print_whole,
     progress_bar,
 )
 from sedetect.errors import SedetectError
 from sedetect.evaluation import load_questions
-from sedetect.experiment import Experiment, Outcome, choose_experts, conclusion, run_experiment
+from sedetect.experiment import Experiment, Outcome, conclusion, run_experiment
 from sedetect.files import write_json
-from sedetect.pipeline import calibration_windows, open_model, profile_model
-from sedetect.stats import ModelStats
+from sedetect.pipeline import calibration_windows, open_model
 
 
 @app.command("ablate")
 def ablate_command(
     model: Model,
-    experts: Annotated[str, typer.Option(help="super, names (L1E28,L8shared), random:N or top-frequency:N")] = "super",
+    experts: Annotated[
+        str, typer.Option(help="super, names (L1E28,L8shared,L1E28[101,14]), random:N, top-frequency:N")
+    ] = "super",
     how: Annotated[list[str] | None, typer.Option(help="skip, renormalize, remove (default: all three)")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="folder for ablation.json")] = None,
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
@@ -71,20 +74,18 @@ def ablate_command(
     loaded, tokenizer, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": False}
     domains = calibration_windows(loaded, tokenizer, data, **cut).domains
+    run = {"tokens": tokens, "seq_len": seq_len, "batch_size": batch_size}
+    chosen = choose("--experts", experts, loaded, tokenizer, data, stats=stats, draw=seed, **run)
+    if not chosen:
+        console.print("nothing to switch off; name experts (L1E28) to try them", markup=False, highlight=False)
+        return
     with progress_bar("runs") as bar:
-        task = bar.add_task("profile", total=None)
-        if stats is None:
-            state = profile_model(
-                loaded, data, tokens=tokens, seq_len=seq_len, batch_size=batch_size, tokenizer=tokenizer
-            ).stats
-        else:
-            state = ModelStats.load(stats)
+        task = bar.add_task("none", total=None)
         experiment = run_experiment(
             loaded,
             tokenizer,
             domains,
-            choose_experts(experts, state, seed),
-            state,
+            chosen,
             prefix=len(prefix_ids(tokenizer)),
             hows=tuple(how or HOW),
             controls=controls,
@@ -112,24 +113,32 @@ def _questions(evaluate: str | None) -> list:
 def _print(experiment: Experiment) -> None:
     console.print(conclusion(experiment), style="bold", markup=False, highlight=False, soft_wrap=True)
     domains = list(experiment.baseline.perplexity)
-    asked = experiment.baseline.accuracy is not None
+    asked, layer = experiment.baseline.accuracy is not None, experiment.sink_layer
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("switched off", no_wrap=True)
-    for name in [*(d[:7] for d in domains), "mean", "sink", "residual", *(["exact"] if asked else [])]:
+    decay = [] if layer is None else ["D_sink"]
+    for name in [*(d[:6] for d in domains), "mean", "sink", *decay, "resid", *(["exact"] if asked else [])]:
         table.add_column(escape(name), justify="right", no_wrap=True)
     base = experiment.baseline
-    table.add_row("nothing", *(f"{base.perplexity[d]:.2f}" for d in domains), "", *_rest(base, asked))
+    table.add_row("nothing", *(f"{base.perplexity[d]:.2f}" for d in domains), "", *_rest([base], layer, asked))
     for outcome in experiment.outcomes:
-        table.add_row(escape(outcome.label), *_changes(outcome, domains), *_rest(outcome, asked))
+        table.add_row(escape(outcome.label), *_changes(outcome, domains), *_rest([outcome], layer, asked))
     for name, runs in experiment.controls.items():
         if runs:
-            table.add_row(f"{name}: mean", *_summary(runs, domains, statistics.fmean), *_mean(runs, asked))
-            table.add_row(f"{name}: worst", *_summary(runs, domains, max), "", "", *([""] if asked else []))
-    console.print(table)
+            blank = [""] * (len(table.columns) - len(domains) - 2)
+            table.add_row(f"{name}: mean", *_summary(runs, domains, statistics.fmean), *_rest(runs, layer, asked))
+            table.add_row(f"{name}: max", *_summary(runs, domains, max), *blank)
+    print_whole(table)
+    decayed = (
+        ""
+        if layer is None
+        else f"D_sink: the share of it that is lost in layer {layer}, which of the layers after it has most; "
+    )
     text = (
-        "perplexity, then its change, also without random experts of the same layers and anywhere "
-        f"({len(experiment.controls['anywhere'])} draws each); sink: mean attention on the first token; residual: its "
-        f"largest value; both on {experiment.sequences} sequences. In a small model perplexity alone proves little: judge by the controls of "
+        "perplexity, then its change, also without random ones of the same layers and anywhere "
+        f"({len(experiment.controls['same layers'])} and {len(experiment.controls['anywhere'])} draws); sink: mean attention on the first token; "
+        f"{decayed}resid: the largest value of the residual stream inside; on "
+        f"{experiment.sequences} sequences. In a small model perplexity alone proves little: judge by the controls of "
         "the same layers, the sinks and the residual together."
     )
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -143,15 +152,15 @@ def _summary(runs: list[Outcome], domains: list[str], of) -> list[str]:
     return [f"{of([r.change[d] for r in runs]):+.1%}" for d in domains] + [f"{of([r.mean_change for r in runs]):+.1%}"]
 
 
-def _rest(outcome: Outcome, asked: bool) -> list[str]:
-    sink = "-" if outcome.sink_mean is None else f"{outcome.sink_mean:.3f}"
-    return [sink, f"{outcome.residual_max:.4g}", *([f"{outcome.accuracy:.0%}"] if asked else [])]
+def _rest(runs: list[Outcome], layer: int | None, asked: bool) -> list[str]:
+    """Means over the runs: the sinks, D_sink of one layer, the residual maximum, and exact answers where asked."""
+    cells = [_number([r.sink_mean for r in runs], "{:.3f}")]
+    if layer is not None:
+        cells.append(_number([r.sink_decay[layer] for r in runs], "{:.2f}"))
+    cells.append(_number([r.residual_max for r in runs], "{:.4g}"))
+    return cells + ([_number([r.accuracy for r in runs], "{:.0%}")] if asked else [])
 
 
-def _mean(runs: list[Outcome], asked: bool) -> list[str]:
-    sinks = [r.sink_mean for r in runs if r.sink_mean is not None]
-    cells = [
-        f"{statistics.fmean(sinks):.3f}" if sinks else "-",
-        f"{statistics.fmean(r.residual_max for r in runs):.4g}",
-    ]
-    return cells + ([f"{statistics.fmean(r.accuracy for r in runs):.0%}"] if asked else [])
+def _number(values: list[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(statistics.fmean(known)) if known else "-"

@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect.ablation import ablate
+from sedetect.ablation import Weight, ablate
 from sedetect.calibration import Windows, prefix_ids
+from sedetect.cli.choice import choose
 from sedetect.cli.shared import (
     Attn,
     BatchSize,
@@ -29,12 +30,10 @@ from sedetect.cli.shared import (
     progress_bar,
 )
 from sedetect.errors import SedetectError
-from sedetect.experiment import choose_experts
+from sedetect.experiment import Target
 from sedetect.files import write_json
-from sedetect.pipeline import calibration_windows, open_model, profile_model
-from sedetect.ranking import Place, rank
+from sedetect.pipeline import calibration_windows, open_model
 from sedetect.residual import Residual, observe_residual, sink_decay
-from sedetect.stats import ModelStats
 from sedetect.stream import Formation
 from sedetect.traces import ExpertTrace, Group, trace_experts
 
@@ -42,7 +41,6 @@ analyze = typer.Typer(no_args_is_help=True, help="What a model's experts do insi
 app.add_typer(analyze, name="analyze")
 
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="put the texts through it")]
-_PROFILED = ("super", "random", "top-frequency")  # choices that need statistics
 _SHOWN = 12
 
 
@@ -50,7 +48,8 @@ _SHOWN = 12
 def residual_command(
     model: Model,
     ablated: Annotated[
-        str | None, typer.Option("--ablate", help="also without these: super, or names (L1E28,L8shared)")
+        str | None,
+        typer.Option("--ablate", help="also without these: super, names (L1E28,L8shared), random:N, top-frequency:N"),
     ] = None,
     sequences: Annotated[int, typer.Option(help="sequences to observe, one at a time")] = 8,
     min_ratio: Annotated[float, typer.Option(help="least multiple of the median of a massive activation")] = 100.0,
@@ -79,9 +78,9 @@ def residual_command(
     cut = {"seq_len": seq_len, "seed": None, "chat_template": chat_template}
     domains = calibration_windows(loaded, tokenizer, data, **cut, tokens=sequences * seq_len).domains
     settings = {"prefix": len(prefix_ids(tokenizer)), "sequences": sequences, "min_ratio": min_ratio}
-    experts: list[Place] = []
+    experts: list[Target] = []
     if ablated is not None:
-        experts = _choose("--ablate", ablated, loaded, tokenizer, data, batch_size=batch_size, tokens=tokens, **cut)
+        experts = choose("--ablate", ablated, loaded, tokenizer, data, batch_size=batch_size, tokens=tokens, **cut)
     before = _observe("observing", loaded, domains, settings)
     after = None
     if experts:
@@ -103,7 +102,7 @@ def residual_command(
 @analyze.command("trace")
 def trace_command(
     model: Model,
-    experts: Annotated[str, typer.Option(help="super, or names (L1E28,L8shared)")] = "super",
+    experts: Annotated[str, typer.Option(help="super, names (L1E28,L8shared), random:N or top-frequency:N")] = "super",
     top: Annotated[int, typer.Option(help="strongest rows to keep of each expert")] = 100,
     output: Output = None,
     data: Data = None,
@@ -126,7 +125,10 @@ def trace_command(
     loaded, tokenizer, notes = open_model(model, **options, trust_remote_code=trust_remote_code)
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": chat_template}
     calibration = calibration_windows(loaded, tokenizer, data, **cut)
-    chosen = _choose("--experts", experts, loaded, tokenizer, data, batch_size=batch_size, **cut)
+    chosen = choose("--experts", experts, loaded, tokenizer, data, batch_size=batch_size, **cut)
+    weights = [str(one) for one in chosen if isinstance(one, Weight)]
+    if weights:
+        raise SedetectError(f"--experts {weights[0]}: is a single weight; name experts to trace")
     if not chosen:
         return
     with progress_bar() as bar:
@@ -154,33 +156,6 @@ def trace_command(
         _line(f"written to {output / 'traces.json'}")
 
 
-def _choose(
-    option: str,
-    spec: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: str | None,
-    **settings: Any,
-) -> list[Place]:
-    """The experts that an option names; the model is profiled first where that takes statistics. No super: []."""
-    stats = ModelStats.empty()
-    if spec.partition(":")[0] in _PROFILED:
-        with progress_bar() as bar:
-            task = bar.add_task("profile", total=None)
-            settings["progress"] = lambda domain, done, total: bar.update(task, completed=done, total=total)
-            stats = profile_model(model, data, tokenizer=tokenizer, **settings).stats
-    if spec == "super":
-        ranking = rank(stats)
-        found = [e for e in ranking.super_experts if e.verdict == "super"]
-        if not found:
-            _line(f"{option} super: {ranking.headline}")
-        return [Place(e.stack, e.layer, e.kind, e.expert) for e in found]
-    try:
-        return choose_experts(spec, stats)
-    except SedetectError as error:
-        raise SedetectError(str(error).replace("--experts", option)) from None
-
-
 def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], settings: dict[str, Any]) -> Residual:
     windows = min(settings["sequences"], sum(len(windows.ids) for windows in domains.values()))
     length = max(windows.ids.shape[1] for windows in domains.values())
@@ -190,12 +165,7 @@ def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], se
 
 
 def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
-    forming = ", ".join(f"L{layer}" for layer in residual.forming_layers)
-    writers = ", ".join(sorted(map(str, residual.writers())))
-    headline = (
-        f"massive activations form in {forming}" if forming else "no massive activation that a later layer carries"
-    )
-    _line(headline + (f", written by {writers}" if writers else ""), "bold")
+    _line(residual.headline, "bold")
     table = _table("layer", "max|x|", "/median", "channel", "pos", "token", "massive", "sink", "head max", left="token")
     for layer in residual.layers:
         table.add_row(
@@ -239,7 +209,7 @@ def _print_formations(formations: list[Formation]) -> None:
         _line(f"... and {len(places) - _SHOWN} more")
 
 
-def _print_ablated(before: Residual, after: Residual, experts: list[Place]) -> None:
+def _print_ablated(before: Residual, after: Residual, experts: list[Target]) -> None:
     _line(f"without {', '.join(map(str, experts))}", "bold")
     table = _table("layer", "max|x|", "without", "sink", "without", "D_sink")
     for old, new, decay in zip(before.layers, after.layers, sink_decay(before, after), strict=True):

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from sedetect.budget import RATIOS, Budget, Cost, conclusion, held_out, make_budget
 from sedetect.calibration import prefix_ids
-from sedetect.cli.saliency import By
+from sedetect.cli.saliency import By, load_ranked
 from sedetect.cli.shared import (
     Attn,
     BatchSize,
@@ -27,7 +27,7 @@ from sedetect.cli.shared import (
     progress_bar,
 )
 from sedetect.errors import SedetectError
-from sedetect.experiment import choose_experts
+from sedetect.experiment import check_choice, choose_experts
 from sedetect.files import write_json
 from sedetect.pipeline import calibration_windows, open_model, profile_model
 from sedetect.profiler import model_digest
@@ -35,7 +35,6 @@ from sedetect.pruning import check_ratio, router_groups
 from sedetect.quantization import FORMATS, GROUP, bits_of
 from sedetect.ranking import rank
 from sedetect.saliency import check_saliency, super_places
-from sedetect.stats import ModelStats
 
 
 @app.command("budget")
@@ -74,6 +73,7 @@ def budget_command(
         check_writable(output)
     options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
     loaded, tokenizer, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
+    check_choice(experts, loaded)
     cut = {"seq_len": seq_len, "seed": None, "chat_template": False}
     domains = calibration_windows(loaded, tokenizer, data, **cut, tokens=tokens).domains
     with progress_bar("runs") as bar:
@@ -81,12 +81,12 @@ def budget_command(
         if stats is None:
             run = {"tokens": tokens // 2, "seq_len": seq_len, "batch_size": batch_size}
             state = profile_model(loaded, data, **run, tokenizer=tokenizer).stats
+            ranking = rank(state)
         else:
-            state = ModelStats.load(stats)
+            state, ranking = load_ranked(stats)
             if state.header.digest != model_digest(loaded):
                 raise SedetectError(f"{stats}: statistics of another model ({state.header.model}); profile this one")
-        ranking = rank(state)
-        chosen = super_places(ranking) if experts == "super" else choose_experts(experts, state)
+        chosen = super_places(ranking) if experts == "super" else choose_experts(experts, loaded, state)
         budget = make_budget(
             loaded,
             held_out(domains, state),

@@ -8,6 +8,7 @@ import typer
 
 from sedetect.channel_exports import write_awq_scales, write_imatrix
 from sedetect.checkpoint import empty_model
+from sedetect.cli.saliency import load_ranked
 from sedetect.cli.shared import app, console, stderr
 from sedetect.errors import SedetectError
 from sedetect.exporting import GRANULARITIES, TOOLS, export, kept_experts, protect_list
@@ -35,14 +36,14 @@ def export_command(
         raise SedetectError(f"--to {to}: is not known; use one of {', '.join([*TOOLS, *_CHANNELS])}")
     if to in _CHANNELS and output is None:
         raise SedetectError(f"--to {to}: writes a binary file; give it a name with -o")
-    state = ModelStats.load(stats)
+    state, ranking = load_ranked(stats)
     if to in _CHANNELS:
         count = _CHANNELS[to](state, output)
         _say(f"{output}: {count} entries, of the inputs of down_proj; other matrices were not measured")
         return
-    experts = protect_list(state, neighbours)
+    experts = protect_list(state, neighbours, ranking)
     sizes = _sizes(state, experts, model)
-    document, notes = export(state, to, granularity=granularity, neighbours=neighbours)
+    document, notes = export(state, experts, to, granularity)
     text = document if isinstance(document, str) else json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     if output is None:
         typer.echo(text, nl=False)

@@ -34,10 +34,16 @@ from sedetect.ranking import rank
 from sedetect.report import print_domains, print_ranking, print_run, ranking_document
 from sedetect.saliency import check_saliency, saliency_document
 from sedetect.stats import ModelStats
+from sedetect.stream import Residual
 
 Percentile = Annotated[float, typer.Option(help="percentile of the population an expert must exceed")]
 Fraction = Annotated[float, typer.Option(help="fraction of the largest value an expert must exceed")]
-Layers = Annotated[float, typer.Option(help="the first layers, as a fraction, that may hold super experts")]
+Layers = Annotated[
+    str,
+    typer.Option(
+        help="the first layers, as a fraction, that may hold super experts; 'data': those that form massive activations"
+    ),
+]
 Compat = Annotated[str | None, typer.Option(help="'published-tool' for its floor division")]
 RowsOption = Annotated[str, typer.Option("--rows", help="'first' for what the published tool reads")]
 MinValue = Annotated[float, typer.Option(help="least max|y| of the verdict super")]
@@ -58,6 +64,9 @@ def profile_command(
     channels: Annotated[bool, typer.Option("--channels", help="keep per-channel statistics")] = False,
     coactivation: Annotated[bool, typer.Option("--coactivation", help="count experts chosen together")] = False,
     first_rows: Annotated[bool, typer.Option("--first-rows", help="keep what the published tool reads")] = False,
+    residual: Annotated[
+        int | None, typer.Option(help="also observe the residual stream and attention of N sequences")
+    ] = None,
     until_stable: Annotated[int | None, typer.Option(help="stop once N rounds left the set as it was")] = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -72,7 +81,7 @@ def profile_command(
     with interruptible() as stop, progress_bar() as bar:
         task = bar.add_task("loading", total=None)
 
-        def show(domain: str, done: int, total: int) -> None:
+        def show(domain: str, done: int, total: int | None) -> None:
             bar.update(task, description=domain, completed=done, total=total)
 
         result = profile_model(
@@ -86,7 +95,9 @@ def profile_command(
             channels=channels,
             coactivation=coactivation,
             first_rows=first_rows,
+            residual=residual,
             until_stable=until_stable,
+            keep_rounds=until_stable is not None and output is not None,
             device=device,
             dtype=dtype,
             backend=backend,
@@ -115,7 +126,10 @@ def rank_command(
     by: By = None,
     percentile: Percentile = 99.5,
     fraction: Fraction = 0.1,
-    layers: Layers = 0.75,
+    layers: Layers = "0.75",
+    residual: Annotated[
+        Path | None, typer.Option(help="what was seen of the residual stream (default: residual.json of the folder)")
+    ] = None,
     compat: Compat = None,
     rows: RowsOption = "all",
     min_value: MinValue = 50.0,
@@ -126,11 +140,15 @@ def rank_command(
     if by is not None:
         check_saliency(by)
     state = ModelStats.load(stats)
+    if residual is None and (stats / "residual.json").is_file():
+        residual = stats
+    seen = None if residual is None else Residual.load(residual)
     ranking = rank(
         state,
         percentile=percentile,
         fraction=fraction,
-        layers=layers,
+        layers=_layers(layers),
+        residual=seen,
         compat=compat,
         rows=rows,
         min_value=min_value,
@@ -141,10 +159,19 @@ def rank_command(
     if output is not None:
         write_json(output, document)
     if by is None:
-        print_ranking(console, ranking)
+        print_ranking(console, ranking, residual=seen)
     else:
         print_saliency(document)
     print_run(console, state)
+
+
+def _layers(value: str) -> float | str:
+    try:
+        return value if value == "data" else float(value)
+    except ValueError:
+        raise SedetectError(
+            f"--layers {value}: is no fraction; give a number above 0 and at most 1, or 'data'"
+        ) from None
 
 
 @app.command("merge")
@@ -167,16 +194,18 @@ def merge_command(
 
 def _show(result: ModelProfile, output: Path | None) -> None:
     """Save first, then print."""
-    ranking = rank(result.stats)
+    ranking = rank(result.stats, residual=result.residual)
     if output is not None:
         result.stats.save(output / "stats.safetensors")
-        for stale in set(output.glob("domains/*.safetensors")) - {_domain_file(output, d) for d in result.domains}:
-            stale.unlink()
-        for domain, stats in result.domains.items():
-            stats.save(_domain_file(output, domain))
+        _save_parts(output / "domains", result.domains)
+        _save_parts(output / "rounds", {f"{number:03}": shard for number, shard in enumerate(result.shards)})
         write_json(output / "super_experts.json", ranking_document(ranking, result.tokenizer))
-    print_ranking(console, ranking, result.tokenizer)
-    print_domains(console, {domain: rank(stats) for domain, stats in result.domains.items()})
+        if result.residual is None:
+            (output / "residual.json").unlink(missing_ok=True)  # of another run
+        else:
+            write_json(output / "residual.json", result.residual.to_dict())
+    print_ranking(console, ranking, result.tokenizer, result.residual)
+    print_domains(console, {name: rank(stats, residual=result.residual) for name, stats in result.domains.items()})
     print_run(console, result.stats, result.seconds)
     if result.rounds:
         console.print(_stability(result), markup=False, highlight=False, soft_wrap=True)
@@ -184,8 +213,13 @@ def _show(result: ModelProfile, output: Path | None) -> None:
         console.print(f"written to {output}", markup=False, soft_wrap=True)
 
 
-def _domain_file(output: Path, domain: str) -> Path:
-    return output / "domains" / f"{domain}.safetensors"
+def _save_parts(folder: Path, parts: dict[str, ModelStats]) -> None:
+    """One statistics file per part; those of parts that are no more go."""
+    files = {folder / f"{name}.safetensors": stats for name, stats in parts.items()}
+    for stale in set(folder.glob("*.safetensors")) - files.keys():
+        stale.unlink()
+    for file, stats in files.items():
+        stats.save(file)
 
 
 def _stability(result: ModelProfile) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sedetect.cli.saliency import By
+from sedetect.cli.saliency import By, load_ranked
 from sedetect.cli.shared import (
     Attn,
     BatchSize,
@@ -25,7 +25,6 @@ from sedetect.pipeline import profile_model
 from sedetect.pruning import check_model, check_prunable, choose_kept, prune_checkpoint, read_config, router_groups
 from sedetect.ranking import rank
 from sedetect.saliency import check_saliency, saliency, super_places
-from sedetect.stats import ModelStats
 
 
 @app.command("prune")
@@ -60,10 +59,11 @@ def prune_command(
             cut = {"tokens": tokens, "seq_len": seq_len, "batch_size": batch_size}
             options = {"device": device, "dtype": dtype, "attn": attn}
             state = profile_model(model, data, **cut, **options, progress=show).stats
+            ranking = rank(state)
         else:
-            state = ModelStats.load(stats)
+            state, ranking = load_ranked(stats)
             check_model(model, state)
-    found = super_places(rank(state))
+    found = super_places(ranking)
     groups = router_groups(read_config(model))
     kept = choose_kept(state, by, ratio, found if protect == "super" else (), groups=groups)
     facts = {

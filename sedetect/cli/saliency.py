@@ -1,5 +1,6 @@
-"""What the commands that rank by saliency share: the option --by, and the table by layer."""
+"""What the commands that read statistics for compression share: the option --by, loading, and the table by layer."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,11 +9,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from sedetect.cli.shared import console
+from sedetect.ranking import Ranking, rank
 from sedetect.saliency import SALIENCIES
+from sedetect.stats import ModelStats
+from sedetect.stream import Residual
 
 _SHOWN = 3  # experts at each end of a layer
 
 By = Annotated[str | None, typer.Option(help=f"a saliency: {', '.join(SALIENCIES)}")]
+
+
+def load_ranked(stats: Path) -> tuple[ModelStats, Ranking]:
+    """Statistics and their ranking; by the residual stream too where the folder of a profile holds it."""
+    state = ModelStats.load(stats)
+    residual = Residual.load(stats) if (stats / "residual.json").is_file() else None
+    return state, rank(state, residual=residual)
 
 
 def print_saliency(document: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from sedetect.errors import SedetectError
 from sedetect.version import __version__
@@ -73,6 +74,11 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def print_whole(table: Table) -> None:
+    """A table of numbers: too wide for the terminal it wraps, but no number is cut."""
+    Console(width=max(console.width, 200)).print(table)
 
 
 def progress_bar(unit: str = "tokens") -> Progress:

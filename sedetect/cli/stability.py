@@ -19,27 +19,27 @@ _SHOWN = 20
 def stability_command(stats: Runs, json: Json = None) -> None:
     """How sure the set of super experts is: under other thresholds, and over parts of the text.
 
-    Every argument gets a grid of thresholds. One folder of a profile is compared over its domains, several arguments
-    with each other (profiles of one model on different text).
+    Every argument gets a grid of thresholds. One folder of a profile is compared over its domains, and over its rounds
+    where it was profiled --until-stable (disjoint shards of the text); several arguments with each other (profiles of
+    one model on different text).
     """
     runs = load_runs(stats)
     grids = {name: sensitivity(run) for name, run in runs.items()}
-    parts = runs if len(runs) > 1 else _domains(stats[0])
-    agreed = agreement(parts) if len(parts) > 1 else None
+    parts = {"runs": runs} if len(runs) > 1 else {name: _parts(stats[0] / name) for name in ("domains", "rounds")}
+    agreed = {name: agreement(some) for name, some in parts.items() if len(some) > 1}
     if json is not None:
         document = {"grids": {name: grid.to_dict() for name, grid in grids.items()}}
-        write_json(json, document | {"agreement": agreed.to_dict() if agreed else None})
+        write_json(json, document | {"agreement": {name: one.to_dict() for name, one in agreed.items()}})
     for name, grid in grids.items():
         _print_grid(name, grid)
-    if agreed is not None:
-        _print_agreement(agreed)
-    else:
-        _line("agreement: one part only; give a folder with several domains, or several profiles")
+    for name, one in agreed.items():
+        _print_agreement(name, one)
+    if not agreed:
+        _line("agreement: one part only; give a folder with several domains or rounds, or several profiles")
 
 
-def _domains(path: Path) -> dict[str, ModelStats]:
-    files = sorted(path.glob("domains/*.safetensors")) if path.is_dir() else []
-    return {file.stem: ModelStats.load(file) for file in files}
+def _parts(folder: Path) -> dict[str, ModelStats]:
+    return {file.stem: ModelStats.load(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def _print_grid(name: str, grid: Grid) -> None:
@@ -65,14 +65,14 @@ def _print_grid(name: str, grid: Grid) -> None:
             _line(f"{', '.join(names) or 'none'}: {', '.join(cells[:3])}{more}")
 
 
-def _print_agreement(agreed: Agreement) -> None:
+def _print_agreement(name: str, agreed: Agreement) -> None:
     found = ", ".join(agreed.found[0])
     count = len(agreed.parts)
     if agreed.same:
-        said = f"the same super experts in each of {count} parts alone: {found}"
-        _line(said if found else f"no super expert in any of {count} parts alone", "bold")
+        said = f"the same super experts in each of {count} {name} alone: {found}"
+        _line(said if found else f"no super expert in any of {count} {name} alone", "bold")
     else:
-        _line(f"the super experts differ over {count} parts, mean Jaccard {agreed.mean_jaccard:.2f}", "bold")
+        _line(f"the super experts differ over {count} {name}, mean Jaccard {agreed.mean_jaccard:.2f}", "bold")
         for part, names in zip(agreed.parts, agreed.found, strict=True):
             _line(f"  {part}: {', '.join(names) or 'none'}")
     if not agreed.experts:

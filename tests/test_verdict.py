@@ -1,0 +1,157 @@
+"""Verdicts from the command line: with the residual stream as evidence, and "none" where there is no super expert."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from models import TINY, random_model
+from safetensors.torch import load_file, save_file
+from test_cli import INDEX, SMALL, files_of, put_model, ranked, refused, row, run
+
+import sedetect
+from sedetect import ModelStats, SedetectError, pipeline
+from sedetect.report import evidence
+from sedetect.stream import Residual
+
+TEXT = ("--tokens", 2048, "--seq-len", 128)
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("observed")
+    return run("profile", TINY, "-o", out, *TEXT, "--residual", 4), out
+
+
+def test_profile_judges_by_the_residual_stream(observed):
+    (code, out, err), folder = observed
+    assert code == 0 and err == ""
+    assert {"stats.safetensors", "super_experts.json", "residual.json"} <= files_of(folder)
+    document = ranked(folder / "super_experts.json")
+    assert document["criteria"]["residual"] is True
+    (found,), (late,) = document["super_experts"], document["others"]
+    assert (found["name"], found["carried"], found["verdict"]) == ("L1E28", True, "super")
+    assert (late["name"], late["carried"], late["verdict"]) == ("L9E7", False, "outlier")
+    lines = out.splitlines()
+    (mine,) = [line for line in lines if line.startswith("L1E28: ")]
+    assert mine.endswith("; writes 100% of a massive activation in channel 101, carried to L9")
+    assert f"|y| {found['first_max']:.4g} on first tokens, {found['rest_max']:.4g} on the rest" in mine
+    assert f"mean routing weight {found['first_gate']:.2g} and {found['rest_gate']:.2g}" in mine
+    (other,) = [line for line in lines if line.startswith("L9E7: ")]
+    assert other.endswith("; writes no massive activation that later layers carry")
+    assert "massive activations form in L1, written by L1E28 (4 sequences observed)" in lines
+    assert Residual.load(folder) == Residual.load(folder / "residual.json")
+
+
+def test_rank_takes_what_the_folder_holds(observed, tmp_path):
+    folder = observed[1]
+    for source in ([folder], [folder / "stats.safetensors", "--residual", folder / "residual.json"]):
+        out = run("rank", *source, "--layers", 1).out
+        assert (row(out, "L1E28")[-1], row(out, "L9E7")[-1]) == ("super", "outlier")
+        out = run("rank", *source, "--layers", "data", "-o", tmp_path / "ranking.json").out
+        assert out.startswith("1 super expert: L1E28 ")
+        document = ranked(tmp_path / "ranking.json")
+        assert document["population"] == 256 and document["criteria"]["layers"] == "data"
+    out = run("rank", folder / "stats.safetensors", "--layers", 1).out
+    assert (row(out, "L1E28")[-1], row(out, "L9E7")[-1]) == ("super", "super") and "writes" not in out
+
+
+def test_residual_refusals(observed, tmp_path):
+    stats = observed[1] / "stats.safetensors"
+    assert "layers 'data' needs" in refused(run("rank", stats, "--layers", "data"))
+    assert "--layers zork" in refused(run("rank", stats, "--layers", "zork"))
+    assert "residual.json: cannot be read" in refused(run("rank", stats, "--residual", tmp_path / "residual.json"))
+    damaged = tmp_path / "damaged.json"
+    for text in ("{", "[]", '{"format": "sedetect-residual", "version": "1"}'):
+        damaged.write_text(text)
+        assert "damaged.json: is damaged" in refused(run("rank", stats, "--residual", damaged))
+    document = json.loads((observed[1] / "residual.json").read_text())
+    damaged.write_text(json.dumps(document | {"version": "2"}))
+    assert "sedetect-residual version 2 is not" in refused(run("rank", stats, "--residual", damaged))
+    damaged.write_text(json.dumps(document | {"model": "another", "digest": "0"}))
+    assert "the residual stream is that of another (0)" in refused(run("rank", stats, "--residual", damaged))
+    assert "--residual 0: must be at least 1" in refused(run("profile", TINY, "--residual", 0))
+
+
+def test_a_random_model_has_none(tmp_path):
+    model = put_model(tmp_path / "random")
+    code, out, err = run("profile", model, *SMALL, "--residual", 2)
+    assert code == 0 and err == "" and out.startswith("no super expert: ")
+    assert "no massive activation that a later layer carries (2 sequences observed)" in out
+    code, out, err = run("ablate", model, *SMALL, "-o", tmp_path / "out")
+    assert code == 0 and err == "" and out.startswith("--experts super: no super expert: ")
+    assert "nothing to switch off" in out and not (tmp_path / "out").exists()
+
+
+def test_tiny_moe_without_its_super_expert_has_none(tmp_path):
+    """Its down_proj zeroed in the file: nothing else stands out inside L, and nothing massive is left to carry."""
+    model = Path(shutil.copytree(TINY, tmp_path / "model"))
+    weight = "model.layers.1.mlp.experts.28.down_proj.weight"
+    shard = model / json.loads((model / INDEX).read_text())["weight_map"][weight]
+    tensors = load_file(shard)
+    save_file(tensors | {weight: torch.zeros_like(tensors[weight])}, shard, {"format": "pt"})
+    code, out, err = run("profile", model, "-o", tmp_path / "out", *TEXT, "--residual", 4)
+    assert code == 0 and err == "" and out.startswith("no super expert: ")
+    document = ranked(tmp_path / "out" / "super_experts.json")
+    assert {expert["verdict"] for expert in document["super_experts"] + document["others"]} == {"unsupported"}
+    assert "L9E7" not in {expert["name"] for expert in document["others"]}  # it fires on the activation that is gone
+    assert "each domain alone (english, chinese, mathematics, code): none" in out
+    assert Residual.load(tmp_path / "out").forming_layers == []
+
+
+def test_a_profile_outlives_its_observation(tmp_path, monkeypatch):
+    """What fails or is stopped after the profile does not lose it, and a residual stream of another run goes."""
+    (tmp_path / "residual.json").write_text("{}")
+    model = put_model(tmp_path / "model")
+
+    def fail(*args, **options):
+        raise SedetectError("layer 0: no residual stream")
+
+    monkeypatch.setattr(pipeline, "observe_residual", fail)
+    code, out, err = run("profile", model, *SMALL, "--residual", 2, "-o", tmp_path)
+    assert (
+        code == 0
+        and err == ""
+        and "note: the residual stream was not observed: " in out
+        and "no residual stream" in out
+    )
+    assert not (tmp_path / "residual.json").exists() and ModelStats.load(tmp_path).header.tokens == 256
+
+    def stopped(*args, progress, **options):
+        progress(16)
+
+    monkeypatch.setattr(pipeline, "observe_residual", stopped)
+    done = []
+    result = pipeline.profile_model(
+        model,
+        tokens=256,
+        seq_len=16,
+        residual=2,
+        stop=lambda: len(done) > 0,
+        progress=lambda domain, *_: done.append(1) if domain == "residual" else None,
+    )
+    assert result.interrupted and result.residual is None and result.stats.header.tokens == 256
+
+
+def test_a_draw_is_repeatable():
+    names = [run("analyze", "residual", TINY, *TEXT, "--sequences", 1, "--ablate", "random:2").out for _ in range(2)]
+    assert names[0] == names[1] and "without L" in names[0]
+
+
+def test_evidence_of_one_token():
+    """No other token to compare with: the signature is not decided, but what first tokens gave is said."""
+    model = random_model("qwen3_moe")
+    with sedetect.profile(model) as prof:
+        model(input_ids=torch.tensor([[5], [6]]))
+    (expert, *_) = sedetect.rank(prof.stats, min_value=0, min_ratio=0).super_experts
+    assert expert.signature is None and evidence(expert).startswith(f"{expert}: |y| {expert.first_max:.4g} on first")
+
+
+def test_evidence_of_what_was_not_observed():
+    """Rows that cannot be mapped: nothing is said of first tokens."""
+    model = random_model("qwen3_moe")
+    with sedetect.profile(model) as prof:
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 1, 4, 4))
+    (expert, *_) = sedetect.rank(prof.stats, min_value=0, min_ratio=0).super_experts
+    assert expert.signature is None and evidence(expert) == f"{expert}: first tokens not observed"

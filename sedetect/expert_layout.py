@@ -79,7 +79,9 @@ def read_layout(folder: Path, config: dict[str, Any]) -> Layout:
                 part = opened.get_slice(name)
                 found[name] = Tensor(file, tuple(part.get_shape()), part.get_dtype())
     layers = (config.get("text_config") or config).get("num_hidden_layers")
-    kept = {name: tensor for name, tensor in found.items() if not _is_predictor(name, layers)}
+    blocks_in = (_ONE.fullmatch(name) or _TOGETHER.fullmatch(name) for name in found)
+    roots = {match[1].rpartition("layers.")[0] for match in blocks_in if match}
+    kept = {name: tensor for name, tensor in found.items() if not _is_predictor(name, roots, layers)}
     experts: dict[int, int] = {}
     blocks: dict[int, str] = {}
     for name, tensor in kept.items():
@@ -136,9 +138,11 @@ def with_fewer_experts(config: dict[str, Any], experts: int, kept: int, dropped:
     return document
 
 
-def _is_predictor(name: str, layers: int | None) -> bool:
-    match = re.match(r"(?:.*\.)?layers\.(\d+)\.", name)
-    return name.startswith("mtp.") or bool(match and layers is not None and int(match[1]) >= layers)
+def _is_predictor(name: str, roots: set[str], layers: int | None) -> bool:
+    """Whether a tensor belongs to a head: a stack of its own, or layers after the last of a stack with experts."""
+    match = re.match(r"((?:.*\.)?)layers\.(\d+)\.", name)
+    after = match is not None and match[1] in roots and layers is not None and int(match[2]) >= layers
+    return after or name.startswith("mtp.")
 
 
 def _owned(folder: Path, name: str, tensor: Tensor, blocks: dict[int, str], experts: dict[int, int]) -> Tensor:

@@ -141,7 +141,8 @@ def test_predictor_heads_are_left_out(tmp_path):
     for name in names.values():
         tensors[name] = torch.rand(8)
     extra = {name.replace(".2.", ".3."): t.clone() for name, t in tensors.items() if ".layers.2.mlp." in name}
-    save_file(tensors | extra, file, {"format": "pt"})
+    tower = {"vision_tower.layers.9.mlp.gate_proj.weight": torch.rand(8, 4)}  # more layers than the decoder
+    save_file(tensors | extra | tower, file, {"format": "pt"})
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     kept = choose_kept(stats, "reap", 0.5, groups=2)
@@ -151,6 +152,8 @@ def test_predictor_heads_are_left_out(tmp_path):
     for layer, name in names.items():
         assert torch.equal(written[name], tensors[name][kept[BankId("decoder", layer, "routed")]])
     assert not any(".layers.3." in name for name in written)
+    (name,) = tower
+    assert torch.equal(written[name], tower[name])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["n_routed_experts"], config["num_nextn_predict_layers"]) == (4, 0)
 

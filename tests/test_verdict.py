@@ -12,7 +12,7 @@ from test_cli import INDEX, SMALL, files_of, put_model, ranked, refused, row, ru
 
 import sedetect
 from sedetect import ModelStats, SedetectError, pipeline
-from sedetect.report import evidence
+from sedetect.tables import evidence
 from sedetect.stream import Residual
 
 TEXT = ("--tokens", 2048, "--seq-len", 128)

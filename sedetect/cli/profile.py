@@ -30,9 +30,9 @@ from sedetect.errors import SedetectError
 from sedetect.files import write_json
 from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.ranking import rank
-from sedetect.report import print_domains, print_ranking, print_run, ranking_document
 from sedetect.stats import ModelStats
 from sedetect.stream import Residual
+from sedetect.tables import print_domains, print_ranking, print_run, ranking_document
 
 Percentile = Annotated[float, typer.Option(help="percentile of the population an expert must exceed")]
 Fraction = Annotated[float, typer.Option(help="fraction of the largest value an expert must exceed")]

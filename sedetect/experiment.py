@@ -27,6 +27,9 @@ from sedetect.residual import Residual, observe_residual, sink_decay
 from sedetect.stability import finite
 from sedetect.stats import ModelStats
 
+FORMAT = "sedetect-ablation"
+VERSION = "1"
+
 
 @dataclass
 class Outcome:
@@ -59,10 +62,13 @@ class Outcome:
 class Experiment:
     """Experts or weights switched off in several ways, and controls of the same size.
 
-    controls: "same layers" and "anywhere", one outcome per seed, all under "skip": as many random experts of the same
+    model, digest: as in the header of statistics; sequences: how many the residual stream was observed on.
+    controls: "same layers" and "anywhere", one outcome per draw, all under "skip": as many random experts of the same
     banks, and of all; for a weight, a random weight of the same down_proj, and of any routed expert's.
     """
 
+    model: str
+    digest: str
     baseline: Outcome
     outcomes: list[Outcome]
     controls: dict[str, list[Outcome]]
@@ -77,8 +83,20 @@ class Experiment:
 
     def to_dict(self) -> dict[str, Any]:
         """For ablation.json; conclusion is conclusion(self)."""
-        document = {"format": "sedetect-ablation", "version": "1"} | finite(asdict(self))
+        document = {"format": FORMAT, "version": VERSION} | finite(asdict(self))
         return document | {"sink_layer": self.sink_layer, "conclusion": conclusion(self)}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Experiment":
+        """The inverse of to_dict."""
+        return cls(
+            model=document["model"],
+            digest=document["digest"],
+            baseline=Outcome(**document["baseline"]),
+            outcomes=[Outcome(**outcome) for outcome in document["outcomes"]],
+            controls={name: [Outcome(**run) for run in runs] for name, runs in document["controls"].items()},
+            sequences=document["sequences"],
+        )
 
 
 Target = Place | Weight
@@ -212,8 +230,14 @@ def run_experiment(
         outcome.mean_change = statistics.fmean(outcome.change.values())
     same = outcomes[len(plan) : len(plan) + len(drawn["same layers"])]
     anywhere = outcomes[len(plan) + len(same) :]
-    observed = sum(before.sequences.values())
-    return Experiment(base, outcomes[1 : len(plan)], {"same layers": same, "anywhere": anywhere}, observed)
+    return Experiment(
+        model=before.model,
+        digest=before.digest,
+        baseline=base,
+        outcomes=outcomes[1 : len(plan)],
+        controls={"same layers": same, "anywhere": anywhere},
+        sequences=sum(before.sequences.values()),
+    )
 
 
 def conclusion(experiment: Experiment) -> str:

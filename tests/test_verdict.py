@@ -61,14 +61,19 @@ def test_residual_refusals(observed, tmp_path):
     stats = observed[1] / "stats.safetensors"
     assert "layers 'data' needs" in refused(run("rank", stats, "--layers", "data"))
     assert "--layers zork" in refused(run("rank", stats, "--layers", "zork"))
-    assert "residual.json: cannot be read" in refused(run("rank", stats, "--residual", tmp_path / "residual.json"))
+    assert "residual.json: no such file" in refused(run("rank", stats, "--residual", tmp_path / "residual.json"))
     damaged = tmp_path / "damaged.json"
-    for text in ("{", "[]", '{"format": "sedetect-residual", "version": "1"}'):
+    bad = {
+        "{": "is no JSON",
+        "[]": "is a document without format",
+        '{"format": "sedetect-residual", "version": "1"}': "damaged",
+    }
+    for text, said in bad.items():
         damaged.write_text(text)
-        assert "damaged.json: is damaged" in refused(run("rank", stats, "--residual", damaged))
+        assert f"damaged.json: {said}" in refused(run("rank", stats, "--residual", damaged))
     document = json.loads((observed[1] / "residual.json").read_text())
     damaged.write_text(json.dumps(document | {"version": "2"}))
-    assert "sedetect-residual version 2 is not" in refused(run("rank", stats, "--residual", damaged))
+    assert "is sedetect-residual version 2, not" in refused(run("rank", stats, "--residual", damaged))
     damaged.write_text(json.dumps(document | {"model": "another", "digest": "0"}))
     assert "the residual stream is that of another (0)" in refused(run("rank", stats, "--residual", damaged))
     assert "--residual 0: must be at least 1" in refused(run("profile", TINY, "--residual", 0))

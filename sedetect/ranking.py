@@ -430,7 +430,9 @@ def _check(criteria: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise SedetectError(f"{name} {value!r} is out of range; give a number {wanted}")
     if criteria["layers"] == "data" and not criteria["residual"]:
-        raise SedetectError("layers 'data' needs what was seen of the residual stream; pass residual= as well")
+        raise SedetectError(
+            "layers 'data' needs what was seen of the residual stream; pass residual= (--residual) as well"
+        )
     if criteria["compat"] and criteria["fraction"] != 0.1:
         raise SedetectError(
             f"fraction {criteria['fraction']!r} does not go with compat 'published-tool', which takes maximum // 10; "

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,19 @@ def test_a_profile_outlives_its_observation(tmp_path, monkeypatch):
         progress=lambda domain, *_: done.append(1) if domain == "residual" else None,
     )
     assert result.interrupted and result.residual is None and result.stats.header.tokens == 256
+
+
+def test_a_reader_that_leaves(observed, tmp_path):
+    """`sedetect rank ... | head -1`: the file is there, and the exit code is not that of sets that differ."""
+    file = tmp_path / "ranking.json"
+    command = [sys.executable, "-m", "sedetect", "rank", str(observed[1]), "-o", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141 and ranked(file)["format"] == "sedetect-ranking"
+
+
+def test_text_of_users_is_no_picture(observed):
+    assert "random:x: x is no number" in refused(run("ablate", TINY, "--experts", "random:x"))
 
 
 def test_a_draw_is_repeatable():

@@ -151,10 +151,10 @@ def rank_command(
         min_ratio=min_ratio,
         min_gate_ratio=min_gate_ratio,
     )
-    print_ranking(console, ranking, residual=seen)
-    print_run(console, state)
     if output is not None:
         write_json(output, ranking_document(ranking, None))
+    print_ranking(console, ranking, residual=seen)
+    print_run(console, state)
 
 
 def _layers(value: str) -> float | str:

@@ -18,8 +18,8 @@ extension = CppExtension(
 
 setup(
     # Listed by hand: sedetect/kernels is a symlink, which find_packages would walk twice or not at all.
-    packages=["sedetect", "sedetect.cli", "sedetect.kernels"],
-    package_data={"sedetect": ["corpus/*"]},
+    packages=["sedetect", "sedetect.cli", "sedetect.kernels", "sedetect.report"],
+    package_data={"sedetect": ["corpus/*"], "sedetect.report": ["template/*"]},
     ext_modules=[extension],
     cmdclass={"build_ext": BuildExtension},
 )

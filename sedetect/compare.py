@@ -95,8 +95,10 @@ class Comparison:
         return len({frozenset(run.found) for run in self.runs}) == 1
 
     def to_dict(self) -> dict[str, Any]:
-        """equal, formed, runs, steps, and moved with ratio and channel_changed, for JSON."""
+        """format, version, equal, formed, runs, steps, and moved with ratio and channel_changed, for JSON."""
         return {
+            "format": "sedetect-comparison",
+            "version": "1",
             "equal": self.equal,
             "formed": self.formed,
             "runs": [asdict(run) for run in self.runs],

@@ -27,6 +27,9 @@ from sedetect.residual import Residual, observe_residual, sink_decay
 from sedetect.stability import finite
 from sedetect.stats import ModelStats
 
+FORMAT = "sedetect-ablation"
+VERSION = "1"
+
 
 @dataclass
 class Outcome:
@@ -59,10 +62,16 @@ class Outcome:
 class Experiment:
     """Experts or weights switched off in several ways, and controls of the same size.
 
-    controls: "same layers" and "anywhere", one outcome per seed, all under "skip": as many random experts of the same
+    model, digest, dtype: as in the header of statistics; tokens: of evaluation text, per domain; sequences: how many the
+    residual stream was observed on.
+    controls: "same layers" and "anywhere", one outcome per draw, all under "skip": as many random experts of the same
     banks, and of all; for a weight, a random weight of the same down_proj, and of any routed expert's.
     """
 
+    model: str
+    digest: str
+    dtype: str
+    tokens: dict[str, int]
     baseline: Outcome
     outcomes: list[Outcome]
     controls: dict[str, list[Outcome]]
@@ -77,8 +86,22 @@ class Experiment:
 
     def to_dict(self) -> dict[str, Any]:
         """For ablation.json; conclusion is conclusion(self)."""
-        document = {"format": "sedetect-ablation", "version": "1"} | finite(asdict(self))
+        document = {"format": FORMAT, "version": VERSION} | finite(asdict(self))
         return document | {"sink_layer": self.sink_layer, "conclusion": conclusion(self)}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Experiment":
+        """The inverse of to_dict."""
+        return cls(
+            model=document["model"],
+            digest=document["digest"],
+            dtype=document["dtype"],
+            tokens=document["tokens"],
+            baseline=Outcome(**document["baseline"]),
+            outcomes=[Outcome(**outcome) for outcome in document["outcomes"]],
+            controls={name: [Outcome(**run) for run in runs] for name, runs in document["controls"].items()},
+            sequences=document["sequences"],
+        )
 
 
 Target = Place | Weight
@@ -212,19 +235,34 @@ def run_experiment(
         outcome.mean_change = statistics.fmean(outcome.change.values())
     same = outcomes[len(plan) : len(plan) + len(drawn["same layers"])]
     anywhere = outcomes[len(plan) + len(same) :]
-    observed = sum(before.sequences.values())
-    return Experiment(base, outcomes[1 : len(plan)], {"same layers": same, "anywhere": anywhere}, observed)
+    return Experiment(
+        model=before.model,
+        digest=before.digest,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        tokens={domain: windows.ids.numel() for domain, windows in domains.items()},
+        baseline=base,
+        outcomes=outcomes[1 : len(plan)],
+        controls={"same layers": same, "anywhere": anywhere},
+        sequences=sum(before.sequences.values()),
+    )
 
 
 def conclusion(experiment: Experiment) -> str:
-    """One sentence on the first intervention: which of the three signs of a super expert it shows."""
+    """One sentence on the first intervention: which of the three signs of a super expert it shows.
+
+    perplexity: worse than every random set of the same layers; sinks: attention on first tokens less than half;
+    residual: its maximum less than half. An expert that feeds a super expert shows them too.
+    """
     base, main = experiment.baseline, experiment.outcomes[0]
     same = [outcome.mean_change for outcome in experiment.controls["same layers"]]
-    signs = []
+    shown, texts = [], []
     if same:
-        worse = main.mean_change > max(same) and main.mean_change > 0
+        if main.mean_change > max(0, *same):
+            shown.append("perplexity")
         beside = f"{max(same):+.1%} for the worst of {len(same)} random sets of the same layers"
-        signs.append((worse, f"perplexity {main.mean_change:+.1%} (against {beside})"))
+        texts.append(f"perplexity {main.mean_change:+.1%} (against {beside})")
+    else:
+        texts.append(f"perplexity {main.mean_change:+.1%} (not judged: no controls)")
     both = [pair for pair in zip(base.sinks, main.sinks, strict=True) if None not in pair]
     if both:
         old, new = map(statistics.fmean, zip(*both))
@@ -232,15 +270,18 @@ def conclusion(experiment: Experiment) -> str:
         layer = experiment.sink_layer
         if layer is not None and main.sink_decay[layer] is not None:
             text += f" (D_sink {main.sink_decay[layer]:.2f} in layer {layer})"
-        signs.append((new < old / 2, text))
-    text = f"residual maximum {base.residual_max:.4g} to {main.residual_max:.4g}"
-    signs.append((main.residual_max < base.residual_max / 2, text))
-    shown = sum(sign for sign, _ in signs)
-    verdict = {len(signs): "all signs of super experts", 0: "no sign of super experts"}.get(
-        shown, f"{shown} of {len(signs)} signs of super experts"
+        texts.append(text)
+        if new < old / 2:
+            shown.append("sinks")
+    else:
+        texts.append("attention not observed")
+    texts.append(f"residual maximum {base.residual_max:.4g} to {main.residual_max:.4g}")
+    if main.residual_max < base.residual_max / 2:
+        shown.append("residual")
+    verdict = {3: "all signs of super experts", 0: "no sign of super experts"}.get(
+        len(shown), f"{len(shown)} of 3 signs of super experts ({', '.join(shown)})"
     )
-    names = ", ".join(main.experts)
-    return f"without {names}: {verdict}: {'; '.join(text for _, text in signs)}"
+    return f"without {', '.join(main.experts)}: {verdict}: {'; '.join(texts)}"
 
 
 def random_controls(model: nn.Module, experts: Sequence[Target], number: int) -> dict[str, list[list[Target]]]:

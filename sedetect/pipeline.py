@@ -1,6 +1,7 @@
 """profile_model: the whole calibration, from a checkpoint and texts to merged statistics."""
 
 import os
+import platform
 import time
 import warnings
 from collections.abc import Callable
@@ -41,6 +42,7 @@ class ModelProfile:
     stats         of all domains together
     domains       per domain; they merge to stats
     seconds       in the model's forwards and the statistics, without loading
+    device        name of what the model ran on
     asked         tokens asked for; stats.header.tokens were used
     interrupted   stop() ended it early
     residual      what was seen of the residual stream, where it was asked for and nothing interrupted the profile
@@ -55,6 +57,7 @@ class ModelProfile:
     stats: ModelStats
     domains: dict[str, ModelStats] = field(default_factory=dict)
     seconds: float = 0.0
+    device: str = ""
     asked: int = 0
     interrupted: bool = False
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -124,6 +127,7 @@ def profile_model(
     if in_rounds:
         batch_size = min(batch_size, ROUND_WINDOWS)
     result = ModelProfile(ModelStats.empty(), asked=tokens, tokenizer=tokenizer, windows=calibration.domains)
+    result.device = _device_name(model.device)
     done = 0
     for part in _rounds(calibration.domains, batch_size) if in_rounds else [calibration.domains]:
         measured: dict[str, ModelStats] = {}
@@ -185,6 +189,13 @@ class _Stopped(Exception):
 def _check(stop: Callable[[], bool], tokens: int) -> None:
     if stop():
         raise _Stopped
+
+
+def _device_name(device: torch.device) -> str:
+    """A GPU's name, or the kind of the device and the machine's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def _rounds(domains: dict[str, Windows], count: int) -> list[dict[str, Windows]]:

@@ -59,6 +59,12 @@ class Place:
         return f"{'' if self.stack == 'decoder' else self.stack + '.'}L{self.layer}{name}"
 
 
+def place_of(bank: BankId, e: int, experts: int) -> Place:
+    """The Place of expert e of a bank with that many experts."""
+    base = bank.kind.split("_")[0]
+    return Place(*bank, e if base == "routed" or experts > 1 else base)
+
+
 @dataclass(frozen=True)
 class SuperExpert(Place):
     """An expert the rule names, or one beside the set, with the evidence; y is its down_proj output before the gate.
@@ -344,8 +350,7 @@ class _View:
 
     def name(self, e: int) -> int | str:
         """The expert as a Place has it."""
-        base = self.bank.kind.split("_")[0]
-        return e if base == "routed" or len(self.values) > 1 else base
+        return place_of(self.bank, e, len(self.values)).expert
 
     def evidence(self, e: int, median: float | None, tests: _Tests, min_gate_ratio: float) -> dict[str, Any]:
         """The fields of SuperExpert for expert e but its place and verdict."""
@@ -425,7 +430,9 @@ def _check(criteria: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
             raise SedetectError(f"{name} {value!r} is out of range; give a number {wanted}")
     if criteria["layers"] == "data" and not criteria["residual"]:
-        raise SedetectError("layers 'data' needs what was seen of the residual stream; pass residual= as well")
+        raise SedetectError(
+            "layers 'data' needs what was seen of the residual stream; pass residual= (--residual) as well"
+        )
     if criteria["compat"] and criteria["fraction"] != 0.1:
         raise SedetectError(
             f"fraction {criteria['fraction']!r} does not go with compat 'published-tool', which takes maximum // 10; "

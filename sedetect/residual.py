@@ -71,6 +71,8 @@ def observe_residual(
     """
     if sequences < 1:
         raise SedetectError(f"--sequences {sequences}: must be at least 1")
+    if min_ratio < 0 or min_value < 0:
+        raise SedetectError(f"--min-ratio {min_ratio:g}, least value {min_value:g}: must be at least 0")
     if model.training:
         raise SedetectError(f"{type(model).__name__}: is in training mode; call model.eval() first")
     chosen = _spread(domains, sequences)

@@ -4,7 +4,6 @@ sedetect.residual observes it; here are its parts, its document residual.json, a
 of a decoder layer before any final norm; everything is in its units.
 """
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from sedetect.ablation import parse_place
 from sedetect.errors import SedetectError
+from sedetect.files import read_document
 from sedetect.ranking import Place
 
 FORMAT = "sedetect-residual"
@@ -178,23 +178,13 @@ class Residual:
         path = Path(path)
         if path.is_dir():
             path /= "residual.json"
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            return cls.from_dict(document)
-        except OSError as error:
-            why = f"cannot be read ({error.strerror}); run `sedetect analyze residual MODEL -o DIR` to make one"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            why = "is damaged; observe the residual stream again"
-        except SedetectError as error:
-            why = str(error)
-        raise SedetectError(f"{path}: {why}")
+        if not path.is_file():
+            raise SedetectError(f"{path}: no such file; run `sedetect analyze residual MODEL -o DIR` to make one")
+        return read_document(path, FORMAT, VERSION, cls.from_dict)
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> "Residual":
-        """The inverse of to_dict; keys beside its own are left out. Raises SedetectError for another document."""
-        if (document.get("format"), document.get("version")) != (FORMAT, VERSION):
-            found = f"{document.get('format')} version {document.get('version')}"
-            raise SedetectError(f"{found} is not {FORMAT} version {VERSION}; observe the residual stream again")
+        """The inverse of to_dict; keys beside its own are left out."""
         fields = {name: document[name] for name in cls.__dataclass_fields__}
         fields["layers"] = [LayerResidual(**layer) for layer in document["layers"]]
         fields["formations"] = [

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect import hf
+from sedetect.ablation import parse_place
 from sedetect.calibration import Windows, batches
 from sedetect.errors import SedetectError
 from sedetect.kernels.update import Rows
@@ -109,6 +110,29 @@ class Traces:
             trace |= {"expert": str(kept.expert), "shares": {kind: kept.share(kind) for kind in kept.kinds}}
             trace["tokens"] = [{"token_id": t, "text": texts[t]} | group for t, group in trace["tokens"].items()]
         return document
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Traces":
+        """The inverse of to_dict."""
+        fields = {name: document[name] for name in cls.__dataclass_fields__}
+
+        def group(of: dict[str, Any]) -> Group:
+            return Group(**{name: of[name] for name in Group.__dataclass_fields__})
+
+        fields["experts"] = [
+            ExpertTrace(
+                expert=parse_place(trace["expert"]),
+                rows=trace["rows"],
+                nonfinite=trace["nonfinite"],
+                top=[Fired(**row) for row in trace["top"]],
+                kinds={name: group(of) for name, of in trace["kinds"].items()},
+                positions={name: group(of) for name, of in trace["positions"].items()},
+                tokens={of["token_id"]: group(of) for of in trace["tokens"]},
+                texts={of["token_id"]: of["text"] for of in trace["tokens"]},
+            )
+            for trace in document["experts"]
+        ]
+        return cls(**fields)
 
 
 @torch.no_grad()

@@ -172,7 +172,7 @@ def test_says_what_was_run(profiled):
 def test_files_written(profiled):
     folder = profiled[1]
     domains = {f"domains/{domain}.safetensors" for domain in DOMAINS}
-    assert files_of(folder) == {"stats.safetensors", "super_experts.json"} | domains
+    assert files_of(folder) == {"stats.safetensors", "super_experts.json", "run.json"} | domains
     stats = ModelStats.load(folder / "stats.safetensors")
     assert sorted(stats.banks) == [BankId("decoder", layer, "routed") for layer in range(LAYERS)]
     for bank, state in stats.banks.items():
@@ -258,7 +258,7 @@ def test_rerun_with_fewer_domains(small, tmp_path):
         (data / f"{name}.txt").write_text(f"the {name} of everything " * 50)
     (out / "domains").mkdir(parents=True)
     (out / "domains" / "notes.txt").touch()
-    common = {"stats.safetensors", "super_experts.json", "domains/notes.txt"}
+    common = {"stats.safetensors", "super_experts.json", "run.json", "domains/notes.txt"}
     assert run("profile", small, "-o", out, "--data", data, *SMALL).code == 0
     assert files_of(out) == common | {"domains/a.safetensors", "domains/b.safetensors"}
     assert run("profile", small, "-o", out, "--data", data / "a.txt", *SMALL).code == 0

@@ -172,7 +172,7 @@ def test_an_experiment_without_controls_of_its_size(subject):
     experts = resolve(model, [f"L8E{e}" for e in range(30)])
     result = run_experiment(model, tokenizer, short, list(experts), prefix=1, hows=("skip",), controls=1, sequences=8)
     assert result.controls["same layers"] == [] and result.sequences == 1 and result.sink_layer == 9
-    assert "random sets" not in conclusion(result) and "residual maximum" in conclusion(result)
+    assert "(not judged: no controls)" in conclusion(result) and "all signs" not in conclusion(result)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
@@ -182,7 +182,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         main()
     assert not stopped.value.code
     printed = capsys.readouterr().out
-    assert printed.startswith("without L1E28: ") and "same layers: max" in printed and "D_sink" in printed
+    assert printed.startswith("without L1E28: ") and "same layers: mean" in printed and "D_sink" in printed
     document = json.loads((tmp_path / "ablation.json").read_text())
     assert document["format"] == "sedetect-ablation" and document["outcomes"][0]["experts"] == ["L1E28"]
     assert document["sink_layer"] == 6 and len(document["outcomes"][0]["sink_decay"]) == 10

@@ -111,7 +111,7 @@ def test_a_tokenizer_prefix_that_data_lacks_is_said():
 
 
 def test_the_ranking_document_is_json(tiny):
-    from sedetect.report import ranking_document
+    from sedetect.tables import ranking_document
 
     document = ranking_document(sedetect.rank(tiny.stats), tiny.tokenizer)
     assert json.loads(json.dumps(document, allow_nan=False)) == document

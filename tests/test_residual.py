@@ -284,8 +284,6 @@ def test_the_document(residual):
     assert document["forming_layers"] == [1] and document["format"] == "sedetect-residual"
     assert document["formations"][0]["writers"][0]["expert"] == "L1E28"
     assert Residual.from_dict(document | {"ablated": {}}) == residual
-    with pytest.raises(SedetectError, match="sedetect-ranking"):
-        Residual.from_dict({"format": "sedetect-ranking", "version": "1"})
 
 
 def test_the_command(tmp_path):

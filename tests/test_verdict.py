@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from test_cli import INDEX, SMALL, files_of, put_model, ranked, refused, row, ru
 
 import sedetect
 from sedetect import ModelStats, SedetectError, pipeline
-from sedetect.report import evidence
+from sedetect.tables import evidence
 from sedetect.stream import Residual
 
 TEXT = ("--tokens", 2048, "--seq-len", 128)
@@ -61,14 +63,19 @@ def test_residual_refusals(observed, tmp_path):
     stats = observed[1] / "stats.safetensors"
     assert "layers 'data' needs" in refused(run("rank", stats, "--layers", "data"))
     assert "--layers zork" in refused(run("rank", stats, "--layers", "zork"))
-    assert "residual.json: cannot be read" in refused(run("rank", stats, "--residual", tmp_path / "residual.json"))
+    assert "residual.json: no such file" in refused(run("rank", stats, "--residual", tmp_path / "residual.json"))
     damaged = tmp_path / "damaged.json"
-    for text in ("{", "[]", '{"format": "sedetect-residual", "version": "1"}'):
+    bad = {
+        "{": "is no JSON",
+        "[]": "is a document without format",
+        '{"format": "sedetect-residual", "version": "1"}': "damaged",
+    }
+    for text, said in bad.items():
         damaged.write_text(text)
-        assert "damaged.json: is damaged" in refused(run("rank", stats, "--residual", damaged))
+        assert f"damaged.json: {said}" in refused(run("rank", stats, "--residual", damaged))
     document = json.loads((observed[1] / "residual.json").read_text())
     damaged.write_text(json.dumps(document | {"version": "2"}))
-    assert "sedetect-residual version 2 is not" in refused(run("rank", stats, "--residual", damaged))
+    assert "is sedetect-residual version 2, not" in refused(run("rank", stats, "--residual", damaged))
     damaged.write_text(json.dumps(document | {"model": "another", "digest": "0"}))
     assert "the residual stream is that of another (0)" in refused(run("rank", stats, "--residual", damaged))
     assert "--residual 0: must be at least 1" in refused(run("profile", TINY, "--residual", 0))
@@ -132,6 +139,19 @@ def test_a_profile_outlives_its_observation(tmp_path, monkeypatch):
         progress=lambda domain, *_: done.append(1) if domain == "residual" else None,
     )
     assert result.interrupted and result.residual is None and result.stats.header.tokens == 256
+
+
+def test_a_reader_that_leaves(observed, tmp_path):
+    """`sedetect rank ... | head -1`: the file is there, and the exit code is not that of sets that differ."""
+    file = tmp_path / "ranking.json"
+    command = [sys.executable, "-m", "sedetect", "rank", str(observed[1]), "-o", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141 and ranked(file)["format"] == "sedetect-ranking"
+
+
+def test_text_of_users_is_no_picture(observed):
+    assert "random:x: x is no number" in refused(run("ablate", TINY, "--experts", "random:x"))
 
 
 def test_a_draw_is_repeatable():

@@ -5,7 +5,7 @@ import sys
 import huggingface_hub.utils.logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
-from sedetect.cli import ablate, analyze, budget, compare, export, profile, prune, stability, super_weights
+from sedetect.cli import ablate, analyze, budget, compare, export, profile, prune, report, stability, super_weights
 from sedetect.cli.shared import app, stderr
 from sedetect.errors import SedetectError
 
@@ -19,6 +19,7 @@ __all__ = [
     "main",
     "profile",
     "prune",
+    "report",
     "stability",
     "super_weights",
 ]

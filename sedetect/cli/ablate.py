@@ -127,7 +127,8 @@ def _print(experiment: Experiment) -> None:
         if runs:
             blank = [""] * (len(table.columns) - len(domains) - 2)
             table.add_row(f"{name}: mean", *_summary(runs, domains, statistics.fmean), *_rest(runs, layer, asked))
-            table.add_row(f"{name}: max", *_summary(runs, domains, max), *blank)
+            for word, of in (("min", min), ("max", max)) if len(runs) > 1 else ():
+                table.add_row(f"{name}: {word}", *_summary(runs, domains, of), *blank)
     print_whole(table)
     decayed = (
         ""
@@ -139,7 +140,8 @@ def _print(experiment: Experiment) -> None:
         f"({len(experiment.controls['same layers'])} and {len(experiment.controls['anywhere'])} draws); sink: mean attention on the first token; "
         f"{decayed}resid: the largest value of the residual stream inside; on "
         f"{experiment.sequences} sequences. In a small model perplexity alone proves little: judge by the controls of "
-        "the same layers, the sinks and the residual together."
+        "the same layers, the sinks and the residual together. An expert that a super expert depends on shows the same "
+        "signs: analyze residual tells which one writes."
     )
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -31,10 +31,11 @@ from sedetect.errors import SedetectError
 from sedetect.files import write_json
 from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.ranking import rank
-from sedetect.report import print_domains, print_ranking, print_run, ranking_document
+from sedetect.run import describe_run
 from sedetect.saliency import check_saliency, saliency_document
 from sedetect.stats import ModelStats
 from sedetect.stream import Residual
+from sedetect.tables import print_domains, print_ranking, print_run, ranking_document
 
 Percentile = Annotated[float, typer.Option(help="percentile of the population an expert must exceed")]
 Fraction = Annotated[float, typer.Option(help="fraction of the largest value an expert must exceed")]
@@ -200,6 +201,7 @@ def _show(result: ModelProfile, output: Path | None) -> None:
         _save_parts(output / "domains", result.domains)
         _save_parts(output / "rounds", {f"{number:03}": shard for number, shard in enumerate(result.shards)})
         write_json(output / "super_experts.json", ranking_document(ranking, result.tokenizer))
+        write_json(output / "run.json", describe_run(result, ranking).to_dict())
         if result.residual is None:
             (output / "residual.json").unlink(missing_ok=True)  # of another run
         else:

@@ -16,8 +16,19 @@ from sedetect.errors import SedetectError
 from sedetect.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
-stderr = Console(stderr=True)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on (`| head`): leave as shells have it, not with 1, which says that sets differ."""
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            raise SystemExit(141) from None
+
+
+console = _Console(emoji=False)  # no text of a user is a picture
+stderr = _Console(stderr=True, emoji=False)
 
 Model = Annotated[str, typer.Argument(help="checkpoint folder or hub name", metavar="MODEL")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="folder for the results")]
@@ -78,7 +89,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def print_whole(table: Table) -> None:
     """A table of numbers: too wide for the terminal it wraps, but no number is cut."""
-    Console(width=max(console.width, 200)).print(table)
+    _Console(width=max(console.width, 200), emoji=False).print(table)
 
 
 def progress_bar(unit: str = "tokens") -> Progress:

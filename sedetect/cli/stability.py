@@ -28,7 +28,11 @@ def stability_command(stats: Runs, json: Json = None) -> None:
     parts = {"runs": runs} if len(runs) > 1 else {name: _parts(stats[0] / name) for name in ("domains", "rounds")}
     agreed = {name: agreement(some) for name, some in parts.items() if len(some) > 1}
     if json is not None:
-        document = {"grids": {name: grid.to_dict() for name, grid in grids.items()}}
+        document = {
+            "format": "sedetect-stability",
+            "version": "1",
+            "grids": {name: grid.to_dict() for name, grid in grids.items()},
+        }
         write_json(json, document | {"agreement": {name: one.to_dict() for name, one in agreed.items()}})
     for name, grid in grids.items():
         _print_grid(name, grid)

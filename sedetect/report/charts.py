@@ -1,0 +1,206 @@
+"""The charts of the report, as Vega-Lite specifications over the records of sedetect.report.data."""
+
+from collections.abc import Callable
+from itertools import product
+
+import altair as alt
+
+from sedetect.report.drawing import COUNTS, EXPERT, FINE_LOG, LOG, VERDICTS, Chart, Drawing, ordinal, tooltips
+
+
+class Charts(Drawing):
+    """The charts of one report."""
+
+    def all(self) -> list[Chart]:
+        """The charts that have something to draw, in the order of the page."""
+        makers: list[tuple[str, Callable[[], Chart]]] = [
+            ("experts", self.heatmap),
+            ("experts", self.tail),
+            ("diagonal", self.first_rest),
+            ("layers", self.by_layer),
+            ("columns", self.by_expert),
+            ("kept", self.positions),
+            ("residual", self.residual),
+            ("sinks", self.sinks),
+            ("ablation", self.ablation),
+            ("coverage", self.coverage),
+            ("headroom", self.headroom),
+            ("kurtosis", self.kurtosis),
+        ]
+        return [make() for name, make in makers if self.data[name] and (name != "experts" or self.values)]
+
+    def heatmap(self) -> Chart:
+        x = alt.X("column:N", scale=alt.Scale(domain=self.columns), title="expert", axis=self.thinned(self.columns, 32))
+        y = alt.Y("row:N", scale=alt.Scale(domain=self.rows), title="layer", axis=self.thinned(self.rows, 24))
+        base = self.on("experts").encode(x=x, y=y, tooltip=tooltips(*EXPERT))
+        low, high = min(self.values), max(self.values)
+        scale = alt.Scale(type="log", scheme="viridis", domain=[low, high if high > low else low * 10])
+        legend = alt.Legend(title="max|y|", format="~s", tickCount=5, gradientLength=220, orient="top")
+        colour = alt.Color("value:Q", scale=scale, legend=legend)
+        layers = [base.transform_filter(alt.datum.state == "seen").mark_rect().encode(color=colour)]
+        for state, name in (("unseen", "unseen"), ("non-finite", "broken")):
+            if any(record["state"] == state for record in self.data["experts"]):
+                layers.append(base.transform_filter(alt.datum.state == state).mark_rect(color=self.colour[name]))
+        ring = {"fill": None, "strokeWidth": 2}
+        for verdict in VERDICTS[:3]:
+            chosen = base.transform_filter(alt.datum.verdict == verdict)
+            layers.append(chosen.mark_rect(stroke=self.colour[verdict], tooltip=None, **ring))
+        edge = self.columns[len(self.columns) // 2 :]
+        beside = 6 + 500 // len(self.columns)  # half a cell of a chart some 1000 pixels wide
+        for verdict, right in product(VERDICTS[:2], (False, True)):
+            inside = alt.FieldOneOfPredicate(field="column", oneOf=edge)
+            chosen = base.transform_filter(alt.datum.verdict == verdict).transform_filter(
+                inside if right else alt.LogicalNotPredicate(**{"not": inside})
+            )
+            where = {"align": "right", "dx": -beside} if right else {"align": "left", "dx": beside}
+            halo = {
+                "stroke": self.colour["paper"],
+                "strokeWidth": 4,
+                "strokeJoin": "round",
+                "color": self.colour["paper"],
+            }
+            for look in (halo, {"color": self.colour[verdict]}):
+                layers.append(chosen.mark_text(fontWeight="bold", fontSize=13, **where, **look).encode(text="expert:N"))
+        height = max(160, min(560, 22 * len(self.rows)))
+        text = f"Heatmap of the largest output of {len(self.data['experts'])} experts, layers down, experts across."
+        return self.chart("heatmap", text, alt.layer(*layers), height)
+
+    def tail(self) -> Chart:
+        base = self.on("experts").transform_filter("datum.value > 0")
+        x = alt.X("place:Q", scale=alt.Scale(type="log", nice=False), title="place, by max|y|", axis=FINE_LOG)
+        y = alt.Y("value:Q", scale=alt.Scale(type="log"), title="max|y|", axis=LOG)
+        points = base.mark_point(size=36, strokeWidth=1.3).encode(
+            x=x, y=y, color=self.verdicts(), fill=alt.condition("datum.inside", self.verdicts(), alt.value("transparent")),
+            tooltip=tooltips("place", *EXPERT),
+        )  # fmt: skip
+        rule = self.on("thresholds").mark_rule(color=self.colour["muted"], strokeWidth=1.5)
+        rules = rule.encode(
+            y="value:Q",
+            strokeDash=alt.StrokeDash(
+                "test:N",
+                title=None,
+                scale=alt.Scale(domain=[r["test"] for r in self.data["thresholds"]], range=[[8, 4], [2, 3], [1, 0]]),
+                legend=alt.Legend(orient="top", symbolType="stroke", labelLimit=400, columns=1),
+            ),
+            tooltip=[alt.Tooltip("test:N"), alt.Tooltip("value:Q", format=".5~g")],
+        )
+        text = "Experts sorted by their largest output, with the thresholds of the rule as horizontal lines."
+        return self.chart("tail", text, alt.layer(rules, points), 300)
+
+    def first_rest(self) -> Chart:
+        x = alt.X("rest:Q", scale=alt.Scale(type="log"), title="max|y| on other tokens", axis=FINE_LOG)
+        y = alt.Y("first:Q", scale=alt.Scale(type="log"), title="max|y| on first tokens", axis=LOG)
+        base = self.on("experts").transform_filter("datum.first > 0 && datum.rest > 0")
+        points = base.mark_point(filled=True, size=40, opacity=0.85).encode(
+            x=x, y=y, color=self.verdicts(), tooltip=tooltips(*EXPERT)
+        )
+        line = self.on("diagonal").mark_line(color=self.colour["muted"], strokeDash=[4, 4])
+        diagonal = line.encode(x="rest:Q", y="first:Q")
+        text = "Each expert's largest output on first tokens of sequences against that on all other tokens."
+        return self.chart("first-rest", text, alt.layer(diagonal, points), 320)
+
+    def by_layer(self) -> Chart:
+        chart = self.two_series(
+            "layers", self.across("row", self.rows, "layer"), "max|y|", ("largest expert", "median expert")
+        )
+        text = "The largest and the median of the experts' largest outputs in every layer."
+        return self.chart("by-layer", text, self._with_names(chart, "row"), 240)
+
+    def by_expert(self) -> Chart:
+        x = self.across("column", self.columns, "expert")
+        chart = self.two_series("columns", x, "max|y|", ("all layers", "layers of the rule"), extra=("expert",))
+        text = "The largest output of every expert number, over all layers and over those in which the rule looks."
+        return self.chart("by-expert", text, self._with_names(chart, "column"), 240)
+
+    def positions(self) -> Chart:
+        x = alt.X(
+            "position:Q", scale=alt.Scale(type="symlog", nice=False), title="position in its sequence", axis=COUNTS
+        )
+        y = alt.Y("value:Q", scale=alt.Scale(type="log"), title="max|y| of the row", axis=LOG)
+        kinds = alt.Shape(
+            "tokens:N",
+            title=None,
+            scale=alt.Scale(domain=["first token", "other token"], range=["circle", "cross"]),
+            legend=alt.Legend(orient="top", symbolStrokeColor=self.colour["muted"]),
+        )
+        tips = tooltips("expert", "value", "gate", "token", "position", "domain", "sequence")
+        points = self.on("kept").mark_point(size=60, strokeWidth=1.6).encode(
+            x=x, y=y, color=self.verdicts("kept"), shape=kinds, tooltip=tips
+        )  # fmt: skip
+        text = "The strongest rows of the experts that stand out, by their position in the text."
+        return self.chart("positions", text, points, 260)
+
+    def residual(self) -> Chart:
+        chart = self.two_runs("residual", "|x| of the residual stream", ("maximum", "median"), "log")
+        text = "The largest and the median element of the residual stream after every layer."
+        return self.chart("residual", text, chart, 240)
+
+    def sinks(self) -> Chart:
+        chart = self.two_runs(
+            "sinks", "attention to the first token", ("strongest head", "mean of the heads"), "linear"
+        )
+        text = "Attention to the first token in every layer: the strongest head, and the mean of the heads."
+        return self.chart("sinks", text, chart, 240)
+
+    def ablation(self) -> Chart:
+        sets = list(dict.fromkeys(record["set"] for record in self.data["ablation"]))
+        x = alt.X(
+            "change:Q", title="change of perplexity, mean of the domains", axis=alt.Axis(format="+~%", tickCount=6)
+        )
+        y = alt.Y("set:N", scale=alt.Scale(domain=sets), title=None, axis=alt.Axis(labelLimit=320))
+        kinds = {"chosen": self.colour["super"], "control": self.colour["other"]}
+        colour = alt.Color("kind:N", title=None, scale=ordinal(kinds), legend=None)
+        points = self.on("ablation").mark_point(filled=True, size=80, opacity=0.85).encode(
+            x=x, y=y, color=colour, tooltip=tooltips("set", "experts", "change")
+        )  # fmt: skip
+        zero = self.on("zero").mark_rule(color=self.colour["muted"]).encode(x="change:Q")
+        text = "Change of perplexity without the chosen experts, beside that without random experts."
+        return self.chart("ablation", text, alt.layer(zero, points), 28 * len(sets) + 20)
+
+    def coverage(self) -> Chart:
+        x = self.across("row", self.rows, "layer")
+        scale = alt.Scale(type="symlog", constant=10)
+        tips = [
+            alt.Tooltip("row:N", title="layer"),
+            *(alt.Tooltip(f"rows_{n}:Q", title=f"rows, {n}", format=",") for n in ("min", "median", "max")),
+        ]
+        base = self.on("coverage").encode(x=x)
+        low = alt.Y("rows_min:Q", scale=scale, title="rows of an expert", axis=COUNTS)
+        band = base.mark_bar(color=self.colour["other"], opacity=0.55, size=8).encode(
+            y=low, y2="rows_max:Q", tooltip=tips
+        )
+        middle = base.mark_point(filled=True, color=self.colour["accent"], opacity=1, size=40)
+        few = self.on("coverage").mark_rule(color=self.colour["super"], strokeDash=[6, 4]).encode(y="mean(wanted):Q")
+        layers = alt.layer(few, band, middle.encode(y="rows_median:Q", tooltip=tips))
+        text = "Rows of the routed experts in every layer: fewest, median and most, and the least an expert should see."
+        return self.chart("coverage", text, layers, 220)
+
+    def headroom(self) -> Chart:
+        x = self.across("row", self.rows, "layer")
+        lines = self.two_series("headroom", x, "largest element", ("max|y|, output", "max|h|, input"))
+        limits = self.on("limits").encode(y="value:Q")
+        rules = limits.mark_rule(color=self.colour["super"], strokeDash=[6, 4])
+        labels = limits.mark_text(align="left", dx=4, dy=9, color=self.colour["super"], fontSize=12).encode(
+            x=alt.value(0), text="format:N"
+        )
+        text = (
+            "Largest input and output of the experts' down projections in every layer, and the limits of fp8 and fp16."
+        )
+        return self.chart("headroom", text, alt.layer(rules, lines, labels), 240)
+
+    def kurtosis(self) -> Chart:
+        x = self.across("row", self.rows, "layer")
+        chart = self.two_series("kurtosis", x, "excess kurtosis", ("of the layer", "at most"), "linear")
+        text = "Excess kurtosis of the experts' largest outputs in every layer, and the most it can be."
+        return self.chart("kurtosis", text, chart, 220)
+
+    def _with_names(self, chart: alt.LayerChart, field: str) -> alt.LayerChart:
+        """The chart, and in it super experts and outliers by name where they stand."""
+        if not {record["verdict"] for record in self.data["experts"]} & set(VERDICTS[:2]):
+            return chart
+        is_super = alt.datum.verdict == "super"
+        colour = alt.condition(is_super, alt.value(self.colour["super"]), alt.value(self.colour["outlier"]))
+        base = self.on("experts").transform_filter("datum.verdict == 'super' || datum.verdict == 'outlier'")
+        base = base.encode(x=f"{field}:N", y="value:Q", color=colour, tooltip=tooltips(*EXPERT))
+        names = base.mark_text(dy=-11, fontWeight="bold", fontSize=12).encode(text="expert:N")
+        return alt.layer(chart, base.mark_point(filled=True, size=70, opacity=1), names)

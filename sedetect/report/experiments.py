@@ -1,0 +1,133 @@
+"""What the page says of experiments: the residual stream, ablation, traces. Each gives the template's variables."""
+
+import statistics
+from collections import defaultdict
+from typing import Any
+
+from sedetect.experiment import Experiment, Outcome, conclusion
+from sedetect.report.evidence import Evidence
+from sedetect.report.table import MOST, NONE, Table, make_table
+from sedetect.report.text import number, percent, token_text, whole
+from sedetect.stream import Formation
+
+
+def residual_section(evidence: Evidence) -> dict[str, Any]:
+    residual, ablated = evidence.residual, evidence.ablated
+    if residual is None:
+        return {"residual": None}
+    forming = ", ".join(f"L{layer}" for layer in residual.forming_layers)
+    text = f"Massive activations form in {forming}" if forming else "No massive activation that a later layer carries"
+    writers = ", ".join(sorted(map(str, residual.writers())))
+    text += f", written by {writers}." if writers else "."
+    if ablated is not None:
+        text += (
+            f" Without {', '.join(evidence.ablated_experts)} the largest |x| between the first and the last layer falls from "
+            f"{number(residual.inner_max)} to {number(ablated.inner_max)}, the mean attention to the first token from "
+            f"{number(residual.sink_mean, 3)} to {number(ablated.sink_mean, 3)}."
+        )  # fmt: skip
+    text += f" Seen on {sum(residual.sequences.values())} sequences of {residual.seq_len} tokens; massive: |x| above "
+    text += f"{number(residual.min_value)} and {number(residual.min_ratio)} times the median."
+    rows = [
+        [f"L{layer.layer}", number(layer.maximum, 5), number(layer.ratio, 3), str(layer.channel), str(layer.position),
+         evidence.token(layer.token_id) or NONE, whole(layer.massive), number(layer.sink_mean, 3),
+         number(max(layer.sinks) if layer.sinks else None, 3)]
+        for layer in residual.layers
+    ]  # fmt: skip
+    head = "layer,#max|x|,#÷ median,#channel,#position,token,#massive elements,#sink: mean,#strongest head"
+    return {
+        "residual": residual,
+        "residual_text": text,
+        "residual_layers": make_table(head, rows),
+        "formations": _formations(residual.formations),
+    }
+
+
+def _formations(formations: list[Formation]) -> Table:
+    """One row per layer, channel, position and token: the largest, and how many sequences have it."""
+    places: dict[tuple[int, ...], list[Formation]] = defaultdict(list)
+    for one in formations:
+        places[one.layer, one.channel, one.position, one.token_id].append(one)
+    rows = []
+    for (layer, channel, position, _), same in list(places.items())[:MOST]:
+        one = max(same, key=lambda f: abs(f.after))
+        writers = ", ".join(f"{w.expert} {w.share:.0%}" for w in one.writers if abs(w.share) >= 0.05)
+        attention = NONE if one.attention is None else f"{one.attention:.0%}"
+        row = [f"L{layer}", str(channel), str(position), str(len(same)), number(one.before), number(one.after)]
+        rows.append([*row, attention, writers or NONE, f"L{one.carried_to}"])
+    return make_table("formed in,#channel,#position,#sequences,#x before,#x after,#attention,experts,carried to", rows)
+
+
+def ablation_section(experiment: Experiment | None) -> dict[str, Any]:
+    if experiment is None:
+        return {"ablation": None}
+    base = experiment.baseline
+    domains, asked = list(base.perplexity), base.accuracy is not None
+
+    layer = experiment.sink_layer
+
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
+
+    def rest(runs: list[Outcome]) -> list[str]:
+        cells = [number(mean([run.sink_mean for run in runs]), 3)]
+        if layer is not None:
+            cells.append(number(mean([run.sink_decay[layer] for run in runs]), 2))
+        cells.append(number(mean([run.residual_max for run in runs])))
+        return cells + ([f"{statistics.fmean(run.accuracy for run in runs):.0%}"] if asked else [])
+
+    rows = [["nothing", *(f"{base.perplexity[d]:.2f}" for d in domains), "", *rest([base])]]
+    for one in experiment.outcomes:
+        label = f"{', '.join(one.experts)}: {one.label}"
+        rows.append([label, *(percent(one.change[d]) for d in domains), percent(one.mean_change), *rest([one])])
+    for name, runs in experiment.controls.items():
+        for what, of in (("mean", statistics.fmean), ("worst", max)) if runs else ():
+            cells = [percent(of([run.change[d] for run in runs])) for d in domains]
+            cells.append(percent(of([run.mean_change for run in runs])))
+            rest_of = rest(runs) if what == "mean" else [""] * len(rest(runs))
+            rows.append([f"{len(runs)} random, {name}: {what}", *cells, *rest_of])
+    decay = [] if layer is None else [f"#D_sink L{layer}"]
+    head = ",".join(
+        ["switched off", *(f"#{d.replace(',', ' ')}" for d in domains), "#mean", "#sink", *decay, "#residual"]
+    )
+    text = conclusion(experiment)
+    return {"ablation": make_table(head + ",#exact" * asked, rows), "ablation_text": text[:1].upper() + text[1:]}
+
+
+def traces_section(evidence: Evidence) -> dict[str, Any]:
+    traces = evidence.traces
+    if traces is None:
+        return {"traces": None}
+
+    def cells(group: Any) -> list[str]:
+        return [
+            whole(group.rows),
+            whole(group.seen),
+            number(group.maximum, 5),
+            number(group.mean),
+            number(group.gate, 3),
+        ]
+
+    shown = []
+    for trace in traces.experts[:MOST]:
+        groups = trace.kinds | {f"position {name}": group for name, group in trace.positions.items()}
+        tokens = []
+        for token, group in list(trace.tokens.items())[:12]:
+            tokens.append([token_text(token, trace.texts[token]), *cells(group)])
+        columns = ",#rows,#of all,#max|y|,#mean,#routing"
+        kinds = make_table("tokens" + columns, [[name, *cells(group)] for name, group in groups.items()])
+        shown.append(
+            {
+                "expert": trace.expert,
+                "rows": whole(trace.rows),
+                "groups": kinds,
+                "tokens": make_table("token" + columns, tokens),
+            }
+        )
+    sequences = whole(sum(traces.sequences.values()))
+    text = f"Rows of these experts in {whole(traces.tokens)} tokens of {sequences} sequences: so many of all such tokens came "
+    return {
+        "traces": shown,
+        "traces_text": text
+        + "to the expert; the largest |y| of a row, at most and on average; the mean routing weight.",
+    }

@@ -1,0 +1,62 @@
+"""The page: one HTML file with everything in it.
+
+All text goes through the template's escaping. Beside that a content security policy lets run only the two scripts whose
+digests it names, and lets nothing be fetched.
+"""
+
+import base64
+import hashlib
+import importlib.resources
+
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from sedetect.report.data import Records
+from sedetect.report.drawing import VEGA_LITE, Chart
+from sedetect.report.evidence import Evidence
+from sedetect.report.sections import sections
+from sedetect.report.style import DARK, LIGHT, PAGE_FONT, css_variables
+from sedetect.report.table import Named
+from sedetect.report.text import number, visible
+from sedetect.version import __version__
+
+
+def render_page(evidence: Evidence, data: dict[str, Records], charts: list[Chart]) -> str:
+    """The HTML of a report; charts are those of Charts(data, page=True)."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"num": number, "visible": visible}
+    environment.tests["verdict"] = lambda cell: isinstance(cell, Named)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    css = jinja2.Template(_file("page.css")).render(
+        light=css_variables(LIGHT), dark=css_variables(DARK), font=PAGE_FONT
+    )
+    bundle, script = vl_convert.javascript_bundle(vl_version=VEGA_LITE), _file("page.js")
+    used = sorted({name for chart in charts for name in chart.data})
+    return environment.from_string(_file("page.html")).render(
+        sections(evidence, data),
+        version=__version__,
+        charts={chart.name: chart for chart in charts},
+        css=Markup(css),
+        bundle=Markup(bundle),
+        script=Markup(script),
+        scripts=[_digest(bundle), _digest(script)],
+        payload={
+            "charts": {chart.name: chart.spec | {"datasets": chart.data} for chart in charts},
+            "data": {name: _columnar(data[name]) for name in used},
+        },
+    )
+
+
+def _columnar(records: Records) -> dict[str, list]:
+    """The records without their keys: {"columns": names, "rows": lists of values}."""
+    columns = list(records[0]) if records else []
+    return {"columns": columns, "rows": [[record[name] for name in columns] for record in records]}
+
+
+def _digest(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _file(name: str) -> str:
+    return (importlib.resources.files("sedetect.report") / "template" / name).read_text(encoding="utf-8")

@@ -1,0 +1,203 @@
+"""What the page says, section by section: tables of ready cells, and a few sentences. The template lays them out."""
+
+from typing import Any
+
+from sedetect.ranking import SuperExpert
+from sedetect.report.data import Records, row_name
+from sedetect.report.evidence import Evidence
+from sedetect.report.experiments import ablation_section, residual_section, traces_section
+from sedetect.report.numbers import FP8_MAX, FP16_MAX, headroom, layer_rows, thin_experts
+from sedetect.report.table import MOST, NONE, Named, Table, make_table
+from sedetect.report.text import number, percent, whole
+from sedetect.stability import found_in
+from sedetect.stats import BankId
+from sedetect.tables import FEW_ROWS, coverage
+
+
+def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
+    """The variables of the template."""
+    ranking, header = evidence.ranking, evidence.stats.header
+    experts = ranking.super_experts + ranking.others
+    limits = ", ".join(
+        f"{'' if s == 'decoder' else s + ' '}layers below {limit}" for s, limit in ranking.layer_limits.items()
+    )
+    anchors = {"experts": "Experts", "evidence": "Evidence", "residual": "Residual stream", "ablation": "Without them",
+               "traces": "When they fire", "details": "Details", "run": "What was run"}  # fmt: skip
+    for name in ("residual", "ablation", "traces"):
+        if getattr(evidence, name) is None:
+            del anchors[name]
+    return {
+        "sections": list(anchors.items()),
+        "header": header,
+        "ranking": ranking,
+        "found": bool(found_in(ranking)),
+        "kept_out": [f"{e} (|y| {number(e.value)})" for e in experts if e.verdict == "outlier"][:MOST],
+        "facts": _facts(evidence),
+        "named": _experts(evidence, experts[:MOST]),
+        "modules": _modules(evidence, experts[:MOST]),
+        "more_named": max(len(experts) - MOST, 0),
+        "limits": limits,
+        "largest": _largest(data["experts"]),
+        "no_first": sum(not (r["first"] and r["rest"]) for r in data["experts"]),
+        "contexts": [r for r in data["kept"] if r["context"]],
+        "domains": _domains(evidence),
+        **residual_section(evidence),
+        **ablation_section(evidence.ablation),
+        **traces_section(evidence),
+        "coverage_text": coverage(evidence.stats).removeprefix("coverage: ") + ".",
+        "few_rows": FEW_ROWS,
+        "thin": _thin(evidence),
+        "headroom": _headroom(evidence),
+        "layers": _layers(evidence),
+        "run": _run(evidence),
+        "sources": _sources(evidence),
+    }
+
+
+def _facts(evidence: Evidence) -> list[dict[str, str]]:
+    stats, ranking = evidence.stats, evidence.ranking
+    rooms = headroom(stats)
+    top = max((room for room in rooms if room.out_max is not None), key=lambda room: room.out_max, default=None)
+    routed = [s for bank, s in stats.banks.items() if bank.kind.startswith("routed")]
+    rows = [n for state in routed for n in state.rows.tolist()]
+    few = sum(n < FEW_ROWS for n in rows)
+    over = {"fp16": sum(r.over_fp16 for r in rooms), "fp8": sum(r.over_fp8 for r in rooms)}
+    layers = len({(bank.stack, bank.layer) for bank in stats.banks if bank.kind.startswith("routed")})
+    facts = [
+        ("routed experts", whole(len(rows)), f"in {layers} layers, {stats.header.dtype}"),
+        ("calibration tokens", whole(stats.header.tokens), f"in {whole(stats.header.sequences)} sequences"),
+        ("largest |y|", NONE if top is None else number(top.out_max), "" if top is None else f"{top.out_name}, before the routing weight"),
+        ("y beyond fp16", whole(over["fp16"]), f"elements above 65504; above 448 (fp8): {whole(over['fp8'])}"),
+    ]  # fmt: skip
+    if rows:
+        value, more = "complete", f"every expert saw {whole(min(rows))} rows or more"
+        if few:
+            value, more = f"{whole(few)} thin", f"experts with fewer than {FEW_ROWS} rows"
+        facts.insert(2, ("coverage", value, more))
+    if evidence.ablation is not None and evidence.ablation.outcomes:
+        main = evidence.ablation.outcomes[0]
+        same = [run.mean_change for run in evidence.ablation.controls.get("same layers", ())]
+        beside = f"perplexity without {', '.join(main.experts)}"
+        facts.append(("what they are worth", percent(main.mean_change), beside + (f"; random: {percent(max(same))} at most" if same else "")))  # fmt: skip
+    if ranking.nonfinite:
+        facts.append(("NaN or infinity", f"{len(ranking.nonfinite)} experts", f"first {ranking.nonfinite[0]}"))
+    return [{"name": name, "value": value, "more": more} for name, value, more in facts]
+
+
+def _experts(evidence: Evidence, experts: list[SuperExpert]) -> Table:
+    seen = evidence.residual is not None
+    rows = []
+    for e in experts:
+        row = [Named(e, e.verdict), Named(e.verdict, e.verdict)]
+        row += [number(e.value, 5), number(e.ratio, 3), number(e.next_ratio, 3), str(e.channel)]
+        row += [evidence.token(e.token_id) or NONE, NONE if e.position < 0 else str(e.position)]
+        row += [
+            f"{number(e.first_max)} / {number(e.rest_max)}",
+            f"{number(e.first_gate, 3)} / {number(e.rest_gate, 3)}",
+        ]
+        rows.append([*row, _yes(e in evidence.ranking.super_experts), *([_yes(e.carried)] if seen else [])])
+    head = "expert,verdict,#max|y|,#÷ median,#÷ next,#channel,token,#position,#|y| first / rest,#routing first / rest,in set"
+    return make_table(head + (",carried" if seen else ""), rows)
+
+
+def _modules(evidence: Evidence, experts: list[SuperExpert]) -> list[str]:
+    """Where the experts are in the model: "L1E28 in model.layers.1.mlp.experts"."""
+    banks = evidence.stats.header.banks
+    return [f"{e} in {banks[str(BankId(e.stack, e.layer, e.kind))].module}" for e in experts]
+
+
+def _largest(experts: Records) -> Table:
+    chosen = sorted((r for r in experts if r["value"]), key=lambda r: r["place"])[:MOST]
+    rows = [
+        [Named(r["expert"], r["verdict"]), number(r["value"], 5), number(r["first"]), number(r["rest"]), str(r["channel"]),
+         r["token"], str(r["position"]), whole(r["rows"]), r["verdict"], _yes(r["inside"])]
+        for r in chosen
+    ]  # fmt: skip
+    return make_table("expert,#max|y|,#first tokens,#rest,#channel,token,#position,#rows,verdict,in population", rows)
+
+
+def _domains(evidence: Evidence) -> Table:
+    rows = []
+    for name, (stats, ranking) in evidence.domains.items():
+        top = max((room.out_max for room in headroom(stats) if room.out_max is not None), default=None)
+        names = ", ".join(f"{e} ({number(e.value)})" for e in found_in(ranking)) or "none"
+        thin = thin_experts(stats)
+        few = [whole(len(thin)), whole(sum(one.rows == 0 for one in thin))]
+        rows.append([name, names, number(top), whole(stats.header.tokens), *few])
+    return make_table(
+        f"domain,super experts,#largest |y|,#tokens,#experts with fewer than {FEW_ROWS} rows,#with none", rows
+    )
+
+
+def _thin(evidence: Evidence) -> Table:
+    thin = thin_experts(evidence.stats)[:MOST]
+    rows = [[one.name, whole(one.rows), ("" if one.rows else "at least ") + whole(one.more)] for one in thin]
+    return make_table("expert,#rows,#more tokens", rows)
+
+
+def _headroom(evidence: Evidence) -> Table:
+    rows = []
+    for room in headroom(evidence.stats):
+        for what, largest, name, fp8, fp16 in (
+            ("output y", room.out_max, room.out_name, room.out_over_fp8, room.out_over_fp16),
+            ("input h", room.in_max, room.in_name, room.in_over_fp8, room.in_over_fp16),
+        ):
+            output = what.startswith("output")
+            spaces = [number(limit / largest, 3) if largest else NONE for limit in (FP16_MAX, FP8_MAX)]
+            counts = [whole(n) if output else NONE for n in (room.over_fp16, room.over_fp8, room.nonfinite)]
+            beyond = [f"{whole(fp16)} of {whole(room.experts)}", f"{whole(fp8)} of {whole(room.experts)}"]
+            rows.append([f"{room.kind}, {what}", number(largest, 5), name or NONE, *spaces, *beyond, *counts])
+    head = "experts,#largest,expert,#headroom fp16,#headroom fp8,#experts over 65504,#experts over 448"
+    return make_table(head + ",#elements over 65504,#elements over 448,#NaN or infinite", rows)
+
+
+def _layers(evidence: Evidence) -> Table:
+    rows = [
+        [row_name(r.stack, r.layer), whole(r.experts), number(r.maximum, 5), number(r.median), number(r.in_max), number(r.kurtosis, 3),
+         number(r.kurtosis_most, 3), whole(r.rows_min), number(r.rows_median, 6), whole(r.rows_max)]
+        for r in layer_rows(evidence.stats)
+    ]  # fmt: skip
+    head = "layer,#experts seen,#max|y|,#median,#max|h|,#kurtosis,#at most,#rows: fewest,#median,#most"
+    return make_table(head, rows)
+
+
+def _run(evidence: Evidence) -> list[tuple[str, str]]:
+    header, run = evidence.stats.header, evidence.run
+    backends = sorted({backend for bank in header.banks.values() for backend in bank.backends})
+    layers = ", ".join(f"{count} {stack} layers" for stack, count in header.layers.items())
+    found = [
+        ("Model", header.model),
+        ("Digest of config and weights", header.digest),
+        ("Precision", header.dtype),
+        ("Layers", layers),
+        ("Text", f"{whole(header.tokens)} tokens in {whole(header.sequences)} sequences" + (f", windows of {header.window}" if header.window else "")),
+        ("Backend", ", ".join(backends) or NONE),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(header.versions.items()))),
+    ]  # fmt: skip
+    if run is not None:
+        when = run.date.replace("T", " ").replace("+00:00", " UTC")
+        speed = f" ({whole(round(header.tokens / run.seconds))} tokens/s)" if run.seconds else ""
+        found[1:1] = [
+            ("Profiled", when),
+            ("Device", run.device),
+            ("Time in the forwards", f"{run.seconds:.1f} s{speed}"),
+        ]
+    criteria = evidence.ranking.criteria
+    rule = f"percentile {criteria['percentile']:g}, fraction {criteria['fraction']:g}, first {criteria['layers']:g} of the layers"
+    verdict = f"|y| at least {criteria['min_value']:g}, {criteria['min_ratio']:g} times the layer's median, routing {criteria['min_gate_ratio']:g} times"
+    return found + [("Rule", rule), ("Verdict super", verdict + (", and carried" if criteria["residual"] else ""))]
+
+
+def _sources(evidence: Evidence) -> Table:
+    rows = []
+    for name, source in evidence.stats.header.sources.items():
+        info = source.info
+        sequences = sum(end - start for start, end in source.ranges)
+        template = "yes" if info.get("chat_template") else "no"
+        known = [str(info.get("domain", NONE)), str(info.get("corpus", NONE)), str(info.get("window", NONE))]
+        rows.append([known[0], known[1], whole(sequences), known[2], template, name])
+    return make_table("domain,corpus,#sequences,#window,chat template,source", rows)
+
+
+def _yes(value: bool | None) -> str:
+    return "not observed" if value is None else "yes" if value else "no"

@@ -1,0 +1,120 @@
+"""run.json: when and on what a profile ran, and the texts that its statistics know only by number.
+
+Statistics merge; the day, the machine and the seconds of a run do not. So they stand here, beside the statistics,
+together with the texts of tokens, which take the tokenizer and the calibration text to find again.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sedetect.kernels.records import column
+from sedetect.pipeline import ModelProfile
+from sedetect.ranking import Ranking
+from sedetect.stats import BankId, BankStats
+
+FORMAT = "sedetect-run"
+VERSION = "1"
+KEPT = 3  # of an expert's strongest rows on first tokens, and as many on all others
+BEFORE, AFTER = 24, 12  # tokens of a context
+
+
+@dataclass(frozen=True)
+class Context:
+    """A token of the calibration text with the text around it; source, sequence, position as in the statistics."""
+
+    source: str
+    sequence: int
+    position: int
+    before: str
+    token: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a profile's statistics do not hold.
+
+    digest      of the model, as in the statistics' header
+    date        when it ended: ISO 8601, UTC, to the second
+    device      name of what the model ran on
+    seconds     in the model's forwards and the statistics
+    asked       tokens asked for
+    tokens      text of every token on which an expert's largest |y| appeared, by id
+    contexts    the KEPT strongest first tokens and the KEPT strongest others of every expert that the ranking names
+    """
+
+    digest: str
+    date: str
+    device: str
+    seconds: float
+    asked: int
+    tokens: dict[int, str]
+    contexts: list[Context]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document run.json."""
+        return {"format": FORMAT, "version": VERSION} | asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Run":
+        """The inverse of to_dict."""
+        fields = {name: document[name] for name in cls.__dataclass_fields__}
+        fields["tokens"] = {int(token): text for token, text in document["tokens"].items()}
+        fields["contexts"] = [Context(**context) for context in document["contexts"]]
+        return cls(**fields)
+
+
+def describe_run(result: ModelProfile, ranking: Ranking) -> Run:
+    """What there is to say of a profile that has a tokenizer; ranking names the experts whose contexts are kept."""
+    decode, banks = result.tokenizer.decode, result.stats.banks
+    peaks = {int(token) for state in banks.values() for token in column(state.peak(), "token")}
+    places = {}
+    for expert in ranking.super_experts + ranking.others:
+        number = 0 if isinstance(expert.expert, str) else expert.expert
+        for row in strongest(banks[BankId(expert.stack, expert.layer, expert.kind)], number, KEPT):
+            places[row["source"], row["sequence"], row["position"]] = None
+    sources = sorted(result.stats.header.sources)
+    windows = {
+        (w.source, int(number)): ids for w in result.windows.values() for number, ids in zip(w.numbers, w.ids.tolist())
+    }
+    contexts = []
+    for source, sequence, position in places:
+        name = sources[source]
+        if (ids := windows.get((name, sequence))) is not None and 0 <= position < len(ids):
+            contexts.append(Context(name, sequence, position, *_around(ids, position, decode)))
+    return Run(
+        digest=result.stats.header.digest,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        device=result.device,
+        seconds=result.seconds,
+        asked=result.asked,
+        tokens={token: decode([token]) for token in sorted(peaks) if token >= 0},
+        contexts=contexts,
+    )
+
+
+def _around(ids: list[int], at: int, decode: Callable[[list[int]], str]) -> tuple[str, str, str]:
+    """Text before token number at, of it, and after it. A token that is a part of a character is given the whole."""
+    ids, at = ids[max(at - BEFORE, 0) : at + 1 + AFTER], min(at, BEFORE)
+    before, token, after, text = (decode(part) for part in (ids[:at], [ids[at]], ids[at + 1 :], ids))
+    before, after = before.rstrip("\ufffd"), after.lstrip("\ufffd")
+    if len(before) + len(after) < len(text) and text.startswith(before) and text.endswith(after):
+        token = text[len(before) : len(text) - len(after)]
+    return before.lstrip("\ufffd"), token, after.rstrip("\ufffd")  # what is cut at the far ends
+
+
+def strongest(state: BankStats, expert: int, count: int) -> list[dict[str, Any]]:
+    """Of expert's kept rows the count strongest on first tokens and the count strongest on others, by value,
+    descending: value, gate, source, sequence, position, token, and whether first."""
+    rows = []
+    for records, first in ((state.first_outliers, True), (state.outliers, False)):
+        for record in records[expert, :count]:
+            row = {
+                name: column(record, name).item()
+                for name in ("value", "gate", "source", "sequence", "position", "token")
+            }
+            if row["value"] >= 0:  # not an empty slot
+                rows.append(row | {"first": first})
+    return sorted(rows, key=lambda row: -row["value"])

@@ -164,7 +164,7 @@ def find_banks(model: nn.Module) -> list[Bank]:
     if not routed:
         raise SedetectError(f"{type(model).__name__}: no MoE layer found; give a Mixture-of-Experts model")
     inside = tuple(f"{path}." for path, _ in routed)
-    stacks = {_place(path)[0] for path, _ in routed}
+    stacks = _stacks([path for path, _ in routed])
     mlps = [
         (f"{path}.{name}" if path else name, child)
         for path, module in model.named_modules()
@@ -173,14 +173,15 @@ def find_banks(model: nn.Module) -> list[Bank]:
         and _is_linear(child)
         and any(hasattr(module, up) for up in _UP_NAMES)
         and not f"{path}.{name}".startswith(inside)
-        and _LAYER.match(path)
+        and _layer(path)[0] in stacks
     ]
-    layers = {_place(path) for path, _ in routed}
+    layers = {_layer(path) for path, _ in routed}
     taken: dict[tuple[str, int, str], int] = defaultdict(int)
     banks = []
 
     def add(path: str, module: nn.Module, kind: str, sizes: tuple[int, int, int]) -> None:
-        stack, layer = _place(path)
+        prefix, layer = _layer(path)
+        stack = stacks[prefix]
         number = taken[stack, layer, kind]
         taken[stack, layer, kind] += 1
         if number:
@@ -192,10 +193,9 @@ def find_banks(model: nn.Module) -> list[Bank]:
         hidden, intermediate = reversed(matrix) if module.is_transposed else matrix
         add(path, module, "routed", (experts, hidden, intermediate))
     for path, module in mlps:
-        if _place(path)[0] in stacks:
-            # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
-            kind = "shared" if "shared" in path or _place(path) in layers else "dense"
-            add(path, module, kind, (1, module.out_features, module.in_features))
+        # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
+        kind = "shared" if "shared" in path or _layer(path) in layers else "dense"
+        add(path, module, kind, (1, module.out_features, module.in_features))
     return sorted(banks, key=lambda bank: bank.id)
 
 
@@ -241,7 +241,7 @@ def is_attached(bank: Bank) -> bool:
 
 def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
     """Decoder layers (dense ones counted) of every stack that has a bank."""
-    return {bank.id.stack: len(model.get_submodule(_place_match(bank.path)[1])) for bank in banks}
+    return {bank.id.stack: len(model.get_submodule(_layer(bank.path)[0])) for bank in banks}
 
 
 def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
@@ -255,24 +255,36 @@ def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), weight.dtype, device) or own
 
 
-def _place_match(path: str) -> tuple[str, str, int]:
+def _layer(path: str) -> tuple[str, int]:
+    """(path of the list of layers, number in it) of a module: the first number in its path; ("", -1) without one."""
     match = _LAYER.match(path)
-    if match is None:
-        raise SedetectError(f"{path}: not inside a numbered layer; this architecture is not supported")
-    prefix = match.group(1)
-    stack = "decoder"
-    for part in prefix.split("."):
-        if part == "encoder":
-            stack = "encoder"
-        elif part.startswith(("vision", "visual", "audio")):
-            stack = part.split("_")[0]
-    return stack, prefix, int(match.group(2))
+    return ("", -1) if match is None else (match.group(1), int(match.group(2)))
 
 
-def _place(path: str) -> tuple[str, int]:
-    """(stack, layer) of a module path: the first number in it counts the layers of its stack."""
-    stack, _, layer = _place_match(path)
-    return stack, layer
+def _stacks(paths: list[str]) -> dict[str, str]:
+    """Name of every list of layers that holds one of these experts modules.
+
+    "decoder", unless a part of its path says "encoder", "vision" or "audio". Of two that would share a name, the later
+    goes by the first part of its path that the other has not: "talker" beside the thinker's "decoder".
+    """
+    names: dict[str, str] = {}
+    for path in paths:
+        prefix, layer = _layer(path)
+        if layer < 0:
+            raise SedetectError(f"{path}: not inside a numbered layer; this architecture is not supported")
+        if prefix in names:
+            continue
+        name = "decoder"
+        for part in prefix.split("."):
+            if part == "encoder":
+                name = "encoder"
+            elif part.startswith(("vision", "visual", "audio")):
+                name = part.split("_")[0]
+        other = next((known for known, taken in names.items() if taken == name), None)
+        if other is not None:
+            name = next(part for part in prefix.split(".") if part not in other.split("."))
+        names[prefix] = name
+    return names
 
 
 def _is_experts(module: nn.Module) -> bool:

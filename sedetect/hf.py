@@ -10,7 +10,7 @@ object that was there.
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from sedetect import ops
+from sedetect.adapters import DOWN_NAMES, EXPERT_DOWN_NAMES, NOT_MLPS, REFUSED, Adapter, ListedExperts, adapt
 from sedetect.backends import choose_backend
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
@@ -29,10 +30,8 @@ from sedetect.kernels.update import Rows
 from sedetect.stats import BankId, BankStats
 
 NAME = "sedetect"
-# Names of an MLP's output projection, down_proj by far the most common.
-DOWN_NAMES = ("down_proj", "w2", "output_linear")
-# At least one of them stands beside it in an MLP; a router that projects down has none.
-_UP_NAMES = ("up_proj", "gate_up_proj", "w1", "input_linear", "fc1")
+# At least one of them stands beside an MLP's output projection; a router that projects down has none.
+_UP_NAMES = ("up_proj", "gate_up_proj", "w1", "input_linear", "fc1", "wi", "wi_0")
 _LAYER = re.compile(r"(.*?)\.(\d+)(?=\.|$)")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -62,7 +61,8 @@ class Bank:
 
     @property
     def routed(self) -> bool:
-        return self.id.kind.startswith("routed")
+        """Whether it is called with a routing; so are shared experts that are stored together."""
+        return self.id.kind.startswith("routed") or isinstance(self.module, Adapter)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> BankStats:
         """The state on this device, and a note of which backend serves it."""
@@ -110,7 +110,7 @@ class SubstitutedDown(nn.Module):
 
 def measure(bank: Bank) -> Callable[..., torch.Tensor]:
     """The call for attach that computes a bank by our ops and updates its state."""
-    if bank.routed:
+    if bank.routed and getattr(bank.module, "fusable", True):
         bank.gate = _gate(bank)
     return partial(_measure_experts if bank.routed else _measure_down, bank)
 
@@ -118,8 +118,13 @@ def measure(bank: Bank) -> Callable[..., torch.Tensor]:
 def _measure_experts(
     bank: Bank, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    x = hidden_states.reshape(-1, hidden_states.shape[-1])
     bank.top_k = top_k_index.shape[-1]
+    device, tokens = hidden_states.device, len(top_k_index)
+    state, rows = bank.prepare(device, module.down_proj.dtype), bank.rows_of(bank, tokens, device)
+    if isinstance(module, Adapter):
+        how = {"rows": rows, "backend": bank.backend} | ({"gate": bank.gate} if module.fusable else {})
+        return module.compute(hidden_states, top_k_index, top_k_weights, state, **how)
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
     up = "gate_up_proj" if module.has_gate else "up_proj"
     out = ops.moe_mlp(
         x,
@@ -128,12 +133,12 @@ def _measure_experts(
         getattr(module, up),
         module.down_proj,
         bank.gate,
-        bank.prepare(x.device, module.down_proj.dtype),
+        state,
         gate_up_bias=getattr(module, f"{up}_bias") if module.has_bias else None,
         down_bias=module.down_proj_bias if module.has_bias else None,
         transposed=module.is_transposed,
         post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-        rows=bank.rows_of(bank, len(x), x.device),
+        rows=rows,
         backend=bank.backend,
     )
     return out.reshape(hidden_states.shape)
@@ -158,18 +163,22 @@ def find_banks(model: nn.Module) -> list[Bank]:
 
     Raises SedetectError, naming module and class, for a model without experts and for experts that cannot be measured.
     """
-    routed = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
+    routed = [(path, experts) for path, module in model.named_modules() for experts in _experts(model, path, module)]
+    known = [p for p, _ in routed] + [p for p, m in model.named_modules() if type(m).__name__ in NOT_MLPS]
     for path, module in model.named_modules():
-        _refuse_unreachable(path, module, {id(m) for _, m in routed})
+        _refuse_unreachable(path, module, known)
+    for path, experts in routed:
+        _refuse_weights(path, experts)
     if not routed:
         raise SedetectError(f"{type(model).__name__}: no MoE layer found; give a Mixture-of-Experts model")
     inside = tuple(f"{path}." for path, _ in routed)
     stacks = _stacks([path for path, _ in routed])
+    expert_classes = {type(e) for _, listed in routed if isinstance(listed, ListedExperts) for e in listed.experts}
     mlps = [
         (f"{path}.{name}" if path else name, child)
         for path, module in model.named_modules()
         for name, child in module.named_children()
-        if name in DOWN_NAMES
+        if name in (EXPERT_DOWN_NAMES if type(module) in expert_classes else DOWN_NAMES)
         and _is_linear(child)
         and any(hasattr(module, up) for up in _UP_NAMES)
         and not f"{path}.{name}".startswith(inside)
@@ -191,7 +200,7 @@ def find_banks(model: nn.Module) -> list[Bank]:
     for path, module in routed:
         experts, *matrix = module.down_proj.shape
         hidden, intermediate = reversed(matrix) if module.is_transposed else matrix
-        add(path, module, "routed", (experts, hidden, intermediate))
+        add(path, module, getattr(module, "kind", "routed"), (experts, hidden, intermediate))
     for path, module in mlps:
         # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
         kind = "shared" if "shared" in path or _layer(path) in layers else "dense"
@@ -215,6 +224,8 @@ def attach(model: nn.Module, calls: list[tuple[Bank, Callable[..., torch.Tensor]
                 own.sedetect_inner = config
                 undo.callback(setattr, bank.module, "config", config)
                 bank.module.config = own
+                if isinstance(bank.module, Adapter):
+                    undo.callback(bank.module.redirect())
             else:
                 path, _, name = bank.path.rpartition(".")
                 parent = model.get_submodule(path)
@@ -287,8 +298,14 @@ def _stacks(paths: list[str]) -> dict[str, str]:
     return names
 
 
-def _is_experts(module: nn.Module) -> bool:
-    return hasattr(module, "is_transposed") and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+def _experts(model: nn.Module, path: str, module: nn.Module) -> Iterator[nn.Module]:
+    """The module itself behind the interface, or its adapter; nothing for any other module."""
+    if hasattr(module, "is_transposed") and isinstance(getattr(module, "down_proj", None), nn.Parameter):
+        yield module
+        return
+    adapter = adapt(path, module, model.get_submodule(path.rpartition(".")[0]))
+    if adapter is not None:
+        yield adapter
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -301,30 +318,36 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return plain and module.weight.dtype in _FLOATS
 
 
-def _refuse_unreachable(path: str, module: nn.Module, reachable: set[int]) -> None:
+def _refuse_weights(path: str, experts: nn.Module) -> None:
+    """Raise for experts whose down_proj is stored in a way that cannot be measured."""
+    name, weight = type(getattr(experts, "module", experts)).__name__, experts.down_proj
+    if isinstance(weight, DTensor) and any(p.is_shard() and p.dim != 0 for p in weight.placements):
+        raise SedetectError(
+            f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
+            "load the model with its expert-parallel plan instead"
+        )
+    if getattr(experts, "_is_expert_parallel", False):
+        raise SedetectError(f"{path} ({name}): expert-parallel experts are not supported yet; load it on one device")
+    if weight.dtype not in _FLOATS:
+        raise SedetectError(
+            f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
+            "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"
+        )
+
+
+def _refuse_unreachable(path: str, module: nn.Module, known: list[str]) -> None:
     """Raise for experts whose outputs no backend of ours would see."""
     name = type(module).__name__
-    if id(module) in reachable:
-        weight = module.down_proj
-        if isinstance(weight, DTensor) and any(p.is_shard() and p.dim != 0 for p in weight.placements):
-            raise SedetectError(
-                f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
-                "load the model with its expert-parallel plan instead"
-            )
-        if getattr(module, "_is_expert_parallel", False):
-            raise SedetectError(
-                f"{path} ({name}): expert-parallel experts are not supported yet; load it on one device"
-            )
-        if weight.dtype not in _FLOATS:
-            raise SedetectError(
-                f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
-                "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"
-            )
+    if name in REFUSED:
+        raise SedetectError(f"{path} ({name}): {REFUSED[name]}; this model cannot be profiled")
+    if any(path == one or path.startswith(f"{one}.") for one in known):
         return
     first = next(module.children(), None)
-    listed = path.split(".")[-1] == "experts" and first is not None and id(first) not in reachable
+    inside = any(one.startswith(f"{path}.") for one in known)
+    listed = "expert" in path.rpartition(".")[2] and isinstance(module, (nn.ModuleList, nn.ModuleDict)) and first
+    named = path.rpartition(".")[2] == "experts" and first is not None
     stored = "xperts" in name and any(p.dim() == 3 for p in module.parameters(recurse=False))
-    if listed or stored:
+    if (listed or named or stored) and not inside:
         what = type(first).__name__ if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else name
         raise SedetectError(
             f"{path} ({what}): experts outside transformers' experts interface are not supported yet; "

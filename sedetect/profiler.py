@@ -81,7 +81,7 @@ class Profile:
     def _call(self, bank: hf.Bank) -> Callable[..., torch.Tensor]:
         """What attach puts in the place of a bank's module."""
         call = hf.measure(bank)
-        if not (self._first_rows and bank.routed):
+        if not (self._first_rows and bank.id.kind.startswith("routed")):
             return call
 
         def measured(module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,11 @@ class Profile:
                 banks[bank.id] = bank.state.to("cpu")
             else:
                 channels = (bank.hidden, bank.intermediate) if bank.channels else None
-                optional = (channels, bank.coactivation and bank.experts > 1, self._first_rows and bank.routed)
+                optional = (
+                    channels,
+                    bank.coactivation and bank.experts > 1,
+                    self._first_rows and bank.id.kind.startswith("routed"),
+                )
                 banks[bank.id] = BankStats.empty(bank.experts, "cpu", *optional)
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
         tokens, sequences = tracker.totals()

@@ -17,6 +17,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import loops
 import torch
 import transformers
 from families import FAMILIES, Family, discover, named_like_experts, tiny_model
@@ -87,11 +88,19 @@ def reference(name: str, model: nn.Module, inputs: dict[str, torch.Tensor], ids:
     calls = []
     with hooks() as add:
         for path, module in model.named_modules():
-            if type(module).__name__ in discover().get(name.partition(":")[0], ()):
-                add(module.register_forward_pre_hook(lambda m, args, path=path: calls.append((path, m, args))))
+            interface = type(module).__name__ in discover().get(name.partition(":")[0], ())
+            if interface or type(module).__name__ in loops.LOOPS:
+                add(
+                    module.register_forward_pre_hook(
+                        lambda m, args, kwargs, path=path: calls.append((path, m, [*args, *kwargs.values()])),
+                        with_kwargs=True,
+                    )
+                )
             elif DOWN.search(path) and isinstance(module, nn.Linear):
                 add(
-                    module.register_forward_hook(lambda m, args, y, path=path: calls.append((path, None, (args[0], y))))
+                    module.register_forward_hook(
+                        lambda m, args, y, path=path: calls.append((path, None, (args[0], y.clone())))
+                    )
                 )
         before = model.get_experts_implementation()
         model.set_experts_implementation("eager")
@@ -100,6 +109,12 @@ def reference(name: str, model: nn.Module, inputs: dict[str, torch.Tensor], ids:
     for path, module, args in calls:
         if module is None:
             linear_rows(result.seen[path], *args, ids)
+        elif not hasattr(module, "is_transposed"):
+            rows = args[0][..., 0].numel() // (
+                len(module.down_proj) if type(module).__name__ == "Llama4TextExperts" else 1
+            )
+            for row, expert, gate, h, y in loops.LOOPS[type(module).__name__](module, *args):
+                result.seen[path][expert].add(y, h, gate, *place_of(row, rows, ids))
         else:
             experts_rows(result.seen[path], module, *args, ids)
     return result
@@ -288,7 +303,10 @@ def check_planted(name, model, inputs, ids, stats, backend) -> None:
 
 @torch.no_grad()
 def plant(model: nn.Module, path: str, expert: int) -> None:
-    model.get_submodule(path).down_proj[expert] *= 1000
+    module = model.get_submodule(path)
+    stored = None if hasattr(module, "down_proj") else loops.DOWN[type(module).__name__]
+    down = module.down_proj[expert] if stored is None else stored(module, expert)
+    down *= 1000
 
 
 def main() -> int:

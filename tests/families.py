@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 
 MODELS = Path(transformers.__file__).parent / "models"
@@ -90,6 +91,13 @@ class Family:
     notes: tuple[str, ...] = ()
 
 
+SMALL_STACK = {"layers": 2, "ffn_dim": 40, "attention_heads": 4, "sparse_step": 2}
+
+
+def both_stacks(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+
+
 def with_image(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """One image of 2 x 2 patches, which become one token."""
     ids = ids.clone()
@@ -163,7 +171,7 @@ FAMILIES: dict[str, Family] = {
     "diffusion_gemma": Family(
         {"encoder": "RS RS RS", "decoder": "RS RS RS"},
         {"text_config": {"top_k_experts": 2}, "vision_config": {"model_type": "gemma4_vision"}, "canvas_length": 12},
-        inputs=lambda ids: {"input_ids": ids, "decoder_input_ids": ids.flip(1)},
+        inputs=both_stacks,
         notes=("those of the encoder stack",),
     ),
     "dots1": FIRST_DENSE,
@@ -253,7 +261,6 @@ FAMILIES: dict[str, Family] = {
     "inkling": Family(
         "D RS RS",
         {"text_config": {"dense_mlp_idx": 1}, "vision_config": {"n_layers": 4}},
-        refused="InklingSharedExperts",
     ),
     "inkling2": Family("R R R", {"vision_config": {"text_hidden_size": 32}}),
     "jamba": Family("D R D", {"attn_layer_period": 3, "attn_layer_offset": 2}),
@@ -313,6 +320,79 @@ FAMILIES: dict[str, Family] = {
     "solar_open": ALL_SHARED,
     "unlimited_ocr": Family("D RS RS"),
     "zaya": Family("R R R", {"num_experts_per_tok": 1}, top_k=1, skips=True, adjust=choose_skip_experts),
+    # Outside the interface.
+    "llama4": Family(
+        "RS D RS",
+        {"text_config": {"moe_layers": [0, 2], "intermediate_size_mlp": 40, "num_experts_per_tok": 1}},
+        top_k=1,
+    ),
+    "llama4:two": Family("RS RS RS", {"moe_layers": [0, 1, 2], "num_experts_per_tok": 2}, model="Llama4ForCausalLM"),
+    "dbrx": Family(
+        "R R R",
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": LAYERS,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 24, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
+        },
+    ),
+    "doge": Family("- - -", {"is_moe": True, "num_experts": 16}, refused="DogeCDMoE"),
+    "jetmoe": Family("R R R", {"kv_channels": 8}),
+    "longcat_flash": Family(
+        "RST RST RST",
+        {
+            "num_layers": LAYERS,
+            "moe_topk": 2,
+            "zero_expert_num": 4,
+            "expert_ffn_hidden_size": 24,
+            "ffn_hidden_size": 40,
+        },
+        skips=True,
+    ),
+    "nllb_moe": Family(
+        {"encoder": "D R", "decoder": "D R"},
+        {
+            **{f"{stack}_{name}": n for stack in ("encoder", "decoder") for name, n in SMALL_STACK.items()},
+            "d_model": 32,
+            "expert_capacity": 64,
+        },
+        skips=True,
+        inputs=both_stacks,
+        notes=("those of the encoder stack",),
+        adjust=fill,
+    ),
+    "step3p7": Family(
+        "D RS RS",
+        {
+            "text_config": {
+                "mlp_layer_types": ["dense", "sparse", "sparse"],
+                "share_expert_dim": 20,
+                "sliding_window": 8,
+                "swiglu_limits": [0.0, 0.5, 0.0],
+                "swiglu_limits_shared": [0.0, 0.0, 0.5],
+            },
+        },
+    ),
+    "switch_transformers": Family(
+        {"encoder": "D R D", "decoder": "D R D"},
+        {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 40,
+            "num_layers": LAYERS,
+            "num_decoder_layers": LAYERS,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "expert_capacity": 2,
+        },
+        top_k=1,
+        skips=Version(transformers.__version__) > Version("5.17"),  # which drops none, whatever the capacity
+        inputs=both_stacks,
+        notes=("those of the encoder stack",),
+        adjust=fill,
+    ),
 }
 
 
@@ -340,17 +420,28 @@ def named_like_experts() -> dict[str, list[str]]:
     return {model: names for model, names in found.items() if names}
 
 
-def tiny_config(config_class: type, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a tiny config: COMMON where it has the field, and what is given."""
+def tiny_config(config_class: type, given: dict[str, Any]) -> transformers.PreTrainedConfig:
+    """A config with COMMON where it has the field, and with what is given; sub-configs likewise."""
     known = {f.name for f in fields(config_class)} | set(config_class.attribute_map)
     arguments = {name: value for name, value in COMMON.items() if name in known}
     for name, sub in config_class.sub_configs.items():
         own = given.get(name, {})
         if own is not None and "model_type" in own:
             sub = transformers.CONFIG_MAPPING[own["model_type"]]
-        if own is not None and is_dataclass(sub) and hasattr(sub, "model_type") and sub.model_type:
-            arguments[name] = tiny_config(sub, own)
-    return arguments | {n: v for n, v in given.items() if n not in config_class.sub_configs or v is None}
+        if own is not None and is_dataclass(sub) and getattr(sub, "model_type", None) is not None:
+            arguments[name] = tiny_config(sub, {n: v for n, v in own.items() if n != "model_type"})
+    own = {n: v for n, v in given.items() if n not in config_class.sub_configs or v is None}
+    try:
+        config = config_class(**arguments | own)
+    except TypeError:  # qwen3_omni_moe of 5.17 takes dictionaries alone
+        arguments = {
+            n: v.to_dict() if isinstance(v, transformers.PreTrainedConfig) else v for n, v in arguments.items()
+        }
+        config = config_class(**arguments | own)
+    for name, value in own.items():
+        if not hasattr(config, name):  # dbrx drops the rope_theta that its attention reads
+            setattr(config, name, value)
+    return config
 
 
 def model_class(name: str, wanted: str | None) -> type:
@@ -371,7 +462,7 @@ def model_class(name: str, wanted: str | None) -> type:
 def tiny_model(name: str, family: Family, seed: int = 0) -> nn.Module:
     """A random model with weights large enough that its experts differ."""
     cls = model_class(name, family.model)
-    config = cls.config_class(**tiny_config(cls.config_class, family.config))
+    config = tiny_config(cls.config_class, family.config)
     config._attn_implementation = "eager"
     with torch.device("meta"):
         size = sum(p.numel() for p in cls._from_config(config, dtype=torch.float32).parameters())

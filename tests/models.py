@@ -49,7 +49,10 @@ def random_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
 def snapshot(model):
     """Every object that a profile might replace, to compare before and after."""
     return {
-        "modules": [(path, id(module), id(module.__dict__.get("config"))) for path, module in model.named_modules()],
+        "modules": [
+            (path, id(module), id(module.__dict__.get("config")), "forward" in module.__dict__)
+            for path, module in model.named_modules()
+        ],
         "parameters": [(path, id(parameter)) for path, parameter in model.named_parameters()],
         "attributes": sorted(model.__dict__),
         "implementation": model.get_experts_implementation(),

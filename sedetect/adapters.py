@@ -20,6 +20,7 @@ from torch import nn
 
 from sedetect import ops
 from sedetect.errors import SedetectError
+from sedetect.quantized import QuantizedWeights
 from sedetect.stats import BankStats
 
 # Names of an MLP's output projection, down_proj by far the most common. The names in EXPERT_DOWN_NAMES are those of
@@ -29,7 +30,10 @@ EXPERT_DOWN_NAMES = (*DOWN_NAMES, "wo", "fc2")
 # Of its input projections: the gate first, where there are two.
 _UP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"), ("wi",), ("fc1",))
 # Classes whose experts cannot be measured at all.
-REFUSED = {"DogeCDMoE": "its experts are rows of an embedding and have no down_proj matrix"}
+REFUSED = {
+    "DogeCDMoE": "its experts are rows of an embedding and have no down_proj matrix",
+    "Mxfp4GptOssExperts": "experts stored in MXFP4 are not supported yet; load it with Mxfp4Config(dequantize=True)",
+}
 # Experts that are no MLPs, and have no down_proj to speak of: attention experts.
 NOT_MLPS = {"JetMoeMoA"}
 
@@ -224,6 +228,36 @@ class InklingSharedExperts(Adapter):
         h = self.act_fn(gate) * up * gammas.reshape(len(x), -1, 1)
         index = torch.arange(h.shape[1], device=x.device).expand(len(x), -1)
         return self(h, index, torch.ones_like(index, dtype=h.dtype)).view(hidden_states.shape)
+
+
+class FP8Experts(Adapter):
+    """Experts stored in FP8, or in packed FP4, with a scale per block; see sedetect.quantized."""
+
+    fusable = False
+    dtype = torch.bfloat16  # the activations', known when they come
+
+    @property
+    def gate_up_proj(self):
+        return self._weights("gate_up_proj" if self.has_gate else "up_proj")
+
+    @property
+    def down_proj(self):
+        return self._weights("down_proj")
+
+    @property
+    def has_gate(self):
+        return self.module.has_gate
+
+    def _weights(self, name: str) -> QuantizedWeights:
+        stored, scale = getattr(self.module, name), getattr(self.module, f"{name}_scale_inv")
+        return QuantizedWeights(stored, scale, self.module.block_size, self.dtype)
+
+    def _apply_gate(self, z):
+        return self.module._apply_gate(z) if self.has_gate else self.act_fn(z)
+
+    def translate(self, own_forward, hidden_states, top_k_index, top_k_weights):
+        self.dtype = hidden_states.dtype
+        return self(hidden_states, top_k_index, top_k_weights)
 
 
 class _Listed:
@@ -424,6 +458,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "InklingSharedExperts": InklingSharedExperts,
     "SwitchTransformersExperts": SwitchTransformersExperts,
     "NllbMoeExperts": NllbMoeExperts,
+    "FP8Experts": FP8Experts,
 }
 
 

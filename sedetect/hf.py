@@ -300,12 +300,13 @@ def _stacks(paths: list[str]) -> dict[str, str]:
 
 def _experts(model: nn.Module, path: str, module: nn.Module) -> Iterator[nn.Module]:
     """The module itself behind the interface, or its adapter; nothing for any other module."""
-    if hasattr(module, "is_transposed") and isinstance(getattr(module, "down_proj", None), nn.Parameter):
+    interface = hasattr(module, "is_transposed") and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    if interface and module.down_proj.dtype in _FLOATS:
         yield module
         return
     adapter = adapt(path, module, model.get_submodule(path.rpartition(".")[0]))
-    if adapter is not None:
-        yield adapter
+    if adapter is not None or interface:
+        yield adapter or module
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -320,13 +321,14 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 def _refuse_weights(path: str, experts: nn.Module) -> None:
     """Raise for experts whose down_proj is stored in a way that cannot be measured."""
-    name, weight = type(getattr(experts, "module", experts)).__name__, experts.down_proj
+    module = experts.module if isinstance(experts, Adapter) else experts
+    name, weight = type(module).__name__, experts.down_proj
     if isinstance(weight, DTensor) and any(p.is_shard() and p.dim != 0 for p in weight.placements):
         raise SedetectError(
             f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
             "load the model with its expert-parallel plan instead"
         )
-    if getattr(experts, "_is_expert_parallel", False):
+    if getattr(module, "_is_expert_parallel", False):
         raise SedetectError(f"{path} ({name}): expert-parallel experts are not supported yet; load it on one device")
     if weight.dtype not in _FLOATS:
         raise SedetectError(

@@ -66,7 +66,8 @@ def moe_mlp(
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, down.shape[0])
-    fused = isinstance(gate, Gate) and isinstance(gate_up, torch.Tensor) and x.dim() == 2
+    stacked = isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
+    fused = isinstance(gate, Gate) and stacked and x.dim() == 2
     if fused and post_norm is None and state.channel_max is None:
         weights = (gate_up, gate_up_bias, gate, down, down_bias)
         out, stats = chosen.experts(x, plan, *weights, transposed, top_k_weights)

@@ -16,6 +16,7 @@ from sedetect import hf
 from sedetect.backends import check_backend
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError
+from sedetect.quantized import serve_linears
 from sedetect.rows import Batch
 from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, digest
 from sedetect.tracking import TrackedModel
@@ -67,6 +68,12 @@ class Profile:
                     f"{bank.path}: sedetect is attached already; leave the other context of this model first"
                 )
         with ExitStack() as stack:
+            restore, served = serve_linears(self._model)
+            stack.callback(restore)
+            if served:
+                self._tracked.tracker.notes.add(
+                    f"{served} FP8 linears computed with dequantized weights: no kernel here"
+                )
             stack.callback(hf.attach(self._model, [(bank, self._call(bank)) for bank in self._banks]))
             stack.enter_context(self._tracked)
             stack.enter_context(torch.no_grad())

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import loops
 import torch
 import transformers
-from families import FAMILIES, Family, discover, named_like_experts, tiny_model
+from families import FAMILIES, MODELS, Family, discover, named_like_experts, tiny_model
 from models import snapshot
 from torch import nn
 
@@ -346,7 +346,7 @@ def uncovered() -> list[str]:
 
 def available() -> list[str]:
     """The families that the installed transformers has."""
-    return [name for name in FAMILIES if name.partition(":")[0] in discover()]
+    return [name for name in FAMILIES if (MODELS / name.partition(":")[0]).is_dir()]
 
 
 if __name__ == "__main__":

@@ -334,7 +334,7 @@ FAMILIES: dict[str, Family] = {
             "n_heads": 4,
             "n_layers": LAYERS,
             "max_seq_len": 64,
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
             "ffn_config": {"ffn_hidden_size": 24, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
         },
     ),
@@ -356,7 +356,7 @@ FAMILIES: dict[str, Family] = {
         {
             **{f"{stack}_{name}": n for stack in ("encoder", "decoder") for name, n in SMALL_STACK.items()},
             "d_model": 32,
-            "expert_capacity": 64,
+            "moe_eval_capacity_token_fraction": 0.1,
         },
         skips=True,
         inputs=both_stacks,
@@ -423,7 +423,8 @@ def named_like_experts() -> dict[str, list[str]]:
 def tiny_config(config_class: type, given: dict[str, Any]) -> transformers.PreTrainedConfig:
     """A config with COMMON where it has the field, and with what is given; sub-configs likewise."""
     known = {f.name for f in fields(config_class)} | set(config_class.attribute_map)
-    arguments = {name: value for name, value in COMMON.items() if name in known}
+    alias = config_class.attribute_map
+    arguments = {name: value for name, value in COMMON.items() if name in known and alias.get(name) not in given}
     for name, sub in config_class.sub_configs.items():
         own = given.get(name, {})
         if own is not None and "model_type" in own:

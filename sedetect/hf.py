@@ -22,7 +22,16 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from sedetect import ops
-from sedetect.adapters import DOWN_NAMES, EXPERT_DOWN_NAMES, NOT_MLPS, REFUSED, Adapter, ListedExperts, adapt
+from sedetect.adapters import (
+    DOWN_NAMES,
+    EXPERT_DOWN_NAMES,
+    NOT_MLPS,
+    REFUSED,
+    Adapter,
+    FP8Experts,
+    ListedExperts,
+    adapt,
+)
 from sedetect.backends import choose_backend
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
@@ -110,6 +119,9 @@ class SubstitutedDown(nn.Module):
 
 def measure(bank: Bank) -> Callable[..., torch.Tensor]:
     """The call for attach that computes a bank by our ops and updates its state."""
+    if isinstance(bank.module, FP8Experts) and bank.backend == "triton":
+        bank.fallbacks.add("backend triton does not serve quantized weights")
+        bank.backend = "torch"
     if bank.routed and getattr(bank.module, "fusable", True):
         bank.gate = _gate(bank)
     return partial(_measure_experts if bank.routed else _measure_down, bank)
@@ -200,7 +212,8 @@ def find_banks(model: nn.Module) -> list[Bank]:
     for path, module in routed:
         experts, *matrix = module.down_proj.shape
         hidden, intermediate = reversed(matrix) if module.is_transposed else matrix
-        add(path, module, getattr(module, "kind", "routed"), (experts, hidden, intermediate))
+        inner = getattr(module, "inner_path", "")
+        add(path + inner, module, getattr(module, "kind", "routed"), (experts, hidden, intermediate))
     for path, module in mlps:
         # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
         kind = "shared" if "shared" in path or _layer(path) in layers else "dense"

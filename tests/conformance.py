@@ -25,6 +25,7 @@ from models import snapshot
 from torch import nn
 
 import sedetect
+from sedetect.ablation import ablate
 from sedetect.errors import SedetectError
 from sedetect.ranking import Place
 from sedetect.stats import BankId, ModelStats
@@ -90,6 +91,7 @@ def reference(name: str, model: nn.Module, inputs: dict[str, torch.Tensor], ids:
         for path, module in model.named_modules():
             interface = type(module).__name__ in discover().get(name.partition(":")[0], ())
             if interface or type(module).__name__ in loops.LOOPS:
+                path += ".output_linear" if type(module).__name__ == "JetMoeMoE" else ""
                 add(
                     module.register_forward_pre_hook(
                         lambda m, args, kwargs, path=path: calls.append((path, m, [*args, *kwargs.values()])),
@@ -284,7 +286,10 @@ def check_rows(family: Family, stats: ModelStats, ids: torch.Tensor) -> None:
 
 
 def check_planted(name, model, inputs, ids, stats, backend) -> None:
-    """An expert whose down_proj is scaled up is in the paper's set, with its layer, number, channel and token."""
+    """An expert whose down_proj is scaled up is in the paper's set, with its layer, number, channel and token.
+
+    Ablated inside a profile it has no rows, and the others of its layer have theirs.
+    """
     bank = next(b for b, s in stats.banks.items() if b.kind == "routed" and int(s.rows.sum()))
     expert = int(stats.banks[bank].rows.argmax())
     path = stats.header.banks[str(bank)].module
@@ -295,6 +300,11 @@ def check_planted(name, model, inputs, ids, stats, backend) -> None:
     assert here, f"planted {Place(*bank, expert)}, found {[str(e) for e in found]}"
     one = here[0]
     close(f"planted {one}", one.value, expected.out_max)
+    with sedetect.profile(model, backend=backend) as prof, ablate(model, [Place(*bank, expert)]):
+        run(model, inputs)
+    without = prof.stats.banks[bank]
+    assert int(without.rows[expert]) == 0, f"{one}: {int(without.rows[expert])} rows when ablated"
+    assert int(without.rows.sum()) == int(stats.banks[bank].rows.sum() - stats.banks[bank].rows[expert])
     place = (one.channel, one.position, one.token_id)
     assert place == (expected.channel, expected.position, expected.token), (
         f"planted {one}: {place}, expected {expected}"

@@ -98,7 +98,7 @@ LOOPS = {
 }
 DOWN = {
     "DbrxExperts": lambda module, expert: module.mlp.w2.chunk(module.num_experts)[expert],
-    "JetMoeMoE": lambda module, expert: module.output_linear.weight[expert],
+    "JetMoeParallelExperts": lambda module, expert: module.weight[expert],
     "AriaExperts": lambda module, expert: module.fc2.weight[expert],
     "SwitchTransformersExperts": lambda module, expert: module[f"expert_{expert}"].wo.weight,
     "NllbMoeExperts": lambda module, expert: module[f"expert_{expert}"].fc2.weight,

@@ -100,3 +100,11 @@ def test_mxfp4_is_refused_with_what_to_load_instead():
     model.model.layers[1].mlp.experts = Mxfp4GptOssExperts(model.config)
     with pytest.raises(SedetectError, match=r"layers.1.mlp.experts .*Mxfp4Config\(dequantize=True\)"):
         sedetect.profile(model)
+
+
+def test_the_triton_backend_leaves_quantized_experts_to_torch():
+    _, stored = fp8_twins((128, 128), torch.float32)
+    with sedetect.profile(stored, backend="triton") as prof:
+        stored(input_ids=token_ids())
+    assert prof.stats.header.banks["decoder.0.routed"].backends == ["torch"]
+    assert "decoder.0.routed: backend triton does not serve quantized weights" in prof.stats.header.notes

@@ -4,7 +4,7 @@ transformers 5 sends every experts module through an experts interface, looked u
 every call. We register one name, and attach by giving each experts module its own copy of its config that carries that
 name and the function to call: the model's config, and any other model built from it, never change. The down_proj of a
 shared expert or dense MLP is substituted by a module that holds the same parameters. attach returns what restores every
-object that was there.
+object that was there. Experts outside the interface have adapters (sedetect.adapters) that are attached in the same way.
 """
 
 import copy
@@ -22,20 +22,13 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from sedetect import ops
-from sedetect.adapters import (
-    DOWN_NAMES,
-    EXPERT_DOWN_NAMES,
-    NOT_MLPS,
-    REFUSED,
-    Adapter,
-    FP8Experts,
-    ListedExperts,
-    adapt,
-)
+from sedetect.adapters import NOT_MLPS, REFUSED, adapt
 from sedetect.backends import choose_backend
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
 from sedetect.kernels.update import Rows
+from sedetect.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear
+from sedetect.stacked import Adapter, FP8Experts
 from sedetect.stats import BankId, BankStats
 
 NAME = "sedetect"
@@ -191,7 +184,7 @@ def find_banks(model: nn.Module) -> list[Bank]:
         for path, module in model.named_modules()
         for name, child in module.named_children()
         if name in (EXPERT_DOWN_NAMES if type(module) in expert_classes else DOWN_NAMES)
-        and _is_linear(child)
+        and is_linear(child)
         and any(hasattr(module, up) for up in _UP_NAMES)
         and not f"{path}.{name}".startswith(inside)
         and _layer(path)[0] in stacks
@@ -320,10 +313,6 @@ def _experts(model: nn.Module, path: str, module: nn.Module) -> Iterator[nn.Modu
     adapter = adapt(path, module, model.get_submodule(path.rpartition(".")[0]))
     if adapter is not None or interface:
         yield adapter or module
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """What experts classes outside the experts interface compute, as plain loops over (row, expert).
 
 LOOPS[class name](module, *its forward's arguments) yields (row, expert, routing weight, h, y), by the formulas of the
-modelling files; it shares no code with sedetect.adapters. DOWN[class name](module, expert) is the down_proj matrix.
+modelling files; it shares no code with the adapters. DOWN[class name](module, expert) is the down_proj matrix.
 """
 
 from collections.abc import Iterator

@@ -77,10 +77,15 @@ class CpuBackend(TorchBackend):
         return Plan(order, offsets, top_k_index.shape[1])
 
     def gate_up(self, x, plan, weight, bias, transposed):
+        if not isinstance(weight, torch.Tensor):  # quantized: one expert's matrix at a time
+            return super().gate_up(x, plan, weight, bias, transposed)
         return _C.gate_up_cpu(x.to(weight.dtype), plan.order, plan.offsets, plan.top_k, weight, bias, transposed)
 
     def down(self, h, plan, weight, bias, transposed):
         h = h.to(weight.dtype).contiguous()
+        if not isinstance(weight, torch.Tensor):
+            y = grouped_linear_torch(h, plan, weight, bias, transposed)
+            return y, self.row_stats(y, h)
         y = weight.new_zeros(len(h), weight.shape[2 if transposed else 1])
         stats = RowStats.empty(len(h))
         _C.down_cpu(h, plan.offsets, weight, bias, transposed, stats.tensors(), y)

@@ -4,13 +4,13 @@ transformers 5 sends every experts module through an experts interface, looked u
 every call. We register one name, and attach by giving each experts module its own copy of its config that carries that
 name and the function to call: the model's config, and any other model built from it, never change. The down_proj of a
 shared expert or dense MLP is substituted by a module that holds the same parameters. attach returns what restores every
-object that was there.
+object that was there. Experts outside the interface have adapters (sedetect.adapters) that are attached in the same way.
 """
 
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,17 +22,18 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from sedetect import ops
+from sedetect.adapters import NOT_MLPS, REFUSED, adapt
 from sedetect.backends import choose_backend
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
 from sedetect.kernels.update import Rows
+from sedetect.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear
+from sedetect.stacked import Adapter, FP8Experts
 from sedetect.stats import BankId, BankStats
 
 NAME = "sedetect"
-# Names of an MLP's output projection, down_proj by far the most common.
-DOWN_NAMES = ("down_proj", "w2", "output_linear")
-# At least one of them stands beside it in an MLP; a router that projects down has none.
-_UP_NAMES = ("up_proj", "gate_up_proj", "w1", "input_linear", "fc1")
+# At least one of them stands beside an MLP's output projection; a router that projects down has none.
+_UP_NAMES = ("up_proj", "gate_up_proj", "w1", "input_linear", "fc1", "wi", "wi_0")
 _LAYER = re.compile(r"(.*?)\.(\d+)(?=\.|$)")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -62,7 +63,8 @@ class Bank:
 
     @property
     def routed(self) -> bool:
-        return self.id.kind.startswith("routed")
+        """Whether it is called with a routing; so are shared experts that are stored together."""
+        return self.id.kind.startswith("routed") or isinstance(self.module, Adapter)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> BankStats:
         """The state on this device, and a note of which backend serves it."""
@@ -110,7 +112,10 @@ class SubstitutedDown(nn.Module):
 
 def measure(bank: Bank) -> Callable[..., torch.Tensor]:
     """The call for attach that computes a bank by our ops and updates its state."""
-    if bank.routed:
+    if isinstance(bank.module, FP8Experts) and bank.backend == "triton":
+        bank.fallbacks.add("backend triton does not serve quantized weights")
+        bank.backend = "torch"
+    if bank.routed and getattr(bank.module, "fusable", True):
         bank.gate = _gate(bank)
     return partial(_measure_experts if bank.routed else _measure_down, bank)
 
@@ -118,8 +123,13 @@ def measure(bank: Bank) -> Callable[..., torch.Tensor]:
 def _measure_experts(
     bank: Bank, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    x = hidden_states.reshape(-1, hidden_states.shape[-1])
     bank.top_k = top_k_index.shape[-1]
+    device, tokens = hidden_states.device, len(top_k_index)
+    state, rows = bank.prepare(device, module.down_proj.dtype), bank.rows_of(bank, tokens, device)
+    if isinstance(module, Adapter):
+        how = {"rows": rows, "backend": bank.backend} | ({"gate": bank.gate} if module.fusable else {})
+        return module.compute(hidden_states, top_k_index, top_k_weights, state, **how)
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
     up = "gate_up_proj" if module.has_gate else "up_proj"
     out = ops.moe_mlp(
         x,
@@ -128,12 +138,12 @@ def _measure_experts(
         getattr(module, up),
         module.down_proj,
         bank.gate,
-        bank.prepare(x.device, module.down_proj.dtype),
+        state,
         gate_up_bias=getattr(module, f"{up}_bias") if module.has_bias else None,
         down_bias=module.down_proj_bias if module.has_bias else None,
         transposed=module.is_transposed,
         post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-        rows=bank.rows_of(bank, len(x), x.device),
+        rows=rows,
         backend=bank.backend,
     )
     return out.reshape(hidden_states.shape)
@@ -158,29 +168,34 @@ def find_banks(model: nn.Module) -> list[Bank]:
 
     Raises SedetectError, naming module and class, for a model without experts and for experts that cannot be measured.
     """
-    routed = [(path, module) for path, module in model.named_modules() if _is_experts(module)]
+    routed = [(path, experts) for path, module in model.named_modules() for experts in _experts(model, path, module)]
+    known = [p for p, _ in routed] + [p for p, m in model.named_modules() if type(m).__name__ in NOT_MLPS]
     for path, module in model.named_modules():
-        _refuse_unreachable(path, module, {id(m) for _, m in routed})
+        _refuse_unreachable(path, module, known)
+    for path, experts in routed:
+        _refuse_weights(path, experts)
     if not routed:
         raise SedetectError(f"{type(model).__name__}: no MoE layer found; give a Mixture-of-Experts model")
     inside = tuple(f"{path}." for path, _ in routed)
-    stacks = {_place(path)[0] for path, _ in routed}
+    stacks = _stacks([path for path, _ in routed])
+    expert_classes = {type(e) for _, listed in routed if isinstance(listed, ListedExperts) for e in listed.experts}
     mlps = [
         (f"{path}.{name}" if path else name, child)
         for path, module in model.named_modules()
         for name, child in module.named_children()
-        if name in DOWN_NAMES
-        and _is_linear(child)
+        if name in (EXPERT_DOWN_NAMES if type(module) in expert_classes else DOWN_NAMES)
+        and is_linear(child)
         and any(hasattr(module, up) for up in _UP_NAMES)
         and not f"{path}.{name}".startswith(inside)
-        and _LAYER.match(path)
+        and _layer(path)[0] in stacks
     ]
-    layers = {_place(path) for path, _ in routed}
+    layers = {_layer(path) for path, _ in routed}
     taken: dict[tuple[str, int, str], int] = defaultdict(int)
     banks = []
 
     def add(path: str, module: nn.Module, kind: str, sizes: tuple[int, int, int]) -> None:
-        stack, layer = _place(path)
+        prefix, layer = _layer(path)
+        stack = stacks[prefix]
         number = taken[stack, layer, kind]
         taken[stack, layer, kind] += 1
         if number:
@@ -190,12 +205,12 @@ def find_banks(model: nn.Module) -> list[Bank]:
     for path, module in routed:
         experts, *matrix = module.down_proj.shape
         hidden, intermediate = reversed(matrix) if module.is_transposed else matrix
-        add(path, module, "routed", (experts, hidden, intermediate))
+        inner = getattr(module, "inner_path", "")
+        add(path + inner, module, getattr(module, "kind", "routed"), (experts, hidden, intermediate))
     for path, module in mlps:
-        if _place(path)[0] in stacks:
-            # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
-            kind = "shared" if "shared" in path or _place(path) in layers else "dense"
-            add(path, module, kind, (1, module.out_features, module.in_features))
+        # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
+        kind = "shared" if "shared" in path or _layer(path) in layers else "dense"
+        add(path, module, kind, (1, module.out_features, module.in_features))
     return sorted(banks, key=lambda bank: bank.id)
 
 
@@ -227,6 +242,8 @@ def attach(
                 own.sedetect_computes = computes
                 undo.callback(setattr, owner, name, config)
                 setattr(owner, name, own)
+                if isinstance(bank.module, Adapter):
+                    undo.callback(bank.module.redirect())
             else:
                 path, _, name = bank.path.rpartition(".")
                 parent = model.get_submodule(path)
@@ -253,7 +270,7 @@ def is_attached(bank: Bank) -> bool:
 
 def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
     """Decoder layers (dense ones counted) of every stack that has a bank."""
-    return {bank.id.stack: len(model.get_submodule(_place_match(bank.path)[1])) for bank in banks}
+    return {bank.id.stack: len(model.get_submodule(_layer(bank.path)[0])) for bank in banks}
 
 
 def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
@@ -267,32 +284,47 @@ def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), weight.dtype, device) or own
 
 
-def _place_match(path: str) -> tuple[str, str, int]:
+def _layer(path: str) -> tuple[str, int]:
+    """(path of the list of layers, number in it) of a module: the first number in its path; ("", -1) without one."""
     match = _LAYER.match(path)
-    if match is None:
-        raise SedetectError(f"{path}: not inside a numbered layer; this architecture is not supported")
-    prefix = match.group(1)
-    stack = "decoder"
-    for part in prefix.split("."):
-        if part == "encoder":
-            stack = "encoder"
-        elif part.startswith(("vision", "visual", "audio")):
-            stack = part.split("_")[0]
-    return stack, prefix, int(match.group(2))
+    return ("", -1) if match is None else (match.group(1), int(match.group(2)))
 
 
-def _place(path: str) -> tuple[str, int]:
-    """(stack, layer) of a module path: the first number in it counts the layers of its stack."""
-    stack, _, layer = _place_match(path)
-    return stack, layer
+def _stacks(paths: list[str]) -> dict[str, str]:
+    """Name of every list of layers that holds one of these experts modules.
+
+    "decoder", unless a part of its path says "encoder", "vision" or "audio". Of two that would share a name, the later
+    goes by the first part of its path that the other has not: "talker" beside the thinker's "decoder".
+    """
+    names: dict[str, str] = {}
+    for path in paths:
+        prefix, layer = _layer(path)
+        if layer < 0:
+            raise SedetectError(f"{path}: not inside a numbered layer; this architecture is not supported")
+        if prefix in names:
+            continue
+        name = "decoder"
+        for part in prefix.split("."):
+            if part == "encoder":
+                name = "encoder"
+            elif part.startswith(("vision", "visual", "audio")):
+                name = part.split("_")[0]
+        other = next((known for known, taken in names.items() if taken == name), None)
+        if other is not None:
+            name = next(part for part in prefix.split(".") if part not in other.split("."))
+        names[prefix] = name
+    return names
 
 
-def _is_experts(module: nn.Module) -> bool:
-    return hasattr(module, "is_transposed") and isinstance(getattr(module, "down_proj", None), nn.Parameter)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
+def _experts(model: nn.Module, path: str, module: nn.Module) -> Iterator[nn.Module]:
+    """The module itself behind the interface, or its adapter; nothing for any other module."""
+    interface = hasattr(module, "is_transposed") and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    if interface and module.down_proj.dtype in _FLOATS:
+        yield module
+        return
+    adapter = adapt(path, module, model.get_submodule(path.rpartition(".")[0]))
+    if adapter is not None or interface:
+        yield adapter or module
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -301,30 +333,37 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return plain and module.weight.dtype in _FLOATS
 
 
-def _refuse_unreachable(path: str, module: nn.Module, reachable: set[int]) -> None:
+def _refuse_weights(path: str, experts: nn.Module) -> None:
+    """Raise for experts whose down_proj is stored in a way that cannot be measured."""
+    module = experts.module if isinstance(experts, Adapter) else experts
+    name, weight = type(module).__name__, experts.down_proj
+    if isinstance(weight, DTensor) and any(p.is_shard() and p.dim != 0 for p in weight.placements):
+        raise SedetectError(
+            f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
+            "load the model with its expert-parallel plan instead"
+        )
+    if getattr(module, "_is_expert_parallel", False):
+        raise SedetectError(f"{path} ({name}): expert-parallel experts are not supported yet; load it on one device")
+    if weight.dtype not in _FLOATS:
+        raise SedetectError(
+            f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
+            "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"
+        )
+
+
+def _refuse_unreachable(path: str, module: nn.Module, known: list[str]) -> None:
     """Raise for experts whose outputs no backend of ours would see."""
     name = type(module).__name__
-    if id(module) in reachable:
-        weight = module.down_proj
-        if isinstance(weight, DTensor) and any(p.is_shard() and p.dim != 0 for p in weight.placements):
-            raise SedetectError(
-                f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
-                "load the model with its expert-parallel plan instead"
-            )
-        if getattr(module, "_is_expert_parallel", False):
-            raise SedetectError(
-                f"{path} ({name}): expert-parallel experts are not supported yet; load it on one device"
-            )
-        if weight.dtype not in _FLOATS:
-            raise SedetectError(
-                f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
-                "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"
-            )
+    if name in REFUSED:
+        raise SedetectError(f"{path} ({name}): {REFUSED[name]}; this model cannot be profiled")
+    if any(path == one or path.startswith(f"{one}.") for one in known):
         return
     first = next(module.children(), None)
-    listed = path.split(".")[-1] == "experts" and first is not None and id(first) not in reachable
+    inside = any(one.startswith(f"{path}.") for one in known)
+    listed = "expert" in path.rpartition(".")[2] and isinstance(module, (nn.ModuleList, nn.ModuleDict)) and first
+    named = path.rpartition(".")[2] == "experts" and first is not None
     stored = "xperts" in name and any(p.dim() == 3 for p in module.parameters(recurse=False))
-    if listed or stored:
+    if (listed or named or stored) and not inside:
         what = type(first).__name__ if isinstance(module, (nn.ModuleList, nn.ModuleDict)) else name
         raise SedetectError(
             f"{path} ({what}): experts outside transformers' experts interface are not supported yet; "

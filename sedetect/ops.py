@@ -5,6 +5,8 @@ torch.no_grad; none changes its inputs except state.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -17,12 +19,23 @@ from sedetect.kernels.update import Rows
 from sedetect.stats import BankStats
 
 
+@dataclass(frozen=True)
+class Halves:
+    """Gate and up projections stored apart, (E, I, H) each, in the place of a gate_up (E, 2I, H)."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        return torch.cat((self.gate[expert], self.up[expert]))
+
+
 @torch.no_grad()
 def moe_mlp(
     x: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    gate_up: torch.Tensor,
+    gate_up: torch.Tensor | Halves | None,
     down: torch.Tensor,
     gate: Gate | Callable[[torch.Tensor], torch.Tensor],
     state: BankStats,
@@ -37,8 +50,9 @@ def moe_mlp(
     """The routed experts of one layer: out[t] = sum_j g[t, j] * down_e(gate(gate_up_e(x[t]))), e = top_k_index[t, j].
 
     Args:
-        x: (T, H). top_k_index: (T, k) int; indices outside [0, E) are no expert. top_k_weights: (T, k), the g.
-        gate_up: (E, 2I, H), or (E, H, 2I) when transposed; (E, I, H) for experts without a gate.
+        x: (T, H); or (T, k, H), an input of its own for every slot. top_k_index: (T, k) int; indices outside [0, E) are no expert. top_k_weights: (T, k), the g.
+        gate_up: (E, 2I, H), or (E, H, 2I) when transposed; (E, I, H) for experts without a gate; None where x is the
+            input of down already.
         down: (E, H, I), or (E, I, H) when transposed. Biases: (E, 2I), (E, H).
         gate: a Gate, which is fused; or any function (S, 2I) -> (S, I), such as the module's own.
         state: updated in place with the statistics of every counted row (see BankStats).
@@ -52,12 +66,13 @@ def moe_mlp(
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, down.shape[0])
-    if isinstance(gate, Gate) and post_norm is None and state.channel_max is None:
+    stacked = isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
+    fused = isinstance(gate, Gate) and stacked and x.dim() == 2
+    if fused and post_norm is None and state.channel_max is None:
         weights = (gate_up, gate_up_bias, gate, down, down_bias)
         out, stats = chosen.experts(x, plan, *weights, transposed, top_k_weights)
     else:
-        z = chosen.gate_up(x, plan, gate_up, gate_up_bias, transposed)
-        h = gate_torch(gate, z) if isinstance(gate, Gate) else gate(z)
+        h = _hidden(chosen, x, plan, gate_up, gate_up_bias, gate, transposed)
         y, stats = chosen.down(h, plan, down, down_bias, transposed)
         _update_channels(state, y, h, plan, top_k_weights, rows)
         out = chosen.combine(y if post_norm is None else post_norm(y), plan, top_k_weights)
@@ -66,6 +81,58 @@ def moe_mlp(
         update_coactivation_torch(state, top_k_index, top_k_weights, rows)
     if state.published_max is not None:
         update_published_torch(state, stats, plan, top_k_weights, rows)
+    return out.to(x.dtype)
+
+
+def _hidden(chosen: TorchBackend, x, plan: Plan, gate_up, bias, gate, transposed: bool) -> torch.Tensor:
+    """The input of down (S, I), sorted by expert."""
+    if x.dim() == 3:
+        x, by_slot = x.flatten(0, 1), replace(plan, top_k=1)
+    else:
+        by_slot = plan
+    if gate_up is None:
+        return x[plan.order]
+    parts = (gate_up.gate, gate_up.up) if isinstance(gate_up, Halves) else (gate_up,)
+    z = [chosen.gate_up(x, by_slot, part, bias, transposed) for part in parts]
+    z = z[0] if len(z) == 1 else torch.cat(z, dim=-1)
+    return gate_torch(gate, z) if isinstance(gate, Gate) else gate(z)
+
+
+@torch.no_grad()
+def moe_modules(
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    run: Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    sizes: tuple[int, int, torch.dtype],
+    state: BankStats,
+    *,
+    rows: Rows | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """moe_mlp for experts that are modules and compute themselves. Synchronises with the host, to loop over them.
+
+    Args:
+        x, top_k_index, top_k_weights, state, rows, backend: as in moe_mlp, x (T, H).
+        run: expert number and its rows (N, H) -> (their result (N, H), y (N, H), its input h (N, I)).
+        sizes: number of experts, I, and the dtype of y.
+    """
+    experts, intermediate, dtype = sizes
+    chosen, _ = choose_backend(x.device, dtype, backend)
+    rows = Rows.unmapped(len(x), x.device) if rows is None else rows
+    _check(state, experts, len(x), rows, top_k_index.shape, top_k_weights.shape)
+    plan = chosen.plan(top_k_index, experts)
+    gathered = x[plan.order // plan.top_k]
+    result, y = (x.new_zeros(gathered.shape, dtype=dtype) for _ in range(2))
+    h = x.new_zeros(len(gathered), intermediate, dtype=dtype)
+    offsets = plan.offsets.tolist()
+    for expert, (start, end) in enumerate(pairwise(offsets)):
+        if end > start:
+            result[start:end], y[start:end], h[start:end] = run(expert, gathered[start:end])
+    out = chosen.combine(result, plan, top_k_weights)
+    _finish(chosen, state, y, h, chosen.row_stats(y, h), plan, top_k_weights, rows)
+    if state.coactivation is not None:
+        update_coactivation_torch(state, top_k_index, top_k_weights, rows)
     return out.to(x.dtype)
 
 
@@ -160,4 +227,4 @@ def _update_channels(state, y, h, plan, gates, rows) -> None:
         update_channels_torch(state, y, h, plan, gates, rows)
 
 
-__all__ = ["Gate", "down_stats", "linear_stats", "moe_mlp", "output_stats"]
+__all__ = ["Gate", "Halves", "down_stats", "linear_stats", "moe_mlp", "moe_modules", "output_stats"]

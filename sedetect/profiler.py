@@ -16,6 +16,7 @@ from sedetect import hf
 from sedetect.backends import check_backend
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError
+from sedetect.quantized import serve_linears
 from sedetect.rows import Batch
 from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, digest
 from sedetect.tracking import TrackedModel
@@ -67,6 +68,12 @@ class Profile:
                     f"{bank.path}: sedetect is attached already; leave the other context of this model first"
                 )
         with ExitStack() as stack:
+            restore, served = serve_linears(self._model)
+            stack.callback(restore)
+            if served:
+                self._tracked.tracker.notes.add(
+                    f"{served} FP8 linears computed with dequantized weights: no kernel here"
+                )
             calls = [(bank, self._call(bank)) for bank in self._banks]
             stack.callback(hf.attach(self._model, calls, computes=True))
             stack.enter_context(self._tracked)
@@ -82,7 +89,7 @@ class Profile:
     def _call(self, bank: hf.Bank) -> Callable[..., torch.Tensor]:
         """What attach puts in the place of a bank's module."""
         call = hf.measure(bank)
-        if not (self._first_rows and bank.routed):
+        if not (self._first_rows and bank.id.kind.startswith("routed")):
             return call
 
         def measured(module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
@@ -134,7 +141,11 @@ class Profile:
                 banks[bank.id] = bank.state.to("cpu")
             else:
                 channels = (bank.hidden, bank.intermediate) if bank.channels else None
-                optional = (channels, bank.coactivation and bank.experts > 1, self._first_rows and bank.routed)
+                optional = (
+                    channels,
+                    bank.coactivation and bank.experts > 1,
+                    self._first_rows and bank.id.kind.startswith("routed"),
+                )
                 banks[bank.id] = BankStats.empty(bank.experts, "cpu", *optional)
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
         tokens, sequences = tracker.totals()

@@ -44,3 +44,18 @@ def random_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1.0))
     return model
+
+
+def snapshot(model):
+    """Every object that a profile might replace, to compare before and after."""
+    return {
+        "modules": [
+            (path, id(module), id(module.__dict__.get("config")), "forward" in module.__dict__)
+            for path, module in model.named_modules()
+        ],
+        "parameters": [(path, id(parameter)) for path, parameter in model.named_parameters()],
+        "attributes": sorted(model.__dict__),
+        "implementation": model.get_experts_implementation(),
+        "config": model.config.to_json_string(),
+        "grad": torch.is_grad_enabled(),
+    }

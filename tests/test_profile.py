@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import CONFIGS, TINY, random_model
+from models import CONFIGS, TINY, random_model, snapshot
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -169,7 +169,7 @@ def test_statistics_are_bit_for_bit_those_of_the_backends_own_output(name, monke
 
 def test_nothing_stays_behind():
     model, ids = random_model("qwen2_moe"), token_ids()
-    before = _snapshot(model)
+    before = snapshot(model)
     keys = list(model.state_dict())
     with sedetect.profile(model) as prof:
         model(input_ids=ids)
@@ -177,27 +177,16 @@ def test_nothing_stays_behind():
         assert [id(p) for p in model.parameters()] == [p for _, p in before["parameters"]]
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         assert any(isinstance(module, SubstitutedDown) for module in model.modules())
-    assert _snapshot(model) == before
+    assert snapshot(model) == before
     with pytest.raises(RuntimeError, match="mine"), sedetect.profile(model) as prof:
         model(input_ids=ids)
         raise RuntimeError("mine")
-    assert _snapshot(model) == before
+    assert snapshot(model) == before
     assert prof.stats.header.tokens == ids.numel()
     with pytest.raises(IndexError), sedetect.profile(model) as prof:
         model(input_ids=torch.tensor([[10_000]]))
-    assert _snapshot(model) == before
+    assert snapshot(model) == before
     assert any("failed before its end" in note for note in prof.stats.header.notes)
-
-
-def _snapshot(model):
-    return {
-        "modules": [(path, id(module), id(module.__dict__.get("config"))) for path, module in model.named_modules()],
-        "parameters": [(path, id(parameter)) for path, parameter in model.named_parameters()],
-        "attributes": sorted(model.__dict__),
-        "implementation": model.get_experts_implementation(),
-        "config": model.config.to_json_string(),
-        "grad": torch.is_grad_enabled(),
-    }
 
 
 def test_no_grad_inside():

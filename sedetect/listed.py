@@ -1,0 +1,239 @@
+"""Adapters of experts that are modules in a list: those of transformers, and those of remote code.
+
+A ModuleList of experts, as remote code has it, is adapted with the block that owns it (ListedBlock), and only after a
+probe has shown that the block is understood.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from sedetect import ops
+from sedetect.errors import SedetectError
+from sedetect.stacked import Adapter, restore_forward
+
+# Names of an MLP's output projection, down_proj by far the most common. The names in EXPERT_DOWN_NAMES are those of
+# other things as well, and count only in a class that is also an expert's.
+DOWN_NAMES = ("down_proj", "w2", "output_linear")
+EXPERT_DOWN_NAMES = (*DOWN_NAMES, "wo", "fc2")
+# Of its input projections: the gate first, where there are two.
+_UP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"), ("wi",), ("fc1",))
+
+
+class _Listed:
+    """The matrices of a list of experts, one at a time: matrices[e] is what a stacked weight would have there."""
+
+    def __init__(self, parts: list[list[torch.Tensor]]):
+        self._parts = parts
+        self.dtype, self.device, self.is_meta = parts[0][0].dtype, parts[0][0].device, parts[0][0].is_meta
+        self.shape = torch.Size((len(parts), sum(len(p) for p in parts[0]), *parts[0][0].shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        parts = self._parts[expert]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class ListedExperts(Adapter):
+    """A list or dictionary of expert MLPs. Each runs its own forward, and its down_proj is listened to."""
+
+    fusable = False
+
+    def __init__(self, module: nn.Module, parent: nn.Module):
+        super().__init__(module, parent)
+        first = self.experts[0]
+        self.down_name = next(name for name in EXPERT_DOWN_NAMES if is_linear(getattr(first, name, None)))
+        self.up_names = next((names for names in _UP_NAMES if all(hasattr(first, n) for n in names)), ())
+        self.has_gate = len(self.up_names) == 2
+        self.has_bias = getattr(getattr(first, self.down_name), "bias", None) is not None
+
+    @property
+    def experts(self) -> list[nn.Module]:
+        return [child for child in self.module.children() if has_down(child)]
+
+    @property
+    def gate_up_proj(self):
+        return _Listed([[getattr(e, name).weight for name in self.up_names] for e in self.experts])
+
+    @property
+    def gate_up_proj_bias(self):
+        return _Listed([[getattr(e, name).bias for name in self.up_names] for e in self.experts])
+
+    up_proj, up_proj_bias = gate_up_proj, gate_up_proj_bias
+
+    @property
+    def down_proj(self):
+        return _Listed([[getattr(e, self.down_name).weight] for e in self.experts])
+
+    @property
+    def down_proj_bias(self):
+        return _Listed([[getattr(e, self.down_name).bias] for e in self.experts])
+
+    def act_fn(self, x):
+        names = ("act_fn", "act", "activation_fn", "activation")
+        return next(getattr(self.experts[0], name) for name in names if hasattr(self.experts[0], name))(x)
+
+    def compute(self, x, top_k_index, top_k_weights, state, rows=None, backend=None, **how):
+        experts, dtype = self.experts, self.down_proj.dtype
+
+        def run(expert: int, rows_of_expert: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            down, heard = getattr(experts[expert], self.down_name), []
+            own = down.forward
+
+            def forward(h: torch.Tensor) -> torch.Tensor:
+                heard.append((own(h), h))
+                return heard[0][0]
+
+            with _forward(down, forward):
+                out = experts[expert](rows_of_expert)
+            return (out, *heard[0])
+
+        sizes = (self.down_proj.shape[0], self.down_proj.shape[2], dtype)
+        return ops.moe_modules(x, top_k_index, top_k_weights, run, sizes, state, rows=rows, backend=backend)
+
+
+class SwitchTransformersExperts(ListedExperts):
+    """Routing as a mask; tokens beyond an expert's capacity go to none."""
+
+    def translate(self, own_forward, hidden_states, selected_experts, routing_weights):
+        index = selected_experts.argmax(-1).masked_fill(~selected_experts.any(-1), len(self.experts))
+        return self(hidden_states, index, routing_weights)
+
+
+class NllbMoeExperts(ListedExperts):
+    """One slot per expert and token: the mask names the expert, and most weights are 0."""
+
+    def translate(self, own_forward, hidden_states, router_mask, router_probs):
+        index = router_mask.masked_fill(router_probs == 0, len(self.experts))
+        return self(hidden_states, index, router_probs) * (1 - self.module.moe_token_dropout)
+
+
+class ListedBlock(ListedExperts):
+    """A ModuleList of experts in a block of unknown code, whose forward runs with experts that give zeros.
+
+    That leaves everything else the block does (shared experts, router logits, the form of its result); the experts then
+    add what the block's router asked for. Which of the routings below the block means is found by a probe.
+    """
+
+    def __init__(self, module: nn.Module, parent: nn.Module):
+        super().__init__(module, parent)
+        self._routers = [c for c in parent.children() if c is not module and not has_down(c)]
+        self._route = None
+        self._probe()
+
+    @property
+    def redirected(self):
+        return self._parent()
+
+    @property
+    def top_k(self) -> int | None:
+        block = self._parent()
+        names = ("top_k", "num_experts_per_tok", "num_selected_experts")
+        holders = (block, getattr(block, "config", None))
+        return next((getattr(h, n) for h in holders for n in names if isinstance(getattr(h, n, None), int)), None)
+
+    def translate(self, own_forward, hidden_states, *args, **kwargs):
+        output, routed = self._without_experts(own_forward, hidden_states, *args, **kwargs)
+        index, weights = self._route(routed)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        added = self(x, index, weights).view(hidden_states.shape)
+        if isinstance(output, tuple):
+            return (output[0] + added.view(output[0].shape), *output[1:])
+        return output + added.view(output.shape)
+
+    def _without_experts(self, own_forward, *args, **kwargs) -> tuple[Any, list[Any]]:
+        """The block's result with experts that give zeros, and what its router gave."""
+        heard: list[Any] = []
+
+        def listen(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            heard.append(own(*args, **kwargs))
+            return heard[-1]
+
+        with ExitStack() as stack:
+            for expert in self.experts:
+                stack.enter_context(_forward(expert, torch.zeros_like))
+            for router in self._routers:
+                stack.enter_context(_forward(router, partial(listen, router.forward)))
+            return own_forward(*args, **kwargs), heard
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        block, weight = self._parent(), self.down_proj[0]
+        x = torch.randn(1, 16, weight.shape[0], generator=torch.Generator().manual_seed(0))
+        x = x.to(weight.device, weight.dtype) if not weight.is_meta else x
+        tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2
+        errors: dict[Callable[..., Any], float] = {}
+        try:
+            own = _first(block(x))
+            for routing in (_given, partial(_softmax, self.top_k, False), partial(_softmax, self.top_k, True)):
+                self._route = routing
+                try:
+                    mine = _first(self.translate(block.forward, x))
+                except _Unlike:
+                    continue
+                errors[routing] = float((mine - own).abs().max() / own.abs().max())
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            pass
+        self._route = min(errors, key=errors.get, default=None)
+        if errors.get(self._route, torch.inf) <= tolerance:
+            return
+        raise SedetectError(
+            f"{type(block).__name__} ({type(self.experts[0]).__name__}): how this block routes to its experts is not "
+            "understood, so that they cannot be measured"
+        )
+
+
+class _Unlike(Exception):
+    """What a router gave has not the form of a routing."""
+
+
+def _given(heard: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(index, weights), both (T, k), among what the router returned."""
+    for result in heard:
+        tensors = [t for t in result if isinstance(t, torch.Tensor)] if isinstance(result, (tuple, list)) else []
+        index = next((t for t in tensors if t.dtype in (torch.int64, torch.int32)), None)
+        if index is not None:
+            weights = next((t for t in tensors if t.is_floating_point() and t.shape == index.shape), None)
+            if weights is not None:
+                return index.reshape(-1, index.shape[-1]), weights.reshape(-1, index.shape[-1])
+    raise _Unlike
+
+
+def _softmax(top_k: int | None, normalized: bool, heard: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top_k of the softmax over the router's logits (T, E); normalized: their sum is made 1."""
+    logits = next((r for r in heard if isinstance(r, torch.Tensor)), None)
+    if logits is None or top_k is None:
+        raise _Unlike
+    weights, index = logits.reshape(-1, logits.shape[-1]).softmax(-1, dtype=torch.float32).topk(top_k)
+    return index, weights / weights.sum(-1, keepdim=True) if normalized else weights
+
+
+def has_down(module: nn.Module) -> bool:
+    """Whether it is an MLP with an output projection."""
+    return any(is_linear(getattr(module, name, None)) for name in EXPERT_DOWN_NAMES)
+
+
+def is_linear(module: Any) -> bool:
+    """nn.Linear, or a quantized one of any kind."""
+    return isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for a module while the context lasts."""
+    previous = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        restore_forward(module, previous)

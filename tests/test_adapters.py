@@ -1,0 +1,244 @@
+"""Experts outside the experts interface: a ModuleList of them, as remote code has it, is measured as stacked ones are."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import random_model, snapshot
+from test_profile import assert_equal, assert_logits_close, token_ids
+from torch import nn
+
+import sedetect
+from sedetect.ablation import ablate
+from sedetect.errors import SedetectError
+
+NAMES = {"w": ("w1", "w3", "w2"), "proj": ("gate_proj", "up_proj", "down_proj")}
+
+
+class Expert(nn.Module):
+    def __init__(self, hidden, intermediate, names):
+        super().__init__()
+        self.names = names
+        for name, shape in zip(names, ((hidden, intermediate), (hidden, intermediate), (intermediate, hidden))):
+            setattr(self, name, nn.Linear(*shape, bias=False))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):
+        gate, up, down = (getattr(self, name) for name in self.names)
+        return down(self.act_fn(gate(x)) * up(x))
+
+
+class MixtralBlock(nn.Module):
+    """The routing of the first Mixtral code: softmax over all logits, top-k, one loop over the experts."""
+
+    normalized = True
+
+    def __init__(self, experts, gate, top_k, shared):
+        super().__init__()
+        self.experts, self.gate, self.top_k, self.shared_expert = experts, gate, top_k, shared
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        logits = self.gate(x)
+        weights, chosen = torch.topk(F.softmax(logits, dim=1, dtype=torch.float), self.top_k, dim=-1)
+        if self.normalized:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights = weights.to(x.dtype)
+        final = torch.zeros_like(x)
+        mask = F.one_hot(chosen, num_classes=len(self.experts)).permute(2, 1, 0)
+        for number, expert in enumerate(self.experts):
+            slot, token = torch.where(mask[number])
+            final.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return (final + self.shared_expert(x)).view(hidden_states.shape), logits
+
+
+class UnnormalizedBlock(MixtralBlock):
+    normalized = False
+
+
+class Gate(nn.Module):
+    def __init__(self, weight, top_k):
+        super().__init__()
+        self.weight, self.top_k = weight, top_k
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        weights, index = torch.topk(F.linear(x, self.weight).softmax(-1), self.top_k, dim=-1)
+        return index, weights / weights.sum(-1, keepdim=True)
+
+
+class DeepseekBlock(nn.Module):
+    """The routing of the first DeepSeek code: a gate that chooses, tokens sorted by expert."""
+
+    def __init__(self, experts, gate, top_k, shared):
+        super().__init__()
+        self.experts, self.gate, self.shared_experts = experts, Gate(gate.weight, top_k), shared
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        index, weights = self.gate(hidden_states)
+        order = index.view(-1).argsort()
+        counts = index.view(-1).bincount(minlength=len(self.experts)).tolist()
+        parts = x[order // index.shape[1]].split(counts)
+        outs = torch.cat([expert(part) for expert, part in zip(self.experts, parts) if len(part)])
+        by_slot = torch.empty_like(outs)
+        by_slot[order] = outs
+        final = (by_slot.view(*index.shape, -1) * weights[..., None]).sum(1)
+        return final.view(hidden_states.shape) + self.shared_experts(hidden_states), None
+
+
+class Unpacked(nn.Module):
+    """What a decoder layer of this transformers expects of its block: the hidden states alone."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states):
+        return self.block(hidden_states)[0]
+
+
+def as_remote_code(model, block_class, names):
+    """The same model with its experts in lists."""
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        if not hasattr(layer.mlp, "experts"):
+            continue
+        stacked, hidden, intermediate = layer.mlp.experts, *layer.mlp.experts.down_proj.shape[1:]
+        experts = nn.ModuleList(Expert(hidden, intermediate, NAMES[names]) for _ in stacked.down_proj)
+        for number, expert in enumerate(experts):
+            gate, up = stacked.gate_up_proj[number].detach().chunk(2)
+            for name, weight in zip(NAMES[names], (gate, up, stacked.down_proj[number].detach())):
+                getattr(expert, name).weight = nn.Parameter(weight.clone())
+        router = nn.Linear(hidden, len(experts), bias=False)
+        router.weight = layer.mlp.gate.weight
+        layer.mlp = Unpacked(block_class(experts, router, layer.mlp.gate.top_k, NoShared(hidden)))
+    return model.eval()
+
+
+class NoShared(nn.Module):
+    """A shared expert with an output, of no bank: it has no down_proj."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((hidden,), 0.1))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+@pytest.mark.parametrize("names", NAMES)
+@pytest.mark.parametrize("block", [MixtralBlock, UnnormalizedBlock, DeepseekBlock])
+def test_a_list_of_experts_is_measured_as_the_stacked_ones(block, names):
+    stacked, ids = random_model("qwen3_moe"), token_ids()
+    for layer in stacked.model.layers:
+        layer.mlp.gate.norm_topk_prob = getattr(block, "normalized", True)
+        inner = layer.mlp.forward
+        layer.mlp.forward = lambda x, inner=inner: inner(x) + 0.1 * x
+    listed = as_remote_code(stacked, block, names)
+    before = snapshot(listed)
+    with torch.no_grad():
+        own = listed(input_ids=ids).logits
+    runs = []
+    for model in (stacked, listed):
+        with sedetect.profile(model, source="text") as prof:
+            prof.batch(sequence_ids=torch.arange(len(ids)))
+            logits = model(input_ids=ids).logits
+        assert_logits_close(logits, own, 1e-5)
+        runs.append(prof.stats)
+    assert snapshot(listed) == before
+    assert not runs[1].header.notes
+    for bank, state in runs[0].banks.items():
+        other = runs[1].banks[bank]
+        assert torch.equal(state.counts, other.counts)
+        assert torch.allclose(state.sums, other.sums, rtol=1e-4)
+        assert torch.allclose(state.out_max, other.out_max, rtol=1e-4)
+        where = slice(2, 7)  # channel, source, sequence, position, token
+        assert torch.equal(state.peak()[:, where], other.peak()[:, where])
+
+
+@pytest.mark.parametrize("block", [MixtralBlock, UnnormalizedBlock, DeepseekBlock])
+def test_a_list_of_experts_in_bfloat16(block):
+    model, ids = (
+        as_remote_code(random_model("qwen3_moe", torch.bfloat16), block, "proj").to(torch.bfloat16),
+        token_ids(),
+    )
+    with torch.no_grad():
+        own = model(input_ids=ids).logits
+    with sedetect.profile(model) as prof:
+        logits = model(input_ids=ids).logits
+    # Near ties the routing flips: most logits agree, not all.
+    errors = (logits.double() - own.double()).abs() / own.double().square().mean().sqrt()
+    assert errors.median() < 0.02
+    for state in prof.stats.banks.values():
+        assert state.rows.sum() == 2 * ids.numel()
+        total = float(state.gate_sum.sum()) / ids.numel()
+        assert total < 0.97 if block is UnnormalizedBlock else total == pytest.approx(1, abs=0.01)
+
+
+def test_an_ablation_inside_a_profile_of_a_list_of_experts():
+    stacked, ids = random_model("qwen3_moe"), token_ids()
+    listed = as_remote_code(stacked, DeepseekBlock, "proj")
+    for layer in listed.model.layers:
+        layer.mlp.block.shared_experts.scale.data.zero_()
+    for layer in stacked.model.layers:
+        layer.mlp.gate.norm_topk_prob = True
+    place, rows = "L1E3", []
+    for model in (stacked, listed):
+        with sedetect.profile(model, source="text") as prof, ablate(model, [place]):
+            prof.batch(sequence_ids=torch.arange(len(ids)))
+            logits = model(input_ids=ids).logits
+        rows.append((prof.stats, logits))
+    assert_logits_close(rows[1][1], rows[0][1], 1e-5)
+    for stats, _ in rows:
+        assert int(stats.banks[("decoder", 1, "routed")].rows[3]) == 0
+    assert torch.equal(*(s.banks[("decoder", 2, "routed")].rows for s, _ in rows))
+
+
+class OddGate(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return F.linear(x, self.weight).tanh()
+
+
+class OddBlock(DeepseekBlock):
+    """Weights that no routing we know gives."""
+
+    def __init__(self, experts, gate, top_k, shared):
+        super().__init__(experts, gate, top_k, shared)
+        self.gate = OddGate(gate.weight)
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        scores = self.gate(x)
+        return sum(e(x) * scores[:, n, None] for n, e in enumerate(self.experts)).view(hidden_states.shape), None
+
+
+def test_a_block_that_is_not_understood_is_refused_before_any_forward():
+    model = as_remote_code(random_model("qwen3_moe"), OddBlock, "proj")
+    with pytest.raises(SedetectError, match=r"OddBlock \(Expert\): how this block routes"):
+        sedetect.profile(model)
+    for layer in model.model.layers:  # a list by another name
+        layer.mlp.block.pool = layer.mlp.block.experts
+        del layer.mlp.block.experts
+    with pytest.raises(SedetectError, match=r"OddBlock \(Expert\): how this block routes"):
+        sedetect.profile(model)
+
+
+def test_lists_of_experts_keep_their_optional_statistics():
+    listed, ids = as_remote_code(random_model("qwen3_moe"), MixtralBlock, "w"), token_ids()
+    runs = []
+    for _ in range(2):
+        with sedetect.profile(listed, source="text", channels=True, coactivation=True, first_rows=True) as prof:
+            prof.batch(sequence_ids=torch.arange(len(ids)))
+            listed(input_ids=ids)
+        runs.append(prof.stats)
+    assert_equal(runs[0], runs[1])
+    for state in runs[0].banks.values():
+        assert torch.equal(state.channel_max.max(1).values, state.out_max)
+        assert torch.equal(state.coactivation.diagonal(), state.rows)
+        assert (state.published_max <= state.out_max).all() and state.published_max.any()

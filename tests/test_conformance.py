@@ -1,0 +1,36 @@
+"""Every MoE architecture of the installed transformers, by the checks of conformance.py."""
+
+import pytest
+from conformance import available, check
+from families import FAMILIES, Family, discover, tiny_model
+
+from sedetect.hf import find_banks, layers_per_stack
+
+
+@pytest.mark.parametrize("name", available())
+def test_family(name):
+    check(name)
+
+
+def test_every_class_behind_the_interface_is_in_a_model_that_is_checked():
+    """A class that a release adds fails here until its family has an entry, if only one that says why it is refused."""
+    for name, classes in discover().items():
+        families = [(key, family) for key, family in FAMILIES.items() if key.partition(":")[0] == name]
+        inside = {type(module).__name__ for key, family in families for module in tiny_model(key, family).modules()}
+        assert set(classes) <= inside, f"{name}: add {sorted(set(classes) - inside)} to FAMILIES"
+
+
+def test_two_stacks_of_one_model_and_layers_of_neither():
+    """Thinker and talker have layers of their own; the talker's code predictor has MLPs, but no experts."""
+    config = {
+        "talker_config": {"text_config": {"shared_expert_intermediate_size": 20}, "spatial_merge_size": 2},
+        "code2wav_config": {"decoder_dim": 32, "upsample_rates": [2, 2], "upsampling_ratios": [2]},
+    }
+    model = tiny_model("qwen3_omni_moe", Family("", config, model="Qwen3OmniMoeForConditionalGeneration"))
+    banks = find_banks(model)
+    assert layers_per_stack(model, banks) == {"decoder": 3, "talker": 3}
+    assert [str(bank.id) for bank in banks] == [
+        *(f"decoder.{layer}.routed" for layer in range(3)),
+        *(f"talker.{layer}.{kind}" for layer in range(3) for kind in ("routed", "shared")),
+    ]
+    assert not any("code_predictor" in bank.path for bank in banks)

@@ -20,10 +20,19 @@ from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import perplexity
 from sedetect.experiment import Target, random_controls, routed_experts
-from sedetect.hf import find_banks
+from sedetect.layers import run_tokens
 from sedetect.pruning import choose_kept
-from sedetect.quantization import FORMATS, GROUP, expert_sizes, expert_weights, quantized_experts, stored_bits
+from sedetect.quantization import (
+    FORMATS,
+    GROUP,
+    expert_sizes,
+    expert_weights,
+    quantized_experts,
+    routed_banks,
+    stored_bits,
+)
 from sedetect.ranking import Place
+from sedetect.stability import finite
 from sedetect.stats import BankId, ModelStats
 
 FORMAT = "sedetect-budget"
@@ -82,7 +91,7 @@ class Budget:
 
     def to_dict(self) -> dict[str, Any]:
         """For budget.json; conclusion is conclusion(self)."""
-        return {"format": FORMAT, "version": VERSION} | asdict(self) | {"conclusion": conclusion(self)}
+        return {"format": FORMAT, "version": VERSION} | finite(asdict(self)) | {"conclusion": conclusion(self)}
 
 
 def held_out(domains: dict[str, Windows], stats: ModelStats) -> dict[str, Windows]:
@@ -141,6 +150,8 @@ def make_budget(
     for ratio in sorted(ratios):
         try:
             gone = [_gone(model, stats, by, ratio, safe, groups) for safe in sets]
+            with ablate(model, gone[0], how="remove"):  # not every router can be masked
+                run_tokens(model, next(iter(domains.values())).ids[:1])
         except SedetectError as error:
             notes.append(f"left out: {error}")
             continue
@@ -233,8 +244,8 @@ def _share(sizes: Sizes, experts: list[Place]) -> float:
 def _stored(model: PreTrainedModel, name: str, group: int) -> float:
     """Size of all routed experts in a format, relative to now."""
     before = after = 0.0
-    for bank in find_banks(model):
-        for weight, dim in expert_weights(bank.module).items() if bank.routed else ():
+    for bank in routed_banks(model):
+        for weight, dim in expert_weights(bank.module).items():
             tensor = getattr(bank.module, weight)
             before += tensor.numel() * tensor.itemsize * 8
             after += tensor.numel() * stored_bits(name, tensor.shape[dim], group)

@@ -5,6 +5,7 @@ cost much when they are missing. So three things are judged together: the perple
 the same layers, the attention on the first token (sinks), and the largest value of the residual stream.
 """
 
+import math
 import re
 import statistics
 from collections import Counter
@@ -97,11 +98,25 @@ class Experiment:
             digest=document["digest"],
             dtype=document["dtype"],
             tokens=document["tokens"],
-            baseline=Outcome(**document["baseline"]),
-            outcomes=[Outcome(**outcome) for outcome in document["outcomes"]],
-            controls={name: [Outcome(**run) for run in runs] for name, runs in document["controls"].items()},
+            baseline=_outcome(document["baseline"]),
+            outcomes=[_outcome(outcome) for outcome in document["outcomes"]],
+            controls={name: [_outcome(run) for run in runs] for name, runs in document["controls"].items()},
             sequences=document["sequences"],
         )
+
+
+def _outcome(document: dict[str, Any]) -> Outcome:
+    """The inverse of finite: None is NaN, "inf" is infinity, where there must be a number."""
+    outcome = Outcome(**document)
+    outcome.perplexity, outcome.change = (
+        {domain: _float(value) for domain, value in of.items()} for of in (outcome.perplexity, outcome.change)
+    )
+    outcome.mean_change, outcome.residual_max = _float(outcome.mean_change), _float(outcome.residual_max)
+    return outcome
+
+
+def _float(value: float | str | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 Target = Place | Weight
@@ -162,7 +177,8 @@ def _number(spec: str, model: nn.Module) -> int | None:
 
 def routed_experts(model: nn.Module) -> list[Place]:
     """Every routed expert of a model, in order."""
-    return [Place(*bank.id, e) for bank in hf.find_banks(model) if bank.routed for e in range(bank.experts)]
+    banks = [bank for bank in hf.find_banks(model) if bank.id.kind.startswith("routed")]
+    return [Place(*bank.id, e) for bank in banks for e in range(bank.experts)]
 
 
 def run_experiment(

@@ -19,12 +19,14 @@ Forms, by the release whose sources were read; `checked` says what the test or t
     json                      everything that is known             this package's own form
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sedetect.listed import DOWN_NAMES
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import column
 from sedetect.ranking import Place, Ranking, rank
@@ -79,6 +81,7 @@ def protect_list(stats: ModelStats, neighbours: int = 0, ranking: Ranking | None
         for bank, state in sorted(stats.banks.items())
         if bank.kind.startswith("routed")
         for e, value in enumerate(state.out_max.tolist())
+        if math.isfinite(value)
     ]
     others = sorted((one for one in maxima if one[1] not in set(found)), key=lambda one: -one[0])[:neighbours]
     return [_protected(stats, place, "super") for place in found] + [
@@ -118,8 +121,13 @@ def _protected(stats: ModelStats, place: Place, why: str) -> Protected:
     number = 0 if isinstance(place.expert, str) else place.expert
     peak = stats.banks[bank].peak()[number]
     module = stats.header.banks[str(bank)].module
-    if not place.kind.startswith("routed"):
-        module = module.rpartition(".")[0]  # the bank is its down_proj
+    path, _, name = module.rpartition(".")
+    if place.kind.startswith("routed") and name != "experts":
+        raise SedetectError(
+            f"{place}: {module} does not hold its experts by number; protect the layer by hand, no list can name them"
+        )
+    if name in DOWN_NAMES:
+        module = path  # of a shared expert, whose bank is its down_proj
     value, channel, intermediate = (column(peak, name).item() for name in ("value", "channel", "in_channel"))
     return Protected(place, module, value, why, channel, intermediate)
 
@@ -171,6 +179,9 @@ def _bitsandbytes(experts: list[Protected], granularity: str) -> dict[str, Any]:
 
 
 def _llama_cpp(experts: list[Protected], _: str) -> str:
+    odd = [e.place for e in experts if e.place.stack != "decoder" or e.place.kind not in ("routed", "shared")]
+    if odd:
+        raise SedetectError(f"--to llama.cpp: {odd[0]}: GGUF has no name for it; protect it by hand")
     lines = [
         rf"^blk\.{e.place.layer}\.ffn_(gate|up|gate_up|down)_{'exps' if e.routed else 'shexp'}\.weight=bf16"
         for e in experts

@@ -74,9 +74,9 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_json(path: str | os.PathLike, document: Any) -> None:
-    """Write document as indented UTF-8 JSON, atomically; NaN and infinities are refused by json (ValueError)."""
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def write_json(path: str | os.PathLike, document: Any, *, allow_nan: bool = False) -> None:
+    """Write document as indented UTF-8 JSON, atomically; NaN and infinities are refused (ValueError) unless allowed."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -176,7 +176,7 @@ def profile_model(
             )
         except _Stopped:
             result.interrupted = True
-        except (SedetectError, torch.OutOfMemoryError) as error:  # the profile is done, and is not lost for that
+        except Exception as error:  # the profile is done, and is not lost for whatever fails here
             why = f"the residual stream was not observed: {shorten(error)}"
             result.stats.header.notes = sorted({*result.stats.header.notes, why})
     return result

@@ -155,7 +155,7 @@ def prune_checkpoint(
             raise SedetectError(
                 f"{out}: {size:,} bytes to write and {free:,} free; free space or choose another folder"
             )
-        write_json(folder / "config.json", new_config)
+        write_json(folder / "config.json", new_config, allow_nan=True)  # some configs have "Infinity" in them
         _check_architecture(source, folder, number)
         for file in sorted(source.iterdir()):
             # README.md is the card of another model, which may name experts by numbers that changed.

@@ -57,17 +57,29 @@ def fake_quantize(weight: torch.Tensor, name: str, *, dim: int = -1, group: int 
 
 
 def expert_weights(module: nn.Module) -> dict[str, int]:
-    """The matrices of a routed experts module, with the dimension of their inputs; biases are not among them."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    return dict.fromkeys((up, "down_proj"), 1 if module.is_transposed else 2)
+    """The matrices of a routed experts module, with the dimension of their inputs; biases are not among them.
+
+    Raises SedetectError where they are no parameters of the module, one (E, ., .) each.
+    """
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    if not all(isinstance(module._parameters.get(name), nn.Parameter) for name in names):
+        raise SedetectError(
+            f"{type(module).__name__}: stores its experts in a form whose compression cannot be simulated; "
+            "prune or quantize a checkpoint of it instead"
+        )
+    return dict.fromkeys(names, 1 if module.is_transposed else 2)
+
+
+def routed_banks(model: nn.Module) -> list[hf.Bank]:
+    """The banks of routed experts: what compression is simulated for. Shared experts are not among them."""
+    return [bank for bank in hf.find_banks(model) if bank.id.kind.startswith("routed")]
 
 
 def expert_sizes(model: nn.Module) -> dict[BankId, tuple[int, int]]:
     """Per routed bank of a model (with or without its weights): weights of one expert, and number of experts."""
     return {
         bank.id: (sum(getattr(bank.module, name)[0].numel() for name in expert_weights(bank.module)), bank.experts)
-        for bank in hf.find_banks(model)
-        if bank.routed
+        for bank in routed_banks(model)
     }
 
 
@@ -81,7 +93,7 @@ def quantized_experts(model: nn.Module, name: str, kept: Iterable[Place] = (), *
     bits_of(name)
     kept = set(kept)
     calls = []
-    for bank in (bank for bank in hf.find_banks(model) if bank.routed):
+    for bank in routed_banks(model):
         numbers = sorted(p.expert for p in kept if (p.stack, p.layer, p.kind) == bank.id)
         calls.append((bank, partial(_run_quantized, name, group, numbers)))
     restore = hf.attach(model, calls)

@@ -11,6 +11,7 @@ Massive activation: |x| > 100 and at least min_ratio times the median |x| of tha
 the last (the median grows, the activation does not), and 20 without its super expert. The default is 100 for that.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -138,10 +139,11 @@ class _Seen:
         if self.best is None:
             raise SedetectError(f"layer {number} never ran; the residual stream cannot be observed")
         median = sum(self.medians) / len(self.medians)
+        ratio = self.best.maximum / median if median else math.inf
         return replace(
             self.best,
             median=median,
-            ratio=self.best.maximum / median if median else None,
+            ratio=ratio if math.isfinite(ratio) else None,
             massive=self.massive,
             nonfinite=self.nonfinite,
             sinks=torch.stack(self.sinks).mean(0).tolist() if self.sinks else None,

@@ -1,23 +1,26 @@
 """Simulated formats against plain loops; the budget against a model whose weights are edited by hand."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+from families import FAMILIES, tiny_model
 from models import TINY, random_model
 from test_cli import refused, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
+import sedetect.budget as budget_module
 from sedetect.ablation import Weight, ablate
 from sedetect.budget import conclusion, held_out, make_budget
 from sedetect.errors import SedetectError
 from sedetect.evaluation import perplexity
 from sedetect.pipeline import calibration_windows
 from sedetect.pruning import choose_kept
-from sedetect.quantization import fake_quantize, quantized_experts, stored_bits
+from sedetect.quantization import expert_sizes, fake_quantize, quantized_experts, stored_bits
 from sedetect.ranking import Place
 
 SUPER = Place("decoder", 1, "routed", 28)
@@ -211,10 +214,43 @@ def test_command(tmp_path):
     for name in ("prune 25 %", "int3"):
         (line,) = [line for line in out.splitlines() if line.strip().startswith(name)]
         assert len(re.findall(r"[\d.]+%", line)) == 6 and len(line) <= 80
-    assert "1,024 tokens that were not calibrated on" in out
+    assert "1,024 tokens that are not among the calibrated windows" in out
     document = json.loads((tmp_path / "budget.json").read_text())
     assert document["dtype"] == "bfloat16" and sum(document["tokens"].values()) == 1024
     assert document["rows"][1]["bare"]["size"] == pytest.approx(3 / 16 + (96 * 2 + 256) / (96 * 256 + 256 * 48))
+
+
+@pytest.mark.parametrize("name", ["llama4", "dbrx", "longcat_flash"])
+def test_experts_stored_in_other_ways_are_refused_before_any_run(name):
+    with pytest.raises(SedetectError, match="in a form whose compression cannot be simulated"):
+        expert_sizes(tiny_model(name, FAMILIES[name]))
+
+
+def test_a_router_that_cannot_be_masked_leaves_the_formats(subject, monkeypatch):
+    model, stats, domains = subject
+    few = {"english": held_out(domains, stats)["english"]}
+
+    def refuse(*args, **options):
+        raise SedetectError("model.layers.0.mlp.experts: the logits of its router cannot be masked; use how='skip'")
+
+    monkeypatch.setattr(budget_module, "ablate", refuse)
+    made = make_budget(model, few, stats, [], prefix=1, ratios=(0.25,), formats=("int8",))
+    assert [row.name for row in made.rows] == ["int8"] and "left out: model.layers.0" in made.notes[0]
+
+
+def test_infinite_perplexity_is_written(budget):
+    cost = replace(budget.rows[0].bare, perplexity={"english": math.inf}, mean_change=math.inf)
+    document = replace(budget, rows=[replace(budget.rows[0], bare=cost)]).to_dict()
+    assert json.loads(json.dumps(document, allow_nan=False))["rows"][0]["bare"]["mean_change"] == "inf"
+
+
+def test_statistics_of_other_windows_are_noted(tmp_path):
+    assert run("profile", TINY, "-o", tmp_path, "--tokens", 512, "--seq-len", 128).code == 0
+    options = ("--tokens", 256, "--seq-len", 64, "--ratio", 0.25, "--format", "int8", "--controls", 0)
+    code, out, _ = run("budget", TINY, "--stats", tmp_path, *options)
+    assert code == 0 and "note: the statistics are of other windows" in out
+    short = refused(run("budget", TINY, "--tokens", 256, "--seq-len", 64))
+    assert "cannot be both profiled and evaluated" in short
 
 
 def test_command_refuses(tmp_path):

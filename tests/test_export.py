@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from fnmatch import fnmatch
 
 import gguf
@@ -14,7 +15,7 @@ from test_cli import refused, run
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import sedetect
-from sedetect import BankId
+from sedetect import BankId, ModelStats
 from sedetect.channel_exports import write_awq_scales, write_imatrix
 from sedetect.errors import SedetectError
 from sedetect.exporting import export, protect_list
@@ -145,6 +146,22 @@ def test_shared_experts_and_other_stacks():
         assert not re.match(rule[2:], "model.layers.0.mlp.shared_expert_gate")
         assert not re.match(rule[2:], "model.layers.0.mlp.experts.0.down_proj")
     assert "_shexp" in export(stats, protect_list(stats), "llama.cpp", "layer")[0]
+
+
+def test_modules_that_no_list_can_name(stats):
+    """Experts that are no experts.<number>, and stacks that GGUF does not know."""
+    (found,) = protect_list(stats)
+    header = stats.header
+    other = ModelStats(stats.banks, replace(header, banks=header.banks | {
+        "decoder.1.routed": replace(header.banks["decoder.1.routed"], module="model.layers.1.mlp.output_linear")
+    }))  # fmt: skip
+    with pytest.raises(
+        SedetectError, match="L1E28: model.layers.1.mlp.output_linear does not hold its experts by number"
+    ):
+        protect_list(other)
+    vision = replace(found, place=replace(found.place, kind="routed_vision"))
+    with pytest.raises(SedetectError, match="--to llama.cpp: L1E28_vision: GGUF has no name for it"):
+        export(stats, [vision], "llama.cpp", "layer")
 
 
 def test_nothing_to_protect():

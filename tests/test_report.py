@@ -11,6 +11,7 @@ import shutil
 import statistics
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from html.parser import HTMLParser
@@ -26,9 +27,11 @@ import sedetect
 from sedetect import ModelStats, cli
 from sedetect.checkpoint import load_tokenizer
 from sedetect.kernels.records import COLUMN, column, float_bits
+from sedetect.experiment import Experiment
 from sedetect.report import numbers, text
 from sedetect.report.data import datasets
 from sedetect.report.evidence import Evidence, load_evidence
+from sedetect.report.experiments import ablation_section
 from sedetect.report.style import DARK, LIGHT
 from sedetect.report.write import write_report
 from sedetect.run import Run, strongest
@@ -371,6 +374,21 @@ def test_documents_come_back_as_they_were(full):
     for name, of in (("ablation", evidence.ablation), ("traces", evidence.traces), ("run", evidence.run)):
         assert json.loads(json.dumps(of.to_dict())) == json.loads((full[0] / f"{name}.json").read_text())
     assert [e.carried for e in evidence.ranking.super_experts] == [True]  # the residual stream is part of the verdict
+
+
+def test_an_ablation_that_breaks_the_model(full):
+    """Infinite perplexity and NaN come back as they were, and the page is drawn without those points."""
+    evidence = load_evidence(full[0])
+    broken = replace(evidence.ablation.outcomes[0], mean_change=math.inf, residual_max=math.nan)
+    broken.perplexity = dict.fromkeys(broken.perplexity, math.inf)
+    broken.change = dict.fromkeys(broken.change, math.inf)
+    experiment = replace(evidence.ablation, outcomes=[broken, *evidence.ablation.outcomes[1:]])
+    document = json.loads(json.dumps(experiment.to_dict(), allow_nan=False))
+    back = Experiment.from_dict(document)
+    assert back.outcomes[0].mean_change == math.inf and math.isnan(back.outcomes[0].residual_max)
+    points = datasets(replace(evidence, ablation=back))["ablation"]
+    assert len(points) == len(datasets(evidence)["ablation"]) - 1
+    assert "+inf %" in str(ablation_section(back))
 
 
 def test_figures(full):

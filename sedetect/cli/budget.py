@@ -32,7 +32,7 @@ from sedetect.files import write_json
 from sedetect.pipeline import calibration_windows, open_model, profile_model
 from sedetect.profiler import model_digest
 from sedetect.pruning import check_ratio, router_groups
-from sedetect.quantization import FORMATS, GROUP, bits_of
+from sedetect.quantization import FORMATS, GROUP, bits_of, expert_sizes
 from sedetect.ranking import rank
 from sedetect.saliency import check_saliency, super_places
 
@@ -75,11 +75,18 @@ def budget_command(
     loaded, tokenizer, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
     check_choice(experts, loaded)
     cut = {"seq_len": seq_len, "seed": None, "chat_template": False}
-    domains = calibration_windows(loaded, tokenizer, data, **cut, tokens=tokens).domains
+    expert_sizes(loaded)  # refuse what cannot be compressed before anything is measured
+    text = calibration_windows(loaded, tokenizer, data, **cut, tokens=tokens)
+    domains = text.domains
+    if stats is None and all(len(windows.ids) < 2 for windows in domains.values()):
+        raise SedetectError(
+            f"--tokens {tokens}: one window of {seq_len} tokens in each domain, which cannot be both profiled and "
+            "evaluated; give more text, more --tokens or a smaller --seq-len"
+        )
     with progress_bar("runs") as bar:
         task = bar.add_task("profile", total=None)
         if stats is None:
-            run = {"tokens": tokens // 2, "seq_len": seq_len, "batch_size": batch_size}
+            run = {"tokens": text.used // 2, "seq_len": seq_len, "batch_size": batch_size}
             state = profile_model(loaded, data, **run, tokenizer=tokenizer).stats
             ranking = rank(state)
         else:
@@ -102,6 +109,8 @@ def budget_command(
             batch_size=batch_size,
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )
+    if not any(windows.source in state.header.sources for windows in domains.values()):
+        budget.notes.append("the statistics are of other windows; they may have seen some of the evaluation text")
     if output is not None:
         write_json(output / "budget.json", budget.to_dict())
     _print(budget, ranking.headline)
@@ -130,7 +139,7 @@ def _print(budget: Budget, headline: str) -> None:
         more = f"; kept: {', '.join(budget.kept)}, which adds {extra:.2%} to the size at {budget.rows[-1].name}"
     _line(
         f"size: of the routed experts' weights; change of perplexity, mean over domains, on {sum(budget.tokens.values()):,} "
-        f"tokens that were not calibrated on; unchanged ({budget.dtype}): {base}{more}. Formats: round to nearest, one "
+        f"tokens that are not among the calibrated windows; unchanged ({budget.dtype}): {base}{more}. Formats: round to nearest, one "
         f"scale per output channel and {budget.group} inputs. Pruning: by {budget.by}, the same number in each layer."
     )
     for note in budget.notes:

@@ -16,6 +16,7 @@ from sedetect.cli.shared import (
     SeqLen,
     Tokens,
     app,
+    check_writable,
     console,
     progress_bar,
 )
@@ -49,6 +50,7 @@ def prune_command(
         raise SedetectError(f"--protect {protect}: is not known; use super or none")
     check_prunable(model, ratio)
     check_new_folder(output)
+    check_writable(output)
     with progress_bar() as bar:
         task = bar.add_task("loading", total=None)
 

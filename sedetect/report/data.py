@@ -173,4 +173,5 @@ def _ablation(evidence: Evidence) -> Records:
     return [
         {"set": label, "kind": kind, "experts": ", ".join(o.experts), "change": o.mean_change}
         for label, kind, o in records
+        if math.isfinite(o.mean_change)
     ]

@@ -1,5 +1,6 @@
 """sedetect profile, rank, merge."""
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -28,11 +29,13 @@ from sedetect.cli.shared import (
 )
 from sedetect.errors import SedetectError
 from sedetect.files import write_json
+from sedetect.fit import too_large
 from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.ranking import rank
 from sedetect.report import print_domains, print_ranking, print_run, ranking_document
 from sedetect.stats import ModelStats
 from sedetect.stream import Residual
+from sedetect.streaming import Streamed
 
 Percentile = Annotated[float, typer.Option(help="percentile of the population an expert must exceed")]
 Fraction = Annotated[float, typer.Option(help="fraction of the largest value an expert must exceed")]
@@ -66,6 +69,11 @@ def profile_command(
         int | None, typer.Option(help="also observe the residual stream and attention of N sequences")
     ] = None,
     until_stable: Annotated[int | None, typer.Option(help="stop once N rounds left the set as it was")] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="one layer at a time from disk (default: if the weights do not fit the device)"),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="streaming with -o: keep there what a second start goes on from")] = True,
     device: Device = None,
     dtype: Dtype = "auto",
     backend: Backend = None,
@@ -76,6 +84,12 @@ def profile_command(
     """Run calibration text through MODEL and say which experts are super experts."""
     if output is not None:
         check_writable(output)
+    if stream is None and Path(model).is_dir():
+        why = too_large(model, device, dtype)
+        stream = why is not None
+        if stream:
+            stderr.print(f"{model}: {why}", markup=False, highlight=False, soft_wrap=True)
+    unfinished = output / "resume" if output is not None and resume else None
     with interruptible() as stop, progress_bar() as bar:
         task = bar.add_task("loading", total=None)
 
@@ -102,13 +116,20 @@ def profile_command(
             revision=revision,
             attn=attn,
             trust_remote_code=trust_remote_code,
+            stream=stream,
+            resume=unfinished,
             progress=show,
             stop=stop,
         )
     if result.stats.banks:
         _show(result, output)
+        if result.streamed is not None and unfinished is not None:
+            shutil.rmtree(unfinished)
     if result.interrupted:
-        if output is None:
+        if result.streamed is not None and unfinished is not None:
+            finished = result.streamed.resumed + result.streamed.layers
+            saved = f"{finished} layers are finished, and the same command goes on from there"
+        elif output is None:
             saved = "nothing saved (no -o)"
         else:
             saved = f"saved to {output}" if result.stats.banks else "nothing to save"
@@ -196,6 +217,8 @@ def _show(result: ModelProfile, output: Path | None) -> None:
     print_ranking(console, ranking, result.tokenizer, result.residual)
     print_domains(console, {name: rank(stats, residual=result.residual) for name, stats in result.domains.items()})
     print_run(console, result.stats, result.seconds)
+    if result.streamed is not None:
+        console.print(_streamed(result.streamed), markup=False, highlight=False, soft_wrap=True)
     if result.rounds:
         console.print(_stability(result), markup=False, highlight=False, soft_wrap=True)
     if output is not None:
@@ -209,6 +232,19 @@ def _save_parts(folder: Path, parts: dict[str, ModelStats]) -> None:
         stale.unlink()
     for file, stats in files.items():
         stats.save(file)
+
+
+def _streamed(took: Streamed) -> str:
+    """One line: what of the time the layers took."""
+    resumed = f", {took.resumed} were finished before" if took.resumed else ""
+    parts = {
+        "read": took.read,
+        "computed": took.compute,
+        "waited for weights": took.wait,
+        "kept for a restart": took.write,
+    }
+    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
+    return f"streamed {took.layers} layers{resumed}: {times}"
 
 
 def _stability(result: ModelProfile) -> str:

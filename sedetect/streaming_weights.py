@@ -9,8 +9,10 @@ This file is the only one that depends on internals of transformers (5.17 to 5.2
 PreTrainedModel, and transformers.core_model_loading.
 """
 
+import ctypes
 import json
 import math
+import mmap
 import os
 import time
 from collections.abc import Iterator
@@ -38,6 +40,7 @@ from sedetect.errors import SedetectError
 from sedetect.layers import decoder_layers
 
 _ALIGNMENT = 64  # bytes; of what torch allocates
+_M_MMAP_THRESHOLD, _OWN_PAGES = -3, 2**22  # mallopt's, and bytes from which an allocation gets pages of its own
 _ONE_READ = 2**30  # bytes; Linux reads at most 2 GiB at once
 
 
@@ -60,12 +63,14 @@ class StoredTensor:
         return self.numel * str_to_torch_dtype[self.dtype].itemsize
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        # Not mapped: what was read is freed with the layer, and the memory the process holds stays small. The place
-        # within a cache line is that of the file, as in a mapped tensor, so that no kernel can choose otherwise.
+        # The place within a cache line is that of the file, as in a mapped tensor, so that no kernel can choose
+        # otherwise. The file itself is not mapped: its pages would count as the process's.
         skip = self.start % _ALIGNMENT
-        buffer = torch.empty(skip + self.nbytes, dtype=torch.uint8, pin_memory=self.pinned)[skip:]
-        if self.nbytes:
-            _read(self.file, self.start, buffer)
+        if self.pinned or not self.nbytes:
+            buffer = torch.empty(skip + self.nbytes, dtype=torch.uint8, pin_memory=self.pinned)[skip:]
+        else:  # pages of its own, which go back to the system with the tensor
+            buffer = torch.frombuffer(mmap.mmap(-1, skip + self.nbytes), dtype=torch.uint8)[skip:]
+        _read(self.file, self.start, buffer)
         return buffer.view(str_to_torch_dtype[self.dtype]).reshape(self.shape)[index]
 
     def get_shape(self) -> list[int]:
@@ -160,6 +165,7 @@ def open_streamed(
     Raises SedetectError for what load_model refuses, and for a model whose decoder layers cannot be loaded apart.
     """
     device, made = choose_device(device), []
+    _give_back_freed_memory()
 
     def load_pretrained(
         model: PreTrainedModel, state_dict: Any, files: list[str], config: LoadStateDictConfig, *_: Any
@@ -176,6 +182,16 @@ def open_streamed(
     if weights:
         made[0].load_rest()
     return made[0]
+
+
+def _give_back_freed_memory() -> None:
+    """Let the C library (glibc; others have no such setting) hand large tensors back to the system when they are freed.
+
+    By itself it begins to keep ever larger ones, up to 32 MiB: a layer's weights more than are needed.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _OWN_PAGES)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from models import _COMMON, CONFIGS, TINY
 from safetensors.torch import load_file, save_file
 from test_cli import assert_same
-from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig, Qwen3MoeConfig
 
 import sedetect
 from sedetect import SedetectError
@@ -220,3 +222,46 @@ def test_what_needs_the_whole_model_is_refused(checkpoint):
             sedetect.profile_model(folder, TEXTS, stream=True, **{option: 2})
     with pytest.raises(SedetectError, match="a loaded model is not streamed"):
         sedetect.profile_model(load_model(folder), TEXTS, stream=True)
+
+
+# Peak of the resident set, files mapped into it counted, from after a first small profile to the end.
+PEAK = """
+import sys, warnings
+import sedetect
+from pathlib import Path
+
+def status(name):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+tiny, folder = sys.argv[1:]
+texts = {"text": ["a b c d e f g h " * 100]}
+sedetect.profile_model(tiny, texts, tokens=64, seq_len=32, stream=True)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+sedetect.profile_model(folder, texts, tokens=128, seq_len=32, batch_size=2, stream=True)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+def test_memory_is_that_of_three_layers(tmp_path):
+    """A checkpoint of 0.4 GB: it takes less than embeddings, three of six layers, and hidden states."""
+    sizes = {
+        "hidden_size": 512,
+        "moe_intermediate_size": 320,
+        "num_experts": 32,
+        "num_hidden_layers": 6,
+        "head_dim": 64,
+    }
+    config = Qwen3MoeConfig(**_COMMON | sizes)
+    save_random(config, tmp_path, max_shard_size="120MB")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layer = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
+    assert layer > 60e6
+    limit = 4096 * 512 * 4 + 3 * layer + 128 * 512 * 4
+    command = [sys.executable, "-c", PEAK, TINY, tmp_path]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert layer < int(done.stdout) < limit

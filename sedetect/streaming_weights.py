@@ -70,7 +70,7 @@ class StoredTensor:
             buffer = torch.empty(skip + self.nbytes, dtype=torch.uint8, pin_memory=self.pinned)[skip:]
         else:  # pages of its own, which go back to the system with the tensor
             buffer = torch.frombuffer(mmap.mmap(-1, skip + self.nbytes), dtype=torch.uint8)[skip:]
-        _read(self.file, self.start, buffer)
+        read_bytes(self.file, self.start, buffer)
         return buffer.view(str_to_torch_dtype[self.dtype]).reshape(self.shape)[index]
 
     def get_shape(self) -> list[int]:
@@ -282,7 +282,8 @@ def _without_data(tensor: StoredTensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=str_to_torch_dtype[tensor.dtype], device="meta")
 
 
-def _read(file: Path, start: int, buffer: torch.Tensor) -> None:
+def read_bytes(file: Path, start: int, buffer: torch.Tensor) -> None:
+    """Fill buffer (N,) uint8 from byte start of a file."""
     view = memoryview(buffer.numpy())
     with file.open("rb", buffering=0) as opened:
         opened.seek(start)

@@ -135,7 +135,7 @@ def test_one_layer_has_weights_at_a_time(checkpoint):
 
 
 def test_damage_is_found_before_a_weight_is_read(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("sedetect.streaming_weights._read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("sedetect.streaming_weights.read_bytes", lambda *_: pytest.fail("read"))
     folder = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
 

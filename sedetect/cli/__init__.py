@@ -5,11 +5,11 @@ import sys
 import huggingface_hub.utils.logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
-from sedetect.cli import ablate, analyze, compare, profile, stability, super_weights
+from sedetect.cli import ablate, analyze, compare, plan, profile, stability, super_weights
 from sedetect.cli.shared import app, stderr
 from sedetect.errors import SedetectError
 
-__all__ = ["ablate", "analyze", "app", "compare", "main", "profile", "stability", "super_weights"]
+__all__ = ["ablate", "analyze", "app", "compare", "main", "plan", "profile", "stability", "super_weights"]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration import (
@@ -92,6 +93,7 @@ def profile_model(
     keep_rounds: bool = False,
     stream: bool | None = None,
     resume: str | os.PathLike | None = None,
+    part: tuple[int, int] = (0, 1),
     progress: Callable[[str, int, int | None], None] = lambda domain, done, total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ModelProfile:
@@ -114,6 +116,7 @@ def profile_model(
             UserWarning). Not with residual and rounds, which need the whole model.
         resume: a folder for what a streamed profile that was ended early needs to go on: the same call continues after
             the last finished layer, and another one is refused. It stays afterwards; delete it when the result is safe.
+        part: (i, n) runs of the batches of all domains every n-th from the i-th on; the n parts merge to the whole.
         progress: called with (domain, tokens done, tokens in all) after every batch, while streaming with ("layer 3 of
             48", tokens done in it, tokens in all); once with ("residual", 0, None) when the residual stream is observed.
         stop: asked before every batch; once it is true, what was measured so far is returned: of a streamed profile,
@@ -126,9 +129,14 @@ def profile_model(
             raise SedetectError(f"{option} {number}: must be at least 1")
     in_rounds = until_stable is not None or keep_rounds
     streaming = _must_stream(model, stream, device, dtype)
-    if streaming and (residual is not None or in_rounds):
+    if residual is not None or in_rounds:
         option = "--residual" if residual is not None else "--until-stable"
-        raise SedetectError(f"{option}: needs the whole model, and this one is streamed layer by layer; leave it out")
+        if streaming:
+            raise SedetectError(
+                f"{option}: needs the whole model, and this one is streamed layer by layer; leave it out"
+            )
+        if part[1] > 1:
+            raise SedetectError(f"{option}: needs the whole text, and every rank has a part of it; leave it out")
     options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
     options["trust_remote_code"] = trust_remote_code
     streamed: list[StreamedModel] = []
@@ -140,9 +148,11 @@ def profile_model(
     model, tokenizer, notes = open_model(model, tokenizer, **options, load=load if streaming else load_model)
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": seed, "chat_template": chat_template}
     calibration = calibration_windows(model, tokenizer, texts, **cut)
+    windows = calibration.domains
+    calibration.domains = _part(windows, batch_size, *part)
     settings = {"backend": backend, "channels": channels, "coactivation": coactivation, "first_rows": first_rows}
     settings["prefix"] = next(iter(prefix_ids(tokenizer)), None)
-    result = ModelProfile(ModelStats.empty(), asked=tokens, tokenizer=tokenizer, windows=calibration.domains)
+    result = ModelProfile(ModelStats.empty(), asked=tokens, tokenizer=tokenizer, windows=windows)
     if streaming:
         result.domains, result.streamed = stream_profile(
             streamed[0],
@@ -171,6 +181,23 @@ def profile_model(
         prefix = len(prefix_ids(tokenizer))
         result.residual = observe_residual(model, calibration.domains, prefix=prefix, sequences=residual)
     return result
+
+
+def _part(domains: dict[str, Windows], batch_size: int, first: int, step: int) -> dict[str, Windows]:
+    """Of the batches of all domains, every step-th from the first on, as windows that give the same batches again."""
+    if step == 1:
+        return domains
+    taken, number = {}, 0
+    for domain, windows in domains.items():
+        runs = list(batches(windows, batch_size))
+        mine = [run for place, run in enumerate(runs, number) if place % step == first]
+        number += len(runs)
+        if mine:
+            ids, numbers = map(torch.cat, zip(*mine))
+            taken[domain] = replace(windows, ids=ids, numbers=numbers)
+    if number < step:
+        raise SedetectError(f"{number} batches do not make {step} parts; give more --tokens or a smaller --batch-size")
+    return taken
 
 
 def _must_stream(model: Any, stream: bool | None, device: str | None, dtype: str) -> bool:

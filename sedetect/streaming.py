@@ -81,13 +81,14 @@ def stream_profile(
     """
     model, layers, count = streamed.model, streamed.layers, len(streamed.layers)
     runs = {domain: list(batches(windows, batch_size)) for domain, windows in domains.items()}
+    place = _place(streamed, domains, resume)
+    wrap = check_layers(streamed, next(iter(domains.values())).ids[:1, :_TRIAL_TOKENS])
     progress = None if resume is None else Progress(resume, _identity(streamed, domains, batch_size, settings))
-    hidden, took = HiddenStates(_place(streamed, domains, resume), progress), Streamed()
+    hidden, took = HiddenStates(place, progress), Streamed()
     parts = [] if progress is None else progress.statistics(len(domains))
     if progress is not None:
         took.resumed, took.compute = progress.layers, progress.computed
     with _ending_early(model), ThreadPoolExecutor(1, "weights") as reader, torch.no_grad():
-        wrap = check_layers(streamed, next(iter(domains.values())).ids[:1, :_TRIAL_TOKENS])
         loading = reader.submit(streamed.load, len(parts)) if len(parts) < count else None
         for layer in range(len(parts), count):
             start = time.perf_counter()

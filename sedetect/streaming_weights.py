@@ -65,13 +65,14 @@ class StoredTensor:
     def __getitem__(self, index: Any) -> torch.Tensor:
         # The place within a cache line is that of the file, as in a mapped tensor, so that no kernel can choose
         # otherwise. The file itself is not mapped: its pages would count as the process's.
-        skip = self.start % _ALIGNMENT
+        dtype = str_to_torch_dtype[self.dtype]
+        skip = self.start % _ALIGNMENT if self.start % dtype.itemsize == 0 else 0
         if self.pinned or not self.nbytes:
             buffer = torch.empty(skip + self.nbytes, dtype=torch.uint8, pin_memory=self.pinned)[skip:]
         else:  # pages of its own, which go back to the system with the tensor
             buffer = torch.frombuffer(mmap.mmap(-1, skip + self.nbytes), dtype=torch.uint8)[skip:]
         read_bytes(self.file, self.start, buffer)
-        return buffer.view(str_to_torch_dtype[self.dtype]).reshape(self.shape)[index]
+        return buffer.view(dtype).reshape(self.shape)[index]
 
     def get_shape(self) -> list[int]:
         return list(self.shape)

@@ -18,7 +18,7 @@ from sedetect import SedetectError
 from sedetect.checkpoint import load_model
 from sedetect.fit import too_large
 from sedetect.streaming import check_layers
-from sedetect.streaming_weights import open_streamed
+from sedetect.streaming_weights import StoredTensor, open_streamed
 
 WORDS = {"greek": "alpha beta gamma delta", "numbers": "one two three four five", "colours": "red green blue"}
 TEXTS = {domain: [" ".join(f"{words} {n}" for n in range(60))] for domain, words in WORDS.items()}
@@ -132,6 +132,18 @@ def test_one_layer_has_weights_at_a_time(checkpoint):
     assert any(name.endswith("inv_freq") for name, _ in resident.named_buffers())
     for (name, here), (_, there) in zip(streamed.model.named_buffers(), resident.named_buffers(), strict=True):
         assert torch.equal(here, there) if name not in weights else here.is_meta, name
+
+
+@pytest.mark.parametrize("start", [0, 8, 64, 1003])
+def test_a_tensor_anywhere_in_a_file(tmp_path, start):
+    values = torch.randn(5, 7)
+    (tmp_path / "f").write_bytes(bytes(start) + values.numpy().tobytes() + b"rest")
+    stored = StoredTensor(tmp_path / "f", start, (5, 7), "F32")
+    assert torch.equal(stored[...], values) and torch.equal(stored[1:3], values[1:3])
+    assert start % 4 or stored[...].data_ptr() % 64 == start % 64
+    assert StoredTensor(tmp_path / "f", start, (0, 7), "BF16")[...].shape == (0, 7)
+    with pytest.raises(SedetectError, match="ends early, it was changed meanwhile"):
+        StoredTensor(tmp_path / "f", start + 8, (5, 7), "F32")[...]
 
 
 def test_damage_is_found_before_a_weight_is_read(checkpoint, tmp_path, monkeypatch):

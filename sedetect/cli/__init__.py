@@ -6,7 +6,7 @@ import huggingface_hub.utils.logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from sedetect.cli import ablate, analyze, compare, plan, profile, stability, super_weights
-from sedetect.cli.shared import app, stderr
+from sedetect.cli.shared import app, is_first_rank, stderr
 from sedetect.errors import SedetectError
 
 __all__ = ["ablate", "analyze", "app", "compare", "main", "plan", "profile", "stability", "super_weights"]
@@ -23,5 +23,6 @@ def main() -> None:
     try:
         app()
     except SedetectError as error:
-        stderr.print(f"sedetect: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if is_first_rank():
+            stderr.print(f"sedetect: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

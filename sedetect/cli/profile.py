@@ -24,6 +24,7 @@ from sedetect.cli.shared import (
     check_writable,
     console,
     interruptible,
+    is_first_rank,
     progress_bar,
     stderr,
 )
@@ -32,6 +33,7 @@ from sedetect.files import write_json
 from sedetect.fit import too_large
 from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.ranking import rank
+from sedetect.ranks import join
 from sedetect.report import print_domains, print_ranking, print_run, ranking_document
 from sedetect.stats import ModelStats
 from sedetect.stream import Residual
@@ -84,43 +86,48 @@ def profile_command(
     """Run calibration text through MODEL and say which experts are super experts."""
     if output is not None:
         check_writable(output)
-    if stream is None and Path(model).is_dir():
-        why = too_large(model, device, dtype)
-        stream = why is not None
-        if stream:
-            stderr.print(f"{model}: {why}", markup=False, highlight=False, soft_wrap=True)
     unfinished = output / "resume" if output is not None and resume else None
-    with interruptible() as stop, progress_bar() as bar:
+    with join() as ranks, interruptible() as stop, progress_bar() as bar:
         task = bar.add_task("loading", total=None)
+        device = ranks.device(device)
 
         def show(domain: str, done: int, total: int | None) -> None:
             bar.update(task, description=domain, completed=done, total=total)
 
-        result = profile_model(
-            model,
-            data,
-            tokens=tokens,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            chat_template=chat_template,
-            channels=channels,
-            coactivation=coactivation,
-            first_rows=first_rows,
-            residual=residual,
-            until_stable=until_stable,
-            keep_rounds=until_stable is not None and output is not None,
-            device=device,
-            dtype=dtype,
-            backend=backend,
-            revision=revision,
-            attn=attn,
-            trust_remote_code=trust_remote_code,
-            stream=stream,
-            resume=unfinished,
-            progress=show,
-            stop=stop,
-        )
+        def measure() -> ModelProfile:
+            why = too_large(model, device, dtype) if stream is None and Path(model).is_dir() else None
+            if why is not None and is_first_rank():
+                stderr.print(f"{model}: {why}", markup=False, highlight=False, soft_wrap=True)
+            return profile_model(
+                model,
+                data,
+                tokens=tokens,
+                seq_len=seq_len,
+                batch_size=batch_size,
+                seed=seed,
+                chat_template=chat_template,
+                channels=channels,
+                coactivation=coactivation,
+                first_rows=first_rows,
+                residual=residual,
+                until_stable=until_stable,
+                keep_rounds=until_stable is not None and output is not None,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                revision=revision,
+                attn=attn,
+                trust_remote_code=trust_remote_code,
+                stream=bool(stream) or why is not None,
+                resume=unfinished / ranks.name if unfinished is not None and ranks.count > 1 else unfinished,
+                part=ranks.part,
+                progress=show,
+                stop=stop,
+            )
+
+        result = ranks.run(measure)
+    if result is None:  # the first rank has it
+        return
     if result.stats.banks:
         _show(result, output)
         if result.streamed is not None and unfinished is not None:

@@ -7,6 +7,7 @@ bit for bit, and sums agree to 1e-12 relative (see sedetect.stats).
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,9 +61,7 @@ class Ranks:
         try:
             dist.all_gather_object(gathered, (error, mine))
         except RuntimeError:
-            raise SedetectError(
-                f"a rank of {self.count} ended before it was done; nothing was written, see its message and start again"
-            ) from None
+            raise _ended() from None
         error = next((error for error, _ in gathered if error is not None), None)
         if error is not None:
             raise SedetectError(error)
@@ -86,7 +85,18 @@ def join() -> Iterator[Ranks]:
         return
     # gloo: only statistics travel, from main memory, whatever device they were made on
     dist.init_process_group("gloo", timeout=_PATIENCE)
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         yield Ranks(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", 0)))
     finally:
+        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
+
+
+def _end(number: int, frame: object) -> None:
+    """What torchrun's SIGTERM does, which it sends to the ranks that are left when one has died."""
+    raise _ended()
+
+
+def _ended() -> SedetectError:
+    return SedetectError("a rank ended before it was done; no result was written, see its message and start again")

@@ -18,6 +18,7 @@ import sedetect
 from sedetect import ModelStats, SedetectError
 
 RESULTS = {"stats.safetensors", "super_experts.json", *(f"domains/{domain}.safetensors" for domain in TEXTS)}
+ENDS = ("--no-stream", "--stream", "killed", "terminated", "refused")
 ARGS = ("--tokens", 400, "--seq-len", 16, "--batch-size", 3)
 
 # Runs one command after another, each on ranks with the variables that torchrun sets: forks of one process, which has
@@ -36,6 +37,8 @@ def rank_of(rank, folder, port, ending, arguments):
     def measure(*args, **kwargs):
         if rank and ending == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if not rank and ending == "terminated":
+            os.kill(os.getpid(), signal.SIGTERM)
         if rank and ending == "refused":
             raise pipeline.SedetectError("no weights here; look for them")
         return original(*args, **kwargs)
@@ -89,7 +92,7 @@ def expected(checkpoint, data) -> sedetect.ModelProfile:
 @pytest.fixture(scope="module")
 def ran(checkpoint, data, tmp_path_factory) -> dict[str, Ran]:
     """What became of two ranks, by how they were started or ended."""
-    folders = {how: tmp_path_factory.mktemp(how.strip("-")) for how in ("--no-stream", "--stream", "killed", "refused")}
+    folders = {how: tmp_path_factory.mktemp(how.strip("-")) for how in ENDS}
     runs = []
     for how, folder in folders.items():
         with socket.socket() as free:
@@ -147,7 +150,8 @@ def test_parts_have_every_batch_once(checkpoint, data, expected):
 @pytest.mark.parametrize(
     ("ending", "codes", "message"),
     [
-        ("killed", [2, -9], "a rank of 2 ended before it was done; nothing was written, see its message"),
+        ("killed", [2, -9], "a rank ended before it was done; no result was written, see its message"),
+        ("terminated", [2, 2], "a rank ended before it was done; no result was written, see its message"),
         ("refused", [2, 2], "no weights here; look for them"),
     ],
 )

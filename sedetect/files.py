@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sedetect.errors import SedetectError
+
+_TEMPORARY = re.compile(r"\..+\.(safetensors|json)\.\w{8}")  # as mkstemp names it
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
@@ -36,6 +39,13 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> None
         raise SedetectError(f"{path}: cannot be written ({why}); free space or choose another folder") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what write_atomic left in a folder where its process was killed. No other process may write there."""
+    for file in folder.glob(".*"):
+        if _TEMPORARY.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike, document: Any) -> None:

@@ -11,6 +11,7 @@ leaves a folder from which the last finished layer can be continued.
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from sedetect.stats import ModelStats
 
 FORMAT = "sedetect-progress"
 VERSION = "1"
+_OURS = re.compile(r"statistics|hidden-[01]|\.progress\.json\..*")  # what a start that was killed early leaves
 
 
 class Progress:
@@ -41,7 +43,7 @@ class Progress:
         self.layers, self.computed, self.seconds = 0, 0.0, 0.0
         file = folder / "progress.json"
         if not file.is_file():
-            if folder.exists() and any(folder.iterdir()) and not (folder / "statistics").is_dir():
+            if folder.exists() and not all(_OURS.fullmatch(entry.name) for entry in folder.iterdir()):
                 raise SedetectError(f"{folder}: holds something else than an unfinished profile; choose another folder")
             self._save()
             return
@@ -114,6 +116,13 @@ class Progress:
 
     def _hidden(self, layer: int, batch: int) -> Path:
         return self.folder / f"hidden-{layer % 2}" / f"{batch:05}.safetensors"
+
+
+def discard(folder: Path) -> None:
+    """Delete the folder of a profile, or of one per rank, whose results are safe; killed within, the next begins anew."""
+    for file in [*folder.glob("progress.json"), *folder.glob("*/progress.json")]:
+        file.unlink()
+    shutil.rmtree(folder)
 
 
 class HiddenStates:

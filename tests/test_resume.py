@@ -206,6 +206,9 @@ def test_another_model_and_damaged_files_are_refused(checkpoint, begun, tmp_path
         sedetect.profile_model(checkpoint, **settings, resume=folder)
     with pytest.raises(SedetectError, match="holds something else than an unfinished profile"):
         sedetect.profile_model(checkpoint, **settings, resume=checkpoint)
+    (folder / "progress.json").unlink()  # as a finished run does first that is killed while it cleans up
+    shutil.rmtree(folder / "statistics")
+    assert sedetect.profile_model(checkpoint, **settings, resume=folder).streamed.resumed == 0
 
 
 def test_command_line(checkpoint, data, expected, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from sedetect import SedetectError
 from sedetect.checkpoint import load_model
 from sedetect.fit import too_large
 from sedetect.streaming import check_layers
-from sedetect.streaming_weights import StoredTensor, open_streamed
+from sedetect.streaming_weights import StoredTensor, StreamedModel, open_streamed
 
 WORDS = {"greek": "alpha beta gamma delta", "numbers": "one two three four five", "colours": "red green blue"}
 TEXTS = {domain: [" ".join(f"{words} {n}" for n in range(60))] for domain, words in WORDS.items()}
@@ -134,6 +135,43 @@ def test_one_layer_has_weights_at_a_time(checkpoint):
         assert torch.equal(here, there) if name not in weights else here.is_meta, name
 
 
+def test_the_next_layer_is_read_meanwhile(checkpoint, monkeypatch):
+    """Its reading begins before the first batch of a layer is done, and no more than the two have weights."""
+    begun = [threading.Event() for _ in range(4)]
+    begun[3].set()
+    original = StreamedModel.load
+
+    def load(self, number: int) -> float:
+        assert all(parameter.is_meta for parameter in self.layers[number].parameters())
+        begun[number].set()
+        held.append(self)
+        return original(self, number)
+
+    def progress(layer: str, done: int, total: int) -> None:
+        number = int(layer.split()[1])  # from 1: the number, from 0, of the next
+        assert begun[number].wait(20)
+        assert not number < 2 or not begun[number + 1].is_set()
+        for place, other in enumerate(held[0].layers):
+            if place not in (number - 1, number):
+                assert all(parameter.is_meta for parameter in other.parameters())
+
+    held = []
+    monkeypatch.setattr(StreamedModel, "load", load)
+    sedetect.profile_model(checkpoint("qwen3_moe"), TEXTS, stream=True, **SHORT, progress=progress)
+    assert len(held) == 3
+
+
+def test_layers_beyond_the_config_are_left_out(checkpoint, tmp_path):
+    """As checkpoints with layers for multi-token prediction have them."""
+    folder = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    resident = sedetect.profile_model(folder, TEXTS, stream=False, **SHORT)
+    assert resident.stats.header.layers == {"decoder": 2}
+    assert any("weights are not used by Qwen3MoeForCausalLM" in note for note in resident.stats.header.notes)
+    assert_equal(sedetect.profile_model(folder, TEXTS, stream=True, **SHORT), resident)
+
+
 @pytest.mark.parametrize("start", [0, 8, 64, 1003])
 def test_a_tensor_anywhere_in_a_file(tmp_path, start):
     values = torch.randn(5, 7)
@@ -188,7 +226,8 @@ def test_state_that_crosses_layers_is_refused(tmp_path, monkeypatch, config, own
     assert sedetect.profile_model(folder, TEXTS, stream=False, **SHORT).stats.banks
     monkeypatch.setattr("sedetect.streaming_weights.StreamedModel.load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SedetectError, match=f"{why}.*so its layers cannot be run one after another; load it whole"):
-        sedetect.profile_model(folder, TEXTS, stream=True, **SHORT)
+        sedetect.profile_model(folder, TEXTS, stream=True, resume=tmp_path / "resume", **SHORT)
+    assert not (tmp_path / "resume").exists()
 
 
 def test_arguments_made_of_earlier_layers_are_refused(checkpoint):

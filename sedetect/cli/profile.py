@@ -1,6 +1,5 @@
 """sedetect profile, rank, merge."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -29,11 +28,12 @@ from sedetect.cli.shared import (
     stderr,
 )
 from sedetect.errors import SedetectError
-from sedetect.files import write_json
+from sedetect.files import remove_leftovers, write_json
 from sedetect.fit import too_large
 from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.ranking import rank
 from sedetect.ranks import join
+from sedetect.resume import discard
 from sedetect.report import print_domains, print_ranking, print_run, ranking_document
 from sedetect.stats import ModelStats
 from sedetect.stream import Residual
@@ -131,7 +131,9 @@ def profile_command(
     if result.stats.banks:
         _show(result, output)
         if result.streamed is not None and unfinished is not None:
-            shutil.rmtree(unfinished)
+            discard(unfinished)
+            for folder in (output, output / "domains"):  # of earlier starts, killed while they wrote the results
+                remove_leftovers(folder)
     if result.interrupted:
         if result.streamed is not None and unfinished is not None:
             finished = result.streamed.resumed + result.streamed.layers

@@ -104,8 +104,7 @@ while killed < kills:
     code, _ = attempt()
     killed += code != 0
     resumed.append(layers)
-    if code == 0 and killed < kills:
-        print(json.dumps(["done"]))
+    if killed < kills and (code == 0 or layers == 6):  # begin anew, so that not every kill is near the end
         shutil.rmtree(out)
 last = -1
 assert attempt()[0] == 0

@@ -33,8 +33,8 @@ from sedetect.fit import too_large
 from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.ranking import rank
 from sedetect.ranks import join
-from sedetect.resume import discard
 from sedetect.report import print_domains, print_ranking, print_run, ranking_document
+from sedetect.resume import discard
 from sedetect.stats import ModelStats
 from sedetect.stream import Residual
 from sedetect.streaming import Streamed

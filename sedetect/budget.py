@@ -109,7 +109,9 @@ def held_out(domains: dict[str, Windows], stats: ModelStats) -> dict[str, Window
         if not seen.all():
             left[domain] = replace(windows, ids=windows.ids[~seen], numbers=windows.numbers[~seen])
     if not left:
-        raise SedetectError("the statistics saw all of the evaluation text; give more --tokens, or other --data")
+        raise SedetectError(
+            "the statistics saw all of the evaluation text; give more --tokens than were profiled, or other --data"
+        )
     return left
 
 

@@ -62,8 +62,8 @@ def check_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> No
             f"{folder / 'config.json'}: model_type {model_type!r} is unknown to transformers "
             f"{transformers.__version__}; install a newer transformers{remote}"
         )
-    for shard in weight_files(folder):
-        _read_header(shard)
+    for shard in shards_of(folder):
+        read_header(shard)
 
 
 def weights_digest(path: str | Path) -> str | None:
@@ -75,7 +75,7 @@ def weights_digest(path: str | Path) -> str | None:
     folder = Path(path)
     if not (path and (folder / "config.json").is_file()):
         return None
-    shards = weight_files(folder)
+    shards = shards_of(folder)
     return _digest_of(tuple((shard, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards))
 
 
@@ -84,7 +84,7 @@ def _digest_of(shards: tuple[tuple[Path, int, int], ...]) -> str:
     """weights_digest of these files; size and time of change tell when it must be taken again."""
     state = hashlib.sha256()
     for shard, size, _ in shards:
-        header = _read_header(shard)
+        header = read_header(shard)
         state.update(shard.name.encode() + b"\0" + header)
         start = 8 + len(header)
         with shard.open("rb") as opened:
@@ -119,7 +119,7 @@ def load_model(
     name = _resolve(path_or_name)
     if Path(name).is_dir():
         check_checkpoint(name, trust_remote_code=trust_remote_code)
-    device, dtype = _device(device), _dtype(dtype)
+    device, dtype = choose_device(device), choose_dtype(dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _one_line_errors(name):
         config = AutoConfig.from_pretrained(name, **options)
@@ -143,7 +143,7 @@ def load_model(
             _refuse_unconverted(name, report)
             raise
         _check_loaded(name, type(model).__name__, loaded)
-        if "device_map" not in options:
+        if "device_map" not in options and not any(p.is_meta for p in model.parameters()):  # see streaming_weights
             model = model.to(device)
     return model.eval()
 
@@ -195,7 +195,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return document
 
 
-def weight_files(folder: Path) -> list[Path]:
+def shards_of(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, sorted; the ones transformers would read. All of them exist."""
     named = _read_json(folder / "config.json").get("transformers_weights")
     names = [named] if named else ["model.safetensors", "model.safetensors.index.json"]
@@ -220,7 +220,7 @@ def weight_files(folder: Path) -> list[Path]:
     return shards
 
 
-def _read_header(file: Path) -> bytes:
+def read_header(file: Path) -> bytes:
     """The header of a safetensors file. SedetectError where it is damaged or the file's size is not what it says."""
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -244,7 +244,7 @@ def _read_header(file: Path) -> bytes:
     return header
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -257,7 +257,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise SedetectError(f"--dtype {dtype}: no floating-point type of torch; use auto, bfloat16, float16 or float32")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from sedetect.checkpoint import weight_files
+from sedetect.checkpoint import shards_of
 from sedetect.errors import SedetectError
 
 _BLOCK = r"((?:.*\.)?layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward|mixer))"
@@ -73,7 +73,7 @@ def read_layout(folder: Path, config: dict[str, Any]) -> Layout:
     config is its config.json. Raises SedetectError, naming the tensor, where that cannot be told.
     """
     found: dict[str, Tensor] = {}
-    for file in weight_files(folder):
+    for file in shards_of(folder):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  no mapping
                 part = opened.get_slice(name)

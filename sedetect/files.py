@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from sedetect.errors import SedetectError
 
 T = TypeVar("T")
+_TEMPORARY = re.compile(r"\..+\.(safetensors|json)\.\w{8}")  # as mkstemp names it
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
@@ -72,6 +74,13 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         raise SedetectError(f"{path}: cannot be written ({why}); free space or choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what write_atomic left in a folder where its process was killed. No other process may write there."""
+    for file in folder.glob(".*"):
+        if _TEMPORARY.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike, document: Any, *, allow_nan: bool = False) -> None:

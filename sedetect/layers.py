@@ -52,9 +52,11 @@ def attention_weights(output: object, length: int) -> torch.Tensor | None:
 
 def run_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """One forward over ids (B, L), without a cache, and without all logits but the last, where the model can do so."""
-    wanted = {"use_cache": False, "logits_to_keep": 1}
     known = inspect.signature(model.forward).parameters
-    model(input_ids=ids.to(model.device), **{name: value for name, value in wanted.items() if name in known})
+    wanted = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    if "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):  # which passes it on
+        wanted["use_cache"] = False
+    model(input_ids=ids.to(model.device), **wanted)
 
 
 @contextmanager

@@ -25,12 +25,15 @@ from sedetect.calibration import (
 )
 from sedetect.checkpoint import check_checkpoint, load_model, load_tokenizer
 from sedetect.errors import SedetectError, shorten
+from sedetect.fit import too_large
 from sedetect.hf import find_banks
 from sedetect.layers import run_tokens
 from sedetect.profiler import profile
 from sedetect.ranking import rank
 from sedetect.residual import Residual, observe_residual
 from sedetect.stats import ModelStats, merge_all
+from sedetect.streaming import Streamed, stream_profile
+from sedetect.streaming_weights import StreamedModel, open_streamed
 
 ROUND_WINDOWS = 2  # of each domain per round: some thousand tokens, so that a round means much the same in every run
 
@@ -47,6 +50,7 @@ class ModelProfile:
     interrupted   stop() ended it early
     residual      what was seen of the residual stream, where it was asked for and nothing interrupted the profile
     windows       the windows of each domain that there were to run; see sedetect.super_weights
+    streamed      how streaming the model layer by layer went, where it was streamed
     rounds        after each round, the tokens so far and the super experts (verdict "super"), largest first; empty
                   where profiling was not in rounds
     stable_after  tokens after which the final set first stood, where as many rounds as asked for (one, if none were)
@@ -63,6 +67,7 @@ class ModelProfile:
     tokenizer: PreTrainedTokenizerBase | None = None
     residual: Residual | None = None
     windows: dict[str, Windows] = field(default_factory=dict)
+    streamed: Streamed | None = None
     rounds: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
     stable_after: int | None = None
     shards: list[ModelStats] = field(default_factory=list)
@@ -90,6 +95,9 @@ def profile_model(
     residual: int | None = None,
     until_stable: int | None = None,
     keep_rounds: bool = False,
+    stream: bool | None = None,
+    resume: str | os.PathLike | None = None,
+    part: tuple[int, int] = (0, 1),
     progress: Callable[[str, int, int | None], None] = lambda domain, done, total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ModelProfile:
@@ -107,9 +115,16 @@ def profile_model(
         until_stable: take the windows in rounds, of each domain one batch of batch_size but at most ROUND_WINDOWS
             windows, and stop once this many rounds in a row have left the set of super experts as it was.
         keep_rounds: profile in rounds and keep the statistics of each; without until_stable, to the last window.
-        progress: called with (domain, tokens done, tokens in all) after every batch; once with ("residual", 0, None)
-            when the residual stream is observed.
-        stop: asked before every batch; once it is true, what was measured so far is returned.
+        stream: run the decoder layers of a checkpoint one after another, each read from disk while the one before
+            computes; the result is the same. None streams what does not fit the device's free memory (with a
+            UserWarning). Not with residual and rounds, which need the whole model.
+        resume: a folder for what a streamed profile that was ended early needs to go on: the same call continues after
+            the last finished layer, and another one is refused. It stays afterwards; delete it when the result is safe.
+        part: (i, n) runs of the batches of all domains every n-th from the i-th on; the n parts merge to the whole.
+        progress: called with (domain, tokens done, tokens in all) after every batch, while streaming with ("layer 3 of
+            48", tokens done in it, tokens in all); once with ("residual", 0, None) when the residual stream is observed.
+        stop: asked before every batch; once it is true, what was measured so far is returned: of a streamed profile,
+            nothing but what resume keeps.
     Raises:
         SedetectError: for bad input, before anything is measured. Where only the residual stream cannot be observed,
             the statistics' header notes why.
@@ -117,17 +132,116 @@ def profile_model(
     for option, number in {"--until-stable": until_stable, "--residual": residual}.items():
         if number is not None and number < 1:
             raise SedetectError(f"{option} {number}: must be at least 1")
+    in_rounds = until_stable is not None or keep_rounds
+    streaming = _must_stream(model, stream, device, dtype)
+    if residual is not None or in_rounds:
+        option = "--residual" if residual is not None else "--until-stable"
+        if streaming:
+            raise SedetectError(
+                f"{option}: needs the whole model, and this one is streamed layer by layer; leave it out"
+            )
+        if part[1] > 1:
+            raise SedetectError(f"{option}: needs the whole text, and every rank has a part of it; leave it out")
     options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    model, tokenizer, notes = open_model(model, tokenizer, **options, trust_remote_code=trust_remote_code)
+    options["trust_remote_code"] = trust_remote_code
+    streamed: list[StreamedModel] = []
+
+    def load(name: str | Path, **options: Any) -> PreTrainedModel:
+        streamed.append(open_streamed(name, **options))
+        return streamed[0].model
+
+    model, tokenizer, notes = open_model(model, tokenizer, **options, load=load if streaming else load_model)
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": seed, "chat_template": chat_template}
     calibration = calibration_windows(model, tokenizer, texts, **cut)
+    windows = calibration.domains
+    calibration.domains = _part(windows, batch_size, *part)
     settings = {"backend": backend, "channels": channels, "coactivation": coactivation, "first_rows": first_rows}
     settings["prefix"] = next(iter(prefix_ids(tokenizer)), None)
+    result = ModelProfile(ModelStats.empty(), asked=tokens, tokenizer=tokenizer, windows=windows)
+    result.device = _device_name(streamed[0].device if streaming else model.device)
+    if streaming:
+        result.domains, result.streamed = stream_profile(
+            streamed[0],
+            calibration.domains,
+            batch_size,
+            settings,
+            resume=None if resume is None else Path(resume),
+            report=lambda layer, done: progress(layer, done, calibration.used),
+            stop=stop,
+        )
+        result.interrupted, result.seconds = not result.domains, result.streamed.compute
+        done = calibration.used
+    else:
+        until = {"until_stable": until_stable, "keep_rounds": keep_rounds}
+        done = _measure(result, model, calibration, batch_size, settings, **until, progress=progress, stop=stop)
+    planned = [] if result.interrupted else calibration.notes
+    if done < calibration.used and not result.interrupted:
+        # What the budget would have bought is not what was used.
+        planned = [note for note in planned if not note.startswith(f"{tokens} tokens asked")]
+        planned.append(f"stopped early: the super experts stayed the same for {until_stable} rounds")
+    for stats in result.domains.values():
+        stats.header.notes = sorted({*stats.header.notes, *planned, *notes})
+    result.stats = merge_all(result.domains.values())
+    if residual is not None and not result.interrupted:
+        progress("residual", 0, None)
+        prefix = len(prefix_ids(tokenizer))
+        try:
+            result.residual = observe_residual(
+                model, calibration.domains, prefix=prefix, sequences=residual, progress=partial(_check, stop)
+            )
+        except _Stopped:
+            result.interrupted = True
+        except Exception as error:  # the profile is done, and is not lost for whatever fails here
+            why = f"the residual stream was not observed: {shorten(error)}"
+            result.stats.header.notes = sorted({*result.stats.header.notes, why})
+    return result
+
+
+def _part(domains: dict[str, Windows], batch_size: int, first: int, step: int) -> dict[str, Windows]:
+    """Of the batches of all domains, every step-th from the first on, as windows that give the same batches again."""
+    if step == 1:
+        return domains
+    taken, number = {}, 0
+    for domain, windows in domains.items():
+        runs = list(batches(windows, batch_size))
+        mine = [run for place, run in enumerate(runs, number) if place % step == first]
+        number += len(runs)
+        if mine:
+            ids, numbers = map(torch.cat, zip(*mine))
+            taken[domain] = replace(windows, ids=ids, numbers=numbers)
+    if number < step:
+        raise SedetectError(f"{number} batches do not make {step} parts; give more --tokens or a smaller --batch-size")
+    return taken
+
+
+def _must_stream(model: Any, stream: bool | None, device: str | None, dtype: str) -> bool:
+    """What stream comes to: the caller's word, or whether a checkpoint folder is too large for the device."""
+    if not isinstance(model, (str, os.PathLike)):
+        if stream:
+            raise SedetectError(f"{type(model).__name__}: a loaded model is not streamed; give the checkpoint's folder")
+        return False
+    why = too_large(model, device, dtype) if stream is None and Path(model).is_dir() else None
+    if why is not None:
+        warnings.warn(f"{model}: {why}", stacklevel=3)
+    return bool(stream) or why is not None
+
+
+def _measure(
+    result: ModelProfile,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    batch_size: int,
+    settings: dict[str, Any],
+    *,
+    until_stable: int | None,
+    keep_rounds: bool,
+    progress: Callable[[str, int, int | None], None],
+    stop: Callable[[], bool],
+) -> int:
+    """Run the windows through a loaded model, into result; returns how many tokens were run."""
     in_rounds = until_stable is not None or keep_rounds
     if in_rounds:
         batch_size = min(batch_size, ROUND_WINDOWS)
-    result = ModelProfile(ModelStats.empty(), asked=tokens, tokenizer=tokenizer, windows=calibration.domains)
-    result.device = _device_name(model.device)
     done = 0
     for part in _rounds(calibration.domains, batch_size) if in_rounds else [calibration.domains]:
         measured: dict[str, ModelStats] = {}
@@ -159,27 +273,7 @@ def profile_model(
                 result.shards.append(merge_all(measured.values()))
             if until_stable is not None and result.stable_after is not None:
                 break
-    planned = [] if result.interrupted else calibration.notes
-    if done < calibration.used and not result.interrupted:
-        # What the budget would have bought is not what was used.
-        planned = [note for note in planned if not note.startswith(f"{tokens} tokens asked")]
-        planned.append(f"stopped early: the super experts stayed the same for {until_stable} rounds")
-    for stats in result.domains.values():
-        stats.header.notes = sorted({*stats.header.notes, *planned, *notes})
-    result.stats = merge_all(result.domains.values())
-    if residual is not None and not result.interrupted:
-        progress("residual", 0, None)
-        prefix = len(prefix_ids(tokenizer))
-        try:
-            result.residual = observe_residual(
-                model, calibration.domains, prefix=prefix, sequences=residual, progress=partial(_check, stop)
-            )
-        except _Stopped:
-            result.interrupted = True
-        except Exception as error:  # the profile is done, and is not lost for whatever fails here
-            why = f"the residual stream was not observed: {shorten(error)}"
-            result.stats.header.notes = sorted({*result.stats.header.notes, why})
-    return result
+    return done
 
 
 class _Stopped(Exception):
@@ -229,8 +323,10 @@ def open_model(
     revision: str | None = None,
     attn: str | None = None,
     trust_remote_code: bool = False,
+    load: Callable[..., PreTrainedModel] = load_model,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
-    """A MoE model with its tokenizer, and notes on how it loaded; a checkpoint is loaded, a loaded model passed on.
+    """A MoE model with its tokenizer, and notes on how it loaded; a checkpoint is loaded by load, a loaded model passed
+    on.
 
     Raises SedetectError for what load_model, load_tokenizer and find_banks refuse, and for a loaded model without
     tokenizer.
@@ -243,7 +339,7 @@ def open_model(
         tokenizer = tokenizer or load_tokenizer(model, **options)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            model = load_model(model, device=device, dtype=dtype, attn=attn, **options)
+            model = load(model, device=device, dtype=dtype, attn=attn, **options)
         notes = [str(warning.message) for warning in caught if "weights are not used" in str(warning.message)]
     elif tokenizer is None:
         raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")

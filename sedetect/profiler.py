@@ -30,7 +30,7 @@ _VOLATILE = {
 
 
 class Profile:
-    """One profile of one model; made by sedetect.profile.
+    """One profile of one model; made by sedetect.profile. With within, only of the banks inside that module.
 
     Inside the with block every forward of the model is measured, in torch.no_grad(). stats may be read there and later.
     """
@@ -45,6 +45,7 @@ class Profile:
         channels: bool,
         coactivation: bool,
         first_rows: bool,
+        within: str | None = None,
     ):
         check_backend(backend)
         self._model = getattr(model, "_orig_mod", model)
@@ -53,6 +54,8 @@ class Profile:
         self._source = source or f"profile-{uuid.uuid4().hex[:12]}"
         self._info = info or {}
         self._banks = hf.find_banks(self._model)
+        if within is not None:
+            self._banks = [bank for bank in self._banks if bank.path.startswith(f"{within}.")]
         self._tracked = TrackedModel(self._model, prefix)
         for bank in self._banks:
             bank.rows_of = self._tracked.rows_of

@@ -422,6 +422,18 @@ def merge_all(states: Iterable[ModelStats]) -> ModelStats:
     return reduce(ModelStats.merge, states, ModelStats.empty())
 
 
+def join_banks(parts: list[ModelStats]) -> ModelStats:
+    """One run from parts of it that hold different banks over the same sequences."""
+    headers = [part.header for part in parts]
+    header = replace(
+        headers[0],
+        layers={stack: count for one in headers for stack, count in one.layers.items()},
+        banks={name: bank for one in headers for name, bank in one.banks.items()},
+        notes=sorted({note for one in headers for note in one.notes}),
+    )
+    return ModelStats({bank: state for part in parts for bank, state in part.banks.items()}, header)
+
+
 def ranges_of(ids: torch.Tensor) -> list[list[int]]:
     """Half-open ranges that cover the ids (N,) int64, sorted: [3, 1, 2, 7] -> [[1, 4], [7, 8]]."""
     ids = ids.unique()

@@ -5,8 +5,20 @@ import sys
 import huggingface_hub.utils.logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
-from sedetect.cli import ablate, analyze, budget, compare, export, profile, prune, report, stability, super_weights
-from sedetect.cli.shared import app, stderr
+from sedetect.cli import (
+    ablate,
+    analyze,
+    budget,
+    compare,
+    export,
+    plan,
+    profile,
+    prune,
+    report,
+    stability,
+    super_weights,
+)
+from sedetect.cli.shared import app, is_first_rank, stderr
 from sedetect.errors import SedetectError
 
 __all__ = [
@@ -17,6 +29,7 @@ __all__ = [
     "compare",
     "export",
     "main",
+    "plan",
     "profile",
     "prune",
     "report",
@@ -36,5 +49,6 @@ def main() -> None:
     try:
         app()
     except SedetectError as error:
-        stderr.print(f"sedetect: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if is_first_rank():
+            stderr.print(f"sedetect: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

@@ -24,17 +24,22 @@ from sedetect.cli.shared import (
     check_writable,
     console,
     interruptible,
+    is_first_rank,
     progress_bar,
     stderr,
 )
 from sedetect.errors import SedetectError
-from sedetect.files import write_json
+from sedetect.files import remove_leftovers, write_json
+from sedetect.fit import too_large
 from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.ranking import rank
+from sedetect.ranks import join
+from sedetect.resume import discard
 from sedetect.run import describe_run
 from sedetect.saliency import check_saliency, saliency_document
 from sedetect.stats import ModelStats
 from sedetect.stream import Residual
+from sedetect.streaming import Streamed
 from sedetect.tables import print_domains, print_ranking, print_run, ranking_document
 
 Percentile = Annotated[float, typer.Option(help="percentile of the population an expert must exceed")]
@@ -69,6 +74,11 @@ def profile_command(
         int | None, typer.Option(help="also observe the residual stream and attention of N sequences")
     ] = None,
     until_stable: Annotated[int | None, typer.Option(help="stop once N rounds left the set as it was")] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="one layer at a time from disk (default: if the weights do not fit the device)"),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="streaming with -o: keep there what a second start goes on from")] = True,
     device: Device = None,
     dtype: Dtype = "auto",
     backend: Backend = None,
@@ -79,39 +89,59 @@ def profile_command(
     """Run calibration text through MODEL and say which experts are super experts."""
     if output is not None:
         check_writable(output)
-    with interruptible() as stop, progress_bar() as bar:
+    unfinished = output / "resume" if output is not None and resume else None
+    with join() as ranks, interruptible() as stop, progress_bar() as bar:
         task = bar.add_task("loading", total=None)
+        device = ranks.device(device)
 
         def show(domain: str, done: int, total: int | None) -> None:
             bar.update(task, description=domain, completed=done, total=total)
 
-        result = profile_model(
-            model,
-            data,
-            tokens=tokens,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            chat_template=chat_template,
-            channels=channels,
-            coactivation=coactivation,
-            first_rows=first_rows,
-            residual=residual,
-            until_stable=until_stable,
-            keep_rounds=until_stable is not None and output is not None,
-            device=device,
-            dtype=dtype,
-            backend=backend,
-            revision=revision,
-            attn=attn,
-            trust_remote_code=trust_remote_code,
-            progress=show,
-            stop=stop,
-        )
+        def measure() -> ModelProfile:
+            why = too_large(model, device, dtype) if stream is None and Path(model).is_dir() else None
+            if why is not None and is_first_rank():
+                stderr.print(f"{model}: {why}", markup=False, highlight=False, soft_wrap=True)
+            return profile_model(
+                model,
+                data,
+                tokens=tokens,
+                seq_len=seq_len,
+                batch_size=batch_size,
+                seed=seed,
+                chat_template=chat_template,
+                channels=channels,
+                coactivation=coactivation,
+                first_rows=first_rows,
+                residual=residual,
+                until_stable=until_stable,
+                keep_rounds=until_stable is not None and output is not None,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                revision=revision,
+                attn=attn,
+                trust_remote_code=trust_remote_code,
+                stream=bool(stream) or why is not None,
+                resume=unfinished / ranks.name if unfinished is not None and ranks.count > 1 else unfinished,
+                part=ranks.part,
+                progress=show,
+                stop=stop,
+            )
+
+        result = ranks.run(measure)
+    if result is None:  # the first rank has it
+        return
     if result.stats.banks:
         _show(result, output)
+        if result.streamed is not None and unfinished is not None:
+            discard(unfinished)
+            for folder in (output, output / "domains"):  # of earlier starts, killed while they wrote the results
+                remove_leftovers(folder)
     if result.interrupted:
-        if output is None:
+        if result.streamed is not None and unfinished is not None:
+            finished = result.streamed.resumed + result.streamed.layers
+            saved = f"{finished} layers are finished, and the same command goes on from there"
+        elif output is None:
             saved = "nothing saved (no -o)"
         else:
             saved = f"saved to {output}" if result.stats.banks else "nothing to save"
@@ -209,6 +239,8 @@ def _show(result: ModelProfile, output: Path | None) -> None:
     print_ranking(console, ranking, result.tokenizer, result.residual)
     print_domains(console, {name: rank(stats, residual=result.residual) for name, stats in result.domains.items()})
     print_run(console, result.stats, result.seconds)
+    if result.streamed is not None:
+        console.print(_streamed(result.streamed), markup=False, highlight=False, soft_wrap=True)
     if result.rounds:
         console.print(_stability(result), markup=False, highlight=False, soft_wrap=True)
     if output is not None:
@@ -222,6 +254,19 @@ def _save_parts(folder: Path, parts: dict[str, ModelStats]) -> None:
         stale.unlink()
     for file, stats in files.items():
         stats.save(file)
+
+
+def _streamed(took: Streamed) -> str:
+    """One line: what of the time the layers took."""
+    resumed = f", {took.resumed} were finished before" if took.resumed else ""
+    parts = {
+        "read": took.read,
+        "computed": took.compute,
+        "waited for weights": took.wait,
+        "kept for a restart": took.write,
+    }
+    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
+    return f"streamed {took.layers} layers{resumed}: {times}"
 
 
 def _stability(result: ModelProfile) -> str:

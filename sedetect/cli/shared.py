@@ -1,5 +1,6 @@
 """What the commands share: the application, consoles, common options, progress, and stopping politely."""
 
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -56,6 +57,11 @@ def about(version: Annotated[bool, typer.Option("--version", help="print the ver
         raise typer.Exit
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the one that reports: the only one, or the first that torchrun started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
+
+
 def check_writable(folder: Path) -> None:
     """Fail before the work, not after it, and make no folder that bad input would leave behind."""
     nearest = folder / "domains"
@@ -95,5 +101,5 @@ def print_whole(table: Table) -> None:
 def progress_bar(unit: str = "tokens") -> Progress:
     """A bar on stderr, on a terminal; elsewhere it would show nothing and leave an empty line."""
     done = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    quiet = not stderr.is_terminal
+    quiet = not stderr.is_terminal or not is_first_rank()
     return Progress(TextColumn("{task.description}"), *done, console=stderr, transient=True, disable=quiet)

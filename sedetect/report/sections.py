@@ -78,7 +78,7 @@ def _facts(evidence: Evidence) -> list[dict[str, str]]:
         main = evidence.ablation.outcomes[0]
         same = [run.mean_change for run in evidence.ablation.controls.get("same layers", ())]
         beside = f"perplexity without {', '.join(main.experts)}"
-        facts.append(("what they are worth", percent(main.mean_change), beside + (f"; random: {percent(max(same))} at most" if same else "")))  # fmt: skip
+        facts.append(("what they are worth", percent(main.mean_change), beside + (f"; random of its layers: {percent(max(same))} at most" if same else "")))  # fmt: skip
     if ranking.nonfinite:
         facts.append(("NaN or infinity", f"{len(ranking.nonfinite)} experts", f"first {ranking.nonfinite[0]}"))
     return [{"name": name, "value": value, "more": more} for name, value, more in facts]

@@ -1,0 +1,83 @@
+"""sedetect plan: what a checkpoint is, whether it fits, and what streaming it would read."""
+
+import torch
+from rich import box
+from rich.table import Table
+
+from sedetect.checkpoint import choose_device
+from sedetect.cli.shared import Device, Dtype, Model, Tokens, TrustRemoteCode, app, console, print_whole
+from sedetect.fit import WEIGHTS_SHARE, free_memory, size
+from sedetect.plan import Plan, make_plan, measure_read
+
+
+@app.command("plan")
+def plan_command(
+    model: Model,
+    tokens: Tokens = 32768,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Size, experts, memory and reading time of the checkpoint folder MODEL, without loading it."""
+    place = choose_device(device)
+    plan = make_plan(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    speed, sample = measure_read(model)
+    stored = f"{size(plan.stored)} in {plan.files} file{'s' * (plan.files != 1)}"
+    _line(f"{plan.model}: {_count(plan.parameters)} parameters, {stored}", "bold")
+    _line(_experts(plan))
+    _print_memory(plan, place)
+    _line(_streamed(plan, tokens, speed, sample))
+
+
+def _experts(plan: Plan) -> str:
+    each = sorted(set(plan.experts.values()))
+    per_layer = f"{each[0]}" if len(each) == 1 else f"{each[0]} to {each[-1]}"
+    chosen = "" if plan.top_k is None else f", top-{plan.top_k}"
+    active = "" if plan.active is None else f"; {_count(plan.active)} active per token"
+    return (
+        f"{sum(plan.experts.values()):,} routed experts in {len(plan.experts)} of {plan.layers} layers "
+        f"({per_layer} each{chosen}): {_count(plan.routed)} parameters; shared experts {_count(plan.shared)}, "
+        f"the rest {_count(plan.rest)}{active}"
+    )
+
+
+def _print_memory(plan: Plan, device: torch.device) -> None:
+    free = free_memory(device)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("precision", no_wrap=True)
+    for column in ("weights", "streamed", f"on {device}, {size(free)} free"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for dtype in dict.fromkeys((plan.dtype, torch.bfloat16, torch.float32)):
+        weights, streamed = plan.weights(dtype), plan.streamed(dtype)
+        fits = "fits" if weights <= WEIGHTS_SHARE * free else "streamed" if streamed <= WEIGHTS_SHARE * free else "no"
+        name = str(dtype).removeprefix("torch.")
+        table.add_row(f"{name} (default)" if dtype == plan.dtype else name, size(weights), size(streamed), fits)
+    print_whole(table)
+
+
+def _streamed(plan: Plan, tokens: int, speed: float, sample: int) -> str:
+    total, largest = sum(plan.layer_bytes), max(plan.layer_bytes)
+    hidden = tokens * plan.width * plan.dtype.itemsize
+    return (
+        f"streamed (embeddings and three layers in memory): reads {size(total)}, at most {size(largest)} a layer; at "
+        f"{size(speed)}/s, measured on {size(sample)} of it, {_seconds(largest / speed)} a layer and "
+        f"{_seconds(total / speed)} in all, unless computing takes longer; "
+        f"hidden states of {tokens:,} tokens take {size(hidden)}"
+    )
+
+
+def _count(parameters: int) -> str:
+    for unit, power in (("T", 12), ("B", 9), ("M", 6), ("k", 3)):
+        if parameters >= 10**power:
+            return f"{parameters / 10**power:.3g}{unit}"
+    return str(parameters)
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+def _line(text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

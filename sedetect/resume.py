@@ -1,0 +1,165 @@
+"""What a streamed profile keeps between layers: the hidden states, and in a folder all that it takes to go on.
+
+    FOLDER/progress.json                  what is being run, and how many layers are finished; written last
+    FOLDER/statistics/<layer>.<domain>.safetensors
+    FOLDER/hidden-<0 or 1>/<batch>.safetensors
+
+The hidden states that enter layer n lie in hidden-<n % 2>, those that leave it are written to the other folder. They
+and the layer's statistics are synced before progress.json names the layer, so that a process that dies at any moment
+leaves a folder from which the last finished layer can be continued.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sedetect.errors import SedetectError
+from sedetect.files import write_json
+from sedetect.stats import ModelStats
+
+FORMAT = "sedetect-progress"
+VERSION = "1"
+_OURS = re.compile(r"statistics|hidden-[01]|\.progress\.json\..*")  # what a start that was killed early leaves
+
+
+class Progress:
+    """A streamed profile's folder.
+
+    run: what must be equal for a run to go on, as JSON values. layers: how many are finished, computed: seconds they
+    took, over all starts. seconds: spent writing, by this start.
+    Raises SedetectError where the folder holds another run, or what is not a run of ours.
+    """
+
+    def __init__(self, folder: Path, run: dict[str, Any]):
+        self.folder, self._run = folder, json.loads(json.dumps(run))
+        self.layers, self.computed, self.seconds = 0, 0.0, 0.0
+        file = folder / "progress.json"
+        if not file.is_file():
+            if folder.exists() and not all(_OURS.fullmatch(entry.name) for entry in folder.iterdir()):
+                raise SedetectError(f"{folder}: holds something else than an unfinished profile; choose another folder")
+            self._save()
+            return
+        try:
+            document = json.loads(file.read_text(encoding="utf-8"))
+            if (document["format"], document["version"]) != (FORMAT, VERSION):
+                raise ValueError(f"format {document['format']!r}, version {document['version']!r}")
+            before = dict(document["run"])
+            self.layers, self.computed = int(document["layers"]), float(document["computed"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise SedetectError(f"{file}: not the progress of a profile ({error}); delete {folder}") from None
+        for name in {**before, **self._run}:
+            if before.get(name) != self._run.get(name):
+                raise SedetectError(
+                    f"{folder}: an unfinished profile is there with {name} {_short(before.get(name))}, now it is "
+                    f"{_short(self._run.get(name))}; repeat the first command, or delete that folder to begin anew"
+                )
+
+    def finish(self, layer: int, stats: list[ModelStats], seconds: float, last: bool) -> None:
+        """Keep the statistics of a layer, one per domain; its hidden states are written. last: no layer follows."""
+        start = time.perf_counter()
+        for number, part in enumerate(stats):
+            part.save(self._statistics(layer, number))
+        self.layers, self.computed = layer + 1, self.computed + seconds
+        self._save()
+        if last:
+            for parity in (0, 1):
+                shutil.rmtree(self.folder / f"hidden-{parity}", ignore_errors=True)
+        self.seconds += time.perf_counter() - start
+
+    def statistics(self, domains: int) -> list[list[ModelStats]]:
+        """Of every finished layer, the statistics of each domain."""
+        return [[ModelStats.load(self._statistics(i, d)) for d in range(domains)] for i in range(self.layers)]
+
+    def write_hidden(self, layer: int, batch: int, hidden: torch.Tensor) -> None:
+        """Keep a batch of the hidden states that enter layer."""
+        start = time.perf_counter()
+        file = self._hidden(layer, batch)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"hidden": hidden.cpu().contiguous()}, file, {"enters": str(layer)})
+            _sync(file)
+        except (OSError, SafetensorError) as error:
+            raise SedetectError(f"{file}: cannot be written ({error}); free space and repeat the command") from None
+        self.seconds += time.perf_counter() - start
+
+    def read_hidden(self, layer: int, batch: int) -> torch.Tensor:
+        file = self._hidden(layer, batch)
+        try:
+            # A copy: what is mapped would change when the file is written again, and lies unaligned.
+            return load_file(file)["hidden"].clone()
+        except (OSError, KeyError, SafetensorError) as error:
+            raise SedetectError(f"{file}: cannot be read ({error}); delete {self.folder} to begin anew") from None
+
+    def _save(self) -> None:
+        try:
+            (self.folder / "statistics").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SedetectError(f"{self.folder}: cannot be made ({error.strerror}); choose another folder") from None
+        for folder in (self.folder / "hidden-0", self.folder / "hidden-1", self.folder / "statistics"):
+            if folder.is_dir():
+                _sync(folder)
+        done = {"layers": self.layers, "computed": self.computed}
+        document = {"format": FORMAT, "version": VERSION, **done, "run": self._run}
+        write_json(self.folder / "progress.json", document)
+        _sync(self.folder)
+
+    def _statistics(self, layer: int, domain: int) -> Path:
+        return self.folder / "statistics" / f"{layer:03}.{domain}.safetensors"
+
+    def _hidden(self, layer: int, batch: int) -> Path:
+        return self.folder / f"hidden-{layer % 2}" / f"{batch:05}.safetensors"
+
+
+def discard(folder: Path) -> None:
+    """Delete the folder of a profile, or of one per rank, whose results are safe; killed within, the next begins anew."""
+    for file in [*folder.glob("progress.json"), *folder.glob("*/progress.json")]:
+        file.unlink()
+    shutil.rmtree(folder)
+
+
+class HiddenStates:
+    """The hidden states of every batch on their way through the layers; (B, L, H) each for most models.
+
+    memory: the device on which they are kept, None for on disk alone. progress: where they are written too.
+    """
+
+    def __init__(self, memory: torch.device | None, progress: Progress | None):
+        self._memory, self._progress = memory, progress
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def read(self, layer: int, batch: int, device: torch.device) -> torch.Tensor:
+        """Those that enter layer. Each batch is read once per layer."""
+        kept = self._kept.pop(batch, None)
+        if kept is None:
+            kept = self._progress.read_hidden(layer, batch)
+        return kept.to(device, non_blocking=True)
+
+    def write(self, layer: int, batch: int, hidden: torch.Tensor) -> None:
+        """Those that enter layer, from the one before."""
+        if self._memory is not None:
+            kept = hidden.to(self._memory)
+            pin = self._memory.type == "cpu" and hidden.device.type == "cuda"
+            self._kept[batch] = kept.pin_memory() if pin else kept
+        if self._progress is not None:
+            self._progress.write_hidden(layer, batch, hidden)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,295 @@
+"""Weights layer by layer: a model on the meta device whose decoder layers are filled straight from safetensors.
+
+The model is made by transformers' own from_pretrained, of which one step is replaced: instead of all weights, only
+those outside the decoder layers are loaded. Everything else (class, precision, attention, names and conversions of
+weights, quantization) is as in a resident model, and load() later uses the same conversion for one layer's weights. What
+is missing, left over or misshapen is known before a byte is read, from a conversion of tensors without data.
+
+This file is the only one that depends on internals of transformers (5.17 to 5.23): two static methods of
+PreTrainedModel, and transformers.core_model_loading.
+"""
+
+import ctypes
+import json
+import math
+import mmap
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
+from transformers.utils import logging as transformers_logging
+
+from sedetect import hf
+from sedetect.checkpoint import choose_device, load_model, read_header
+from sedetect.errors import SedetectError
+from sedetect.layers import decoder_layers
+
+_ALIGNMENT = 64  # bytes; of what torch allocates
+_M_MMAP_THRESHOLD, _OWN_PAGES = -3, 2**22  # mallopt's, and bytes from which an allocation gets pages of its own
+_ONE_READ = 2**30  # bytes; Linux reads at most 2 GiB at once
+
+
+@dataclass(eq=False)
+class StoredTensor:
+    """One tensor of a safetensors file, read where it is indexed (as transformers does with the library's slices)."""
+
+    file: Path
+    start: int  # byte in the file
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it
+    pinned: bool = False  # read into memory from which a GPU can copy by itself
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * str_to_torch_dtype[self.dtype].itemsize
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        # The place within a cache line is that of the file, as in a mapped tensor, so that no kernel can choose
+        # otherwise. The file itself is not mapped: its pages would count as the process's.
+        dtype = str_to_torch_dtype[self.dtype]
+        skip = self.start % _ALIGNMENT if self.start % dtype.itemsize == 0 else 0
+        if self.pinned or not self.nbytes:
+            buffer = torch.empty(skip + self.nbytes, dtype=torch.uint8, pin_memory=self.pinned)[skip:]
+        else:  # pages of its own, which go back to the system with the tensor
+            buffer = torch.frombuffer(mmap.mmap(-1, skip + self.nbytes), dtype=torch.uint8)[skip:]
+        read_bytes(self.file, self.start, buffer)
+        return buffer.view(dtype).reshape(self.shape)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+
+class StreamedModel:
+    """A model of which one decoder layer at a time has weights.
+
+    model    in eval mode; all but its decoder layers is on device, but for an output embedding of its own (lm_head)
+    layers   its decoder layers, on the meta device but for buffers that no checkpoint holds
+    path     module path of layers
+    files    the checkpoint's safetensors files
+    stored   per layer, its tensors in the checkpoint; rest: those outside the layers
+    """
+
+    def __init__(self, model: PreTrainedModel, files: list[str], config: LoadStateDictConfig, device: torch.device):
+        self.model, self.device, self.files = model, device, [Path(file) for file in files]
+        self._config = replace(config, device_map={"": device})
+        self.layers, self.path = _layers_of(model)
+        stored = _stored_tensors(files, pinned=device.type == "cuda")
+        self.stored: list[dict[str, StoredTensor]] = [{} for _ in self.layers]
+        self.rest: dict[str, StoredTensor] = {}
+        for key, target in _targets(model, stored, config).items():
+            layer = _layer_of(target, self.path)
+            inside = layer is not None and layer < len(self.layers)  # beyond them may stand layers the model leaves out
+            (self.stored[layer] if inside else self.rest)[key] = stored[key]
+        on_meta = replace(config, device_map={"": "meta"})
+        # The conversion itself, on tensors without data: says all that a load of the weights would say.
+        self.loading_info = self._convert({key: _without_data(tensor) for key, tensor in stored.items()}, on_meta)
+        self._missing = frozenset(self.loading_info.missing_keys)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def load_rest(self) -> None:
+        """Load what is outside the decoder layers, without an output embedding of its own: logits are never needed."""
+        model, head = self.model, self.model.get_output_embeddings()
+        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+        skipped = {name for name, parameter in model.named_parameters() if id(parameter) in own} - tied
+        targets = _targets(model, self.rest, self._config)
+        self._convert({key: tensor for key, tensor in self.rest.items() if targets[key] not in skipped}, self._config)
+        model.tie_weights(missing_keys=set(self._missing), recompute_mapping=False)
+
+    def load(self, layer: int) -> float:
+        """Read and convert the weights of a layer; returns the seconds it took. May run in a thread beside a forward.
+
+        Raises SedetectError where a weight of it cannot be made from the checkpoint.
+        """
+        start = time.perf_counter()
+        if self._side is None:
+            info = self._convert(self.stored[layer], self._config)
+        else:
+            with torch.cuda.stream(self._side):
+                info = self._convert(self.stored[layer], self._config)
+            self._side.synchronize()
+        empty = [name for name, t in self.layers[layer].state_dict(keep_vars=True).items() if t.is_meta]
+        if info.conversion_errors or info.mismatched_keys or empty:
+            broken = next(iter([*info.conversion_errors, *(key for key, *_ in info.mismatched_keys), *empty]))
+            raise SedetectError(
+                f"{self.path}.{layer}: {broken} cannot be made from the checkpoint's weights; "
+                "give a complete checkpoint with its own config"
+            )
+        return time.perf_counter() - start
+
+    def free(self, layer: int) -> None:
+        """Give the weights of a layer back."""
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).synchronize()  # the next load may reuse the memory, on its stream
+        for module in self.layers[layer].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="meta")
+                    module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    module._buffers[name] = torch.empty_like(buffer, device="meta")
+
+    def _convert(self, tensors: dict[str, Any], config: LoadStateDictConfig) -> Any:
+        with _sequential_and_silent():
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+        return info
+
+
+def open_streamed(
+    path_or_name: str | Path, *, device: str | torch.device | None = None, weights: bool = True, **options: Any
+) -> StreamedModel:
+    """A StreamedModel of a checkpoint. device and options as in sedetect.checkpoint.load_model; weights=False loads none at all.
+
+    Raises SedetectError for what load_model refuses, and for a model whose decoder layers cannot be loaded apart.
+    """
+    device, made = choose_device(device), []
+    _give_back_freed_memory()
+
+    def load_pretrained(
+        model: PreTrainedModel, state_dict: Any, files: list[str], config: LoadStateDictConfig, *_: Any
+    ) -> tuple[Any, None]:
+        made.append(StreamedModel(model, files, config, device))
+        return made[0].loading_info, None
+
+    def finalize(model: PreTrainedModel, config: LoadStateDictConfig, info: Any) -> Any:
+        return original_finalize(model, replace(config, device_map={"": device}), info)
+
+    original_finalize = PreTrainedModel._finalize_model_loading
+    with _replaced("_load_pretrained_model", load_pretrained), _replaced("_finalize_model_loading", finalize):
+        load_model(path_or_name, device=device, **options)
+    if weights:
+        made[0].load_rest()
+    return made[0]
+
+
+def _give_back_freed_memory() -> None:
+    """Let the C library (glibc; others have no such setting) hand large tensors back to the system when they are freed.
+
+    By itself it begins to keep ever larger ones, up to 32 MiB: a layer's weights more than are needed.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _OWN_PAGES)
+
+
+@contextmanager
+def _replaced(name: str, function: Any) -> Iterator[None]:
+    original = vars(PreTrainedModel)[name]
+    setattr(PreTrainedModel, name, staticmethod(function))
+    try:
+        yield
+    finally:
+        setattr(PreTrainedModel, name, original)
+
+
+@contextmanager
+def _sequential_and_silent() -> Iterator[None]:
+    """Conversion in the calling thread (and on its CUDA stream), one weight after another, without a progress bar."""
+    name, shown = "HF_DEACTIVATE_ASYNC_LOAD", transformers_logging.is_progress_bar_enabled()
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _layers_of(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
+    banks = hf.find_banks(model)
+    layers = decoder_layers(model, banks)
+    path = next(path for path, module in model.named_modules() if module is layers)
+    name = type(model).__name__
+    outside = next((bank.path for bank in banks if not bank.path.startswith(f"{path}.")), None)
+    if outside is not None:
+        raise SedetectError(f"{name}: {outside} is outside {path}, so it cannot be streamed; load it whole")
+    owners: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            if owners.setdefault(id(parameter), number) != number:
+                raise SedetectError(
+                    f"{name}: {path}.{owners[id(parameter)]} and {path}.{number} share weights, so it cannot be "
+                    "streamed; load it whole"
+                )
+    tied = [key for pair in model.all_tied_weights_keys.items() for key in pair if key.startswith(f"{path}.")]
+    if tied:
+        raise SedetectError(f"{name}: {tied[0]} is tied to another weight, so it cannot be streamed; load it whole")
+    return layers, path
+
+
+def _stored_tensors(files: list[str], pinned: bool) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor] = {}
+    for file in map(Path, files):
+        header = read_header(file)
+        for key, entry in json.loads(header).items():
+            if key == "__metadata__":
+                continue
+            if entry["dtype"] not in str_to_torch_dtype:
+                raise SedetectError(
+                    f"{file}: {key} is stored as {entry['dtype']}, which is not streamed; load it whole"
+                )
+            start = 8 + len(header) + entry["data_offsets"][0]
+            stored[key] = StoredTensor(file, start, tuple(entry["shape"]), entry["dtype"], pinned)
+    return stored
+
+
+def _targets(model: PreTrainedModel, stored: dict[str, Any], config: LoadStateDictConfig) -> dict[str, str]:
+    """The model's name of every checkpoint key, or the first of them."""
+    renamings = [entry for entry in config.weight_mapping or () if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in config.weight_mapping or () if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    targets = {}
+    for key in sorted(stored, key=dot_natural_key):
+        target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if target not in known and key in known:
+            target, _ = rename_source_key(key, [], [], model.base_model_prefix, known)
+        targets[key] = target
+    return targets
+
+
+def _layer_of(name: str, path: str) -> int | None:
+    number = name.removeprefix(f"{path}.").partition(".")[0]
+    return int(number) if name.startswith(f"{path}.") and number.isdigit() else None
+
+
+def _without_data(tensor: StoredTensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=str_to_torch_dtype[tensor.dtype], device="meta")
+
+
+def read_bytes(file: Path, start: int, buffer: torch.Tensor) -> None:
+    """Fill buffer (N,) uint8 from byte start of a file."""
+    view = memoryview(buffer.numpy())
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(start)
+        while view:
+            count = opened.readinto(view[:_ONE_READ])
+            if not count:
+                raise SedetectError(f"{file}: ends early, it was changed meanwhile; copy or download it again")
+            view = view[count:]

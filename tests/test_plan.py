@@ -1,0 +1,69 @@
+"""sedetect plan: a checkpoint by numbers, against counting the loaded model."""
+
+import re
+
+import pytest
+import torch
+from models import CONFIGS, TINY
+from test_cli import refused, run
+from test_streaming import save_random
+
+from sedetect.checkpoint import load_model
+from sedetect.plan import Plan, make_plan, measure_read
+
+
+def plan_without_reading(folder) -> Plan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sedetect.streaming_weights.read_bytes", lambda *_: pytest.fail("read a weight"))
+        return make_plan(folder)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_counted_from_headers_alone(tmp_path, name):
+    plan = plan_without_reading(save_random(CONFIGS[name](), tmp_path, max_shard_size="200KB"))
+    model = load_model(tmp_path)
+    sizes = {path: parameter.numel() for path, parameter in model.named_parameters()}
+
+    def total(pattern: str) -> int:
+        return sum(size for path, size in sizes.items() if re.search(pattern, path))
+
+    assert (plan.model, plan.files) == (type(model).__name__, len(list(tmp_path.glob("*.safetensors"))))
+    assert (plan.layers, plan.top_k, plan.width, plan.dtype) == (3, 2, 32, torch.float32)
+    assert plan.routed == total(r"\.experts\.(gate_up_proj|down_proj)") > 0
+    assert plan.shared == total(r"\.shared_experts?\.")
+    assert plan.parameters == sum(sizes.values())
+    layers = {"qwen2_moe": [0, 2], "deepseek_v3": [1, 2]}.get(name, [0, 1, 2])
+    assert plan.experts == dict.fromkeys(layers, 6 if name == "qwen2_moe" else 8)
+    assert plan.layer_parameters == [total(rf"^model\.layers\.{i}\.") for i in range(3)]
+    stored = {path: tensor.nbytes for path, tensor in model.state_dict().items()}
+    of_layers = [sum(n for path, n in stored.items() if path.startswith(f"model.layers.{i}.")) for i in range(3)]
+    assert plan.layer_bytes == of_layers and plan.stored == sum(stored.values())
+    assert plan.rest_bytes == plan.stored - sum(of_layers)
+    assert plan.weights(torch.bfloat16) == 2 * plan.parameters
+    assert plan.streamed(torch.float32) == 4 * (total(r"^(?!model\.layers)") + 3 * max(plan.layer_parameters))
+    one = next(p.numel() // len(p) for path, p in model.named_parameters() if path.endswith("down_proj"))
+    experts = plan.experts[layers[-1]]
+    assert plan.active == plan.parameters - plan.routed * (experts - 2) // experts and one < plan.active
+
+
+def test_bandwidth_is_measured_on_a_bounded_sample():
+    speed, count = measure_read(TINY, 10_000_000)
+    assert count == 10_000_000 and 1e6 < speed < 1e12
+    assert measure_read(TINY)[1] == max(file.stat().st_size for file in TINY.glob("*.safetensors"))
+
+
+def test_command_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("sedetect.cli.plan.free_memory", lambda device: 50_000_000)
+    monkeypatch.setattr("sedetect.cli.plan.measure_read", lambda folder: (1e9, 31_000_000))
+    shown = run("plan", TINY, "--tokens", 1000)
+    assert shown.code == 0 and shown.err == ""
+    assert shown.out.startswith("Qwen3MoeForCausalLM: 15.6M parameters, 31.1 MB in 3 files\n")
+    assert "320 routed experts in 10 of 10 layers (32 each, top-4): 11.8M parameters; shared experts 0" in shown.out
+    assert re.search(r"precision +weights +streamed +on cpu, 50 MB free", shown.out)
+    assert re.search(r"bfloat16 \(default\) +31.1 MB +\d\S+ MB +fits", shown.out)
+    assert re.search(r"float32 +62.2 MB +\d\S+ MB +streamed", shown.out)
+    largest, every = re.search(r"at most (\S+) MB a layer; at 1 GB/s.*?, (\S+) ms a layer", shown.out).groups()
+    assert largest == every  # 1 GB/s is 1 MB/ms
+    assert "hidden states of 1,000 tokens take 512 kB" in shown.out
+    assert "no such folder; a plan is made of a checkpoint that is here" in refused(run("plan", "nobody/nothing"))
+    assert "config.json: missing" in refused(run("plan", tmp_path))

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
@@ -624,7 +625,10 @@ def interrupted_run(after: int, times: int, *args) -> Result:
 
     def press() -> None:
         for _ in range(times):
+            installed = signal.getsignal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
+            while signal.getsignal(signal.SIGINT) is installed:  # another thread may delay the handler
+                time.sleep(0.001)
 
     def profile_model(*args, progress, **options):
         batches = []

@@ -189,15 +189,18 @@ def make_budget(
 def conclusion(budget: Budget) -> list[str]:
     """What the rows say: what keeping buys, and how far compression goes."""
     lines = []
+    names = ", ".join(budget.kept)
     compared = [row for row in budget.rows if row.kept is not None and row.random]
-    if compared:
-        names = ", ".join(budget.kept)
-        better = [row for row in compared if row.kept.mean_change < min(c.mean_change for c in row.random)]
-        most = max(compared, key=lambda row: row.bare.mean_change - row.kept.mean_change)
+    changed = [row for row in compared if row.kept.perplexity != row.bare.perplexity]
+    if compared and not changed:
+        lines.append(f"keeping {names} changes nothing: no row takes anything from it")
+    if changed:
+        better = [row for row in changed if row.kept.mean_change < min(c.mean_change for c in row.random)]
+        most = max(changed, key=lambda row: row.bare.mean_change - row.kept.mean_change)
         low, high = (f([c.mean_change for c in most.random]) for f in (min, max))
         lines.append(
-            f"keeping {names} beats every random choice in {len(better)} of {len(compared)} rows; it buys most at "
-            f"{most.name}: {most.bare.mean_change:+.1%} without, {most.kept.mean_change:+.1%} with "
+            f"keeping {names} beats every random choice in {len(better)} of the {len(changed)} rows that it changes; it buys "
+            f"most at {most.name}: {most.bare.mean_change:+.1%} without, {most.kept.mean_change:+.1%} with "
             f"(random experts of the same layers: {low:+.1%} to {high:+.1%})"
         )
     for what, of in (("nothing kept", "bare"), (f"{', '.join(budget.kept)} kept", "kept")):

@@ -22,7 +22,7 @@ from sedetect.ranking import Place
 from sedetect.stats import BankId
 
 GROUP = 128
-FORMATS = ("int8", "fp8", "int4", "int3")
+FORMATS = ("int8", "fp8", "int4", "int3", "int2")
 _FP8 = torch.float8_e4m3fn
 
 

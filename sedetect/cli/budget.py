@@ -43,7 +43,7 @@ def budget_command(
     experts: Annotated[str, typer.Option(help="to keep: super, or names (L1E28,L9E7)")] = "super",
     ratio: Annotated[list[float] | None, typer.Option(help="pruning ratios (default: 0.125, 0.25, 0.5)")] = None,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="fp8, int2 to int8 (default: int8, fp8, int4, int3)")
+        list[str] | None, typer.Option("--format", help="fp8, int2 to int8 (default: int8, fp8, int4, int3, int2)")
     ] = None,
     by: By = "reap",
     group: Annotated[int, typer.Option(help="inputs per scale of the formats")] = GROUP,

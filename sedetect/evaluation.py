@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration import Windows, batches
 from sedetect.errors import SedetectError
+from sedetect.layers import refuse_encoder_decoder
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ def perplexity(
     Args:
         prefix: how many tokens of each window are the tokenizer's prefix.
         progress: called with the number of tokens after every batch.
+    Raises:
+        SedetectError: for an encoder-decoder model.
     """
+    refuse_encoder_decoder(model, "perplexity")
     results = {}
     for domain, windows in domains.items():
         total, count = 0.0, 0

@@ -51,12 +51,24 @@ def attention_weights(output: object, length: int) -> torch.Tensor | None:
 
 
 def run_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """One forward over ids (B, L), without a cache, and without all logits but the last, where the model can do so."""
+    """One forward over ids (B, L), without a cache, and without all logits but the last, where the model can do so.
+
+    An encoder and its decoder read the same text.
+    """
     known = inspect.signature(model.forward).parameters
     wanted = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     if "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):  # which passes it on
         wanted["use_cache"] = False
-    model(input_ids=ids.to(model.device), **wanted)
+    ids = ids.to(model.device)
+    if model.config.is_encoder_decoder:
+        wanted["decoder_input_ids"] = ids
+    model(input_ids=ids, **wanted)
+
+
+def refuse_encoder_decoder(model: PreTrainedModel, what: str) -> None:
+    """Raise SedetectError for a model whose decoder does not read the text alone."""
+    if model.config.is_encoder_decoder:
+        raise SedetectError(f"{type(model).__name__}: has an encoder and a decoder; {what} takes a decoder-only model")
 
 
 @contextmanager

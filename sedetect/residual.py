@@ -32,6 +32,7 @@ from sedetect.layers import (
     attention_weights,
     decoder_layers,
     eager_attention,
+    refuse_encoder_decoder,
     run_tokens,
 )
 from sedetect.profiler import model_digest, model_name
@@ -67,13 +68,14 @@ def observe_residual(
         sequences: how many windows in all, fewer where there are not so many.
         progress: called with the number of tokens after every sequence.
     Raises:
-        SedetectError: for a model in training mode, without a decoder with experts, or with layers that do not give one
+        SedetectError: for a model in training mode, with an encoder, without a decoder with experts, or with layers that do not give one
             residual stream.
     """
     if sequences < 1:
         raise SedetectError(f"--sequences {sequences}: must be at least 1")
     if min_ratio < 0 or min_value < 0:
         raise SedetectError(f"--min-ratio {min_ratio:g}, least value {min_value:g}: must be at least 0")
+    refuse_encoder_decoder(model, "the residual stream")
     if model.training:
         raise SedetectError(f"{type(model).__name__}: is in training mode; call model.eval() first")
     chosen = _spread(domains, sequences)

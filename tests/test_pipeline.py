@@ -4,12 +4,16 @@ import json
 
 import pytest
 import torch
+from families import FAMILIES, tiny_model
 from models import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
 from sedetect.calibration import load_texts
+from sedetect.checkpoint import load_tokenizer
 from sedetect.errors import SedetectError
+from sedetect.evaluation import perplexity
+from sedetect.residual import observe_residual
 from sedetect.stats import merge_all
 
 
@@ -116,3 +120,20 @@ def test_the_ranking_document_is_json(tiny):
     document = ranking_document(sedetect.rank(tiny.stats), tiny.tokenizer)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert document["super_experts"][0]["token"] == "<|bos|>"
+
+
+@pytest.mark.parametrize("name", ["switch_transformers", "nllb_moe"])
+def test_encoder_and_decoder_read_the_text(name):
+    """Both stacks see every token; what takes a decoder alone refuses by name."""
+    model, tokenizer = tiny_model(name, FAMILIES[name]), load_tokenizer(TINY)
+    model.resize_token_embeddings(4096)
+    result = sedetect.profile_model(model, tokenizer=tokenizer, tokens=256, seq_len=16)
+    routed = {bank.stack: int(state.rows.sum()) for bank, state in result.stats.banks.items() if bank.kind == "routed"}
+    assert set(routed) == {"encoder", "decoder"} and all(routed.values())
+    assert any("encoder" in note for note in result.stats.header.notes)
+    for refused in (
+        lambda: perplexity(model, result.windows, prefix=1),
+        lambda: observe_residual(model, result.windows, prefix=1),
+    ):
+        with pytest.raises(SedetectError, match="has an encoder and a decoder; "):
+            refused()

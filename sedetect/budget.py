@@ -20,6 +20,7 @@ from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import perplexity
 from sedetect.experiment import Target, random_controls, routed_experts
+from sedetect.files import finite
 from sedetect.layers import run_tokens
 from sedetect.pruning import choose_kept
 from sedetect.quantization import (
@@ -32,7 +33,6 @@ from sedetect.quantization import (
     stored_bits,
 )
 from sedetect.ranking import Place
-from sedetect.stability import finite
 from sedetect.stats import BankId, ModelStats
 
 FORMAT = "sedetect-budget"

@@ -13,7 +13,8 @@ import numpy as np
 
 from sedetect.errors import SedetectError
 from sedetect.ranking import rank
-from sedetect.stability import check_banks, finite, found_in, peak_of
+from sedetect.files import finite
+from sedetect.stability import check_banks, found_in, peak_of
 from sedetect.stats import ModelStats
 
 

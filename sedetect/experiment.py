@@ -23,9 +23,9 @@ from sedetect.ablation import Weight, ablate, resolve
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import Question, exact_match, perplexity
+from sedetect.files import finite
 from sedetect.ranking import Place, rank
 from sedetect.residual import Residual, observe_residual, sink_decay
-from sedetect.stability import finite
 from sedetect.stats import ModelStats
 
 FORMAT = "sedetect-ablation"

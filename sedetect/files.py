@@ -1,6 +1,7 @@
 """Writing files so that a reader never sees half of one."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -81,6 +82,17 @@ def remove_leftovers(folder: Path) -> None:
     for file in folder.glob(".*"):
         if _TEMPORARY.fullmatch(file.name):
             file.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """value with NaN and infinities of its lists and dictionaries as JSON has no words for: None, "inf", "-inf"."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
 
 
 def write_json(path: str | os.PathLike, document: Any, *, allow_nan: bool = False) -> None:

@@ -179,7 +179,7 @@ class ListedBlock(ListedExperts):
                     continue
                 errors[routing] = float((mine - own).abs().max() / own.abs().max())
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            pass
+            pass  # code of a form that is not understood either: refused below
         self._route = min(errors, key=errors.get, default=None)
         if errors.get(self._route, torch.inf) <= tolerance:
             return

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sedetect.errors import SedetectError
+from sedetect.files import finite
 from sedetect.kernels.records import RECORD, column
 from sedetect.stats import BankId, BankStats, Header, ModelStats
 
@@ -104,7 +105,7 @@ class SuperExpert(Place):
 
     def to_dict(self) -> dict[str, Any]:
         """name (str(self)) and every field, ready for JSON: NaN is None, infinity is "inf"."""
-        return {"name": str(self)} | {key: _json(value) for key, value in asdict(self).items()}
+        return {"name": str(self)} | {key: finite(value) for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Ranking:
         criteria             {argument of rank: value}
         notes                list of strings
         """
-        fields = {key: _json(value) for key, value in vars(self).items()}
+        fields = {key: finite(value) for key, value in vars(self).items()}
         for key in ("super_experts", "others"):
             fields[key] = [expert.to_dict() for expert in fields[key]]
         return {"format": FORMAT, "version": VERSION} | fields | {"nonfinite": [str(place) for place in self.nonfinite]}
@@ -538,10 +539,3 @@ def _quotient(value: float, base: float | None) -> float | None:
     if base is None:
         return None
     return value / base if base else math.inf
-
-
-def _json(value: Any) -> Any:
-    """value, or what stands for it in JSON: None for NaN, "inf" and "-inf" for infinities."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value

@@ -16,6 +16,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from sedetect.errors import SedetectError
+from sedetect.files import finite
 from sedetect.kernels.records import column
 from sedetect.ranking import Place, Ranking, SuperExpert, rank
 from sedetect.stats import BankId, ModelStats
@@ -204,17 +205,6 @@ def check_banks(runs: list[ModelStats], names: list[str]) -> None:
                 f"bank {bank}{more}: {names[0]} has {each[0]}, {name} has {each[1]}; "
                 "give runs of models with the same layers and experts"
             )
-
-
-def finite(value: Any) -> Any:
-    """value with NaN and infinities of its lists and dictionaries as JSON has no words for: None, "inf", "-inf"."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
 
 
 def _jaccard(a: set[str], b: set[str]) -> float:

@@ -27,6 +27,7 @@ from sedetect.cli.shared import (
     app,
     check_writable,
     console,
+    print_line,
     progress_bar,
 )
 from sedetect.errors import SedetectError
@@ -96,7 +97,7 @@ def residual_command(
     if after is not None:
         _print_ablated(before, after, experts)
     if output is not None:
-        _line(f"written to {output / 'residual.json'}")
+        print_line(f"written to {output / 'residual.json'}")
 
 
 @analyze.command("trace")
@@ -144,16 +145,16 @@ def trace_command(
         )
     if output is not None:
         write_json(output / "traces.json", traces.to_dict())
-    _line(
+    print_line(
         f"{traces.model}: {traces.tokens:,} tokens in {sum(traces.sequences.values()):,} sequences; rows of all such "
         "tokens came to the expert; max|y| and its mean over them, mean routing weight"
     )
     for trace in traces.experts:
         _print_trace(trace)
     for note in [*notes, *calibration.notes, *traces.notes]:
-        _line(f"note: {note}")
+        print_line(f"note: {note}")
     if output is not None:
-        _line(f"written to {output / 'traces.json'}")
+        print_line(f"written to {output / 'traces.json'}")
 
 
 def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], settings: dict[str, Any]) -> Residual:
@@ -165,7 +166,7 @@ def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], se
 
 
 def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
-    _line(residual.headline, "bold")
+    print_line(residual.headline, "bold")
     table = _table("layer", "max|x|", "/median", "channel", "pos", "token", "massive", "sink", "head max", left="token")
     for layer in residual.layers:
         table.add_row(
@@ -183,13 +184,13 @@ def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, note
     if residual.formations:
         _print_formations(residual.formations)
     shown = ", ".join(f"{domain} {count}" for domain, count in residual.sequences.items())
-    _line(
+    print_line(
         f"{residual.model}: {sum(residual.sequences.values())} sequences of {residual.seq_len} tokens ({shown}); "
         f"massive: |x| > {residual.min_value:g} and at least {residual.min_ratio:g} times the median; sink: attention to "
         "the first token, mean over sequences, the queries in their last three quarters, and heads; and the largest head"
     )
     for note in [*notes, *residual.notes]:
-        _line(f"note: {note}")
+        print_line(f"note: {note}")
 
 
 def _print_formations(formations: list[Formation]) -> None:
@@ -206,17 +207,17 @@ def _print_formations(formations: list[Formation]) -> None:
         table.add_row(*place, *values, escape("\n".join(shares) or "-"), f"L{one.carried_to}")
     console.print(table)
     if len(places) > _SHOWN:
-        _line(f"... and {len(places) - _SHOWN} more")
+        print_line(f"... and {len(places) - _SHOWN} more")
 
 
 def _print_ablated(before: Residual, after: Residual, experts: list[Target]) -> None:
-    _line(f"without {', '.join(map(str, experts))}", "bold")
+    print_line(f"without {', '.join(map(str, experts))}", "bold")
     table = _table("layer", "max|x|", "without", "sink", "without", "D_sink")
     for old, new, decay in zip(before.layers, after.layers, sink_decay(before, after), strict=True):
         values = (f"{old.maximum:.5g}", f"{new.maximum:.5g}", _number(old.sink_mean), _number(new.sink_mean))
         table.add_row(str(old.layer), *values, _number(decay))
     console.print(table)
-    _line(
+    print_line(
         f"mean sink {_number(before.sink_mean)} to {_number(after.sink_mean)}; largest |x| between the first and the "
         f"last layer {before.inner_max:.5g} to {after.inner_max:.5g}; D_sink: 1 - mean over heads of sink without / "
         "with them, of no meaning in layers whose heads are no sinks"
@@ -224,7 +225,7 @@ def _print_ablated(before: Residual, after: Residual, experts: list[Target]) -> 
 
 
 def _print_trace(trace: ExpertTrace) -> None:
-    _line(f"{trace.expert}: {trace.rows:,} rows", "bold")
+    print_line(f"{trace.expert}: {trace.rows:,} rows", "bold")
     if not trace.rows:
         return
     table = _table("tokens", "rows", "of all", "max|y|", "mean", "gate")
@@ -263,7 +264,3 @@ def _number(value: float | None, digits: int = 3) -> str:
 def _text(text: str | None) -> str:
     shown = repr(text or "")
     return escape(shown if len(shown) <= 12 else f"{shown[:11]}…")
-
-
-def _line(text: str, style: str = "") -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -24,6 +24,7 @@ from sedetect.cli.shared import (
     app,
     check_writable,
     console,
+    print_line,
     progress_bar,
 )
 from sedetect.errors import SedetectError
@@ -115,13 +116,13 @@ def budget_command(
         write_json(output / "budget.json", budget.to_dict())
     _print(budget, ranking.headline)
     if output is not None:
-        _line(f"written to {output / 'budget.json'}")
+        print_line(f"written to {output / 'budget.json'}")
 
 
 def _print(budget: Budget, headline: str) -> None:
-    _line(headline, "bold")
+    print_line(headline, "bold")
     for line in conclusion(budget):
-        _line(line)
+        print_line(line)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("experts", no_wrap=True)
     for name in ("size", "nothing kept", "kept", "random kept", "worst", "best"):
@@ -137,18 +138,14 @@ def _print(budget: Budget, headline: str) -> None:
     if budget.kept:
         extra = (budget.rows[-1].kept.size - budget.rows[-1].bare.size) if budget.rows else 0
         more = f"; kept: {', '.join(budget.kept)}, which adds {extra:.2%} to the size at {budget.rows[-1].name}"
-    _line(
+    print_line(
         f"size: of the routed experts' weights; change of perplexity, mean over domains, on {sum(budget.tokens.values()):,} "
         f"tokens that are not among the calibrated windows; unchanged ({budget.dtype}): {base}{more}. Formats: round to nearest, one "
         f"scale per output channel and {budget.group} inputs. Pruning: by {budget.by}, the same number in each layer."
     )
     for note in budget.notes:
-        _line(f"note: {note}")
+        print_line(f"note: {note}")
 
 
 def _change(cost: Cost | None) -> str:
     return "-" if cost is None else f"{cost.mean_change:+.2%}"
-
-
-def _line(text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sedetect.cli.shared import app, console
+from sedetect.cli.shared import app, console, print_line
 from sedetect.compare import Comparison, Moved, compare
 from sedetect.errors import SedetectError
 from sedetect.files import write_json
@@ -57,7 +57,7 @@ def load_runs(paths: list[Path]) -> dict[str, ModelStats]:
 
 def _print(comparison: Comparison) -> None:
     runs, steps = comparison.runs, comparison.steps
-    _line(_headline(comparison), style="bold")
+    print_line(_headline(comparison), style="bold")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("run", overflow="fold")
     for name in ("dtype", "tokens", "rank corr."):
@@ -80,10 +80,10 @@ def _print(comparison: Comparison) -> None:
             table.add_row(*_cells(moved))
         console.print(table)
         if len(comparison.moved) > _SHOWN:
-            _line(f"... and {len(comparison.moved) - _SHOWN} more")
+            print_line(f"... and {len(comparison.moved) - _SHOWN} more")
     for step, run in zip(steps, runs[1:], strict=True):
         if step.named_joined != step.joined or step.named_left != step.left:
-            _line(f"note: the paper's set in {run.name}: {_changes(step.named_joined, step.named_left)}")
+            print_line(f"note: the paper's set in {run.name}: {_changes(step.named_joined, step.named_left)}")
 
 
 def _headline(comparison: Comparison) -> str:
@@ -119,7 +119,3 @@ def _cells(moved: Moved) -> list[str]:
         first if first == last and not moved.channel_changed else f"{first} > {last}",
         f"{sum(moved.found)}/{len(moved.found)}",
     ]
-
-
-def _line(text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from rich import box
 from rich.table import Table
 
 from sedetect.checkpoint import choose_device
-from sedetect.cli.shared import Device, Dtype, Model, Tokens, TrustRemoteCode, app, console, print_whole
+from sedetect.cli.shared import Device, Dtype, Model, Tokens, TrustRemoteCode, app, print_line, print_whole
 from sedetect.fit import WEIGHTS_SHARE, free_memory, size
 from sedetect.plan import Plan, make_plan, measure_read
 
@@ -23,10 +23,10 @@ def plan_command(
     plan = make_plan(model, dtype=dtype, trust_remote_code=trust_remote_code)
     speed, sample = measure_read(model)
     stored = f"{size(plan.stored)} in {plan.files} file{'s' * (plan.files != 1)}"
-    _line(f"{plan.model}: {_count(plan.parameters)} parameters, {stored}", "bold")
-    _line(_experts(plan))
+    print_line(f"{plan.model}: {_count(plan.parameters)} parameters, {stored}", "bold")
+    print_line(_experts(plan))
     _print_memory(plan, place)
-    _line(_streamed(plan, tokens, speed, sample))
+    print_line(_streamed(plan, tokens, speed, sample))
 
 
 def _experts(plan: Plan) -> str:
@@ -77,7 +77,3 @@ def _seconds(seconds: float) -> str:
     if seconds < 1:
         return f"{seconds * 1000:.3g} ms"
     return f"{seconds:.3g} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-
-
-def _line(text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

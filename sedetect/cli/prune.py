@@ -17,7 +17,7 @@ from sedetect.cli.shared import (
     Tokens,
     app,
     check_writable,
-    console,
+    print_line,
     progress_bar,
 )
 from sedetect.errors import SedetectError
@@ -84,18 +84,16 @@ def prune_command(
         )
     experts, left = len(next(iter(saliency(state, by).values()))), len(next(iter(kept.values())))
     lost = [str(p) for p in found if p.kind == "routed" and p.expert not in kept[p.stack, p.layer, p.kind]]
-    _line(f"{output}: {left} of {experts} experts in each of {len(kept)} layers, by {by}", "bold")
+    print_line(f"{output}: {left} of {experts} experts in each of {len(kept)} layers, by {by}", "bold")
     if not found:
-        _line("no super expert to protect")
+        print_line("no super expert to protect")
     elif protect == "super":
         alone = choose_kept(state, by, ratio, groups=groups)
         saved = [str(p) for p in found if p.kind == "routed" and p.expert not in alone[p.stack, p.layer, p.kind]]
-        _line(f"protected: {', '.join(map(str, found))}; {by} alone would prune {', '.join(saved) or 'none of them'}")
+        print_line(
+            f"protected: {', '.join(map(str, found))}; {by} alone would prune {', '.join(saved) or 'none of them'}"
+        )
     else:
-        _line(f"not protected: {', '.join(map(str, found))}; pruned of them: {', '.join(lost) or 'none'}")
+        print_line(f"not protected: {', '.join(map(str, found))}; pruned of them: {', '.join(lost) or 'none'}")
     for note in notes:
-        _line(f"note: {note}")
-
-
-def _line(text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        print_line(f"note: {note}")

@@ -93,6 +93,11 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
+def print_line(text: str, style: str | None = None) -> None:
+    """Plain text on stdout, left to the terminal to wrap."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_whole(table: Table) -> None:
     """A table of numbers: too wide for the terminal it wraps, but no number is cut."""
     _Console(width=max(console.width, 200), emoji=False).print(table)

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sedetect.cli.compare import Json, Runs, load_runs
-from sedetect.cli.shared import app, console
+from sedetect.cli.shared import app, console, print_line
 from sedetect.files import write_json
 from sedetect.stability import Agreement, Grid, agreement, sensitivity
 from sedetect.stats import ModelStats
@@ -39,7 +39,7 @@ def stability_command(stats: Runs, json: Json = None) -> None:
     for name, one in agreed.items():
         _print_agreement(name, one)
     if not agreed:
-        _line("agreement: one part only; give a folder with several domains or rounds, or several profiles")
+        print_line("agreement: one part only; give a folder with several domains or rounds, or several profiles")
 
 
 def _parts(folder: Path) -> dict[str, ModelStats]:
@@ -51,9 +51,9 @@ def _print_grid(name: str, grid: Grid) -> None:
     if grid.constant:
         found = ", ".join(grid.cells[0].found)
         said = f"the super experts are the same under all {total} pairs of thresholds: {found}"
-        _line(f"{name}: {said if found else f'no super expert under any of {total} pairs of thresholds'}", "bold")
+        print_line(f"{name}: {said if found else f'no super expert under any of {total} pairs of thresholds'}", "bold")
     else:
-        _line(f"{name}: the super experts depend on the thresholds", "bold")
+        print_line(f"{name}: the super experts depend on the thresholds", "bold")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("super (in the set)")
     for fraction in grid.fractions:
@@ -66,7 +66,7 @@ def _print_grid(name: str, grid: Grid) -> None:
         for names in dict.fromkeys(cell.found for cell in grid.cells):
             cells = [f"P{c.percentile:g} and {c.fraction:g}" for c in grid.cells if c.found == names]
             more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
-            _line(f"{', '.join(names) or 'none'}: {', '.join(cells[:3])}{more}")
+            print_line(f"{', '.join(names) or 'none'}: {', '.join(cells[:3])}{more}")
 
 
 def _print_agreement(name: str, agreed: Agreement) -> None:
@@ -74,11 +74,11 @@ def _print_agreement(name: str, agreed: Agreement) -> None:
     count = len(agreed.parts)
     if agreed.same:
         said = f"the same super experts in each of {count} {name} alone: {found}"
-        _line(said if found else f"no super expert in any of {count} {name} alone", "bold")
+        print_line(said if found else f"no super expert in any of {count} {name} alone", "bold")
     else:
-        _line(f"the super experts differ over {count} {name}, mean Jaccard {agreed.mean_jaccard:.2f}", "bold")
+        print_line(f"the super experts differ over {count} {name}, mean Jaccard {agreed.mean_jaccard:.2f}", "bold")
         for part, names in zip(agreed.parts, agreed.found, strict=True):
-            _line(f"  {part}: {', '.join(names) or 'none'}")
+            print_line(f"  {part}: {', '.join(names) or 'none'}")
     if not agreed.experts:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -91,8 +91,4 @@ def _print_agreement(name: str, agreed: Agreement) -> None:
         table.add_row(escape(expert.name), *sets, f"{expert.lowest:.5g}", f"{expert.highest:.5g}", spread)
     console.print(table)
     if len(agreed.experts) > _SHOWN:
-        _line(f"... and {len(agreed.experts) - _SHOWN} more")
-
-
-def _line(text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        print_line(f"... and {len(agreed.experts) - _SHOWN} more")

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 
 from sedetect.kernels import tiles
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.grouped import (
+    choose_tile,
     grouped_linear_torch,
     multiply,
     row_operand,
@@ -25,7 +27,11 @@ from sedetect.kernels.row_stats import RowStats, row_stats_torch
 
 
 def down_torch(
-    h: torch.Tensor, plan: Plan, weight: torch.Tensor, bias: torch.Tensor | None = None, transposed: bool = False
+    h: torch.Tensor,
+    plan: Plan,
+    weight: torch.Tensor | QuantizedWeights,
+    bias: torch.Tensor | None = None,
+    transposed: bool = False,
 ) -> tuple[torch.Tensor, RowStats]:
     """The down projection of every sorted row and its statistics.
 
@@ -61,7 +67,8 @@ class Partials:
 @triton.jit(do_not_specialize=["slots"])
 def _down(
     X,  # (S, I), or its descriptor
-    W,  # (E, H, I) by strides, or its descriptor
+    W,  # (E, H, I) by strides, or its descriptor; as stored
+    Scale,  # of a quantized W, else None
     Bias,  # (E, H) or None
     Y,  # (S, H) - output; rows of no expert are not written
     Keys, Squares, Counts,  # Partials - output; Keys None: no statistics
@@ -70,6 +77,7 @@ def _down(
     TileCount,  # (1,) int32
     slots, stride_we, stride_wn, stride_wk,
     H: tl.constexpr, I: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SCALES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
     SKIP: tl.constexpr,
 ):  # fmt: skip
@@ -84,11 +92,11 @@ def _down(
         column, valid = weight_columns(tile, H, BLOCK_N, 1)
         y = multiply(
             X, I,
-            W, stride_we, stride_wn, stride_wk,
+            W, stride_we, stride_wn, stride_wk, Scale,
             tl.minimum(row, end - 1).to(tl.int64), tl.where(valid, column, 0),
             first, expert if W_TMA else expert.to(tl.int64), tile,
             I, BLOCK_M, BLOCK_N, BLOCK_K, 1,
-            X_TMA, W_TMA, TRANSPOSED,
+            X_TMA, W_TMA, TRANSPOSED, SCALES,
         )  # fmt: skip
         if Bias is not None:
             y += tl.load(Bias + expert.to(tl.int64) * H + column, mask=valid, other=0).to(tl.float32)[None, :]
@@ -106,7 +114,7 @@ def _down(
 def down(
     h: torch.Tensor,
     plan: Plan,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeights,
     bias: torch.Tensor | None = None,
     transposed: bool = False,
     statistics: bool = True,
@@ -117,19 +125,20 @@ def down(
     bias = None if bias is None else bias.contiguous()
     slots, hidden = len(plan.order), weight.shape[2 if transposed else 1]
     y = h.new_empty(slots, hidden)
-    tile = tiles.choose(tiles.DOWN, plan.schedule.rows, h.dtype, hidden, h.device)
+    tile = choose_tile(tiles.DOWN, weight, plan.schedule.rows, hidden, h.device)
     column_tiles = triton.cdiv(hidden, tile.n)
     partials = Partials.empty(column_tiles, slots, h.device) if statistics else None
     if slots == 0:
         return y, partials
-    operand, w_tma, strides = weight_operand(weight, transposed, tile)
+    operand = weight_operand(weight, transposed, tile)
     rows = row_operand(h, tile)
     grid = tiles.programs(tile, h.dtype, len(plan.schedule.tiles) * column_tiles, h.device)
     found = (partials.keys, partials.squares, partials.counts) if statistics else (None, None, None)
     _down[(grid,)](
-        rows, operand, bias, y, *found, plan.offsets, plan.schedule.tiles, plan.schedule.count,
-        slots, *strides,
-        H=hidden, I=h.shape[1], X_TMA=rows is not h, W_TMA=w_tma, TRANSPOSED=transposed,
+        rows, operand.data, operand.scale, bias, y, *found, plan.offsets, plan.schedule.tiles, plan.schedule.count,
+        slots, *operand.strides,
+        H=hidden, I=h.shape[1], X_TMA=rows is not h, W_TMA=operand.tma, TRANSPOSED=transposed,
+        SCALES=operand.scales,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tiles.GROUP, FLATTEN=tile.flatten,
         # Triton 3.6 does not compile the condition behind the tensor memory of sm_100.
         SKIP=tiles.limits(h.device).major < 10,

@@ -60,6 +60,8 @@ DOWN = {
     64: Tile(64, 256, 64, 4, 3),
     128: Tile(128, 256, 64, 8, 3, flatten=True),
 }
+# Both GEMMs, where the weight is quantized: it leaves shared memory a step before it is multiplied, hence a stage more.
+QUANTIZED = {rows: replace(tile, stages=tile.stages + 1) for rows, tile in GATE_UP.items()}
 
 
 def tile_rows(slots: int, experts: int) -> int:
@@ -73,20 +75,27 @@ def max_tiles(slots: int, experts: int, rows: int) -> int:
     return min(slots, experts) + slots // rows
 
 
-def choose(table: dict[int, Tile], rows: int, dtype: torch.dtype, width: int, device: torch.device) -> Tile:
-    """The tile of a GEMM whose output is width wide."""
+def choose(
+    table: dict[int, Tile],
+    rows: int,
+    dtype: torch.dtype,
+    width: int,
+    device: torch.device,
+    weight_bytes: float | None = None,
+) -> Tile:
+    """The tile of a GEMM whose output is width wide. weight_bytes: of a weight as stored, if not the dtype's."""
     tile = table[rows]
     if dtype == torch.float32:  # multiplied without tensor cores, from registers
         tile = replace(tile, n=64, k=16, warps=8, stages=2, flatten=False)
     elif limits(device).major < 9:  # both operands pass through registers
         tile = replace(tile, n=min(tile.n, 128), k=32, flatten=False)
     narrow = 1 << max(width - 1, 15).bit_length()
-    return fit(replace(tile, n=min(tile.n, narrow)), dtype, device)
+    return fit(replace(tile, n=min(tile.n, narrow)), dtype, device, weight_bytes or dtype.itemsize)
 
 
-def fit(tile: Tile, dtype: torch.dtype, device: torch.device) -> Tile:
+def fit(tile: Tile, dtype: torch.dtype, device: torch.device, weight_bytes: float) -> Tile:
     """The tile with as many stages as the device's shared memory holds."""
-    stage = (tile.m + tile.n) * tile.k * dtype.itemsize
+    stage = int((tile.m * dtype.itemsize + tile.n * weight_bytes) * tile.k)
     # A flattened loop keeps its stages while the epilogue converts the output's layout in shared memory.
     scratch = 1024 + (tile.m * tile.n * dtype.itemsize if tile.flatten else 0)
     return replace(tile, stages=max(1, min(tile.stages, (limits(device).shared - scratch) // stage)))

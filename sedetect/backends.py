@@ -26,8 +26,9 @@ class TorchBackend:
 
     name = "torch"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot serve a layer of this device and weight dtype; None if it can."""
+    def refusal(self, device: torch.device, dtype: torch.dtype, stored: torch.dtype | None = None) -> str | None:
+        """Why this backend cannot serve a layer of this device and dtype, its weights quantized to stored if that is
+        given; None if it can."""
         return None
 
     def plan(self, top_k_index: torch.Tensor, num_experts: int) -> Plan:
@@ -65,7 +66,7 @@ class CpuBackend(TorchBackend):
 
     name = "cpu"
 
-    def refusal(self, device, dtype):
+    def refusal(self, device, dtype, stored=None):
         if device.type != "cpu":
             return f"it serves CPU tensors, these are on {device}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -92,6 +93,8 @@ class CpuBackend(TorchBackend):
         return y, stats
 
     def experts(self, x, plan, gate_up, gate_up_bias, gate, down, down_bias, transposed, gates):
+        if not isinstance(down, torch.Tensor):
+            return super().experts(x, plan, gate_up, gate_up_bias, gate, down, down_bias, transposed, gates)
         out = torch.zeros(len(x), down.shape[2 if transposed else 1])
         stats = RowStats.empty(len(plan.order))
         limit = math.inf if gate.limit is None else gate.limit
@@ -118,20 +121,20 @@ BACKENDS = {backend.name: backend for backend in (CpuBackend(), TorchBackend(), 
 
 
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, wanted: str | None = None
+    device: torch.device, dtype: torch.dtype, wanted: str | None = None, stored: torch.dtype | None = None
 ) -> tuple[TorchBackend, str | None]:
     """The backend that serves a layer, and why it is not the wanted one (None if it is, or none was named).
 
-    Raises SedetectError for an unknown name.
+    stored: the dtype of weights that are quantized. Raises SedetectError for an unknown name.
     """
     check_backend(wanted)
     why = None
     if wanted is not None:
-        reason = BACKENDS[wanted].refusal(device, dtype)
+        reason = BACKENDS[wanted].refusal(device, dtype, stored)
         if reason is None:
             return BACKENDS[wanted], None
-        why = f"backend {wanted} does not serve {dtype} on {device}: {reason}"
-    return next(b for b in BACKENDS.values() if b.refusal(device, dtype) is None), why
+        why = f"backend {wanted} does not serve {stored or dtype} on {device}: {reason}"
+    return next(b for b in BACKENDS.values() if b.refusal(device, dtype, stored) is None), why
 
 
 def check_backend(name: str | None) -> None:

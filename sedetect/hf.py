@@ -25,10 +25,11 @@ from sedetect import ops
 from sedetect.adapters import NOT_MLPS, REFUSED, adapt
 from sedetect.backends import choose_backend
 from sedetect.errors import SedetectError
+from sedetect.kernels.dequantize import storage_of
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
 from sedetect.kernels.update import Rows
 from sedetect.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear
-from sedetect.stacked import Adapter, FP8Experts
+from sedetect.stacked import Adapter
 from sedetect.stats import BankId, BankStats
 
 NAME = "sedetect"
@@ -66,9 +67,9 @@ class Bank:
         """Whether it is called with a routing; so are shared experts that are stored together."""
         return self.id.kind.startswith("routed") or isinstance(self.module, Adapter)
 
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> BankStats:
-        """The state on this device, and a note of which backend serves it."""
-        backend, why = choose_backend(device, dtype, self.backend)
+    def prepare(self, device: torch.device, dtype: torch.dtype, stored: torch.dtype | None = None) -> BankStats:
+        """The state on this device, and a note of which backend serves it (its weights quantized to stored)."""
+        backend, why = choose_backend(device, dtype, self.backend, stored)
         self.served.add(backend.name)
         if why is not None:
             self.fallbacks.add(why)
@@ -112,9 +113,6 @@ class SubstitutedDown(nn.Module):
 
 def measure(bank: Bank) -> Callable[..., torch.Tensor]:
     """The call for attach that computes a bank by our ops and updates its state."""
-    if isinstance(bank.module, FP8Experts) and bank.backend == "triton":
-        bank.fallbacks.add("backend triton does not serve quantized weights")
-        bank.backend = "torch"
     if bank.routed and getattr(bank.module, "fusable", True):
         bank.gate = _gate(bank)
     return partial(_measure_experts if bank.routed else _measure_down, bank)
@@ -125,7 +123,8 @@ def _measure_experts(
 ) -> torch.Tensor:
     bank.top_k = top_k_index.shape[-1]
     device, tokens = hidden_states.device, len(top_k_index)
-    state, rows = bank.prepare(device, module.down_proj.dtype), bank.rows_of(bank, tokens, device)
+    down = module.down_proj
+    state, rows = bank.prepare(device, down.dtype, storage_of(down)), bank.rows_of(bank, tokens, device)
     if isinstance(module, Adapter):
         how = {"rows": rows, "backend": bank.backend} | ({"gate": bank.gate} if module.fusable else {})
         return module.compute(hidden_states, top_k_index, top_k_weights, state, **how)
@@ -136,7 +135,7 @@ def _measure_experts(
         top_k_index,
         top_k_weights,
         getattr(module, up),
-        module.down_proj,
+        down,
         bank.gate,
         state,
         gate_up_bias=getattr(module, f"{up}_bias") if module.has_bias else None,
@@ -276,12 +275,15 @@ def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
 def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     """The module's gate as a Gate that a kernel can fuse, where one agrees with it; else its own function."""
     module = bank.module
+    holder = module.module if isinstance(module, Adapter) else module
     own = module._apply_gate if module.has_gate else module.act_fn
-    config = {name: value for name, value in vars(module.config).items() if "limit" in name}
-    limits = [value for value in (*vars(module).values(), *config.values()) if isinstance(value, float) and value > 0]
+    config = {name: value for name, value in vars(getattr(holder, "config", module.config)).items() if "limit" in name}
+    limits = [value for value in (*vars(holder).values(), *config.values()) if isinstance(value, float) and value > 0]
     weight = module.down_proj
     device = "cpu" if weight.is_meta else weight.device
-    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), weight.dtype, device) or own
+    # The type of the activations is not known before they come where weights are quantized: 16 bits is the strictest.
+    dtype = weight.dtype if storage_of(weight) is None else torch.bfloat16
+    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), dtype, device) or own
 
 
 def _layer(path: str) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 
 from sedetect.backends import TorchBackend, choose_backend
+from sedetect.kernels.dequantize import QuantizedWeights, storage_of
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch, update_published_torch
 from sedetect.kernels.plan import Plan, single_plan
@@ -35,8 +36,8 @@ def moe_mlp(
     x: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    gate_up: torch.Tensor | Halves | None,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | QuantizedWeights | Halves | None,
+    down: torch.Tensor | QuantizedWeights,
     gate: Gate | Callable[[torch.Tensor], torch.Tensor],
     state: BankStats,
     *,
@@ -53,7 +54,7 @@ def moe_mlp(
         x: (T, H); or (T, k, H), an input of its own for every slot. top_k_index: (T, k) int; indices outside [0, E) are no expert. top_k_weights: (T, k), the g.
         gate_up: (E, 2I, H), or (E, H, 2I) when transposed; (E, I, H) for experts without a gate; None where x is the
             input of down already.
-        down: (E, H, I), or (E, I, H) when transposed. Biases: (E, 2I), (E, H).
+        down: (E, H, I), or (E, I, H) when transposed. Biases: (E, 2I), (E, H). QuantizedWeights are not transposed.
         gate: a Gate, which is fused; or any function (S, 2I) -> (S, I), such as the module's own.
         state: updated in place with the statistics of every counted row (see BankStats).
         post_norm: applied to each row of the down_proj output before its routing weight; not part of the statistics.
@@ -62,11 +63,11 @@ def moe_mlp(
     Returns:
         (T, H) in x's dtype.
     """
-    chosen, _ = choose_backend(x.device, down.dtype, backend)
+    chosen, _ = choose_backend(x.device, down.dtype, backend, storage_of(down))
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, down.shape[0])
-    stacked = isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
+    stacked = all(isinstance(weight, (torch.Tensor, QuantizedWeights)) for weight in (gate_up, down))
     fused = isinstance(gate, Gate) and stacked and x.dim() == 2
     if fused and post_norm is None and state.channel_max is None:
         weights = (gate_up, gate_up_bias, gate, down, down_bias)
@@ -140,7 +141,7 @@ def moe_modules(
 def down_stats(
     h: torch.Tensor,
     plan: Plan,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeights,
     gates: torch.Tensor,
     state: BankStats,
     *,
@@ -157,7 +158,7 @@ def down_stats(
     Returns:
         y (S, H) in the weight's dtype, sorted by expert: the very values the statistics are of.
     """
-    chosen, _ = choose_backend(h.device, weight.dtype, backend)
+    chosen, _ = choose_backend(h.device, weight.dtype, backend, storage_of(weight))
     rows = Rows.unmapped(len(gates), h.device) if rows is None else rows
     _check(state, weight.shape[0], len(gates), rows, gates.shape, (len(h) // plan.top_k, plan.top_k))
     y, stats = chosen.down(h, plan, weight, bias, transposed)
@@ -227,4 +228,4 @@ def _update_channels(state, y, h, plan, gates, rows) -> None:
         update_channels_torch(state, y, h, plan, gates, rows)
 
 
-__all__ = ["Gate", "Halves", "down_stats", "linear_stats", "moe_mlp", "moe_modules", "output_stats"]
+__all__ = ["Gate", "Halves", "QuantizedWeights", "down_stats", "linear_stats", "moe_mlp", "moe_modules", "output_stats"]

@@ -13,10 +13,11 @@ import transformers
 from torch import nn
 
 from sedetect import hf
+from sedetect.adapters import serve_quantized
 from sedetect.backends import check_backend
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError
-from sedetect.quantized import serve_linears
+from sedetect.kernels.dequantize import storage_of
 from sedetect.rows import Batch
 from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, digest
 from sedetect.tracking import TrackedModel
@@ -71,7 +72,7 @@ class Profile:
                     f"{bank.path}: sedetect is attached already; leave the other context of this model first"
                 )
         with ExitStack() as stack:
-            restore, served = serve_linears(self._model)
+            restore, served = serve_quantized(self._model)
             stack.callback(restore)
             if served:
                 self._tracked.tracker.notes.add(
@@ -96,7 +97,7 @@ class Profile:
             return call
 
         def measured(module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-            state = bank.prepare(x.device, module.down_proj.dtype)
+            state = bank.prepare(x.device, module.down_proj.dtype, storage_of(module.down_proj))
             if state.published_max is None:
                 state.published_max = torch.zeros(bank.experts, device=x.device)
             return call(module, x, *routing)

@@ -22,12 +22,16 @@ class TritonBackend:
 
     name = "triton"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot serve a layer of this device and weight dtype; None if it can."""
+    def refusal(self, device: torch.device, dtype: torch.dtype, stored: torch.dtype | None = None) -> str | None:
+        """As TorchBackend.refusal."""
         if device.type != "cuda" and not INTERPRETED:
             return f"it serves CUDA tensors, these are on {device}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it has no kernel for {dtype}"
+        if stored not in (None, torch.float8_e4m3fn, torch.uint8):
+            return f"it has no kernel for weights stored as {stored}"
+        if stored == torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            return "FP8 takes compute capability 8.9"
         return None
 
     def plan(self, top_k_index, num_experts):

@@ -1,7 +1,7 @@
 """Run Triton kernels on the CPU: imported before triton where there is no GPU, and repairs what its interpreter lacks.
 
-triton 3.6's interpreter multiplies bfloat16 as integers, truncates where the hardware rounds to nearest, and turns
-one-element arrays into integers in a way that numpy 2.4 refuses.
+triton 3.6's interpreter multiplies bfloat16 as integers, truncates where the hardware rounds to nearest, reads the NaN
+of FP8 as a number, and turns one-element arrays into integers in a way that numpy 2.4 refuses.
 """
 
 import os
@@ -21,8 +21,9 @@ def _repair() -> None:
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    cast, dot, patch_tensor = (
+    cast, cast_float, dot, patch_tensor = (
         InterpreterBuilder.cast_impl,
+        InterpreterBuilder.create_fp_to_fp,
         InterpreterBuilder.create_dot,
         interpreter._patch_lang_tensor,
     )
@@ -36,6 +37,12 @@ def _repair() -> None:
             return TensorHandle(_bfloat16(source.data).float().numpy(), tl.float32)
         return cast(self, source, target)
 
+    def repaired_cast_float(self, source, target, rounding):
+        if (source.dtype.scalar, target.scalar) == (tl.float8e4nv, tl.float32):
+            bits = torch.from_numpy(np.ascontiguousarray(source.data))
+            return TensorHandle(bits.view(torch.float8_e4m3fn).float().numpy(), tl.float32)
+        return cast_float(self, source, target, rounding)
+
     def repaired_dot(self, a, b, *rest):
         if a.dtype.scalar == tl.bfloat16:
             a, b = (repaired_cast(self, operand, tl.float32) for operand in (a, b))
@@ -46,6 +53,7 @@ def _repair() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     InterpreterBuilder.cast_impl = repaired_cast
+    InterpreterBuilder.create_fp_to_fp = repaired_cast_float
     InterpreterBuilder.create_dot = repaired_dot
     interpreter._patch_lang_tensor = repaired_tensor
 

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sedetect.kernels import grouped, tiles
 from sedetect.kernels.combine import combine
-from sedetect.kernels.down import down, merge_partials
+from sedetect.kernels.down import down
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan, scheduled
@@ -80,14 +80,13 @@ def launch_everything(dtype: torch.dtype, tokens: int, gates: list[Gate]) -> Non
     x, weights = empty(tokens, hidden), empty(tokens, k)
     for gate in gates:
         columns = 2 * intermediate if gate.gated else intermediate
-        h, keys = gate_up(x, routing, empty(experts, columns, hidden), None, False, gate, keys=True)
+        h, parts = gate_up(x, routing, empty(experts, columns, hidden), None, False, gate, parts=True)
     gate_up(x, routing, empty(experts, hidden, 2 * intermediate), empty(experts, 2 * intermediate), True, gates[0])
     gate_up(x, routing, empty(experts, 2 * intermediate, hidden))
-    y, partials = down(h, routing, empty(experts, hidden, intermediate))
-    y, _ = down(h, routing, empty(experts, intermediate, hidden), empty(experts, hidden), True, statistics=False)
+    y = down(h, routing, empty(experts, hidden, intermediate))
+    down(h, routing, empty(experts, intermediate, hidden), empty(experts, hidden), True)
     combine(y, routing, weights, dtype)
-    combine(y, routing, weights, dtype, keys)
-    merge_partials(partials, keys)
+    combine(y, routing, weights, dtype, h, parts)
     stats = row_stats(y, h, routing.offsets)
     update(BankStats.empty(experts), stats, routing, weights, Rows.unmapped(tokens, "cpu"))
 

@@ -12,7 +12,7 @@ One experts call in bfloat16 on random data; prints a table, and the last line i
     lean+statistics       the same with per-expert abs-max, sums of norms and of gate-weighted norms, and the largest
                           rows, returned (a compiler deletes what is not)
     off                   ours without statistics
-    combine, down         ours with every default statistic, taken by the combine or by the down kernel
+    triton                ours with every default statistic
 
 floor = the larger of FLOPs over the matmul rate and bytes over the copy bandwidth, both measured in this run; bytes are
 the weights of the experts that are hit, the input and the output. Up to 256 tokens several routings take turns, so that
@@ -34,9 +34,9 @@ from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from sedetect import ops, triton_backend
+from sedetect import ops
 from sedetect.kernels.combine import combine
-from sedetect.kernels.down import down, merge_partials
+from sedetect.kernels.down import down
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan
@@ -59,7 +59,7 @@ SHAPES = {
     "deepseek": Shape(256, 7168, 2048, 8),  # V3
 }
 TOKENS = (1, 16, 256, 2048, 8192, 32768)
-VARIANTS = ("eager", "hooks", "grouped_mm", "lean", "lean+statistics", "off", "combine", "down")
+VARIANTS = ("eager", "hooks", "grouped_mm", "lean", "lean+statistics", "off", "triton")
 ROUTINGS = 8  # that take turns where tokens are few
 KEPT = 256  # rows that lean+statistics keeps
 
@@ -163,17 +163,16 @@ def make_variants(
         function = torch.compile(lean, dynamic=False) if device == "cuda" else lean
         return lambda: [function(*call, *weights, statistics) for call in calls]
 
-    def ours(stage: str) -> Callable[[], object]:
+    def ours(statistics: bool) -> Callable[[], object]:
         state = BankStats.empty(shape.experts, device)
         rows = Rows.unmapped(len(calls[0].x), device)
         backend = TritonBackend()
 
         def run() -> None:
-            triton_backend.ROW_STATS_IN = stage
             for x, index, gates in calls:
                 routing = backend.plan(index, shape.experts)
                 arguments = (weights[0], None, Gate(), weights[1], None, False, gates)
-                _, stats = backend.experts(x, routing, *arguments, statistics=stage != "off")
+                _, stats = backend.experts(x, routing, *arguments, statistics=statistics)
                 if stats is not None:
                     backend.update(state, stats, routing, gates, rows)
 
@@ -191,10 +190,11 @@ def make_variants(
         "grouped_mm": lambda: transformers("grouped_mm"),
         "lean": lambda: by_hand(False),
         "lean+statistics": lambda: by_hand(True),
-        **{stage: lambda stage=stage: ours(stage) for stage in ("off", "combine", "down")},
+        "off": lambda: ours(False),
+        "triton": lambda: ours(True),
     }
     if device == "cpu":
-        del makers["off"], makers["down"]
+        del makers["off"]
     return {name: make() for name, make in makers.items() if name in wanted}
 
 
@@ -204,18 +204,16 @@ def make_stages(layer: nn.Module, shape: Shape, calls: list[Call], device: str) 
     weights, gate = (layer.gate_up_proj, layer.down_proj), Gate()
     state, rows = BankStats.empty(shape.experts, device), Rows.unmapped(len(x), device)
     routing = plan(index, shape.experts)
-    h, keys = gate_up(x, routing, weights[0], gate=gate, keys=True)
-    y, partials = down(h, routing, weights[1])
-    stats = merge_partials(partials, keys)
+    h, parts = gate_up(x, routing, weights[0], gate=gate, parts=True)
+    y = down(h, routing, weights[1])
+    _, stats = combine(y, routing, gates, x.dtype, h, parts)
     stages = {
         "plan": lambda: plan(index, shape.experts),
         "gate_up": lambda: gate_up(x, routing, weights[0], gate=gate),
-        "gate_up+keys": lambda: gate_up(x, routing, weights[0], gate=gate, keys=True),
-        "down": lambda: down(h, routing, weights[1], statistics=False),
-        "down+partials": lambda: down(h, routing, weights[1]),
-        "merge_partials": lambda: merge_partials(partials, keys),
+        "gate_up+statistics": lambda: gate_up(x, routing, weights[0], gate=gate, parts=True),
+        "down": lambda: down(h, routing, weights[1]),
         "combine": lambda: combine(y, routing, gates, x.dtype),
-        "combine+statistics": lambda: combine(y, routing, gates, x.dtype, keys),
+        "combine+statistics": lambda: combine(y, routing, gates, x.dtype, h, parts),
         "update": lambda: update(state, stats, routing, gates, rows),
     }
     return {name: captured(lambda run=run: [run() for _ in range(10)]) for name, run in stages.items()}

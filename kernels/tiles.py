@@ -29,7 +29,6 @@ GROUP = 16  # row tiles that pass over a weight block together, while it is in L
 SLOTS = 256  # slots that one program of plan sorts
 UPDATE_ROWS = 128  # sorted rows of one expert that one program of update reduces
 ROW_ELEMENTS = 2048  # of a program of combine and row_stats
-MERGE_ROWS = 128  # rows that one program reduces when row statistics come as partials
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,14 @@ def row_block(width: int, whole: bool) -> tuple[int, int]:
     return min(32, max(1, ROW_ELEMENTS // columns)), columns
 
 
-def row_warps(elements: int) -> int:
-    """Warps for a program that holds so many elements in registers: 16 a thread, more from 8192 on."""
-    return max(1, min(16, elements // 512))
+def row_warps(elements: int, whole: bool = True) -> int:
+    """Warps for a program that holds so many elements in registers: 16 a thread, 64 where whole rows are reduced.
+
+    What is done once a row costs every thread, so there are fewer of them.
+    """
+    return max(1, min(16, elements // (2048 if whole else 512)))
+
+
+def part(columns: int, dtype: torch.dtype) -> int:
+    """Columns of a row that a thread loads at once, of a block of so many."""
+    return min(columns, 16 // dtype.itemsize)

@@ -7,14 +7,13 @@ import torch
 import triton
 
 from sedetect.kernels.combine import combine
-from sedetect.kernels.down import down, merge_partials
+from sedetect.kernels.down import down
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan, scheduled
 from sedetect.kernels.row_scan import row_stats
 from sedetect.kernels.update import update
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
-ROW_STATS_IN = "combine"  # "combine" or "down": the stage of the fused path that takes the statistics of y
 
 
 class TritonBackend:
@@ -45,7 +44,7 @@ class TritonBackend:
     def down(self, h, plan, weight, bias, transposed):
         with _on(h.device):
             h = h.to(weight.dtype)
-            y, _ = down(h, plan, weight, bias, transposed, statistics=False)
+            y = down(h, plan, weight, bias, transposed)
             return y, row_stats(y, h, plan.offsets)
 
     def experts(
@@ -54,12 +53,9 @@ class TritonBackend:
         """As TorchBackend.experts, with out in x's dtype; statistics=False leaves them out (None)."""
         with _on(x.device):
             plan = scheduled(plan)
-            h, in_keys = gate_up(x, plan, gate_up_weight, gate_up_bias, transposed, gate, keys=statistics)
-            in_down = statistics and ROW_STATS_IN == "down"
-            y, partials = down(h, plan, down_weight, down_bias, transposed, statistics=in_down)
-            if in_down:
-                return combine(y, plan, gates, x.dtype)[0], merge_partials(partials, in_keys)
-            return combine(y, plan, gates, x.dtype, in_keys)
+            h, in_parts = gate_up(x, plan, gate_up_weight, gate_up_bias, transposed, gate, parts=statistics)
+            y = down(h, plan, down_weight, down_bias, transposed)
+            return combine(y, plan, gates, x.dtype, *((h, in_parts) if statistics else ()))
 
     def row_stats(self, y, h):
         with _on(y.device):

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from sedetect.kernels import grouped, tiles
 from sedetect.kernels.combine import combine
 from sedetect.kernels.dequantize import QuantizedWeights
-from sedetect.kernels.down import down, merge_partials
+from sedetect.kernels.down import down
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan, scheduled
@@ -81,14 +81,13 @@ def launch_everything(dtype: torch.dtype, tokens: int, gates: list[Gate]) -> Non
     x, weights = empty(tokens, hidden), empty(tokens, k)
     for gate in gates:
         columns = 2 * intermediate if gate.gated else intermediate
-        h, keys = gate_up(x, routing, empty(experts, columns, hidden), None, False, gate, keys=True)
+        h, parts = gate_up(x, routing, empty(experts, columns, hidden), None, False, gate, parts=True)
     gate_up(x, routing, empty(experts, hidden, 2 * intermediate), empty(experts, 2 * intermediate), True, gates[0])
     gate_up(x, routing, empty(experts, 2 * intermediate, hidden))
-    y, partials = down(h, routing, empty(experts, hidden, intermediate))
-    y, _ = down(h, routing, empty(experts, intermediate, hidden), empty(experts, hidden), True, statistics=False)
+    y = down(h, routing, empty(experts, hidden, intermediate))
+    down(h, routing, empty(experts, intermediate, hidden), empty(experts, hidden), True)
     combine(y, routing, weights, dtype)
-    combine(y, routing, weights, dtype, keys)
-    merge_partials(partials, keys)
+    combine(y, routing, weights, dtype, h, parts)
     stats = row_stats(y, h, routing.offsets)
     update(BankStats.empty(experts), stats, routing, weights, Rows.unmapped(tokens, "cpu"))
 
@@ -102,14 +101,14 @@ def launch_quantized(dtype: torch.dtype, tokens: int, fp8: bool) -> None:
         scales = [torch.empty(experts, rows // 128, columns // 128) for rows, columns in sizes]
         stored = [torch.empty(experts, *size, dtype=torch.float8_e4m3fn) for size in sizes]
         up, low = (QuantizedWeights(*pair, (128, 128), dtype) for pair in zip(stored, scales))
-        h, _ = gate_up(x, routing, up, gate=GATES[0], keys=True)
-        down(h, routing, low, statistics=False)
+        h, _ = gate_up(x, routing, up, gate=GATES[0], parts=True)
+        down(h, routing, low)
         gate_up(x, routing, up)
     scales = [torch.empty(experts, rows, columns // 32, dtype=torch.uint8) for rows, columns in sizes]
     stored = [torch.empty(experts, rows, columns // 2, dtype=torch.uint8) for rows, columns in sizes]
     up, low = (QuantizedWeights(*pair, None, dtype) for pair in zip(stored, scales))
-    h, _ = gate_up(x, routing, up, torch.empty(experts, 2 * intermediate), gate=GATES[-1], keys=True)
-    down(h, routing, low, torch.empty(experts, hidden), statistics=False)
+    h, _ = gate_up(x, routing, up, torch.empty(experts, 2 * intermediate), gate=GATES[-1], parts=True)
+    down(h, routing, low, torch.empty(experts, hidden))
 
 
 def compile_for(capability: int, everything: bool, disassemble: bool) -> None:

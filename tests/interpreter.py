@@ -1,9 +1,11 @@
 """Run Triton kernels on the CPU: imported before triton where there is no GPU, and repairs what its interpreter lacks.
 
 triton 3.6's interpreter multiplies bfloat16 as integers, truncates where the hardware rounds to nearest, reads the NaN
-of FP8 as a number, and turns one-element arrays into integers in a way that numpy 2.4 refuses.
+of FP8 as a number, turns one-element arrays into integers in a way that numpy 2.4 refuses, and reduces by a function
+element by element.
 """
 
+import functools
 import os
 
 import numpy as np
@@ -52,10 +54,16 @@ def _repair() -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def repaired_reduce(self, input):
+        """By slices across the axis, where the reduction is by a function of one tensor."""
+        slices = [self.to_tensor(data, input[0].dtype) for data in np.moveaxis(input[0].handle.data, self.axis, 0)]
+        return [functools.reduce(self.combine_fn.fn, slices)]
+
     InterpreterBuilder.cast_impl = repaired_cast
     InterpreterBuilder.create_fp_to_fp = repaired_cast_float
     InterpreterBuilder.create_dot = repaired_dot
     interpreter._patch_lang_tensor = repaired_tensor
+    interpreter.ReduceOps.generic_reduce = repaired_reduce
 
 
 if INTERPRETED:

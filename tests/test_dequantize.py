@@ -25,10 +25,9 @@ GPT_OSS = Gate(interleaved=True, limit=7.0, slope=1.702, shift=1.0)
 # T, k, E, H, I; packed values take an even H and I.
 if interpreter.INTERPRETED:
     SHAPES = [
-        (1, 2, 3, 128, 64),
         (7, 2, 3, 36, 18),  # dimensions that divide nothing: no copy engine
-        (36, 4, 4, 160, 96),  # tiles of 64 rows
-        (200, 1, 1, 256, 160),  # tiles of 128 rows
+        (36, 4, 4, 160, 96),  # tiles of 64 rows, a tail in every dimension
+        (200, 1, 1, 192, 128),  # tiles of 128 rows
     ]
 else:
     SHAPES = [*(s for s in SHAPES if s[3] % 2 == s[4] % 2 == 0), (515, 8, 16, 520, 264), (600, 8, 16, 512, 256)]
@@ -154,7 +153,7 @@ def test_exponents():
     assert out[255].isnan()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if interpreter.INTERPRETED else TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts(name, shape, dtype):

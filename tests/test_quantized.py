@@ -132,8 +132,8 @@ def profiled(model, backend):
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [(None, torch.float32), (None, torch.bfloat16), ("torch", torch.float32), ("triton", torch.float32),
-     ("triton", torch.bfloat16)],
+    [(None, torch.float32), (None, torch.bfloat16), ("torch", torch.float32), ("triton", torch.bfloat16),
+     pytest.param("triton", torch.float32, marks=pytest.mark.skipif(interpreter.INTERPRETED, reason="slow"))],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)

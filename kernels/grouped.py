@@ -110,11 +110,13 @@ def weight_operand(
         return weight, False, strides
     if transposed:
         return TensorDescriptor.from_tensor(weight, [1, tile.k, tile.n]), True, strides
-    view = weight.unflatten(1, (parts, -1))
-    return TensorDescriptor.from_tensor(view, [1, parts, tile.n // parts, tile.k]), True, strides
+    experts, outputs, k = weight.shape
+    shape, steps = (experts, parts, outputs // parts, k), (stride_e, outputs // parts * stride_n, stride_n, stride_k)
+    return TensorDescriptor(weight, shape, steps, [1, parts, tile.n // parts, tile.k]), True, strides
 
 
 def _copyable(x: torch.Tensor) -> bool:
     """Whether the device has a copy engine and it takes x: the last dimension dense, all else on 16-byte boundaries."""
-    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    return limits(x.device).major >= 9 and x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0 and x.numel() > 0
+    *outer, inner = x.stride()
+    aligned = inner == 1 and x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in outer)
+    return aligned and limits(x.device).major >= 9 and x.numel() > 0

@@ -46,18 +46,21 @@ class Tile:
     flatten: bool = False
 
 
-# Rows of a tile -> the tile of 16-bit types.
-GATE_UP = {
-    16: Tile(16, 64, 128, 4, 4),
-    32: Tile(32, 128, 64, 4, 4),
-    64: Tile(64, 256, 64, 4, 3),
-    128: Tile(128, 256, 64, 8, 3, flatten=True),
-}
-DOWN = {
-    16: Tile(16, 64, 128, 4, 4),
-    32: Tile(32, 128, 64, 4, 4),
-    64: Tile(64, 256, 64, 4, 3),
-    128: Tile(128, 256, 64, 8, 3, flatten=True),
+# GEMM -> rows of a tile -> the tile of 16-bit types.
+GATE_UP, DOWN = "gate_up", "down"
+_TILES = {
+    GATE_UP: {
+        16: Tile(16, 64, 128, 4, 4),
+        32: Tile(32, 128, 64, 4, 4),
+        64: Tile(64, 256, 64, 4, 3),
+        128: Tile(128, 256, 64, 8, 3, flatten=True),
+    },
+    DOWN: {
+        16: Tile(16, 64, 128, 4, 4),
+        32: Tile(32, 128, 64, 4, 4),
+        64: Tile(64, 256, 64, 4, 3),
+        128: Tile(128, 256, 64, 8, 3, flatten=True),
+    },
 }
 
 
@@ -72,9 +75,10 @@ def max_tiles(slots: int, experts: int, rows: int) -> int:
     return min(slots, experts) + slots // rows
 
 
-def choose(table: dict[int, Tile], rows: int, dtype: torch.dtype, width: int, device: torch.device) -> Tile:
-    """The tile of a GEMM whose output is width wide."""
-    tile = table[rows]
+@lru_cache(maxsize=1024)
+def choose(gemm: str, rows: int, dtype: torch.dtype, width: int, device: torch.device) -> Tile:
+    """The tile of GATE_UP or DOWN whose output is width wide."""
+    tile = _TILES[gemm][rows]
     if dtype == torch.float32:  # multiplied without tensor cores, from registers
         tile = replace(tile, n=64, k=16, warps=8, stages=2, flatten=False)
     elif limits(device).major < 9:  # both operands pass through registers

@@ -3,6 +3,8 @@
 The stages take and give what sedetect.backends.TorchBackend's do.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 
@@ -66,6 +68,8 @@ class TritonBackend:
             update(state, stats, plan, gates, rows)
 
 
-def _on(device: torch.device) -> torch.cuda.device:
+def _on(device: torch.device) -> AbstractContextManager:
     """Launches go to the current device; a model may be spread over several."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -1,23 +1,20 @@
 // Grouped GEMMs by hand for sm_90a: one kernel, persistent and warp-specialised.
 //
-// A block computes tiles of 128 rows x 256 weight rows, 64 inner elements at a time. One warpgroup loads: weights, and the
-// rows of down, by the tensor copy engine; the rows of gate_up, which lie scattered by token, 16 bytes at a time. Two
-// warpgroups multiply, 64 rows each. The weights of all experts are one matrix (E * columns, inner) and so need one map.
+// A block computes tiles of 128 rows x 256 weight rows, 64 inner elements at a time. One warpgroup loads: weights, and
+// the rows of down, by the tensor copy engine; the rows of gate_up, which lie scattered by token, 16 bytes at a time.
+// Two warpgroups multiply, 64 rows each. The weights of all experts are one matrix (E * columns, inner) and so need one
+// map.
 //
-// The epilogue is deferred: a finished tile is rounded to 16 bits, which halves its registers, and is gated, measured and
-// stored in pieces while the tensor cores run the next tile. So the gate reads z as the model's dtype rounds it, as the
-// model itself does, and neither gate nor statistics take time of the matrix products.
+// The epilogue is deferred: a finished tile is rounded to 16 bits, which halves its registers, and is gated, measured
+// and stored in pieces while the tensor cores run the next tile. So the gate reads z as the model's dtype rounds it, as
+// the model itself does, and neither gate nor statistics take time of the matrix products.
 
-#include <algorithm>
-#include <stdexcept>
-#include <string>
-#include <type_traits>
-
-#include "checks.h"
+#include "check.h"
 #include "grouped_gemm.h"
 #include "hopper.cuh"
+#include "tensor_map.h"
 
-namespace sedetect {
+namespace sedetect::cuda {
 namespace {
 
 using namespace hopper;
@@ -31,13 +28,14 @@ constexpr int kThreads = 3 * 128;
 constexpr int kSharedBytes = 1024 + kStages * (kBytesA + kBytesB);
 
 struct Arguments {
-  Schedule schedule;
-  GateSpec gate;
+  const int64_t *order, *offsets;
+  const int32_t *tiles, *count;
   const void* x;  // rows of gate_up, by token
   void* out;      // (S, width)
   uint32_t* keys;
-  int columns;  // of the weight, of one expert
-  int inner, width;
+  Gate gate;
+  int columns;  // weight rows of one expert
+  int inner, width, slots, top_k;
 };
 
 // Where a tile stands.
@@ -45,17 +43,17 @@ struct Tile {
   int expert, first, end, column;  // first row, end of the expert's rows, first column of the result
 
   template <int kBlock>
-  static __device__ __forceinline__ Tile at(int index, int row_tiles, int column_tiles, const Schedule& schedule) {
+  static __device__ __forceinline__ Tile at(int index, int row_tiles, int column_tiles, const Arguments& arguments) {
     const int group = index / (kGroup * column_tiles) * kGroup;
     const int size = min(row_tiles - group, kGroup);
     const int within = index % (kGroup * column_tiles);
-    const int2 tile = __ldg(reinterpret_cast<const int2*>(schedule.tiles) + group + within % size);
-    return {tile.x, tile.y, static_cast<int>(__ldg(schedule.offsets + tile.x + 1)), within / size * kBlock};
+    const int2 tile = __ldg(reinterpret_cast<const int2*>(arguments.tiles) + group + within % size);
+    return {tile.x, tile.y, static_cast<int>(__ldg(arguments.offsets + tile.x + 1)), within / size * kBlock};
   }
 };
 
 template <typename T>
-struct Pair;  // two elements in a register
+struct Pair;  // two elements in a register; of max, a NaN is the largest and always 0x7FFF
 
 template <>
 struct Pair<__nv_bfloat16> {
@@ -66,6 +64,10 @@ struct Pair<__nv_bfloat16> {
   static __device__ __forceinline__ float2 unpack(uint32_t pair) {
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u)};
   }
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) {
+    const __nv_bfloat162 pair = __hmax2_nan(reinterpret_cast<__nv_bfloat162&>(a), reinterpret_cast<__nv_bfloat162&>(b));
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
 };
 
 template <>
@@ -74,21 +76,27 @@ struct Pair<__half> {
     const __half2 pair = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(pair);
   }
-  static __device__ __forceinline__ float2 unpack(uint32_t pair) { return __half22float2(reinterpret_cast<__half2&>(pair)); }
+  static __device__ __forceinline__ float2 unpack(uint32_t pair) {
+    return __half22float2(reinterpret_cast<__half2&>(pair));
+  }
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) {
+    const __half2 pair = __hmax2_nan(reinterpret_cast<__half2&>(a), reinterpret_cast<__half2&>(b));
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
 };
 
 // Comparisons, not fminf: a NaN stays one.
 template <Activation kActivation>
 __device__ __forceinline__ float activate(float g, float slope) {
   switch (kActivation) {
-    case Activation::silu:
+    case Activation::kSilu:
       return __fdividef(g, 1 + __expf(-g * slope));
-    case Activation::gelu:
+    case Activation::kGelu:
       return 0.5f * g * (1 + erff(g * 0.7071067811865476f));
-    case Activation::gelu_tanh:
+    case Activation::kGeluTanh:
       // 0.5 (1 + tanh(a)) = sigmoid(2 a), without the cancellation.
       return __fdividef(g, 1 + __expf(-1.5957691216057308f * (g + 0.044715f * g * g * g)));
-    case Activation::relu2:
+    case Activation::kRelu2:
       g = g < 0 ? 0 : g;
       return g * g;
     default:
@@ -97,7 +105,7 @@ __device__ __forceinline__ float activate(float g, float slope) {
 }
 
 template <Activation kActivation>
-__device__ __forceinline__ float apply_gate(const GateSpec& gate, float g, float u) {
+__device__ __forceinline__ float apply_gate(const Gate& gate, float g, float u) {
   g = g > gate.limit ? gate.limit : g;
   u = u > gate.limit ? gate.limit : u;
   u = u < -gate.limit ? -gate.limit : u;
@@ -125,8 +133,8 @@ struct Pending {
   static constexpr int kBlocks = kGated ? 16 : 32;  // of 8 columns of the result
   static constexpr int kPieces = kBlocks / 4;
 
-  uint32_t z[64];     // pairs of columns: of n-block j, z[2 j] in the upper and z[2 j + 1] in the lower of the rows
-  uint32_t key[2];    // of the two rows
+  uint32_t z[64];        // pairs of columns: of n-block j, z[2 j] in the upper and z[2 j + 1] in the lower of the rows
+  uint32_t key[2];       // of the two rows
   int row, end, column;  // the upper of its rows, 8 above the lower one; end of the expert's rows; first column
 
   __device__ __forceinline__ void take(const float (&acc)[128], const Tile& tile, int warp_row, int lane) {
@@ -141,17 +149,17 @@ struct Pending {
   // Gates, measures and stores the piece-th 32 columns. The index is a constant, so that z stays in registers.
   template <int kPiece>
   __device__ __forceinline__ void finish(const Arguments& arguments, int lane) {
-    switch (kGather ? arguments.gate.activation : Activation::none) {
-      case Activation::silu:
-        return finish<kPiece, Activation::silu>(arguments, lane);
-      case Activation::gelu:
-        return finish<kPiece, Activation::gelu>(arguments, lane);
-      case Activation::gelu_tanh:
-        return finish<kPiece, Activation::gelu_tanh>(arguments, lane);
-      case Activation::relu2:
-        return finish<kPiece, Activation::relu2>(arguments, lane);
+    switch (kGather ? arguments.gate.activation : Activation::kNone) {
+      case Activation::kSilu:
+        return finish<kPiece, Activation::kSilu>(arguments, lane);
+      case Activation::kGelu:
+        return finish<kPiece, Activation::kGelu>(arguments, lane);
+      case Activation::kGeluTanh:
+        return finish<kPiece, Activation::kGeluTanh>(arguments, lane);
+      case Activation::kRelu2:
+        return finish<kPiece, Activation::kRelu2>(arguments, lane);
       default:
-        return finish<kPiece, Activation::none>(arguments, lane);
+        return finish<kPiece, Activation::kNone>(arguments, lane);
     }
   }
 
@@ -167,26 +175,28 @@ struct Pending {
         v[i] = z[2 * block + half];
         if (kGated) {
           const float2 g = Pair<T>::unpack(v[i]), u = Pair<T>::unpack(z[2 * (block + 16) + half]);
-          v[i] = Pair<T>::pack(apply_gate<kActivation>(arguments.gate, g.x, u.x), apply_gate<kActivation>(arguments.gate, g.y, u.y));
-        } else if (kActivation != Activation::none) {
+          v[i] = Pair<T>::pack(apply_gate<kActivation>(arguments.gate, g.x, u.x),
+                               apply_gate<kActivation>(arguments.gate, g.y, u.y));
+        } else if (kActivation != Activation::kNone) {
           const float2 g = Pair<T>::unpack(v[i]);
-          v[i] = Pair<T>::pack(activate<kActivation>(g.x, arguments.gate.slope), activate<kActivation>(g.y, arguments.gate.slope));
+          v[i] = Pair<T>::pack(activate<kActivation>(g.x, arguments.gate.slope),
+                               activate<kActivation>(g.y, arguments.gate.slope));
         }
       }
       transpose_quad(v, lane);
       const int r = row + 8 * half;
       if (at < arguments.width) {
         if (r < end) {
-          uint4* target = reinterpret_cast<uint4*>(static_cast<T*>(arguments.out) + static_cast<int64_t>(r) * arguments.width + at);
+          uint4* target =
+              reinterpret_cast<uint4*>(static_cast<T*>(arguments.out) + static_cast<int64_t>(r) * arguments.width + at);
           *target = make_uint4(v[0], v[1], v[2], v[3]);
         }
         if (arguments.keys != nullptr) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t place = 0xFFFF - (at + 2 * i);
-            key[half] = max(key[half], (v[i] << 16 & 0x7FFF0000u) | place);
-            key[half] = max(key[half], (v[i] & 0x7FFF0000u) | (place - 1));
-          }
+          constexpr uint32_t kMagnitudes = 0x7FFF7FFF;
+          const uint32_t largest = Pair<T>::max(Pair<T>::max(v[0] & kMagnitudes, v[1] & kMagnitudes),
+                                                Pair<T>::max(v[2] & kMagnitudes, v[3] & kMagnitudes));
+          const uint32_t magnitude = max(largest & 0xFFFF, largest >> 16);
+          key[half] = max(key[half], magnitude << 16 | (0xFFFF - at / 8));
         }
       }
     }
@@ -196,7 +206,7 @@ struct Pending {
         uint32_t best = max(key[half], __shfl_xor_sync(~0u, key[half], 1));
         best = max(best, __shfl_xor_sync(~0u, best, 2));
         const int r = row + 8 * half, tile = column / (8 * kBlocks);
-        if (lane % 4 == 0 && r < end) arguments.keys[static_cast<int64_t>(tile) * arguments.schedule.slots + r] = best;
+        if (lane % 4 == 0 && r < end) arguments.keys[static_cast<int64_t>(tile) * arguments.slots + r] = best;
       }
     }
   }
@@ -236,14 +246,14 @@ __device__ __forceinline__ void load(const Arguments& arguments, const CUtensorM
   const uint32_t target = row * 128 + ((part ^ (row % 8)) << 4);
   Ring ring;
   for (int index = blockIdx.x; index < row_tiles * column_tiles; index += gridDim.x) {
-    const Tile tile = Tile::at<kBlock>(index, row_tiles, column_tiles, arguments.schedule);
+    const Tile tile = Tile::at<kBlock>(index, row_tiles, column_tiles, arguments);
     const int weight_row = tile.expert * arguments.columns + tile.column;
     int token[kGather ? kTileRows / 16 : 1];
     if (kGather) {
 #pragma unroll
       for (int i = 0; i < kTileRows / 16; ++i) {
         const int r = min(tile.first + row + 16 * i, tile.end - 1);
-        token[i] = static_cast<int>(__ldg(arguments.schedule.order + r)) / arguments.schedule.top_k;
+        token[i] = static_cast<int>(__ldg(arguments.order + r)) / arguments.top_k;
       }
     }
     for (int step = 0; step < steps; ++step) {
@@ -333,7 +343,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < 64; ++i) pending.z[i] = 0;
     for (int index = blockIdx.x; index < row_tiles * column_tiles; index += gridDim.x) {
-      const Tile tile = Tile::at<kBlock>(index, row_tiles, column_tiles, arguments.schedule);
+      const Tile tile = Tile::at<kBlock>(index, row_tiles, column_tiles, arguments);
       first_steps();
       for (int step = Rounded::kPieces; step < steps; ++step) {
         multiply_stage(true);
@@ -367,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   constexpr int kBlock = kGated ? kColumns / 2 : kColumns;
-  const int row_tiles = __ldg(arguments.schedule.count);
+  const int row_tiles = __ldg(arguments.count);
   const int column_tiles = (arguments.width + kBlock - 1) / kBlock;
   // At least one step for every piece of the epilogue; steps beyond the end multiply zeros.
   const int steps = max((arguments.inner + kInner - 1) / kInner, Pending<T, kGated, kGather>::kPieces);
@@ -383,67 +393,49 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// A map of a matrix (rows, inner) in boxes of (box_rows, kInner); elements outside are read as zero.
-CUtensorMap make_map(const void* data, int64_t rows, int inner, int box_rows, Dtype dtype) {
-  CUtensorMap map;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(inner), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(inner) * 2};
-  const cuuint32_t box[2] = {kInner, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-  const auto type = dtype == Dtype::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = tensor_map_encoder()(
-      &map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(result) + " for a matrix of " +
-                             std::to_string(rows) + " x " + std::to_string(inner));
-  }
-  return map;
-}
-
 template <typename T, bool kGated, bool kGather>
-void launch(const Arguments& arguments, const CUtensorMap& rows, const CUtensorMap& weights, cudaStream_t stream) {
+void launch(const Arguments& arguments, const CUtensorMap& rows, const CUtensorMap& weights, int processors,
+            cudaStream_t stream) {
   const auto kernel = grouped_gemm<T, kGated, kGather>;
-  static const bool prepared = [&] {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "cudaFuncSetAttribute");
-    return true;
-  }();
-  static_cast<void>(prepared);
-  kernel<<<processors(), kThreads, kSharedBytes, stream>>>(arguments, rows, weights);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "cudaFuncSetAttribute");
+  kernel<<<processors, kThreads, kSharedBytes, stream>>>(arguments, rows, weights);
   check(cudaGetLastError(), "grouped_gemm");
 }
 
 template <bool kGated, bool kGather>
-void launch(Dtype dtype, const Arguments& arguments, const CUtensorMap& rows, const CUtensorMap& weights, cudaStream_t stream) {
-  if (dtype == Dtype::bfloat16) {
-    launch<__nv_bfloat16, kGated, kGather>(arguments, rows, weights, stream);
+void launch(Type type, const Arguments& arguments, const CUtensorMap& rows, const CUtensorMap& weights, int processors,
+            cudaStream_t stream) {
+  if (type == Type::kBFloat16) {
+    launch<__nv_bfloat16, kGated, kGather>(arguments, rows, weights, processors, stream);
   } else {
-    launch<__half, kGated, kGather>(arguments, rows, weights, stream);
+    launch<__half, kGated, kGather>(arguments, rows, weights, processors, stream);
   }
 }
 
 }  // namespace
 
-int gate_up_column_tiles(int columns, bool gated) { return (columns + kColumns - 1) / kColumns; }
-
-void gate_up_hopper(const void* x, int tokens, const void* weight, void* out, uint32_t* keys, const Schedule& schedule,
-                    const GateSpec& gate, int columns, int inner, Dtype dtype, cudaStream_t stream) {
-  const int width = gate.gated ? columns / 2 : columns;
-  const Arguments arguments{schedule, gate, x, out, keys, columns, inner, width};
-  const CUtensorMap weights =
-      make_map(weight, static_cast<int64_t>(schedule.experts) * columns, inner, gate.gated ? kColumns / 2 : kColumns, dtype);
-  if (gate.gated) {
-    launch<true, true>(dtype, arguments, weights, weights, stream);
+void grouped_gemm_gate_up(const GateUp& a, cudaStream_t stream) {
+  const int columns = a.gate.gated ? 2 * a.width : a.width;
+  const Arguments arguments{a.order, a.offsets, a.tiles,  a.count, a.x,     a.h,    a.keys,
+                            a.gate,  columns,   a.hidden, a.width, a.slots, a.top_k};
+  // A gated tile holds the same channels of gate and up.
+  const int box = a.gate.gated ? kColumns / 2 : kColumns;
+  const CUtensorMap weights = tensor_map(a.weight, static_cast<int64_t>(a.experts) * columns, a.hidden, box, a.type);
+  if (a.gate.gated) {
+    launch<true, true>(a.type, arguments, weights, weights, a.processors, stream);
   } else {
-    launch<false, true>(dtype, arguments, weights, weights, stream);
+    launch<false, true>(a.type, arguments, weights, weights, a.processors, stream);
   }
 }
 
-void down_hopper(const void* h, const void* weight, void* y, const Schedule& schedule, int columns, int inner, Dtype dtype,
-                 cudaStream_t stream) {
-  const Arguments arguments{schedule, GateSpec{}, nullptr, y, nullptr, columns, inner, columns};
-  const CUtensorMap rows = make_map(h, schedule.slots, inner, kTileRows, dtype);
-  const CUtensorMap weights = make_map(weight, static_cast<int64_t>(schedule.experts) * columns, inner, kColumns, dtype);
-  launch<false, false>(dtype, arguments, rows, weights, stream);
+void grouped_gemm_down(const Down& a, cudaStream_t stream) {
+  const Arguments arguments{nullptr, a.offsets, a.tiles, a.count,  nullptr, a.y, nullptr,
+                            {},      a.hidden,  a.width, a.hidden, a.slots, 1};
+  const CUtensorMap rows = tensor_map(a.h, a.slots, a.width, kTileRows, a.type);
+  const CUtensorMap weights =
+      tensor_map(a.weight, static_cast<int64_t>(a.experts) * a.hidden, a.width, kColumns, a.type);
+  launch<false, false>(a.type, arguments, rows, weights, a.processors, stream);
 }
 
-}  // namespace sedetect
+}  // namespace sedetect::cuda

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace sedetect::hopper {
+namespace sedetect::cuda::hopper {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -20,7 +20,9 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
 }
 
 // Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -49,10 +51,11 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 
 // --- Copies to shared memory.
 
-__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, int column, int row, uint32_t barrier) {
+__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, int column, int row,
+                                         uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          target),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(target),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
@@ -86,30 +89,33 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
   return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) | ((address & 0x3FFFF) >> 4);
 }
 
-#define SEDETECT_F8(a, i) "+f"(a[i]), "+f"(a[i + 1]), "+f"(a[i + 2]), "+f"(a[i + 3]), "+f"(a[i + 4]), "+f"(a[i + 5]), \
-                          "+f"(a[i + 6]), "+f"(a[i + 7])
+#define SEDETECT_F8(a, i)                                                                                     \
+  "+f"(a[i]), "+f"(a[i + 1]), "+f"(a[i + 2]), "+f"(a[i + 3]), "+f"(a[i + 4]), "+f"(a[i + 5]), "+f"(a[i + 6]), \
+      "+f"(a[i + 7])
 #define SEDETECT_F32(a, i) SEDETECT_F8(a, i), SEDETECT_F8(a, i + 8), SEDETECT_F8(a, i + 16), SEDETECT_F8(a, i + 24)
-#define SEDETECT_WGMMA(type)                                                                                        \
-  asm volatile(                                                                                                     \
-      "{\n"                                                                                                         \
-      ".reg .pred p;\n"                                                                                             \
-      "setp.ne.b32 p, %130, 0;\n"                                                                                   \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " "                                              \
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                     \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                            \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                            \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                            \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                            \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                            \
-      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "                \
-      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "           \
-      "%128, %129, p, 1, 1, 0, 0;\n"                                                                                \
-      "}\n"                                                                                                         \
-      : SEDETECT_F32(acc, 0), SEDETECT_F32(acc, 32), SEDETECT_F32(acc, 64), SEDETECT_F32(acc, 96)                   \
+#define SEDETECT_WGMMA(type)                                                                              \
+  asm volatile(                                                                                           \
+      "{\n"                                                                                               \
+      ".reg .pred p;\n"                                                                                   \
+      "setp.ne.b32 p, %130, 0;\n"                                                                         \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                        \
+      " "                                                                                                 \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                           \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                  \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                  \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                  \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "                  \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                  \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "      \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
+      "%128, %129, p, 1, 1, 0, 0;\n"                                                                      \
+      "}\n"                                                                                               \
+      : SEDETECT_F32(acc, 0), SEDETECT_F32(acc, 32), SEDETECT_F32(acc, 64), SEDETECT_F32(acc, 96)         \
       : "l"(a), "l"(b), "r"(add))
 
-// acc (64, 256) = A (64, 16) B (256, 16)^T + (add ? acc : 0), by the four warps of a warpgroup. Of n-block j (8 columns), a
-// thread holds acc[4 j + 0, 1]: columns 2 (lane % 4) + 0, 1 of row lane / 4; and acc[4 j + 2, 3]: of row lane / 4 + 8.
+// acc (64, 256) = A (64, 16) B (256, 16)^T + (add ? acc : 0), by the four warps of a warpgroup. Of n-block j (8
+// columns), a thread holds acc[4 j + 0, 1]: columns 2 (lane % 4) + 0, 1 of row lane / 4; and acc[4 j + 2, 3]: of row
+// lane / 4 + 8.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&acc)[128], uint64_t a, uint64_t b, int add);
 
@@ -139,4 +145,4 @@ __device__ __forceinline__ void registers_decrease() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-}  // namespace sedetect::hopper
+}  // namespace sedetect::cuda::hopper

@@ -61,7 +61,7 @@ struct Combine {
   const void* h;           // (S, intermediate) of type
   RowStats stats;          // output
   Type type, gates_type, out_type;
-  int tokens, top_k, hidden, intermediate, key_tiles, processors;
+  int slots, tokens, top_k, hidden, intermediate, key_tiles, processors;
 };
 
 void combine(const Combine& arguments, cudaStream_t stream);
@@ -91,7 +91,7 @@ struct Update {
   int64_t* records[3];                          // outliers, first_outliers, in_max: (E, kept, 10)
   int kept[3];
   void* scratch;  // update_scratch bytes
-  int slots, top_k, experts, max_tiles, source;
+  int slots, top_k, experts, max_tiles, source, processors;
 };
 
 int64_t update_scratch(int slots, int experts, int max_tiles);

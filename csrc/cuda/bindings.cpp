@@ -32,12 +32,12 @@ Schedule schedule_of(const ScheduleArguments& s) {
   return {at<int32_t>(std::get<0>(s)), at<int32_t>(std::get<1>(s)), at<int32_t>(std::get<2>(s)), std::get<3>(s)};
 }
 
-// (activation, gated, interleaved, limit, slope, shift)
-using GateArguments = std::tuple<int, bool, bool, float, float, float>;
+// (activation, gated, limit, slope, shift)
+using GateArguments = std::tuple<int, bool, float, float, float>;
 
-Gate gate_of(const GateArguments& g) {
-  const auto [activation, gated, interleaved, limit, slope, shift] = g;
-  return {Activation(activation), gated, interleaved, limit, slope, shift};
+Gate gate_of(const GateArguments& gate) {
+  const auto [activation, gated, limit, slope, shift] = gate;
+  return {Activation(activation), gated, limit, slope, shift};
 }
 
 }  // namespace
@@ -62,20 +62,19 @@ PYBIND11_MODULE(_cuda, m) {
     schedule(at<int64_t>(order), at<int64_t>(offsets), slots, experts, schedule_of(result), stream_of(stream));
   });
 
-  m.def("gate_up", [](Address x, Address order, Address weight, Address bias, Address offsets, Address tiles, Address count,
-                      Address h, Address keys, const GateArguments& gate, int type, int tokens, int slots, int top_k,
-                      int experts, int hidden, int width, int max_tiles, int processors, Address stream) {
-    grouped_gemm_gate_up({at<void>(x), at<int64_t>(order), at<void>(weight), at<void>(bias), at<int64_t>(offsets),
-                          at<int32_t>(tiles), at<int32_t>(count), at<void>(h), at<uint32_t>(keys), gate_of(gate), Type(type),
-                          tokens, slots, top_k, experts, hidden, width, max_tiles, processors},
+  m.def("gate_up", [](Address x, Address weight, Address order, Address offsets, Address tiles, Address count, Address h,
+                      Address keys, const GateArguments& gate, int type, int slots, int top_k, int experts, int hidden,
+                      int width, int processors, Address stream) {
+    grouped_gemm_gate_up({at<void>(x), at<void>(weight), at<int64_t>(order), at<int64_t>(offsets), at<int32_t>(tiles),
+                          at<int32_t>(count), at<void>(h), at<uint32_t>(keys), gate_of(gate), Type(type), slots, top_k,
+                          experts, hidden, width, processors},
                          stream_of(stream));
   });
 
-  m.def("down", [](Address h, Address weight, Address bias, Address offsets, Address tiles, Address count, Address y,
-                   int type, int slots, int experts, int hidden, int width, int max_tiles, int processors,
-                   Address stream) {
-    grouped_gemm_down({at<void>(h), at<void>(weight), at<void>(bias), at<int64_t>(offsets), at<int32_t>(tiles),
-                       at<int32_t>(count), at<void>(y), Type(type), slots, experts, hidden, width, max_tiles, processors},
+  m.def("down", [](Address h, Address weight, Address offsets, Address tiles, Address count, Address y, int type, int slots,
+                   int experts, int hidden, int width, int processors, Address stream) {
+    grouped_gemm_down({at<void>(h), at<void>(weight), at<int64_t>(offsets), at<int32_t>(tiles), at<int32_t>(count),
+                       at<void>(y), Type(type), slots, experts, hidden, width, processors},
                       stream_of(stream));
   });
 

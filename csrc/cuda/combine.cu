@@ -119,24 +119,37 @@ __device__ float value_of(uint32_t bits) {
   return (bits & 0x7FFF) > Format<T>::kInf ? __int_as_float(kNanBits) : Format<T>::pair(bits).x;
 }
 
-// The statistics of a row of y from its key (magnitude above, 0xFFFF - vector below), by one warp.
+struct Peak {
+  uint32_t bits;  // of the element
+  int channel;
+};
+
+// The element that a key speaks of (magnitude above, 0xFFFF - vector below): the first such one of the vector; by one warp.
+template <typename T>
+__device__ Peak find_peak(const uint16_t* row, int width, uint32_t key, int lane) {
+  const uint32_t magnitude = key >> 16;
+  const int channel = (0xFFFF - int(key & 0xFFFF)) * kVector + lane;
+  const bool inside = lane < kVector && channel < width;
+  const uint32_t bits = inside ? row[channel] : 0, mine = bits & 0x7FFF;
+  const bool is_nan = mine > Format<T>::kInf && magnitude > Format<T>::kInf;
+  const int place = __ffs(__ballot_sync(kAll, inside && (mine == magnitude || is_nan))) - 1;
+  return {__shfl_sync(kAll, bits, place), __shfl_sync(kAll, channel, place)};
+}
+
+// The statistics of a row of y from its key, by one warp.
 template <typename T>
 __device__ void write_stats(const Combine& a, int64_t row, uint32_t key, float squares, int lane) {
   const uint16_t* y = static_cast<const uint16_t*>(a.y) + row * a.hidden;
-  const uint32_t magnitude = key >> 16;
-  const int column = (0xFFFF - int(key & 0xFFFF)) * kVector + lane;
-  const uint32_t mine = lane < kVector && column < a.hidden ? y[column] : 0xFFFFu;
-  const int place = __ffs(__ballot_sync(kAll, (mine & 0x7FFF) == magnitude && lane < kVector)) - 1;
-  int channel = __shfl_sync(kAll, column, place);
-  const uint32_t bits = __shfl_sync(kAll, mine, place);
+  Peak peak = find_peak<T>(y, a.hidden, key, lane);
   Counts counts{};
-  if (magnitude > Format<T>::kFp8Max) {
+  if (key >> 16 > Format<T>::kFp8Max) {
     counts = count_row<T>(y, a.hidden, lane);
-    if (magnitude > Format<T>::kInf) channel = counts.first_nan;
+    // The key is of the NaN with the largest bits.
+    if (key >> 16 > Format<T>::kInf) peak.channel = counts.first_nan;
   }
   if (lane == 0) {
-    a.stats.peak[row] = value_of<T>(bits);
-    a.stats.channel[row] = channel;
+    a.stats.peak[row] = value_of<T>(peak.bits);
+    a.stats.channel[row] = peak.channel;
     if (a.stats.sqnorm != nullptr) {
       a.stats.sqnorm[row] = squares;
       a.stats.nonfinite[row] = counts.nonfinite;
@@ -149,11 +162,10 @@ __device__ void write_stats(const Combine& a, int64_t row, uint32_t key, float s
   for (int tile = lane; tile < a.key_tiles; tile += 32) in_key = max(in_key, a.keys[int64_t(tile) * a.slots + row]);
   in_key = __reduce_max_sync(kAll, in_key);
   const uint16_t* h = static_cast<const uint16_t*>(a.h) + row * a.intermediate;
-  int in_channel = 0xFFFF - int(in_key & 0xFFFF);
-  if (in_key >> 16 > Format<T>::kInf) in_channel = count_row<T>(h, a.intermediate, lane).first_nan;
+  const Peak in_peak = find_peak<T>(h, a.intermediate, in_key, lane);
   if (lane == 0) {
-    a.stats.in_peak[row] = value_of<T>(h[in_channel]);
-    a.stats.in_channel[row] = in_channel;
+    a.stats.in_peak[row] = value_of<T>(in_peak.bits);
+    a.stats.in_channel[row] = in_peak.channel;
   }
 }
 

@@ -45,7 +45,6 @@ Gate gate_of(const GateArguments& gate) {
 PYBIND11_MODULE(_cuda, m) {
   m.attr("TILE_ROWS") = kTileRows;
   m.attr("MAX_EXPERTS") = kMaxExperts;
-  m.attr("MAX_KEPT") = kMaxKept;
   m.def("plan_blocks", &plan_blocks);
   m.def("update_scratch", &update_scratch);
   m.def("key_tiles", &key_tiles);

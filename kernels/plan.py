@@ -14,7 +14,7 @@ from sedetect.kernels import tiles
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the Triton GEMMs and combine need beside order and offsets; all of it on the device.
+    """What GEMMs and combine need beside order and offsets on a GPU; all of it on the device.
 
     row    (S,) int32: sorted row of each slot, the inverse of order
     rows   sorted rows of a tile; a tile belongs to one expert
@@ -33,9 +33,9 @@ class Schedule:
     count: torch.Tensor
 
     @classmethod
-    def empty(cls, slots: int, experts: int, device: torch.device) -> "Schedule":
-        """Uninitialised, for a kernel to fill."""
-        rows = tiles.tile_rows(slots, experts)
+    def empty(cls, slots: int, experts: int, device: torch.device, rows: int | None = None) -> "Schedule":
+        """Uninitialised, for a kernel to fill. rows: None for the Triton GEMMs' choice."""
+        rows = tiles.tile_rows(slots, experts) if rows is None else rows
         most = tiles.max_tiles(slots, experts, rows)
         row, table, count = (torch.empty(n, dtype=torch.int32, device=device) for n in (slots, 2 * most, 1))
         return cls(row, rows, table.view(most, 2), count)

@@ -23,12 +23,11 @@ from transformers.integrations.moe import ExpertsInterface
 
 from sedetect import ops
 from sedetect.adapters import NOT_MLPS, REFUSED, adapt
-from sedetect.backends import choose_backend
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
 from sedetect.kernels.update import Rows
 from sedetect.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear
-from sedetect.stacked import Adapter, FP8Experts
+from sedetect.stacked import Adapter
 from sedetect.stats import BankId, BankStats
 
 NAME = "sedetect"
@@ -66,12 +65,14 @@ class Bank:
         """Whether it is called with a routing; so are shared experts that are stored together."""
         return self.id.kind.startswith("routed") or isinstance(self.module, Adapter)
 
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> BankStats:
-        """The state on this device, and a note of which backend serves it."""
-        backend, why = choose_backend(device, dtype, self.backend)
-        self.served.add(backend.name)
+    def note(self, backend: str, why: str | None) -> None:
+        """Remember which backend served a call, and why it was not the one asked for."""
+        self.served.add(backend)
         if why is not None:
             self.fallbacks.add(why)
+
+    def prepare(self, device: torch.device) -> BankStats:
+        """The state on this device."""
         if self.state is None:
             channels = (self.hidden, self.intermediate) if self.channels else None
             coactivation = self.coactivation and self.experts > 1
@@ -112,9 +113,6 @@ class SubstitutedDown(nn.Module):
 
 def measure(bank: Bank) -> Callable[..., torch.Tensor]:
     """The call for attach that computes a bank by our ops and updates its state."""
-    if isinstance(bank.module, FP8Experts) and bank.backend == "triton":
-        bank.fallbacks.add("backend triton does not serve quantized weights")
-        bank.backend = "torch"
     if bank.routed and getattr(bank.module, "fusable", True):
         bank.gate = _gate(bank)
     return partial(_measure_experts if bank.routed else _measure_down, bank)
@@ -125,9 +123,10 @@ def _measure_experts(
 ) -> torch.Tensor:
     bank.top_k = top_k_index.shape[-1]
     device, tokens = hidden_states.device, len(top_k_index)
-    state, rows = bank.prepare(device, module.down_proj.dtype), bank.rows_of(bank, tokens, device)
+    state, rows = bank.prepare(device), bank.rows_of(bank, tokens, device)
+    how = {"rows": rows, "backend": bank.backend, "served": bank.note}
     if isinstance(module, Adapter):
-        how = {"rows": rows, "backend": bank.backend} | ({"gate": bank.gate} if module.fusable else {})
+        how |= {"gate": bank.gate} if module.fusable else {}
         return module.compute(hidden_states, top_k_index, top_k_weights, state, **how)
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     up = "gate_up_proj" if module.has_gate else "up_proj"
@@ -143,8 +142,7 @@ def _measure_experts(
         down_bias=module.down_proj_bias if module.has_bias else None,
         transposed=module.is_transposed,
         post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-        rows=rows,
-        backend=bank.backend,
+        **how,
     )
     return out.reshape(hidden_states.shape)
 
@@ -152,14 +150,12 @@ def _measure_experts(
 def _measure_down(bank: Bank, original: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A plain nn.Linear is computed by our op; anything else (quantized, offloaded) computes itself and is read."""
     flat = x.reshape(-1, x.shape[-1])
-    rows = bank.rows_of(bank, len(flat), x.device)
+    how = {"rows": bank.rows_of(bank, len(flat), x.device), "backend": bank.backend, "served": bank.note}
     if _is_plain_linear(original):
-        state = bank.prepare(x.device, original.weight.dtype)
-        y = ops.linear_stats(flat, original.weight, original.bias, state, rows=rows, backend=bank.backend)
+        y = ops.linear_stats(flat, original.weight, original.bias, bank.prepare(x.device), **how)
         return y.reshape(*x.shape[:-1], y.shape[-1])
     y = original(x)
-    state = bank.prepare(y.device, y.dtype)
-    ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, rows=rows, backend=bank.backend)
+    ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), bank.prepare(y.device), **how)
     return y
 
 

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from sedetect import hf
-from sedetect.backends import check_backend
+from sedetect.backends import check_backend, missing_fast_path
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError
 from sedetect.quantized import serve_linears
@@ -96,7 +96,7 @@ class Profile:
             return call
 
         def measured(module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-            state = bank.prepare(x.device, module.down_proj.dtype)
+            state = bank.prepare(x.device)
             if state.published_max is None:
                 state.published_max = torch.zeros(bank.experts, device=x.device)
             return call(module, x, *routing)
@@ -141,6 +141,8 @@ class Profile:
                 notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
             notes.update(f"{bank.id}: {why}" for why in bank.fallbacks)
             if bank.state is not None:
+                if bank.backend is None and (why := missing_fast_path(bank.state.counts.device, self._model.dtype)):
+                    notes.add(why)
                 banks[bank.id] = bank.state.to("cpu")
             else:
                 channels = (bank.hidden, bank.intermediate) if bank.channels else None

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import triton
 
+from sedetect.call import Call
 from sedetect.kernels.combine import combine
 from sedetect.kernels.down import down
 from sedetect.kernels.gate_up import gate_up
@@ -23,13 +24,17 @@ class TritonBackend:
 
     name = "triton"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot serve a layer of this device and weight dtype; None if it can."""
+    def refusal(self, device: torch.device, dtype: torch.dtype, call: Call | None = None) -> str | None:
+        """Why this backend cannot serve a layer of this device and weight dtype, or a call; None if it can."""
         if device.type != "cuda" and not INTERPRETED:
             return f"it serves CUDA tensors, these are on {device}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it has no kernel for {dtype}"
-        return None
+        return "the weights are quantized" if call is not None and call.quantized else None
+
+    def suits(self, call: Call) -> bool:
+        """Whether it may be chosen by itself for a call that it does not refuse."""
+        return True
 
     def plan(self, top_k_index, num_experts):
         with _on(top_k_index.device):

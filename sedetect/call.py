@@ -1,0 +1,31 @@
+"""Call: what a backend is told of an experts call before it says whether it serves it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from sedetect.kernels.gate import Gate
+
+
+class Call(NamedTuple):
+    """Beside device and dtype.
+
+    slots       S, rows that are routed
+    experts     E
+    weights     those that the backend multiplies with; quantized ones are no tensors
+    transposed  they are (E, K, M)
+    biases      those there are
+    gate        the one to be fused, if any
+    """
+
+    slots: int
+    experts: int
+    weights: Sequence[object] = ()
+    transposed: bool = False
+    biases: Sequence[torch.Tensor] = ()
+    gate: Gate | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return not all(isinstance(weight, torch.Tensor) for weight in self.weights)

@@ -194,7 +194,7 @@ def profile(
             random name by default, with a running count as ids.
         info: what to remember of the source, as JSON values.
         prefix: token id that the tokenizer puts before every text, if it does; the profile notes sequences without it.
-        backend: "cpu" or "torch"; the fastest that serves each layer by default.
+        backend: "cpu", "cuda", "triton" or "torch"; the fastest that serves each call by default.
         channels: keep the per-channel maxima and squares (BankStats.channel_max, in_channel_max, in_channel_sq).
         coactivation: count the tokens routed to each pair of experts (BankStats.coactivation).
         first_rows: keep what the published tool reads of each routed expert (BankStats.published_max).

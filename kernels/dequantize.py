@@ -86,11 +86,6 @@ class QuantizedWeights:
         return torch.zeros(*shape, dtype=self.dtype, device=self.device)
 
 
-def storage_of(weight: torch.Tensor | QuantizedWeights) -> torch.dtype | None:
-    """The dtype that quantized weights are stored in; None for a tensor of the model's own."""
-    return weight.storage if isinstance(weight, QuantizedWeights) else None
-
-
 @triton.jit
 def dequantize_tile(
     w,  # (BLOCK_N, BLOCK_K) as stored; (BLOCK_N, BLOCK_K / 2) bytes when PACKED

@@ -136,12 +136,12 @@ def _quantized_tile(
 
 
 def choose_tile(
-    table: dict[int, Tile], weight: torch.Tensor | QuantizedWeights, rows: int, width: int, device: torch.device
+    gemm: str, weight: torch.Tensor | QuantizedWeights, rows: int, width: int, device: torch.device
 ) -> Tile:
-    """The tile of a GEMM with this weight, whose output is width wide; table: for weights that are not quantized."""
+    """The tile of a GEMM with this weight, whose output is width wide."""
     if isinstance(weight, QuantizedWeights):
-        return choose(QUANTIZED, rows, weight.dtype, width, device, 0.5 if weight.packed else 1)
-    return choose(table, rows, weight.dtype, width, device)
+        return choose(QUANTIZED, rows, weight.dtype, width, device, 0.5 if weight.packed else 1.0)
+    return choose(gemm, rows, weight.dtype, width, device)
 
 
 def row_operand(x: torch.Tensor, tile: Tile) -> torch.Tensor | TensorDescriptor:
@@ -184,23 +184,29 @@ def weight_operand(
         return WeightOperand(weight, strides)
     if transposed:
         return WeightOperand(TensorDescriptor.from_tensor(weight, [1, tile.k, tile.n]), strides)
-    view = weight.unflatten(1, (parts, -1))
-    return WeightOperand(TensorDescriptor.from_tensor(view, [1, parts, tile.n // parts, tile.k]), strides)
+    return WeightOperand(_by_parts(weight, parts, tile.n, tile.k), strides)
 
 
 def _quantized_operand(weight: QuantizedWeights, tile: Tile, parts: int) -> WeightOperand:
     stored, (high, wide) = weight.stored.contiguous(), weight.block
-    shared = math.gcd(wide, tile.k)
-    scales = (*weight.scale.shape[1:], high, wide, shared, weight.packed)
+    scales = (*weight.scale.shape[1:], high, wide, math.gcd(wide, tile.k), weight.packed)
     width = tile.k // 2 if weight.packed else tile.k
     data = stored
-    if _copyable(stored) and width * stored.element_size() >= 16:  # the least that the copy engine moves
-        view = stored.unflatten(1, (parts, -1))
-        data = TensorDescriptor.from_tensor(view, [1, parts, tile.n // parts, width])
+    if _copyable(stored) and width * stored.itemsize >= 16:  # the least that the copy engine moves
+        data = _by_parts(stored, parts, tile.n, width)
     return WeightOperand(data, stored.stride(), weight.scale.contiguous(), scales)
+
+
+def _by_parts(weight: torch.Tensor, parts: int, n: int, k: int) -> TensorDescriptor:
+    """A descriptor of (E, M, K) weights that reads n outputs, in as many runs as there are parts, and k columns."""
+    experts, outputs, columns = weight.shape
+    stride_e, stride_n, _ = weight.stride()
+    shape, steps = (experts, parts, outputs // parts, columns), (stride_e, outputs // parts * stride_n, stride_n, 1)
+    return TensorDescriptor(weight, shape, steps, [1, parts, n // parts, k])
 
 
 def _copyable(x: torch.Tensor) -> bool:
     """Whether the device has a copy engine and it takes x: the last dimension dense, all else on 16-byte boundaries."""
-    aligned = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    return limits(x.device).major >= 9 and x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0 and x.numel() > 0
+    *outer, inner = x.stride()
+    aligned = inner == 1 and x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in outer)
+    return aligned and limits(x.device).major >= 9 and x.numel() > 0

@@ -46,21 +46,24 @@ class Tile:
     flatten: bool = False
 
 
-# Rows of a tile -> the tile of 16-bit types.
-GATE_UP = {
-    16: Tile(16, 64, 128, 4, 4),
-    32: Tile(32, 128, 64, 4, 4),
-    64: Tile(64, 256, 64, 4, 3),
-    128: Tile(128, 256, 64, 8, 3, flatten=True),
+# GEMM -> rows of a tile -> the tile of 16-bit types.
+GATE_UP, DOWN, QUANTIZED = "gate_up", "down", "quantized"  # the last: either with quantized weights
+_TILES = {
+    GATE_UP: {
+        16: Tile(16, 64, 128, 4, 4),
+        32: Tile(32, 128, 64, 4, 4),
+        64: Tile(64, 256, 64, 4, 3),
+        128: Tile(128, 256, 64, 8, 3, flatten=True),
+    },
+    DOWN: {
+        16: Tile(16, 64, 128, 4, 4),
+        32: Tile(32, 128, 64, 4, 4),
+        64: Tile(64, 256, 64, 4, 3),
+        128: Tile(128, 256, 64, 8, 3, flatten=True),
+    },
 }
-DOWN = {
-    16: Tile(16, 64, 128, 4, 4),
-    32: Tile(32, 128, 64, 4, 4),
-    64: Tile(64, 256, 64, 4, 3),
-    128: Tile(128, 256, 64, 8, 3, flatten=True),
-}
-# Both GEMMs, where the weight is quantized: it leaves shared memory a step before it is multiplied, hence a stage more.
-QUANTIZED = {rows: replace(tile, stages=tile.stages + 1) for rows, tile in GATE_UP.items()}
+# A weight to be dequantized leaves shared memory a step before it is multiplied: a stage more.
+_TILES[QUANTIZED] = {rows: replace(tile, stages=tile.stages + 1) for rows, tile in _TILES[GATE_UP].items()}
 
 
 def tile_rows(slots: int, experts: int) -> int:
@@ -74,16 +77,12 @@ def max_tiles(slots: int, experts: int, rows: int) -> int:
     return min(slots, experts) + slots // rows
 
 
+@lru_cache(maxsize=1024)
 def choose(
-    table: dict[int, Tile],
-    rows: int,
-    dtype: torch.dtype,
-    width: int,
-    device: torch.device,
-    weight_bytes: float | None = None,
+    gemm: str, rows: int, dtype: torch.dtype, width: int, device: torch.device, weight_bytes: float | None = None
 ) -> Tile:
     """The tile of a GEMM whose output is width wide. weight_bytes: of a weight as stored, if not the dtype's."""
-    tile = table[rows]
+    tile = _TILES[gemm][rows]
     if dtype == torch.float32:  # multiplied without tensor cores, from registers
         tile = replace(tile, n=64, k=16, warps=8, stages=2, flatten=False)
     elif limits(device).major < 9:  # both operands pass through registers

@@ -25,9 +25,8 @@ from transformers.integrations.moe import ExpertsInterface
 
 from sedetect import ops
 from sedetect.adapters import NOT_MLPS, REFUSED, adapt
-from sedetect.backends import choose_backend
 from sedetect.errors import SedetectError
-from sedetect.kernels.dequantize import storage_of
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
 from sedetect.kernels.update import Rows
 from sedetect.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear
@@ -73,12 +72,14 @@ class Bank:
         """Whether it is called with a routing; so are shared experts that are stored together."""
         return self.id.kind.startswith("routed") or isinstance(self.module, Adapter)
 
-    def prepare(self, device: torch.device, dtype: torch.dtype, stored: torch.dtype | None = None) -> BankStats:
-        """The state on this device, and a note of which backend serves it (its weights quantized to stored)."""
-        backend, why = choose_backend(device, dtype, self.backend, stored)
-        self.served.add(backend.name)
+    def note(self, backend: str, why: str | None) -> None:
+        """Remember which backend served a call, and why it was not the one asked for."""
+        self.served.add(backend)
         if why is not None:
             self.fallbacks.add(why)
+
+    def prepare(self, device: torch.device) -> BankStats:
+        """The state on this device."""
         if self.state is None:
             channels = (self.hidden, self.intermediate) if self.channels else None
             coactivation = self.coactivation and self.experts > 1
@@ -131,9 +132,10 @@ def _measure_experts(
     bank.top_k = top_k_index.shape[-1]
     device, tokens = hidden_states.device, len(top_k_index)
     down = module.down_proj
-    state, rows = bank.prepare(device, down.dtype, storage_of(down)), bank.rows_of(bank, tokens, device)
+    state, rows = bank.prepare(device), bank.rows_of(bank, tokens, device)
+    how = {"rows": rows, "backend": bank.backend, "served": bank.note}
     if isinstance(module, Adapter):
-        how = {"rows": rows, "backend": bank.backend} | ({"gate": bank.gate} if module.fusable else {})
+        how |= {"gate": bank.gate} if module.fusable else {}
         return module.compute(hidden_states, top_k_index, top_k_weights, state, **how)
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     up = "gate_up_proj" if module.has_gate else "up_proj"
@@ -149,8 +151,7 @@ def _measure_experts(
         down_bias=module.down_proj_bias if module.has_bias else None,
         transposed=module.is_transposed,
         post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-        rows=rows,
-        backend=bank.backend,
+        **how,
     )
     return out.reshape(hidden_states.shape)
 
@@ -158,18 +159,16 @@ def _measure_experts(
 def _measure_down(bank: Bank, original: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A plain nn.Linear is computed by our op; anything else (quantized, offloaded) computes itself and is read."""
     flat = x.reshape(-1, x.shape[-1])
-    rows = bank.rows_of(bank, len(flat), x.device)
+    how = {"rows": bank.rows_of(bank, len(flat), x.device), "backend": bank.backend, "served": bank.note}
     if _is_plain_linear(original):
-        state = bank.prepare(x.device, original.weight.dtype)
-        y = ops.linear_stats(flat, original.weight, original.bias, state, rows=rows, backend=bank.backend)
+        y = ops.linear_stats(flat, original.weight, original.bias, bank.prepare(x.device), **how)
         return y.reshape(*x.shape[:-1], y.shape[-1])
     y = original(x)
     weight = getattr(original, "weight", None)
     if isinstance(weight, DTensor) and any(p.is_shard(1) for p in weight.placements):
         # Split by tensor parallelism: y is whole, but this rank has a part of every row of x.
         flat = _gathered(flat, weight.device_mesh.get_group())
-    state = bank.prepare(y.device, y.dtype)
-    ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, rows=rows, backend=bank.backend)
+    ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), bank.prepare(y.device), **how)
     return y
 
 
@@ -301,7 +300,7 @@ def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     weight = module.down_proj
     device = "cpu" if weight.is_meta else weight.device
     # The type of the activations is not known before they come where weights are quantized: 16 bits is the strictest.
-    dtype = weight.dtype if storage_of(weight) is None else torch.bfloat16
+    dtype = torch.bfloat16 if isinstance(weight, QuantizedWeights) else weight.dtype
     return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), dtype, device) or own
 
 

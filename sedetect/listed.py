@@ -79,7 +79,7 @@ class ListedExperts(Adapter):
         names = ("act_fn", "act", "activation_fn", "activation")
         return next(getattr(self.experts[0], name) for name in names if hasattr(self.experts[0], name))(x)
 
-    def compute(self, x, top_k_index, top_k_weights, state, rows=None, backend=None, **how):
+    def compute(self, x, top_k_index, top_k_weights, state, **how):
         experts, dtype = self.experts, self.down_proj.dtype
 
         def run(expert: int, rows_of_expert: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -95,7 +95,7 @@ class ListedExperts(Adapter):
             return (out, *heard[0])
 
         sizes = (self.down_proj.shape[0], self.down_proj.shape[2], dtype)
-        return ops.moe_modules(x, top_k_index, top_k_weights, run, sizes, state, rows=rows, backend=backend)
+        return ops.moe_modules(x, top_k_index, top_k_weights, run, sizes, state, **how)
 
 
 class SwitchTransformersExperts(ListedExperts):

@@ -11,13 +11,16 @@ from itertools import pairwise
 import torch
 
 from sedetect.backends import TorchBackend, choose_backend
-from sedetect.kernels.dequantize import QuantizedWeights, storage_of
+from sedetect.call import Call
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch, update_published_torch
 from sedetect.kernels.plan import Plan, single_plan
 from sedetect.kernels.row_stats import RowStats
 from sedetect.kernels.update import Rows
 from sedetect.stats import BankStats
+
+Served = Callable[[str, str | None], None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def moe_mlp(
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     rows: Rows | None = None,
     backend: str | None = None,
+    served: Served | None = None,
 ) -> torch.Tensor:
     """The routed experts of one layer: out[t] = sum_j g[t, j] * down_e(gate(gate_up_e(x[t]))), e = top_k_index[t, j].
 
@@ -59,16 +63,21 @@ def moe_mlp(
         state: updated in place with the statistics of every counted row (see BankStats).
         post_norm: applied to each row of the down_proj output before its routing weight; not part of the statistics.
         rows: which token each row is; None counts every row and knows nothing of its place.
-        backend: name, or None for the fastest that serves this device and dtype.
+        backend: name, or None for the fastest that serves this device, dtype and number of rows.
+        served: told the name of the backend that serves the call, and why it is not the one asked for (None if it is).
     Returns:
         (T, H) in x's dtype.
     """
-    chosen, _ = choose_backend(x.device, down.dtype, backend, storage_of(down))
+    parts = [gate_up.gate, gate_up.up] if isinstance(gate_up, Halves) else [] if gate_up is None else [gate_up]
+    biases = [bias for bias in (gate_up_bias, down_bias) if bias is not None]
+    fusable = gate if isinstance(gate, Gate) else None
+    call = Call(top_k_index.numel(), down.shape[0], (*parts, down), transposed, biases, fusable)
+    chosen = _choose(x.device, down.dtype, backend, call, served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, down.shape[0])
     stacked = all(isinstance(weight, (torch.Tensor, QuantizedWeights)) for weight in (gate_up, down))
-    fused = isinstance(gate, Gate) and stacked and x.dim() == 2
+    fused = fusable is not None and stacked and x.dim() == 2
     if fused and post_norm is None and state.channel_max is None:
         weights = (gate_up, gate_up_bias, gate, down, down_bias)
         out, stats = chosen.experts(x, plan, *weights, transposed, top_k_weights)
@@ -110,16 +119,17 @@ def moe_modules(
     *,
     rows: Rows | None = None,
     backend: str | None = None,
+    served: Served | None = None,
 ) -> torch.Tensor:
     """moe_mlp for experts that are modules and compute themselves. Synchronises with the host, to loop over them.
 
     Args:
-        x, top_k_index, top_k_weights, state, rows, backend: as in moe_mlp, x (T, H).
+        x, top_k_index, top_k_weights, state, rows, backend, served: as in moe_mlp, x (T, H).
         run: expert number and its rows (N, H) -> (their result (N, H), y (N, H), its input h (N, I)).
         sizes: number of experts, I, and the dtype of y.
     """
     experts, intermediate, dtype = sizes
-    chosen, _ = choose_backend(x.device, dtype, backend)
+    chosen = _choose(x.device, dtype, backend, Call(top_k_index.numel(), experts), served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(state, experts, len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, experts)
@@ -149,16 +159,18 @@ def down_stats(
     transposed: bool = False,
     rows: Rows | None = None,
     backend: str | None = None,
+    served: Served | None = None,
 ) -> torch.Tensor:
     """The grouped down projection alone, with its statistics.
 
     Args:
         h: (S, I), sorted by expert as plan says. weight: (E, H, I), or (E, I, H) when transposed. bias: (E, H).
-        gates: (T, k) routing weights. state, rows, backend: as in moe_mlp.
+        gates: (T, k) routing weights. state, rows, backend, served: as in moe_mlp.
     Returns:
         y (S, H) in the weight's dtype, sorted by expert: the very values the statistics are of.
     """
-    chosen, _ = choose_backend(h.device, weight.dtype, backend, storage_of(weight))
+    call = Call(len(h), weight.shape[0], (weight,), transposed, () if bias is None else (bias,))
+    chosen = _choose(h.device, weight.dtype, backend, call, served)
     rows = Rows.unmapped(len(gates), h.device) if rows is None else rows
     _check(state, weight.shape[0], len(gates), rows, gates.shape, (len(h) // plan.top_k, plan.top_k))
     y, stats = chosen.down(h, plan, weight, bias, transposed)
@@ -175,23 +187,39 @@ def linear_stats(
     *,
     rows: Rows | None = None,
     backend: str | None = None,
+    served: Served | None = None,
 ) -> torch.Tensor:
     """A down_proj with one expert and routing weight 1: x (T, I), weight (H, I), bias (H) -> (T, H)."""
     plan, gates = single_plan(len(x), x.device), torch.ones(len(x), 1, device=x.device)
     bias = None if bias is None else bias[None]
-    return down_stats(x, plan, weight[None], gates, state, bias=bias, rows=rows, backend=backend)
+    return down_stats(x, plan, weight[None], gates, state, bias=bias, rows=rows, backend=backend, served=served)
 
 
 @torch.no_grad()
 def output_stats(
-    y: torch.Tensor, x: torch.Tensor, state: BankStats, *, rows: Rows | None = None, backend: str | None = None
+    y: torch.Tensor,
+    x: torch.Tensor,
+    state: BankStats,
+    *,
+    rows: Rows | None = None,
+    backend: str | None = None,
+    served: Served | None = None,
 ) -> None:
     """Statistics of a down_proj output y (T, H) computed elsewhere from x (T, I): one expert, routing weight 1."""
-    chosen, _ = choose_backend(y.device, y.dtype, backend)
+    chosen = _choose(y.device, y.dtype, backend, Call(len(y), 1), served)
     rows = Rows.unmapped(len(y), y.device) if rows is None else rows
     _check(state, 1, len(y), rows, y.shape[:1], x.shape[:1])
     plan, gates = single_plan(len(y), y.device), torch.ones(len(y), 1, device=y.device)
     _finish(chosen, state, y, x, chosen.row_stats(y, x), plan, gates, rows)
+
+
+def _choose(
+    device: torch.device, dtype: torch.dtype, wanted: str | None, call: Call, served: Served | None
+) -> TorchBackend:
+    chosen, why = choose_backend(device, dtype, wanted, call)
+    if served is not None:
+        served(chosen.name, why)
+    return chosen
 
 
 def _check(

@@ -16,10 +16,9 @@ from torch import nn
 
 from sedetect import hf
 from sedetect.adapters import serve_quantized
-from sedetect.backends import check_backend
+from sedetect.backends import check_backend, missing_fast_path
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError
-from sedetect.kernels.dequantize import storage_of
 from sedetect.rows import Batch
 from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, digest
 from sedetect.tracking import TrackedModel
@@ -126,7 +125,7 @@ class Profile:
             return call
 
         def measured(module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-            state = bank.prepare(x.device, module.down_proj.dtype, storage_of(module.down_proj))
+            state = bank.prepare(x.device)
             if state.published_max is None:
                 state.published_max = torch.zeros(bank.experts, device=x.device)
             return call(module, x, *routing)
@@ -172,6 +171,9 @@ class Profile:
             if bank.here is not None:
                 notes.add(f"experts of other ranks are not in it: leave the profile on all {dist.get_world_size()} first")
             notes.update(f"{bank.id}: {why}" for why in bank.fallbacks)
+            if bank.state is not None and bank.backend is None:
+                why = missing_fast_path(bank.state.counts.device, self._model.dtype)
+                notes.update([why] if why else [])
             banks[bank.id] = self._state(bank)
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
         tokens, sequences = tracker.totals()
@@ -215,7 +217,7 @@ def profile(
             random name by default, with a running count as ids.
         info: what to remember of the source, as JSON values.
         prefix: token id that the tokenizer puts before every text, if it does; the profile notes sequences without it.
-        backend: "cpu" or "torch"; the fastest that serves each layer by default.
+        backend: "cpu", "cuda", "triton" or "torch"; the fastest that serves each call by default.
         channels: keep the per-channel maxima and squares (BankStats.channel_max, in_channel_max, in_channel_sq).
         coactivation: count the tokens routed to each pair of experts (BankStats.coactivation).
         first_rows: keep what the published tool reads of each routed expert (BankStats.published_max).

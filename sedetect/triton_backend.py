@@ -3,9 +3,12 @@
 The stages take and give what sedetect.backends.TorchBackend's do.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 
+from sedetect.call import Call
 from sedetect.kernels.combine import combine
 from sedetect.kernels.down import down
 from sedetect.kernels.gate_up import gate_up
@@ -21,17 +24,23 @@ class TritonBackend:
 
     name = "triton"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, stored: torch.dtype | None = None) -> str | None:
-        """As TorchBackend.refusal."""
+    def refusal(self, device: torch.device, dtype: torch.dtype, call: Call | None = None) -> str | None:
+        """Why this backend cannot serve a layer of this device and weight dtype, or a call; None if it can."""
         if device.type != "cuda" and not INTERPRETED:
             return f"it serves CUDA tensors, these are on {device}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it has no kernel for {dtype}"
-        if stored not in (None, torch.float8_e4m3fn, torch.uint8):
-            return f"it has no kernel for weights stored as {stored}"
-        if stored == torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-            return "FP8 takes compute capability 8.9"
+        if call is None:
+            return None
+        if not call.storage <= {torch.float8_e4m3fn, torch.uint8}:
+            return "the weights are quantized in a form that it has no kernel for"
+        if torch.float8_e4m3fn in call.storage and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            return "the weights are FP8, which takes compute capability 8.9"
         return None
+
+    def suits(self, call: Call) -> bool:
+        """Whether it may be chosen by itself for a call that it does not refuse."""
+        return True
 
     def plan(self, top_k_index, num_experts):
         with _on(top_k_index.device):
@@ -70,6 +79,8 @@ class TritonBackend:
             update(state, stats, plan, gates, rows)
 
 
-def _on(device: torch.device) -> torch.cuda.device:
+def _on(device: torch.device) -> AbstractContextManager:
     """Launches go to the current device; a model may be spread over several."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

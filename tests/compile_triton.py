@@ -116,6 +116,7 @@ def compile_for(capability: int, everything: bool, disassemble: bool) -> None:
     JITFunction.run = lambda kernel, *args, **kwargs: compiler(kernel, *args, **kwargs)
     device = tiles.Device(132, SHARED[capability] * 1024, capability // 10)
     tiles.limits = grouped.limits = lambda _: device
+    tiles.choose.cache_clear()
     # Tokens that fall into a class of tiles each.
     launch_everything(torch.bfloat16, 1024, [GATES[0], GATES[-1]])
     launch_everything(torch.bfloat16, 8, GATES[:1])

@@ -373,7 +373,7 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:
                 f"{path} ({name}): its ranks send each other rows, or hold experts in a form that does not tell which; "
                 "load the model unquantized with DistributedConfig(tp_size=N, ep_size=N), or on one device"
             )
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in _FLOATS and not isinstance(experts, ListedExperts):  # which compute themselves
         raise SedetectError(
             f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
             "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"

@@ -10,6 +10,7 @@ import interpreter  # before triton
 import pytest
 import torch
 from models import random_model, snapshot
+from test_adapters import MixtralBlock, as_remote_code
 from test_dequantize import E8M0, fp4, fp8
 from test_profile import assert_logits_close, token_ids
 from torch import nn
@@ -275,3 +276,62 @@ def test_what_has_no_kernel_is_refused_and_served_by_another():
     stats, _ = profiled(stored, "triton")
     assert stats.header.banks["decoder.0.routed"].backends == ["cpu" if DEVICE.type == "cpu" else "torch"]
     assert any(f"backend triton does not serve torch.float32 on {DEVICE.type}" in n for n in stats.header.notes)
+
+
+class PackedLinear(nn.Module):
+    """What GPTQ and AWQ put in the place of a linear, as far as we see it: sizes, packed integers and no weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
+        self.register_buffer("scales", linear.weight.detach().abs().amax(1, keepdim=True) / 7)
+        values = (linear.weight.detach() / self.scales).round().int() + 8
+        self.register_buffer("qweight", (values[:, ::2] | values[:, 1::2] << 4).to(torch.int32))
+
+    def unpacked(self):
+        values = torch.stack((self.qweight & 15, self.qweight >> 4), -1).flatten(-2) - 8
+        return values.to(self.scales.dtype) * self.scales
+
+    def forward(self, x):
+        return x @ self.unpacked().T
+
+
+@torch.no_grad()
+def in_fp8(linear):
+    """An FP8Linear in the place of a linear, which becomes what it stands for."""
+    stored = FP8Linear(linear.in_features, linear.out_features, block_size=(8, 8))
+    store(stored, "weight", linear.weight, (8, 8), torch.float32)
+    return stored
+
+
+@torch.no_grad()
+def packed(linear):
+    stored = PackedLinear(linear)
+    linear.weight.copy_(stored.unpacked())
+    return stored
+
+
+@pytest.mark.parametrize("kind", [packed, in_fp8])
+def test_quantized_linears_in_a_list_of_experts(kind):
+    """Remote code whose experts' linears a quantizer replaced: each expert computes itself, and its output is read."""
+    plain = as_remote_code(random_model("qwen3_moe"), MixtralBlock, "proj")
+    stored = copy.deepcopy(plain)
+    for (_, twin), module in zip(list(plain.named_modules()), list(stored.modules())):
+        if type(module).__name__ == "Expert":
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                setattr(module, name, kind(getattr(twin, name)))
+    plain, stored = plain.to(DEVICE), stored.to(DEVICE)
+    before = snapshot(stored)
+    (expected, logits), (stats, own) = profiled(plain, None), profiled(stored, None)
+    assert snapshot(stored) == before
+    assert_logits_close(own, logits, 1e-4)
+    assert list(stats.banks) == list(expected.banks)
+    for bank, state in expected.banks.items():
+        assert torch.equal(stats.banks[bank].rows, state.rows)
+        assert torch.allclose(stats.banks[bank].out_max, state.out_max, rtol=1e-4)
+        assert torch.allclose(stats.banks[bank].norm_sum, state.norm_sum, rtol=1e-4)
+    weight = Weight(Place("decoder", 0, "routed", 1), 5, 7)
+    if kind is packed:
+        with pytest.raises(SedetectError, match="PackedLinear: weights in this form cannot be read"):
+            with torch.no_grad(), ablate(stored, [weight]):
+                stored(input_ids=token_ids().to(DEVICE))

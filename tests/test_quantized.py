@@ -4,17 +4,20 @@ The modules are built as transformers' quantizers build them, and filled here: o
 """
 
 import copy
+import json
+import warnings
 from types import SimpleNamespace
 
 import interpreter  # before triton
 import pytest
 import torch
-from models import random_model, snapshot
+from models import CONFIGS, random_model, snapshot
+from safetensors.torch import load_file, save_file
 from test_adapters import MixtralBlock, as_remote_code
 from test_dequantize import E8M0, fp4, fp8
 from test_profile import assert_logits_close, token_ids
 from torch import nn
-from transformers import FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, Qwen2MoeConfig
 from transformers.integrations.finegrained_fp8 import (
     FP8Experts,
     FP8GroupedLinear,
@@ -28,6 +31,7 @@ from sedetect.ablation import Weight, ablate
 from sedetect.adapters import serve_quantized
 from sedetect.backends import BACKENDS
 from sedetect.call import Call
+from sedetect.checkpoint import load_model
 from sedetect.errors import SedetectError
 from sedetect.kernels.dequantize import QuantizedWeights, dequantize
 from sedetect.ops import Gate
@@ -335,3 +339,81 @@ def test_quantized_linears_in_a_list_of_experts(kind):
         with pytest.raises(SedetectError, match="PackedLinear: weights in this form cannot be read"):
             with torch.no_grad(), ablate(stored, [weight]):
                 stored(input_ids=token_ids().to(DEVICE))
+
+
+@pytest.fixture
+def checkpoint(tmp_path, request):
+    """A tiny checkpoint as its kind ships, and one of what its weights stand for."""
+    kind = request.param
+    size = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 64}
+    common = CONFIGS["gpt_oss" if kind == "mxfp4" else "qwen2_moe"]().to_dict() | size
+    if kind == "fp8":
+        common |= {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "layer_types": None}
+        config = Qwen2MoeConfig(**common)
+    else:
+        config = GptOssConfig(**common | {"layer_types": ["sliding_attention", "full_attention"]})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    folders = tmp_path / kind, tmp_path / "plain"
+    for folder in folders:
+        model.save_pretrained(folder)
+    weights = load_file(folders[0] / "model.safetensors")
+    stored, plain = (fp8_file if kind == "fp8" else mxfp4_file)(weights)
+    for folder, tensors in zip(folders, (stored, plain)):
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    how = {"quant_method": "mxfp4"}
+    if kind == "fp8":
+        how = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+        how |= {"modules_to_not_convert": ["lm_head", "shared_expert_gate"]}
+    file = folders[0] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": how}))
+    return folders
+
+
+def fp8_file(weights):
+    """Every linear but the head and the gates in FP8."""
+    stored, plain = dict(weights), dict(weights)
+    for name, weight in weights.items():
+        if name.endswith("proj.weight"):
+            (value,), (scale,) = fp8(weight[None].float())
+            stored |= {name: value, f"{name}_scale_inv": scale}
+            plain[name] = dequantize(value, scale, (128, 128), weight.dtype)
+    return stored, plain
+
+
+def mxfp4_file(weights):
+    """The experts in blocks of 32 values, two to a byte, with the bytes of their exponents."""
+    stored, plain = dict(weights), dict(weights)
+    for name, weight in weights.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            value, scale = fp4(weight.float().transpose(1, 2))
+            stored |= {f"{name}_blocks": value.unflatten(-1, (-1, 16)), f"{name}_scales": scale}
+            del stored[name]
+            back = torch.stack([dequantize(v, s, None, weight.dtype) for v, s in zip(value, scale)])
+            plain[name] = back.transpose(1, 2).contiguous()
+    return stored, plain
+
+
+@pytest.mark.parametrize("checkpoint", ["fp8", "mxfp4"], indirect=True)
+def test_checkpoints_as_they_ship(checkpoint):
+    """On a GPU FP8 stays FP8; transformers dequantizes it elsewhere, and MXFP4 where the package kernels is not."""
+    kind = checkpoint[0].name
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        models = [load_model(folder, device=DEVICE) for folder in reversed(checkpoint)]
+    said = [str(one.message) for one in said if "transformers dequantized its MXFP4 experts" in str(one.message)]
+    assert len(said) == (kind == "mxfp4") and all("pip install kernels" in one for one in said)
+    experts = models[1].model.layers[0].mlp.experts
+    kept = kind == "fp8" and DEVICE.type == "cuda"
+    assert experts.down_proj.dtype == (torch.float8_e4m3fn if kept else torch.bfloat16)
+    (expected, logits), (stats, own) = (profiled(model, None) for model in models)
+    assert_logits_close(own, logits, 0.1)
+    for bank, state in expected.banks.items():
+        assert (state.rows == stats.banks[bank].rows).float().mean() > 0.5
+        hit = (state.rows == stats.banks[bank].rows) & (state.rows > 0)
+        assert torch.allclose(stats.banks[bank].out_max[hit], state.out_max[hit], rtol=0.1), bank
+    with torch.no_grad():  # without a profile too
+        assert_logits_close(models[1](input_ids=token_ids(2, 8).to(DEVICE)).logits, logits, 0.1)

@@ -2,7 +2,6 @@
 
 import json
 import uuid
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from sedetect import hf
+from sedetect import compiled, hf
 from sedetect.backends import check_backend, missing_fast_path
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError
@@ -60,7 +59,7 @@ class Profile:
         for bank in self._banks:
             bank.rows_of = self._tracked.rows_of
             bank.backend, bank.channels, bank.coactivation = backend, channels, coactivation
-        self._first_rows = first_rows
+            bank.first_rows = first_rows
         self._digest = model_digest(self._model)
         self._exit = ExitStack()
 
@@ -77,7 +76,8 @@ class Profile:
                 self._tracked.tracker.notes.add(
                     f"{served} FP8 linears computed with dequantized weights: no kernel here"
                 )
-            calls = [(bank, self._call(bank)) for bank in self._banks]
+            stack.enter_context(compiled.attached(self._banks))
+            calls = [(bank, hf.measure(bank)) for bank in self._banks]
             stack.callback(hf.attach(self._model, calls, computes=True))
             stack.enter_context(self._tracked)
             stack.enter_context(torch.no_grad())
@@ -88,20 +88,6 @@ class Profile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
-
-    def _call(self, bank: hf.Bank) -> Callable[..., torch.Tensor]:
-        """What attach puts in the place of a bank's module."""
-        call = hf.measure(bank)
-        if not (self._first_rows and bank.id.kind.startswith("routed")):
-            return call
-
-        def measured(module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-            state = bank.prepare(x.device)
-            if state.published_max is None:
-                state.published_max = torch.zeros(bank.experts, device=x.device)
-            return call(module, x, *routing)
-
-        return measured
 
     def batch(
         self,
@@ -137,21 +123,12 @@ class Profile:
         """What was measured so far, on the CPU. Synchronises with the device."""
         tracker, banks, described, notes = self._tracked.tracker, {}, {}, set()
         for bank in self._banks:
-            if bank.state is None:
+            if not bank.served:
                 notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
+            elif bank.backend is None and (why := missing_fast_path(bank.state.counts.device, self._model.dtype)):
+                notes.add(why)
             notes.update(f"{bank.id}: {why}" for why in bank.fallbacks)
-            if bank.state is not None:
-                if bank.backend is None and (why := missing_fast_path(bank.state.counts.device, self._model.dtype)):
-                    notes.add(why)
-                banks[bank.id] = bank.state.to("cpu")
-            else:
-                channels = (bank.hidden, bank.intermediate) if bank.channels else None
-                optional = (
-                    channels,
-                    bank.coactivation and bank.experts > 1,
-                    self._first_rows and bank.id.kind.startswith("routed"),
-                )
-                banks[bank.id] = BankStats.empty(bank.experts, "cpu", *optional)
+            banks[bank.id] = bank.empty("cpu") if bank.state is None else bank.state.to("cpu")
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
         tokens, sequences = tracker.totals()
         header = Header(

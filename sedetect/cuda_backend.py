@@ -1,23 +1,23 @@
 """The CUDA backend: the kernels of csrc/cuda, for Hopper GPUs.
 
-The stages take and give what sedetect.backends.TorchBackend's do. Addresses go to sedetect._cuda, which knows nothing of
-torch; a stage is one call of it, because at small T the host is what takes the time.
+Plan, both GEMMs and the update of the statistics are its own. The row kernels (combine and row statistics) are Triton's,
+which wait for memory and nothing else. Addresses go to sedetect._cuda, which knows nothing of torch; a stage is one call
+of it, because at small T the host is what takes the time.
 """
 
 import importlib.util
 import math
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
 
 from sedetect.call import Call
 from sedetect.kernels import tiles
-from sedetect.kernels.combine import combine as triton_combine
+from sedetect.kernels.combine import combine
 from sedetect.kernels.gate import ACTIVATIONS, Gate
 from sedetect.kernels.plan import Plan, Schedule
-from sedetect.kernels.row_scan import row_stats as triton_row_stats
-from sedetect.kernels.row_stats import RowStats
+from sedetect.kernels.row_scan import row_stats
+from sedetect.triton_backend import TritonBackend, on
 
 _cuda = None
 if importlib.util.find_spec("sedetect._cuda") is not None:
@@ -31,10 +31,9 @@ MIN_ROWS = 16
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS, start=1)}
 _NO_GATE = (0, False, math.inf, 1.0, 0.0)
-_LAST_CHANNEL = 8 * 0xFFFF  # that a key can name
 
 
-class CudaBackend:
+class CudaBackend(TritonBackend):
     """No stage synchronises with the host; rows of no expert are left undefined."""
 
     name = "cuda"
@@ -68,7 +67,7 @@ class CudaBackend:
         processors = tiles.limits(device).processors
         blocks = _cuda.plan_blocks(slots, processors)
         counts = torch.empty(blocks * (num_experts + 1), dtype=torch.int32, device=device)
-        with _on(device):
+        with on(device):
             _cuda.plan(
                 index.data_ptr(), index.dtype == torch.int32, order.data_ptr(), offsets.data_ptr(), _addresses(schedule),
                 counts.data_ptr(), slots, num_experts, processors, _stream(device),
@@ -76,40 +75,27 @@ class CudaBackend:
         return Plan(order, offsets, top_k_index.shape[1], schedule)
 
     def gate_up(self, x, plan, weight, bias, transposed):
-        with _on(x.device):
+        with on(x.device):
             return self._gate_up(x, self._scheduled(plan), weight, None)[0]
 
     def down(self, h, plan, weight, bias, transposed):
-        with _on(h.device):
+        with on(h.device):
             h = _aligned(h.to(weight.dtype))
             y = self._down(h, self._scheduled(plan), weight)
-            return y, self._row_stats(y, h, _routed(plan.offsets))
+            return y, row_stats(y, h, plan.offsets)
 
     def experts(self, x, plan, gate_up, gate_up_bias, gate, down, down_bias, transposed, gates, statistics=True):
-        """As TorchBackend.experts, with out in x's dtype; statistics=False leaves them out (None)."""
-        with _on(x.device):
+        with on(x.device):
             plan = self._scheduled(plan)
-            h, keys = self._gate_up(x, plan, gate_up, gate, keys=statistics)
+            h, in_parts = self._gate_up(x, plan, gate_up, gate, parts=statistics)
             y = self._down(h, plan, down)
-            return self._combine(y, plan, gates, x.dtype, h, keys)
-
-    def row_stats(self, y, h):
-        with _on(y.device):
-            if h.dtype not in (torch.bfloat16, torch.float16):
-                return triton_row_stats(y, h)
-            return self._row_stats(y.contiguous(), h.contiguous())
-
-    def combine(self, y, plan, gates):
-        with _on(y.device):
-            if y.dtype not in (torch.bfloat16, torch.float16):  # of a norm that computes in float32
-                return triton_combine(y, plan, gates)[0]
-            return self._combine(y.contiguous(), self._scheduled(plan), gates, torch.float32)[0]
+            return combine(y, plan, gates, x.dtype, *((h, in_parts) if statistics else ()))
 
     def update(self, state, stats, plan, gates, rows):
         slots, experts, device = len(plan.order), plan.num_experts, plan.order.device
         if slots == 0:
             return
-        with _on(device):
+        with on(device):
             plan, gates = self._scheduled(plan), _gates(gates)
             schedule, records = plan.schedule, (state.outliers, state.first_outliers, state.in_max)
             size = _cuda.update_scratch(slots, experts, len(schedule.tiles))
@@ -134,20 +120,20 @@ class CudaBackend:
             _cuda.schedule(*where, _addresses(schedule), _stream(device))
         return Plan(plan.order, plan.offsets, plan.top_k, schedule)
 
-    def _gate_up(self, x, plan, weight, gate: Gate | None, keys=False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(h (S, I) with a gate, (S, 2I) without one; keys as csrc/cuda/grouped_gemm.h has them, if asked for)."""
+    def _gate_up(self, x, plan, weight, gate: Gate | None, parts=False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As sedetect.kernels.gate_up.gate_up."""
         x = _aligned(x.to(weight.dtype))
         experts, columns, hidden = weight.shape
         slots, gated = len(plan.order), gate is not None and gate.gated
         width = columns // 2 if gated else columns
         h, found = x.new_empty(slots, width), None
-        if keys:
-            found = torch.empty(_cuda.key_tiles(width, gated), slots, dtype=torch.int32, device=x.device)
+        if parts:
+            found = torch.empty(_cuda.column_tiles(width, gated), slots, device=x.device)
         if slots:
             schedule = plan.schedule
             _cuda.gate_up(
                 x.data_ptr(), weight.data_ptr(), plan.order.data_ptr(), plan.offsets.data_ptr(),
-                schedule.tiles.data_ptr(), schedule.count.data_ptr(), h.data_ptr(), found.data_ptr() if keys else 0,
+                schedule.tiles.data_ptr(), schedule.count.data_ptr(), h.data_ptr(), found.data_ptr() if parts else 0,
                 _gate(gate), _TYPES[x.dtype], slots, plan.top_k, experts, hidden, width,
                 tiles.limits(x.device).processors, _stream(x.device),
             )  # fmt: skip
@@ -165,37 +151,6 @@ class CudaBackend:
             )  # fmt: skip
         return y
 
-    def _combine(self, y, plan, gates, dtype, h=None, keys=None) -> tuple[torch.Tensor, RowStats | None]:
-        gates = _gates(gates)
-        (slots, hidden), (tokens, top_k) = y.shape, gates.shape
-        out = torch.empty(tokens, hidden, dtype=dtype if dtype == y.dtype else torch.float32, device=y.device)
-        stats = None if keys is None else _empty_stats(slots, y.device)
-        if slots:
-            measured = (0, 0, 8 * (0,), 0, 0)
-            if stats is not None:
-                addresses = [t.data_ptr() for t in stats.tensors()]
-                measured = (keys.data_ptr(), h.data_ptr(), addresses, h.shape[1], len(keys))
-            keys_at, h_at, stats_at, intermediate, key_tiles = measured
-            _cuda.combine(
-                y.data_ptr(), plan.schedule.row.data_ptr(), _routed(plan.offsets), gates.data_ptr(), out.data_ptr(),
-                keys_at, h_at, stats_at, _TYPES[y.dtype], _TYPES[gates.dtype], _TYPES[out.dtype],
-                slots, tokens, top_k, hidden, intermediate, key_tiles,
-                tiles.limits(y.device).processors, _stream(y.device),
-            )  # fmt: skip
-        return out, stats
-
-    def _row_stats(self, y, h, routed: int = 0) -> RowStats:
-        """With the address of a number of rows, those of the rows beyond them are left undefined."""
-        stats = _empty_stats(len(y), y.device)
-        if len(y):
-            *of_y, in_peak, in_channel = (t.data_ptr() for t in stats.tensors())
-            for x, addresses in ((y, (*of_y, 0, 0)), (h, (in_peak, in_channel, *6 * (0,)))):
-                _cuda.row_scan(
-                    x.data_ptr(), routed, addresses, _TYPES[x.dtype], *x.shape,
-                    tiles.limits(x.device).processors, _stream(x.device),
-                )  # fmt: skip
-        return stats
-
 
 def _call_refusal(call: Call, dtype: torch.dtype) -> str | None:
     if call.quantized:
@@ -212,8 +167,8 @@ def _call_refusal(call: Call, dtype: torch.dtype) -> str | None:
         size = tuple(weight.shape)
         if weight.dtype != dtype:
             return f"the weights are of {weight.dtype} and {dtype}"
-        if size[1] % 8 or size[2] % 8 or max(size[1:]) > _LAST_CHANNEL:
-            return f"the weights are {size}, their dimensions must be multiples of 8 up to {_LAST_CHANNEL}"
+        if size[1] % 8 or size[2] % 8:
+            return f"the weights are {size}, their dimensions must be multiples of 8"
         if not weight.is_contiguous() or weight.data_ptr() % 16:
             return "the weights are not contiguous, on 16-byte boundaries"
     return None
@@ -243,23 +198,6 @@ def _gates(gates: torch.Tensor) -> torch.Tensor:
 
 def _addresses(schedule: Schedule) -> tuple[int, int, int, int]:
     return schedule.row.data_ptr(), schedule.tiles.data_ptr(), schedule.count.data_ptr(), schedule.rows
-
-
-def _routed(offsets: torch.Tensor) -> int:
-    """Address of the number of rows that have an expert."""
-    return offsets.data_ptr() + 8 * (len(offsets) - 1)
-
-
-def _empty_stats(rows: int, device: torch.device) -> RowStats:
-    """RowStats.empty with two allocations."""
-    peak, sqnorm, in_peak = torch.empty(3, rows, device=device).unbind()
-    channel, *counts, in_channel = torch.empty(5, rows, dtype=torch.int32, device=device).unbind()
-    return RowStats(peak, channel, sqnorm, *counts, in_peak, in_channel)
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    """Launches go to the current device; a model may be spread over several."""
-    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def _stream(device: torch.device) -> int:

@@ -43,15 +43,15 @@ class TritonBackend:
         return True
 
     def plan(self, top_k_index, num_experts):
-        with _on(top_k_index.device):
+        with on(top_k_index.device):
             return plan(top_k_index, num_experts)
 
     def gate_up(self, x, plan, weight, bias, transposed):
-        with _on(x.device):
+        with on(x.device):
             return gate_up(x, plan, weight, bias, transposed)[0]
 
     def down(self, h, plan, weight, bias, transposed):
-        with _on(h.device):
+        with on(h.device):
             h = h.to(weight.dtype)
             y = down(h, plan, weight, bias, transposed)
             return y, row_stats(y, h, plan.offsets)
@@ -60,26 +60,26 @@ class TritonBackend:
         self, x, plan, gate_up_weight, gate_up_bias, gate, down_weight, down_bias, transposed, gates, statistics=True
     ):
         """As TorchBackend.experts, with out in x's dtype; statistics=False leaves them out (None)."""
-        with _on(x.device):
+        with on(x.device):
             plan = scheduled(plan)
             h, in_parts = gate_up(x, plan, gate_up_weight, gate_up_bias, transposed, gate, parts=statistics)
             y = down(h, plan, down_weight, down_bias, transposed)
             return combine(y, plan, gates, x.dtype, *((h, in_parts) if statistics else ()))
 
     def row_stats(self, y, h):
-        with _on(y.device):
+        with on(y.device):
             return row_stats(y, h)
 
     def combine(self, y, plan, gates):
-        with _on(y.device):
+        with on(y.device):
             return combine(y, plan, gates)[0]
 
     def update(self, state, stats, plan, gates, rows):
-        with _on(gates.device):
+        with on(gates.device):
             update(state, stats, plan, gates, rows)
 
 
-def _on(device: torch.device) -> AbstractContextManager:
+def on(device: torch.device) -> AbstractContextManager:
     """Launches go to the current device; a model may be spread over several."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()

@@ -17,7 +17,6 @@ from sedetect import ops
 from sedetect.backends import BACKENDS, choose_backend
 from sedetect.call import Call
 from sedetect.cuda_backend import MIN_ROWS, CudaBackend
-from sedetect.kernels.combine import combine_torch
 from sedetect.kernels.gate_up import gate_up_torch
 from sedetect.kernels.plan import Plan, plan_torch
 from sedetect.kernels.row_stats import RowStats, row_stats_torch
@@ -40,7 +39,7 @@ SHAPES = [
     (300, 4, 8, 136, 72),  # a tail in every dimension
     (515, 1, 2, 264, 64),  # several tiles of one expert
     (515, 8, 16, 520, 264),
-    (600, 10, 16, 512, 256),  # more slots than a pass of combine takes
+    (600, 10, 16, 512, 256),
 ]
 
 
@@ -181,78 +180,6 @@ def test_gate_up_without_a_gate(backend, dtype, shape):
     plan = backend.plan(call["top_k_index"], shape[2])
     z = backend.gate_up(call["x"], plan, call["gate_up"], None, False)
     assert_close("gate_up", z, gate_up_torch(call["x"].double(), plan, call["gate_up"].double()), dtype)
-
-
-def special_rows(rows: int, width: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Ties, zeros, infinities, NaNs of every payload, subnormals and the limits of narrower types."""
-    generator = torch.Generator().manual_seed(seed)
-    y = (torch.randn(rows, width, generator=generator) * 10 ** torch.linspace(-8, 5, rows)[:, None]).to(dtype)
-    y[1] = 0
-    y[2] = -0.0
-    y[3] = y[3].abs().amax()  # all equal: the first channel
-    y[4, width // 2 :] = y[4].abs().amax()
-    for row, special in enumerate((torch.inf, -torch.inf, torch.nan, 448.0, -449.0, 65504.0, 1e-40), start=5):
-        y[row, torch.randint(width, (2,), generator=generator)] = special
-    y[13].view(torch.int16).fill_(-1)  # NaN, all bits set
-    y[14, 0], y[14, -1] = -torch.inf, torch.nan
-    infinity = 0x7F80 if dtype == torch.bfloat16 else 0x7C00
-    # NaNs of larger bits behind the first one.
-    y[15].view(torch.int16)[[width // 3, width // 2, -1]] = torch.tensor([1, 20, 90], dtype=torch.int16) + infinity
-    return y
-
-
-@ON_HOPPER
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 15, 64, 65, 300, 2048, 4104, 7168])
-def test_row_stats(backend, dtype, width):
-    y = special_rows(41, width, dtype, width).to(DEVICE)
-    assert_same_stats(backend.row_stats(y, y), row_stats_torch(y, y), len(y))
-    h = y.flip(1).contiguous().to(torch.float16 if dtype == torch.bfloat16 else torch.bfloat16)
-    assert_same_stats(backend.row_stats(y, h), row_stats_torch(y, h), len(y))
-    assert_same_stats(backend.row_stats(y, h.float()), row_stats_torch(y, h.float()), len(y))
-
-
-def keys_of(h: torch.Tensor, column_tiles: int) -> torch.Tensor:
-    """What gate_up leaves for h (S, I), see csrc/cuda/grouped_gemm.h: (column_tiles, S) int32."""
-    infinity = 0x7F80 if h.dtype == torch.bfloat16 else 0x7C00
-    bits = (h.view(torch.int16) & 0x7FFF).long()
-    bits = torch.where(bits > infinity, 0x7FFF, bits)
-    key = bits << 16 | (0xFFFF - torch.arange(h.shape[1]) // 8)
-    keys = torch.stack([part.amax(1) for part in key.chunk(column_tiles, dim=1)])
-    return keys.to(torch.int32)
-
-
-@ON_HOPPER
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k", [1, 2, 3, 4, 8, 9, 17])
-@pytest.mark.parametrize("hidden", [8, 33, 520, 2048, 7168])
-def test_combine(backend, dtype, k, hidden):
-    """The weighted sum and the statistics of what it reads; nothing of rows of no expert."""
-    tokens, experts, intermediate = 37, 20, 64
-    generator = torch.Generator().manual_seed(hidden + k)
-    index = torch.rand(tokens, experts, generator=generator).topk(k).indices
-    index[torch.rand(tokens, k, generator=generator) < 0.2] = experts
-    gates = torch.rand(tokens, k, generator=generator)
-    plan = plan_torch(index, experts)
-    routed = int(plan.offsets[-1])
-    y = torch.randn(tokens * k, hidden, generator=generator).to(dtype)
-    h = torch.randn(tokens * k, intermediate, generator=generator).to(dtype)
-    references = {kind: combine_torch(y.double(), plan, gates.to(kind)) for kind in (torch.float32, dtype)}
-    y[routed:] = torch.nan
-    moved = backend._scheduled(Plan(plan.order.to(DEVICE), plan.offsets.to(DEVICE), k))
-    for kind, reference in references.items():
-        for result in (torch.float32, dtype):
-            out, stats = backend._combine(y.to(DEVICE), moved, gates.to(DEVICE, kind), result)
-            assert out.dtype == result and stats is None
-            assert_close("combine", out.cpu(), reference, result)
-    count = min(16, routed)
-    y[:count], h[:count] = (special_rows(41, x.shape[1], dtype, k)[:count] for x in (y, h))
-    h[16 : routed - 1 : 2] = 0
-    keys = keys_of(h, 2).to(DEVICE)
-    out, stats = backend._combine(y.to(DEVICE), moved, gates.to(DEVICE), dtype, h.to(DEVICE), keys)
-    assert_same_stats(stats, row_stats_torch(y, h), routed)
-    plain, _ = backend._combine(y.to(DEVICE), moved, gates.to(DEVICE), dtype)
-    assert_equal_bits("out", out.view(torch.int16), plain.view(torch.int16))
 
 
 def random_call(

@@ -47,7 +47,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("MAX_EXPERTS") = kMaxExperts;
   m.def("plan_blocks", &plan_blocks);
   m.def("update_scratch", &update_scratch);
-  m.def("key_tiles", &key_tiles);
+  m.def("column_tiles", &column_tiles);
 
   m.def("plan", [](Address index, bool narrow, Address order, Address offsets, const ScheduleArguments& result,
                    Address counts, int slots, int experts, int processors, Address stream) {
@@ -62,10 +62,10 @@ PYBIND11_MODULE(_cuda, m) {
   });
 
   m.def("gate_up", [](Address x, Address weight, Address order, Address offsets, Address tiles, Address count, Address h,
-                      Address keys, const GateArguments& gate, int type, int slots, int top_k, int experts, int hidden,
+                      Address parts, const GateArguments& gate, int type, int slots, int top_k, int experts, int hidden,
                       int width, int processors, Address stream) {
     grouped_gemm_gate_up({at<void>(x), at<void>(weight), at<int64_t>(order), at<int64_t>(offsets), at<int32_t>(tiles),
-                          at<int32_t>(count), at<void>(h), at<uint32_t>(keys), gate_of(gate), Type(type), slots, top_k,
+                          at<int32_t>(count), at<void>(h), at<float>(parts), gate_of(gate), Type(type), slots, top_k,
                           experts, hidden, width, processors},
                          stream_of(stream));
   });
@@ -75,20 +75,6 @@ PYBIND11_MODULE(_cuda, m) {
     grouped_gemm_down({at<void>(h), at<void>(weight), at<int64_t>(offsets), at<int32_t>(tiles), at<int32_t>(count),
                        at<void>(y), Type(type), slots, experts, hidden, width, processors},
                       stream_of(stream));
-  });
-
-  m.def("combine", [](Address y, Address row, Address routed, Address gates, Address out, Address keys, Address h,
-                      const std::array<Address, 8>& stats, int type, int gates_type, int out_type, int slots, int tokens,
-                      int top_k, int hidden, int intermediate, int tiles, int processors, Address stream) {
-    combine({at<void>(y), at<int32_t>(row), at<int64_t>(routed), at<void>(gates), at<void>(out), at<uint32_t>(keys),
-             at<void>(h), stats_of(stats), Type(type), Type(gates_type), Type(out_type), slots, tokens, top_k, hidden,
-             intermediate, tiles, processors},
-            stream_of(stream));
-  });
-
-  m.def("row_scan", [](Address x, Address routed, const std::array<Address, 8>& stats, int type, int rows, int width,
-                       int processors, Address stream) {
-    row_scan({at<void>(x), at<int64_t>(routed), stats_of(stats), Type(type), rows, width, processors}, stream_of(stream));
   });
 
   m.def("update", [](const std::array<Address, 8>& stats, Address order, Address offsets, const ScheduleArguments& schedule,

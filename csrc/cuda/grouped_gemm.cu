@@ -32,7 +32,7 @@ struct Arguments {
   const int32_t *tiles, *count;
   const void* x;  // rows of gate_up, by token
   void* out;      // (S, width)
-  uint32_t* keys;
+  float* parts;
   Gate gate;
   int columns;  // weight rows of one expert
   int inner, width, slots, top_k;
@@ -134,7 +134,7 @@ struct Pending {
   static constexpr int kPieces = kBlocks / 4;
 
   uint32_t z[64];        // pairs of columns: of n-block j, z[2 j] in the upper and z[2 j + 1] in the lower of the rows
-  uint32_t key[2];       // of the two rows
+  uint32_t largest[2];    // of the two rows: magnitudes of even and odd columns
   int row, end, column;  // the upper of its rows, 8 above the lower one; end of the expert's rows; first column
 
   __device__ __forceinline__ void take(const float (&acc)[128], const Tile& tile, int warp_row, int lane) {
@@ -143,7 +143,7 @@ struct Pending {
     row = tile.first + warp_row + lane / 4;
     end = tile.end;
     column = tile.column;
-    key[0] = key[1] = 0;
+    largest[0] = largest[1] = 0;
   }
 
   // Gates, measures and stores the piece-th 32 columns. The index is a constant, so that z stays in registers.
@@ -191,22 +191,25 @@ struct Pending {
               reinterpret_cast<uint4*>(static_cast<T*>(arguments.out) + static_cast<int64_t>(r) * arguments.width + at);
           *target = make_uint4(v[0], v[1], v[2], v[3]);
         }
-        if (arguments.keys != nullptr) {
+        if (kGather) {
           constexpr uint32_t kMagnitudes = 0x7FFF7FFF;
-          const uint32_t largest = Pair<T>::max(Pair<T>::max(v[0] & kMagnitudes, v[1] & kMagnitudes),
-                                                Pair<T>::max(v[2] & kMagnitudes, v[3] & kMagnitudes));
-          const uint32_t magnitude = max(largest & 0xFFFF, largest >> 16);
-          key[half] = max(key[half], magnitude << 16 | (0xFFFF - at / 8));
+          const uint32_t low = Pair<T>::max(v[0] & kMagnitudes, v[1] & kMagnitudes);
+          const uint32_t high = Pair<T>::max(v[2] & kMagnitudes, v[3] & kMagnitudes);
+          largest[half] = Pair<T>::max(largest[half], Pair<T>::max(low, high));
         }
       }
     }
-    if (kPiece == kPieces - 1 && arguments.keys != nullptr) {
+    if (kGather && kPiece == kPieces - 1 && arguments.parts != nullptr) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        uint32_t best = max(key[half], __shfl_xor_sync(~0u, key[half], 1));
-        best = max(best, __shfl_xor_sync(~0u, best, 2));
+        uint32_t best = Pair<T>::max(largest[half], __shfl_xor_sync(~0u, largest[half], 1));
+        best = Pair<T>::max(best, __shfl_xor_sync(~0u, best, 2));
         const int r = row + 8 * half, tile = column / (8 * kBlocks);
-        if (lane % 4 == 0 && r < end) arguments.keys[static_cast<int64_t>(tile) * arguments.slots + r] = best;
+        if (lane % 4 == 0 && r < end) {
+          // As integers magnitudes have the order of the values, NaN above Inf.
+          const uint32_t magnitude = max(best & 0xFFFF, best >> 16);
+          arguments.parts[static_cast<int64_t>(tile) * arguments.slots + r] = Pair<T>::unpack(magnitude).x;
+        }
       }
     }
   }
@@ -417,7 +420,7 @@ void launch(Type type, const Arguments& arguments, const CUtensorMap& rows, cons
 
 void grouped_gemm_gate_up(const GateUp& a, cudaStream_t stream) {
   const int columns = a.gate.gated ? 2 * a.width : a.width;
-  const Arguments arguments{a.order, a.offsets, a.tiles,  a.count, a.x,     a.h,    a.keys,
+  const Arguments arguments{a.order, a.offsets, a.tiles,  a.count, a.x,     a.h,    a.parts,
                             a.gate,  columns,   a.hidden, a.width, a.slots, a.top_k};
   // A gated tile holds the same channels of gate and up.
   const int box = a.gate.gated ? kColumns / 2 : kColumns;

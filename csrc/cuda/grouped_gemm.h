@@ -28,10 +28,8 @@ struct GateUp {
   const int64_t* offsets;  // (E + 1,)
   const int32_t *tiles, *count;
   void* h;  // (S, width) - output
-  // (key_tiles(width, gated), S) - output, or null: where the largest |h| that a column tile holds of a row stands. Its
-  // 16 bits without the sign above, 0xFFFF - channel / 8 below, so that the maximum over the tiles is that of the row
-  // and the first channel wins among equals. A NaN is larger than all numbers and always 0x7FFF.
-  uint32_t* keys;
+  // (column_tiles(width, gated), S) - output, or null: the largest |h| that a column tile holds of a row, NaN if it holds one.
+  float* parts;
   Gate gate;
   Type type;  // not kFloat32
   int slots, top_k, experts, hidden, width, processors;
@@ -48,7 +46,8 @@ struct Down {
   int slots, experts, hidden, width, processors;
 };
 
-constexpr int key_tiles(int width, bool gated) { return gated ? (width + 127) / 128 : (width + 255) / 256; }
+// A column tile is of 128 columns of h if gated, of 256 otherwise.
+constexpr int column_tiles(int width, bool gated) { return gated ? (width + 127) / 128 : (width + 255) / 256; }
 
 // Both throw std::runtime_error that names the call that failed.
 void grouped_gemm_gate_up(const GateUp& arguments, cudaStream_t stream);

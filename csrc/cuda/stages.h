@@ -50,33 +50,6 @@ struct RowStats {
   int32_t* in_channel;
 };
 
-// Out[t] = sum over j of gates[t, j] * y[row[t * k + j]], and the statistics of the rows.
-struct Combine {
-  const void* y;           // (S, hidden) of type
-  const int32_t* row;      // (S,)
-  const int64_t* routed;   // (1,): rows from here on are of no expert
-  const void* gates;       // (T, k) of gates_type
-  void* out;               // (T, hidden) - output, of type or float32
-  const uint32_t* keys;    // (key_tiles, S) as gate_up leaves them; null: no statistics
-  const void* h;           // (S, intermediate) of type
-  RowStats stats;          // output
-  Type type, gates_type, out_type;
-  int slots, tokens, top_k, hidden, intermediate, key_tiles, processors;
-};
-
-void combine(const Combine& arguments, cudaStream_t stream);
-
-// Statistics of the first *routed of so many rows of x (rows, width): those of y, or peak and channel alone, of its input.
-struct RowScan {
-  const void* x;
-  const int64_t* routed;  // null: all rows
-  RowStats stats;         // output; only peak and channel where sqnorm is null
-  Type type;
-  int rows, width, processors;
-};
-
-void row_scan(const RowScan& arguments, cudaStream_t stream);
-
 // Merge the row statistics of one call into the tables of a BankStats, in place: kernels/update.py.
 struct Update {
   RowStats stats;

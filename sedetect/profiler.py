@@ -155,7 +155,8 @@ class Profile:
             elif bank.backend is None and (why := missing_fast_path(bank.state.counts.device, self._model.dtype)):
                 notes.add(why)
             if bank.here is not None:
-                notes.add(f"experts of other ranks are not in it: leave the profile on all {dist.get_world_size()} first")
+                ranks = dist.get_world_size(bank.group)
+                notes.add(f"experts of other ranks are not in it: leave the profile on all {ranks} first")
             notes.update(f"{bank.id}: {why}" for why in bank.fallbacks)
             banks[bank.id] = self._state(bank)
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))

@@ -34,7 +34,8 @@ class TritonBackend:
             return None
         if not call.storage <= {torch.float8_e4m3fn, torch.uint8}:
             return "the weights are quantized in a form that it has no kernel for"
-        if torch.float8_e4m3fn in call.storage and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        fp8 = torch.float8_e4m3fn in call.storage and device.type == "cuda"
+        if fp8 and torch.cuda.get_device_capability(device) < (8, 9):
             return "the weights are FP8, which takes compute capability 8.9"
         return None
 

@@ -2,8 +2,8 @@
 
     python tests/conformance.py [--device cuda] [--backend triton] [--dtype bfloat16] [--jobs 16] [FAMILY ...]
 
-prints a line per family: its banks, the backends that served them, and the result. In float32 the experts' inputs are those
-of the eager model; in bfloat16, where routing may turn on a rounding, those that they have while they are profiled.
+prints a line per family: its banks, the backends that served them, and the result. In float32 the experts' inputs are
+those of the eager model; in bfloat16, where routing may turn on a rounding, those that they have while profiled.
 
     python tests/conformance.py --new
 

@@ -41,6 +41,12 @@ from sedetect.triton_backend import TritonBackend
 
 DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda")
 KINDS = {"fp8": torch.float8_e4m3fn, "fp8-ue8m0": torch.float8_e4m3fn, "fp4": torch.int8, "mxfp4": torch.uint8}
+HOW = ((None, torch.float32), (None, torch.bfloat16), ("torch", torch.float32))
+CASES = [(kind, *how) for kind in KINDS for how in HOW]
+if interpreter.INTERPRETED:  # slowly
+    CASES += [("fp8", "triton", torch.bfloat16), ("mxfp4", "triton", torch.bfloat16)]
+else:
+    CASES += [(kind, "triton", dtype) for kind in KINDS for dtype in (torch.float32, torch.bfloat16)]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +66,7 @@ def twins(kind, dtype=torch.float32, block=(16, 8)):
     scales = torch.float32 if kind == "fp8" else E8M0
     config = FineGrainedFP8Config(weight_block_size=block, scale_fmt="float" if kind == "fp8" else "ue8m0")
     if kind == "fp4":
-        config.expert_dtype = stored.config.expert_dtype = "fp4"  # of the quantizer, of the model before transformers 5.23
+        config.expert_dtype = stored.config.expert_dtype = "fp4"  # the model's before transformers 5.23
     # a router that is no nn.Linear stays as it is
     replace_with_fp8_linear(stored, ["lm_head"], config)
     for path, module in stored.named_modules():
@@ -129,20 +135,14 @@ def stored_dtypes(model, seen):
 
 
 def profiled(model, backend):
-    ids = token_ids(2, 8).to(DEVICE)
+    ids = token_ids(2, 4 if backend == "triton" and interpreter.INTERPRETED else 8).to(DEVICE)
     with sedetect.profile(model, source="text", backend=backend) as prof:
         prof.batch(sequence_ids=torch.arange(len(ids)))
         logits = model(input_ids=ids).logits
     return prof.stats, logits
 
 
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [(None, torch.float32), (None, torch.bfloat16), ("torch", torch.float32), ("triton", torch.bfloat16),
-     pytest.param("triton", torch.float32, marks=pytest.mark.skipif(interpreter.INTERPRETED, reason="slow"))],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "backend", "dtype"), CASES, ids=str)
 def test_measured_as_what_it_stands_for(kind, backend, dtype):
     plain, stored = twins(kind, dtype)
     before, seen = snapshot(stored), set()
@@ -159,7 +159,7 @@ def test_measured_as_what_it_stands_for(kind, backend, dtype):
     for bank, state in runs[0][0].banks.items():
         other = runs[1][0].banks[bank]
         served = runs[1][0].header.banks[str(bank)].backends
-        assert served == expected or bank.kind != "routed" and "torch" not in served  # cuda may serve those of FP8 linears
+        assert served == expected or bank.kind != "routed" and "torch" not in served  # cuda may take FP8 linears
         if exact:
             assert torch.equal(state.rows, other.rows)
         assert (state.rows == other.rows).float().mean() > 0.5

@@ -66,7 +66,7 @@ def serve_quantized(model: nn.Module) -> tuple[Callable[[], None], int]:
         restore, served = serve_linears(model)
         undo.callback(restore)
         for path, module in model.named_modules():
-            if type(module).__name__ == "FP8Experts" and not has_kernel(module.down_proj.device):
+            if type(module).__name__ == "FP8Experts" and not has_kernel(module.down_proj.device.type):
                 undo.callback(adapt(path, module, model.get_submodule(path.rpartition(".")[0])).redirect())
         return undo.pop_all().close, served
 

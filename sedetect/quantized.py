@@ -5,7 +5,7 @@ Weights are dequantized where they are multiplied (sedetect.kernels.dequantize),
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -135,7 +135,7 @@ def serve_linears(model: nn.Module) -> tuple[Callable[[], None], int]:
     Returns what puts them back, and how many they are; those that are served already stay so.
     """
     modules = [m for m in model.modules() if isinstance(m, FP8Linear) and m.weight.element_size() == 1]
-    modules = [m for m in modules if not has_kernel(m.weight.device)]
+    modules = [m for m in modules if not has_kernel(m.weight.device.type)]
     with ExitStack() as undo:
         for module in modules:
             if not isinstance(module.__dict__.get("forward"), _Forward):
@@ -172,12 +172,13 @@ class _Forward:
         return y if module.bias is None else y + module.bias.view(module.n_groups, -1)
 
 
-def has_kernel(device: torch.device) -> bool:
-    """Whether transformers' FP8 kernels run on this device."""
-    if device.type == "cpu":
+@cache
+def has_kernel(device_type: str) -> bool:
+    """Whether transformers' FP8 kernels run on devices of this type. The first call may ask the hub for them."""
+    if device_type == "cpu":
         return False
     try:
         load_finegrained_fp8_kernel()
-    except ImportError:
+    except (ImportError, OSError):  # no package kernels; no such kernel for this torch, or no way to fetch it
         return False
     return True

@@ -48,7 +48,7 @@ class Tile:
 
 
 # GEMM -> rows of a tile -> the tile of 16-bit types.
-GATE_UP, DOWN = "gate_up", "down"
+GATE_UP, DOWN, QUANTIZED = "gate_up", "down", "quantized"  # the last: either with quantized weights
 _TILES = {
     GATE_UP: {
         16: Tile(16, 64, 128, 4, 4),
@@ -63,6 +63,8 @@ _TILES = {
         128: Tile(128, 256, 64, 8, 3, flatten=True),
     },
 }
+# A weight to be dequantized leaves shared memory a step before it is multiplied: a stage more.
+_TILES[QUANTIZED] = {rows: replace(tile, stages=tile.stages + 1) for rows, tile in _TILES[GATE_UP].items()}
 
 
 def tile_rows(slots: int, experts: int) -> int:
@@ -77,20 +79,22 @@ def max_tiles(slots: int, experts: int, rows: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def choose(gemm: str, rows: int, dtype: torch.dtype, width: int, device: torch.device) -> Tile:
-    """The tile of GATE_UP or DOWN whose output is width wide."""
+def choose(
+    gemm: str, rows: int, dtype: torch.dtype, width: int, device: torch.device, weight_bytes: float | None = None
+) -> Tile:
+    """The tile of a GEMM whose output is width wide. weight_bytes: of a weight as stored, if not the dtype's."""
     tile = _TILES[gemm][rows]
     if dtype == torch.float32:  # multiplied without tensor cores, from registers
         tile = replace(tile, n=64, k=16, warps=8, stages=2, flatten=False)
     elif limits(device).major < 9:  # both operands pass through registers
         tile = replace(tile, n=min(tile.n, 128), k=32, flatten=False)
     narrow = 1 << max(width - 1, 15).bit_length()
-    return fit(replace(tile, n=min(tile.n, narrow)), dtype, device)
+    return fit(replace(tile, n=min(tile.n, narrow)), dtype, device, weight_bytes or dtype.itemsize)
 
 
-def fit(tile: Tile, dtype: torch.dtype, device: torch.device) -> Tile:
+def fit(tile: Tile, dtype: torch.dtype, device: torch.device, weight_bytes: float) -> Tile:
     """The tile with as many stages as the device's shared memory holds."""
-    stage = (tile.m + tile.n) * tile.k * dtype.itemsize
+    stage = int((tile.m * dtype.itemsize + tile.n * weight_bytes) * tile.k)
     # A flattened loop keeps its stages while the epilogue converts the output's layout in shared memory.
     scratch = 1024 + (tile.m * tile.n * dtype.itemsize if tile.flatten else 0)
     return replace(tile, stages=max(1, min(tile.stages, (limits(device).shared - scratch) // stage)))

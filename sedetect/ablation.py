@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from sedetect import hf
 from sedetect.errors import SedetectError
 from sedetect.kernels.grouped import expert_linear
+from sedetect.quantized import linear_weight
 from sedetect.ranking import Place
 from sedetect.stats import BankId
 from sedetect.tracking import TrackedModel
@@ -193,10 +194,13 @@ def _without_down(
     rows = selected(len(flat), x.device)
     if off.experts:
         flat = flat.masked_fill(rows[:, None], 0)
+    weight = linear_weight(original) if off.weights else None
+    if off.weights and weight is None:
+        raise SedetectError(f"{type(original).__name__}: single weights of it cannot be read; load it unquantized")
     for _, channel, intermediate in off.weights:
         flat = flat.clone()
         h = x.reshape(-1, x.shape[-1])[:, intermediate]
-        flat[:, channel] -= rows * h * original.weight[channel, intermediate]
+        flat[:, channel] -= (rows * h * weight[channel, intermediate]).to(flat.dtype)
     return flat.view(y.shape)
 
 

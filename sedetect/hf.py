@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
@@ -24,6 +26,7 @@ from transformers.integrations.moe import ExpertsInterface
 from sedetect import ops
 from sedetect.adapters import NOT_MLPS, REFUSED, adapt
 from sedetect.errors import SedetectError
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
 from sedetect.kernels.update import Rows
 from sedetect.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear
@@ -42,6 +45,8 @@ class Bank:
     """One bank of a live model.
 
     rows_of: asks the profile which token each of T rows is. state is made on the device of the first row it sees.
+    here, group: where the ranks of an expert-parallel model share the experts, those of this rank, which alone state is
+    of, and the ranks.
     """
 
     id: BankId
@@ -56,6 +61,8 @@ class Bank:
     coactivation: bool = False
     gate: Gate | Callable[[torch.Tensor], torch.Tensor] | None = None
     top_k: int = 1
+    here: range | None = None
+    group: ProcessGroup | None = None
     state: BankStats | None = None
     served: set[str] = field(default_factory=set)
     fallbacks: set[str] = field(default_factory=set)
@@ -76,7 +83,8 @@ class Bank:
         if self.state is None:
             channels = (self.hidden, self.intermediate) if self.channels else None
             coactivation = self.coactivation and self.experts > 1
-            self.state = BankStats.empty(self.experts, device, channels, coactivation)
+            experts = self.experts if self.here is None else len(self.here)
+            self.state = BankStats.empty(experts, device, channels, coactivation)
         return self.state
 
 
@@ -123,6 +131,7 @@ def _measure_experts(
 ) -> torch.Tensor:
     bank.top_k = top_k_index.shape[-1]
     device, tokens = hidden_states.device, len(top_k_index)
+    down = module.down_proj
     state, rows = bank.prepare(device), bank.rows_of(bank, tokens, device)
     how = {"rows": rows, "backend": bank.backend, "served": bank.note}
     if isinstance(module, Adapter):
@@ -135,7 +144,7 @@ def _measure_experts(
         top_k_index,
         top_k_weights,
         getattr(module, up),
-        module.down_proj,
+        down,
         bank.gate,
         state,
         gate_up_bias=getattr(module, f"{up}_bias") if module.has_bias else None,
@@ -155,6 +164,10 @@ def _measure_down(bank: Bank, original: nn.Module, x: torch.Tensor) -> torch.Ten
         y = ops.linear_stats(flat, original.weight, original.bias, bank.prepare(x.device), **how)
         return y.reshape(*x.shape[:-1], y.shape[-1])
     y = original(x)
+    weight = getattr(original, "weight", None)
+    if isinstance(weight, DTensor) and any(p.is_shard(1) for p in weight.placements):
+        # Split by tensor parallelism: y is whole, but this rank has a part of every row of x.
+        flat = _gathered(flat, weight.device_mesh.get_group())
     ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), bank.prepare(y.device), **how)
     return y
 
@@ -169,7 +182,7 @@ def find_banks(model: nn.Module) -> list[Bank]:
     for path, module in model.named_modules():
         _refuse_unreachable(path, module, known)
     for path, experts in routed:
-        _refuse_weights(path, experts)
+        _refuse_weights(model, path, experts)
     if not routed:
         raise SedetectError(f"{type(model).__name__}: no MoE layer found; give a Mixture-of-Experts model")
     inside = tuple(f"{path}." for path, _ in routed)
@@ -203,6 +216,10 @@ def find_banks(model: nn.Module) -> list[Bank]:
         hidden, intermediate = reversed(matrix) if module.is_transposed else matrix
         inner = getattr(module, "inner_path", "")
         add(path + inner, module, getattr(module, "kind", "routed"), (experts, hidden, intermediate))
+        if isinstance(module.down_proj, DTensor):
+            mesh, own = module.down_proj.device_mesh, len(module.down_proj.to_local())
+            first = own * mesh.get_local_rank()
+            banks[-1].here, banks[-1].group = range(first, first + own), mesh.get_group()
     for path, module in mlps:
         # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
         kind = "shared" if "shared" in path or _layer(path) in layers else "dense"
@@ -222,8 +239,12 @@ def attach(
     A routed bank's call gets (module, x, top_k_index, top_k_weights), another's (down_proj module, x). A call may
     step in before what was attached earlier (an ablation inside a profile): see run_inner. computes says that the calls
     do not let it run, but compute by themselves (a profile). With innermost, the call of a routed bank steps in after
-    all that pass on, and sees the routing that ablations leave.
+    all that pass on, and sees the routing that ablations leave. Raises SedetectError where a call would see the experts
+    of one rank alone.
     """
+    shared = next((bank for bank, _ in calls if bank.here is not None and not computes), None)
+    if shared is not None:
+        raise SedetectError(f"{shared.path}: expert-parallel models are profiled, nothing else; load it on one device")
     with ExitStack() as undo:
         for bank, call in calls:
             if bank.routed:
@@ -272,12 +293,15 @@ def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
 def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     """The module's gate as a Gate that a kernel can fuse, where one agrees with it; else its own function."""
     module = bank.module
+    holder = module.module if isinstance(module, Adapter) else module
     own = module._apply_gate if module.has_gate else module.act_fn
-    config = {name: value for name, value in vars(module.config).items() if "limit" in name}
-    limits = [value for value in (*vars(module).values(), *config.values()) if isinstance(value, float) and value > 0]
+    config = {name: value for name, value in vars(getattr(holder, "config", module.config)).items() if "limit" in name}
+    limits = [value for value in (*vars(holder).values(), *config.values()) if isinstance(value, float) and value > 0]
     weight = module.down_proj
     device = "cpu" if weight.is_meta else weight.device
-    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), weight.dtype, device) or own
+    # The type of the activations is not known before they come where weights are quantized: 16 bits is the strictest.
+    dtype = torch.bfloat16 if isinstance(weight, QuantizedWeights) else weight.dtype
+    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), dtype, device) or own
 
 
 def _layer(path: str) -> tuple[str, int]:
@@ -329,22 +353,38 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return plain and module.weight.dtype in _FLOATS
 
 
-def _refuse_weights(path: str, experts: nn.Module) -> None:
+def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:
     """Raise for experts whose down_proj is stored in a way that cannot be measured."""
     module = experts.module if isinstance(experts, Adapter) else experts
     name, weight = type(module).__name__, experts.down_proj
-    if isinstance(weight, DTensor) and any(p.is_shard() and p.dim != 0 for p in weight.placements):
+    placements = weight.placements if isinstance(weight, DTensor) else ()
+    if any(p.is_shard() and p.dim != 0 for p in placements):
         raise SedetectError(
             f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
             "load the model with its expert-parallel plan instead"
         )
-    if getattr(module, "_is_expert_parallel", False):
-        raise SedetectError(f"{path} ({name}): expert-parallel experts are not supported yet; load it on one device")
+    parallel = getattr(model.config, "distributed_config", None)
+    shared = getattr(parallel, "enable_expert_parallel", False)
+    if placements or shared:
+        whole = shared and len(placements) == 1  # whole experts, whose numbers their place tells
+        same = whole and getattr(parallel, "ep_size", parallel.tp_size) == parallel.tp_size  # rows on every rank
+        if not same or getattr(parallel, "ep_implementation", "auto") not in ("auto", "all_reduce"):
+            raise SedetectError(
+                f"{path} ({name}): its ranks send each other rows, or hold experts in a form that does not tell which; "
+                "load the model unquantized with DistributedConfig(tp_size=N, ep_size=N), or on one device"
+            )
     if weight.dtype not in _FLOATS:
         raise SedetectError(
             f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
             "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"
         )
+
+
+def _gathered(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """The whole of rows that are split over ranks: (T, I / ranks) -> (T, I)."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
 
 
 def _refuse_unreachable(path: str, module: nn.Module, known: list[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from sedetect.backends import TorchBackend, choose_backend
 from sedetect.call import Call
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch, update_published_torch
 from sedetect.kernels.plan import Plan, single_plan
@@ -38,8 +39,8 @@ def moe_mlp(
     x: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    gate_up: torch.Tensor | Halves | None,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | QuantizedWeights | Halves | None,
+    down: torch.Tensor | QuantizedWeights,
     gate: Gate | Callable[[torch.Tensor], torch.Tensor],
     state: BankStats,
     *,
@@ -57,7 +58,7 @@ def moe_mlp(
         x: (T, H); or (T, k, H), an input of its own for every slot. top_k_index: (T, k) int; indices outside [0, E) are no expert. top_k_weights: (T, k), the g.
         gate_up: (E, 2I, H), or (E, H, 2I) when transposed; (E, I, H) for experts without a gate; None where x is the
             input of down already.
-        down: (E, H, I), or (E, I, H) when transposed. Biases: (E, 2I), (E, H).
+        down: (E, H, I), or (E, I, H) when transposed. Biases: (E, 2I), (E, H). QuantizedWeights are not transposed.
         gate: a Gate, which is fused; or any function (S, 2I) -> (S, I), such as the module's own.
         state: updated in place with the statistics of every counted row (see BankStats).
         post_norm: applied to each row of the down_proj output before its routing weight; not part of the statistics.
@@ -75,7 +76,8 @@ def moe_mlp(
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, down.shape[0])
-    fused = fusable is not None and isinstance(gate_up, torch.Tensor) and not call.quantized and x.dim() == 2
+    stacked = all(isinstance(weight, (torch.Tensor, QuantizedWeights)) for weight in (gate_up, down))
+    fused = fusable is not None and stacked and x.dim() == 2
     if fused and post_norm is None and state.channel_max is None:
         weights = (gate_up, gate_up_bias, gate, down, down_bias)
         out, stats = chosen.experts(x, plan, *weights, transposed, top_k_weights)
@@ -149,7 +151,7 @@ def moe_modules(
 def down_stats(
     h: torch.Tensor,
     plan: Plan,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeights,
     gates: torch.Tensor,
     state: BankStats,
     *,
@@ -254,4 +256,4 @@ def _update_channels(state, y, h, plan, gates, rows) -> None:
         update_channels_torch(state, y, h, plan, gates, rows)
 
 
-__all__ = ["Gate", "Halves", "down_stats", "linear_stats", "moe_mlp", "moe_modules", "output_stats"]
+__all__ = ["Gate", "Halves", "QuantizedWeights", "down_stats", "linear_stats", "moe_mlp", "moe_modules", "output_stats"]

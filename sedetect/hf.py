@@ -10,7 +10,7 @@ object that was there. Experts outside the interface have adapters (sedetect.ada
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -116,7 +116,7 @@ def measure(bank: Bank) -> Callable[..., torch.Tensor]:
         bank.fallbacks.add("backend triton does not serve quantized weights")
         bank.backend = "torch"
     if bank.routed and getattr(bank.module, "fusable", True):
-        bank.gate = _gate(bank)
+        bank.gate = gate_of(bank)
     return partial(_measure_experts if bank.routed else _measure_down, bank)
 
 
@@ -180,14 +180,9 @@ def find_banks(model: nn.Module) -> list[Bank]:
     stacks = _stacks([path for path, _ in routed])
     expert_classes = {type(e) for _, listed in routed if isinstance(listed, ListedExperts) for e in listed.experts}
     mlps = [
-        (f"{path}.{name}" if path else name, child)
-        for path, module in model.named_modules()
-        for name, child in module.named_children()
-        if name in (EXPERT_DOWN_NAMES if type(module) in expert_classes else DOWN_NAMES)
-        and is_linear(child)
-        and any(hasattr(module, up) for up in _UP_NAMES)
-        and not f"{path}.{name}".startswith(inside)
-        and _layer(path)[0] in stacks
+        (path, child)
+        for path, child in _mlps(model, expert_classes)
+        if not path.startswith(inside) and _layer(path)[0] in stacks
     ]
     layers = {_layer(path) for path, _ in routed}
     taken: dict[tuple[str, int, str], int] = defaultdict(int)
@@ -212,6 +207,26 @@ def find_banks(model: nn.Module) -> list[Bank]:
         kind = "shared" if "shared" in path or _layer(path) in layers else "dense"
         add(path, module, kind, (1, module.out_features, module.in_features))
     return sorted(banks, key=lambda bank: bank.id)
+
+
+def find_dense(model: nn.Module) -> list[Bank]:
+    """The MLPs of a model without experts, in layer order. Raises SedetectError where it has none."""
+    mlps = [(path, child) for path, child in _mlps(model) if _layer(path)[1] >= 0]
+    if not mlps:
+        raise SedetectError(f"{type(model).__name__}: no MLP with a down projection found; give a dense language model")
+    stacks = _stacks([path for path, _ in mlps])
+    banks = []
+    for path, module in mlps:
+        prefix, layer = _layer(path)
+        bank = BankId(stacks[prefix], layer, "dense")
+        banks.append(Bank(bank, path, module, 1, module.out_features, module.in_features))
+    return sorted(banks, key=lambda bank: bank.id)
+
+
+def layer_path(bank: Bank) -> str:
+    """Module path of the layer that a bank is in."""
+    prefix, layer = _layer(bank.path)
+    return f"{prefix}.{layer}"
 
 
 def attach(
@@ -273,7 +288,7 @@ def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
     return {bank.id.stack: len(model.get_submodule(_layer(bank.path)[0])) for bank in banks}
 
 
-def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
+def gate_of(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     """The module's gate as a Gate that a kernel can fuse, where one agrees with it; else its own function."""
     module = bank.module
     own = module._apply_gate if module.has_gate else module.act_fn
@@ -282,6 +297,16 @@ def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     weight = module.down_proj
     device = "cpu" if weight.is_meta else weight.device
     return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), weight.dtype, device) or own
+
+
+def _mlps(model: nn.Module, expert_classes: Collection[type] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """The down projections of MLPs, by path; expert_classes: of modules that are also an expert's."""
+    for path, module in model.named_modules():
+        names = EXPERT_DOWN_NAMES if type(module) in expert_classes else DOWN_NAMES
+        if any(hasattr(module, up) for up in _UP_NAMES):
+            for name, child in module.named_children():
+                if name in names and is_linear(child):
+                    yield f"{path}.{name}" if path else name, child
 
 
 def _layer(path: str) -> tuple[str, int]:

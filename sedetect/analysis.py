@@ -5,7 +5,7 @@ The analyses are those of "A Closer Look into Mixture-of-Experts in Large Langua
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from sedetect import hf
+from sedetect.calibration import prefix_ids
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic
+from sedetect.profiler import model_digest, model_name
 from sedetect.ranking import place_of
 from sedetect.stats import BankId
 
@@ -86,9 +90,38 @@ class Analysis:
             raise SedetectError(f"{path}: cannot be read ({error}); run `sedetect analyze {kind}` again") from None
 
 
+def new_analysis(kind: str, model: nn.Module) -> Analysis:
+    """An empty one of a live model."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return Analysis(kind, model_name(model), model_digest(model), dtype)
+
+
 def file_of(folder: str | os.PathLike, kind: str) -> Path:
     """Where the result of an analysis stands in a folder of results."""
     return Path(folder) / f"{kind}-analysis.safetensors"
+
+
+@dataclass
+class Text:
+    """A short text of which every token is looked at: ids (L,) int64, with what the tokenizer puts before a text."""
+
+    text: str
+    ids: torch.Tensor
+    tokens: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"text": self.text, "ids": self.ids.tolist(), "tokens": self.tokens}
+
+
+def read_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[Text]:
+    """Texts as the tokenizer reads them. Raises SedetectError for one without a token of its own."""
+    read = []
+    for text in texts:
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) <= len(prefix_ids(tokenizer)):
+            raise SedetectError(f"--texts {text!r}: gives no token; give a text")
+        read.append(Text(text, torch.tensor(ids), [tokenizer.decode([one]) for one in ids]))
+    return read
 
 
 @dataclass

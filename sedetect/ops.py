@@ -13,7 +13,7 @@ import torch
 from sedetect.backends import TorchBackend, choose_backend
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch, update_published_torch
-from sedetect.kernels.plan import Plan, single_plan
+from sedetect.kernels.plan import Plan, every_plan, single_plan
 from sedetect.kernels.row_stats import RowStats
 from sedetect.kernels.update import Rows
 from sedetect.stats import BankStats
@@ -96,6 +96,30 @@ def _hidden(chosen: TorchBackend, x, plan: Plan, gate_up, bias, gate, transposed
     z = [chosen.gate_up(x, by_slot, part, bias, transposed) for part in parts]
     z = z[0] if len(z) == 1 else torch.cat(z, dim=-1)
     return gate_torch(gate, z) if isinstance(gate, Gate) else gate(z)
+
+
+@torch.no_grad()
+def every_expert(
+    x: torch.Tensor,
+    gate_up: torch.Tensor | Halves | None,
+    down: torch.Tensor,
+    gate: Gate | Callable[[torch.Tensor], torch.Tensor],
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    transposed: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """What every expert gives for every token, by the stages of moe_mlp: x (T, H) -> y (E, T, H) in down's dtype.
+
+    The other arguments are those of moe_mlp. No routing, and no statistics are kept.
+    """
+    chosen, _ = choose_backend(x.device, down.dtype, backend)
+    experts = down.shape[0]
+    plan = every_plan(len(x), experts, x.device)
+    h = _hidden(chosen, x, plan, gate_up, gate_up_bias, gate, transposed)
+    y, _ = chosen.down(h, plan, down, down_bias, transposed)
+    return y.view(experts, len(x), -1)
 
 
 @torch.no_grad()
@@ -227,4 +251,4 @@ def _update_channels(state, y, h, plan, gates, rows) -> None:
         update_channels_torch(state, y, h, plan, gates, rows)
 
 
-__all__ = ["Gate", "Halves", "down_stats", "linear_stats", "moe_mlp", "moe_modules", "output_stats"]
+__all__ = ["Gate", "Halves", "down_stats", "every_expert", "linear_stats", "moe_mlp", "moe_modules", "output_stats"]

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from sedetect import hf
-from sedetect.analysis import Analysis, Group, LayerArrays, Standing, groups_of, off_diagonal, standing
+from sedetect.analysis import Analysis, Group, LayerArrays, Standing, groups_of, new_analysis, off_diagonal, standing
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import NAMES, expert_matrices
-from sedetect.profiler import model_digest, model_name
+from sedetect.profiler import model_name
 from sedetect.routers import find_router
 from sedetect.streaming_weights import open_streamed
 
@@ -308,7 +308,7 @@ def analyze_weights(
     streamed = open_streamed(model, layers_of=_layers_with_experts, **options)
     groups = groups_of(hf.find_banks(streamed.model), layers)
     dense = None if against is None else _Dense(against, options)
-    result = Analysis("weights", model_name(streamed.model), model_digest(streamed.model), _dtype(streamed.model))
+    result = new_analysis("weights", streamed.model)
     result.settings = {"pairs": pairs, "against": None if dense is None else dense.name}
     seen: set[str] = set()
     by_layer = _by_layer(groups)
@@ -451,10 +451,6 @@ def _odd_shapes(group: Group, matrices: list[dict[str, torch.Tensor]]) -> set[st
         + ("its mean neuron alone" if width == first[1] else "nothing")
         for name, (neurons, width) in odd.items()
     }
-
-
-def _dtype(model: nn.Module) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _like(down: torch.Tensor) -> torch.Tensor:

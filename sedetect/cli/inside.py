@@ -1,35 +1,49 @@
 """sedetect analyze weights, outputs, routing: the analyses of "A Closer Look into Mixture-of-Experts"."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from sedetect.analysis import Analysis, LayerArrays, Standing, parse_layers
-from sedetect.cli.analyze import analyze
+from sedetect.analysis import Analysis, LayerArrays, parse_layers, read_texts
+from sedetect.analysis_tables import Cells, layer_name, layers_table, marked_experts, standings_tables
+from sedetect.cli.analyze import ChatTemplate, analyze
 from sedetect.cli.saliency import load_ranked
 from sedetect.cli.shared import (
+    Attn,
+    Backend,
+    BatchSize,
+    Data,
     Device,
     Dtype,
     Model,
     Output,
     Revision,
+    SeqLen,
+    Tokens,
     TrustRemoteCode,
     check_writable,
-    console,
     plain_table,
     print_line,
     print_whole,
     progress_bar,
 )
 from sedetect.errors import SedetectError
-from sedetect.stats import BankId
-from sedetect.weight_analysis import analyze_weights, standings, summarize
+from sedetect.output_analysis import analyze_outputs
+from sedetect.pipeline import calibration_windows, open_model
+from sedetect.routing_analysis import analyze_routing
+from sedetect.weight_analysis import analyze_weights
+
+DEFAULT_TEXT = "As an open source alternative to"  # the published analysis's
+_TEXT_LAYERS = 8  # that a table by token shows
 
 Layers = Annotated[str | None, typer.Option(help="numbers of layers: 0,5,10-12 (default: all with experts)")]
+Texts = Annotated[list[str] | None, typer.Option(help="a short text to show token by token; may be repeated")]
 Stats = Annotated[Path | None, typer.Option(help="statistics of this model, to mark its super experts (default: DIR)")]
+Figures = Annotated[bool, typer.Option("--figures", help="with -o: pictures of every layer, as PNG and SVG")]
 
 
 @analyze.command("weights")
@@ -40,75 +54,156 @@ def weights_command(
     stats: Stats = None,
     layers: Layers = None,
     output: Output = None,
+    figures: Figures = False,
     device: Device = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """How alike the experts of MODEL are in their weights, layer by layer, without running it."""
-    chosen = parse_layers(layers)
-    if output is not None:
-        check_writable(output)
-    options = {"device": device, "dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code}
+    _check(output, figures)
     with progress_bar("layers") as bar:
         task = bar.add_task("reading", total=None)
         result = analyze_weights(
             model,
             against=against,
-            layers=chosen,
+            layers=parse_layers(layers),
             pairs=pairs,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
-            **options,
         )
-    marked = _marked(result, stats, output)
-    _print_weights(result)
-    _print_standings(result, marked, standings)
-    _finish(result, output)
+    _finish(result, stats, output, figures)
 
 
-def _print_weights(result: Analysis) -> None:
-    names = {"similarity": "matrices", "neuron_similarity": "mean neurons", "matched": "matched", "r2": "R2"}
-    summaries = {bank: summarize(layer) for bank, layer in result.layers.items()}
-    shown = {field: name for field, name in names.items() if any(field in of for of in summaries.values())}
-    table = plain_table("layer", *shown.values())
-    for bank, of in summaries.items():
-        table.add_row(layer_name(bank), *(" ".join(f"{v:.2f}" for v in of.get(field, {}).values()) for field in shown))
-    print_whole(table)
-    matrices = ", ".join(next(iter(summaries.values()))["similarity"])
-    print_line(
-        f"{result.model}: cosines of {matrices}, means over the pairs of routed experts of a layer: whole matrices; their "
-        "mean neurons; whole matrices after their neurons were matched; R2: how much of the similarity of gate embeddings "
-        "that of mean neurons explains"
-    )
-    chance = [v for of in summaries.values() for v in of.get("chance", {}).values()]
-    if chance:
-        print_line(f"matched neurons of random matrices give {min(chance):.2f} to {max(chance):.2f}")
-    if "r2" in shown:
-        means = {name: fmean(of["r2"][name] for of in summaries.values() if "r2" in of) for name in matrices.split(", ")}
-        print_line(f"R2, mean of the layers: {', '.join(f'{name} {value:.2f}' for name, value in means.items())}")
-
-
-def _print_standings(
-    result: Analysis, marked: dict[str, str], of: Callable[[LayerArrays, int], dict[str, Standing]]
+@analyze.command("outputs")
+def outputs_command(
+    model: Model,
+    texts: Texts = None,
+    stats: Stats = None,
+    layers: Layers = None,
+    output: Output = None,
+    figures: Figures = False,
+    data: Data = None,
+    tokens: Tokens = 8192,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    chat_template: ChatTemplate = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    backend: Backend = None,
+    revision: Revision = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """A table for every marked expert: its numbers, beside those of its layer."""
-    for name, bank, expert in _places(result, marked):
-        layer = result.layers[bank]
-        print_line(f"{name} ({marked[name]}) among the {layer.experts} routed experts of its layer", "bold")
-        table = plain_table("", "value", "median", "place")
-        for what, one in of(layer, expert).items():
-            table.add_row(what, f"{one.value:.3g}", f"{one.median:.3g}", str(one.place))
-        console.print(table)
+    """How alike the outputs of MODEL's experts are, and whether its routers choose large ones: all experts on all tokens."""
+    _check(output, figures)
+    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn, "trust_remote_code": trust_remote_code}
+    cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": chat_template}
+    run = partial(analyze_outputs, layers=parse_layers(layers), batch_size=batch_size, backend=backend)
+    result = _over_text(run, model, options, texts, data, cut)
+    _finish(result, stats, output, figures)
 
 
-def layer_name(bank: BankId) -> str:
-    """A bank of routed experts as a row of a table: "L1", "encoder.L1", "L1 vision"."""
-    stack = "" if bank.stack == "decoder" else f"{bank.stack}."
-    return f"{stack}L{bank.layer} {bank.kind.removeprefix('routed').removeprefix('_')}".rstrip()
+@analyze.command("routing")
+def routing_command(
+    model: Model,
+    texts: Texts = None,
+    stats: Stats = None,
+    layers: Layers = None,
+    output: Output = None,
+    figures: Figures = False,
+    data: Data = None,
+    tokens: Tokens = 8192,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    chat_template: ChatTemplate = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Which experts MODEL chooses: their load in every layer and domain, together with whom, and token by token."""
+    _check(output, figures)
+    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn, "trust_remote_code": trust_remote_code}
+    cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": chat_template}
+    run = partial(analyze_routing, layers=parse_layers(layers), batch_size=batch_size)
+    result = _over_text(run, model, options, texts, data, cut)
+    _finish(result, stats, output, figures)
+
+
+def _check(output: Path | None, figures: bool) -> None:
+    """Fail before the work, not after it."""
+    if output is not None:
+        check_writable(output)
+    elif figures:
+        raise SedetectError("--figures: there is no folder for them; give one with -o DIR")
+    if figures:
+        _write_figures()
+
+
+def _write_figures() -> Callable[..., int]:
+    try:
+        from sedetect.report.write import write_pictures
+    except ModuleNotFoundError as error:
+        raise SedetectError(f"--figures needs {error.name}; install it with: pip install 'sedetect[report]'") from None
+    return write_pictures
+
+
+def _over_text(
+    run: Callable[..., Analysis],
+    model: str,
+    options: dict[str, Any],
+    texts: list[str] | None,
+    data: str | None,
+    cut: dict[str, Any],
+) -> Analysis:
+    """Load a model, cut the text, and run an analysis over both."""
+    loaded, tokenizer, notes = open_model(model, **options)
+    short = read_texts(tokenizer, [DEFAULT_TEXT] if texts is None else texts)
+    calibration = calibration_windows(loaded, tokenizer, data, **cut)
+    with progress_bar() as bar:
+        task = bar.add_task("running", total=calibration.used)
+        result = run(
+            loaded,
+            calibration.domains,
+            texts=short,
+            progress=lambda domain, done: bar.update(task, description=domain, advance=done),
+        )
+    result.notes += [*notes, *calibration.notes]
+    return result
+
+
+def _finish(result: Analysis, stats: Path | None, output: Path | None, figures: bool) -> None:
+    """Print the tables, and write what there is a folder for."""
+    marked = _marked(result, stats, output)
+    layers = layers_table(result)
+    print_line(f"{result.model}: {result.kind}", "bold")
+    _print_cells(layers)
+    print_line(layers.text)
+    for title, cells in standings_tables(result, marked).items():
+        print_line(title, "bold")
+        _print_cells(cells)
+    if result.kind != "weights":
+        _print_tokens(result, set(marked))
+    for note in result.notes:
+        print_line(f"note: {note}")
+    if output is not None:
+        print_line(f"written to {result.save(output)}")
+    if figures:
+        with progress_bar("pictures") as bar:
+            task = bar.add_task("figures", total=None)
+            count = _write_figures()(
+                result, marked, output / "figures", lambda n, of: bar.update(task, completed=n, total=of)
+            )
+        print_line(f"{count} pictures as PNG and SVG in {output / 'figures'}")
 
 
 def _marked(result: Analysis, stats: Path | None, output: Path | None) -> dict[str, str]:
-    """Verdict of every super expert and outlier of the statistics; those in the folder of results where none are given."""
+    """What marked_experts says of the statistics; of those in the folder of results where none are given."""
     if stats is None:
         if output is None or not (output / "stats.safetensors").is_file():
             return {}
@@ -116,21 +211,50 @@ def _marked(result: Analysis, stats: Path | None, output: Path | None) -> dict[s
     state, ranking = load_ranked(stats)
     if state.header.digest != result.digest:
         raise SedetectError(f"{stats}: statistics of another model ({state.header.model}); profile {result.model}")
-    return {str(e): e.verdict for e in ranking.super_experts + ranking.others if e.verdict in ("super", "outlier")}
+    return marked_experts(ranking)
 
 
-def _places(result: Analysis, marked: dict[str, str]) -> list[tuple[str, BankId, int]]:
-    """(name, bank, place among the members) of the marked experts that the analysis is of."""
-    return [
-        (name, bank, place)
-        for bank, layer in result.layers.items()
-        for place, name in enumerate(layer.members[: layer.experts])
-        if name in marked
-    ]
+def _print_cells(cells: Cells) -> None:
+    table = plain_table(*cells.columns)
+    for row in cells.rows:
+        table.add_row(*map(escape, row))
+    print_whole(table)
 
 
-def _finish(result: Analysis, output: Path | None) -> None:
-    for note in result.notes:
-        print_line(f"note: {note}")
-    if output is not None:
-        print_line(f"written to {result.save(output)}")
+def _print_tokens(result: Analysis, marked: set[str]) -> None:
+    """A table for every text: a row per token, a column per layer."""
+    known = [(bank, layer) for bank, layer in result.layers.items() if "text.index" in layer.arrays]
+    start, shown = 0, known[:_TEXT_LAYERS]
+    cell = _choice if result.kind == "routing" else _largest
+    for text in result.settings["texts"] if shown else ():
+        cells = Cells(["token", *(layer_name(bank) for bank, _ in shown)])
+        for place, token in enumerate(text["tokens"], start):
+            cells.rows.append([repr(token), *(cell(layer, place, marked) for _, layer in shown)])
+        start += len(text["tokens"])
+        _print_cells(cells)
+    if not result.settings["texts"] or not shown:
+        return
+    what = {
+        "routing": "experts chosen for each token, by routing weight",
+        "outputs": "the expert with the largest output for each token, its norm, and its place among the chosen (-: was not)",
+    }[result.kind]
+    more = f"; the first {len(shown)} of {len(known)} layers (--layers chooses)" if len(known) > len(shown) else ""
+    print_line(what + more + ("; *: one of those above" if marked else ""))
+
+
+def _choice(layer: LayerArrays, token: int, marked: set[str]) -> str:
+    return " ".join(f"{e}{'*' * (layer.members[e] in marked)}" for e in _chosen(layer, token))
+
+
+def _largest(layer: LayerArrays, token: int, marked: set[str]) -> str:
+    norms = layer.arrays["text.norm"][token, : layer.experts]
+    largest, chosen = int(norms.argmax()), _chosen(layer, token)
+    place = chosen.index(largest) + 1 if largest in chosen else "-"
+    return f"{largest}{'*' * (layer.members[largest] in marked)} {float(norms[largest]):.3g} {place}"
+
+
+def _chosen(layer: LayerArrays, token: int) -> list[int]:
+    """Experts that a token of the texts chose, the one with the largest routing weight first."""
+    index, weight = (layer.arrays[f"text.{name}"][token] for name in ("index", "weight"))
+    order = weight.argsort(descending=True, stable=True).tolist()
+    return [int(index[slot]) for slot in order if weight[slot] and 0 <= index[slot] < layer.experts]

@@ -160,7 +160,7 @@ class _Observer:
         if len(x) and self._sums.members == len(members):
             keep = self._keep and len(x) == self._length
             self._lost |= self._keep and not keep
-            step = max(1, _CHUNK.get(x.device.type, _CHUNK["cpu"]) // (len(members) * max(bank.hidden, 2 * bank.intermediate)))
+            step = chunk_tokens(len(members), bank.hidden, bank.intermediate, x.device)
             for start in range(0, len(x), step):
                 part = slice(start, start + step)
                 y = torch.cat([self._outputs(x[part]).float(), shared[:, part].float()])
@@ -221,6 +221,11 @@ class _Observer:
         if self._sums is None:
             found.append(f"{bank.id}: never ran")
         return found
+
+
+def chunk_tokens(members: int, hidden: int, intermediate: int, device: torch.device) -> int:
+    """How many tokens' outputs of all experts are in memory at a time."""
+    return max(1, _CHUNK.get(device.type, _CHUNK["cpu"]) // (members * max(hidden, 2 * intermediate)))
 
 
 class OutputSums:

@@ -1,12 +1,12 @@
 """What do the analyses of one MoE layer cost, beside the loops they replace?
 
-    python benchmarks/bench_analysis.py                     Qwen3-30B-A3B's layer (E 128, H 2048, I 768) in bfloat16 (CUDA)
-    python benchmarks/bench_analysis.py --device cpu        a small layer, to see that it runs
+    python benchmarks/bench_analysis.py                  Qwen3-30B-A3B's layer (E 128, H 2048, I 768), bfloat16, CUDA
+    python benchmarks/bench_analysis.py --device cpu     a small layer, to see that it runs
 
 Prints two tables, and the last line is the same as JSON. Weights of one layer:
 
-    loop       every pair of experts by torch.nn.functional.cosine_similarity in the weights' precision, as the published
-               notebooks have it (whose similarities are off by that precision)
+    loop       every pair of experts by torch.nn.functional.cosine_similarity in the weights' precision, as the
+               published notebooks have it (whose similarities are off by that precision)
     sedetect   one Gram matrix per matrix (S1), mean neurons (S2), the router's regression on them (S5)
 
 Outputs of all experts on all tokens, with mean cosines, norms, and the counts of router rank by norm rank:
@@ -15,8 +15,8 @@ Outputs of all experts on all tokens, with mean cosines, norms, and the counts o
     loop+bmm   the same outputs, all pairs of a token in one product, as one would write it with care
     torch, ...  sedetect.output_analysis: tokens in chunks, by the stages of that backend; angular similarities too
 
-memory is what a run takes at most beyond the layer itself. The variants' results are compared: difference is the largest
-between mean cosines and those of the loop.
+memory is what a run takes at most beyond the layer itself. The variants' results are compared: difference is the
+largest between mean cosines and those of the loop.
 """
 
 import argparse
@@ -134,7 +134,9 @@ def peak(run: Callable[[], object], device: str) -> float | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def compare(title: str, variants: dict[str, Callable[[], object]], rounds: int, device: str, console: Console) -> list[dict]:
+def compare(
+    title: str, variants: dict[str, Callable[[], object]], rounds: int, device: str, console: Console
+) -> list[dict]:
     memory = {name: peak(run, device) for name, run in variants.items()}
     seconds = interleaved(variants, rounds, device)
     first = next(iter(variants))
@@ -182,7 +184,9 @@ def main() -> None:
             outputs[backend] = lambda backend=backend: outputs_sedetect(layer, backend)
     report = {"benchmark": "analysis", "machine": machine(args.device), "shape": names}
     said = ", ".join(f"{name} {value}" for name, value in names.items())
-    report["weights"] = compare(f"weights of one layer, {args.device}: {said}", weights, args.rounds, args.device, console)
+    report["weights"] = compare(
+        f"weights of one layer, {args.device}: {said}", weights, args.rounds, args.device, console
+    )
     report["outputs"] = compare("outputs of all experts on all tokens", outputs, args.rounds, args.device, console)
     print(json.dumps(report))
 

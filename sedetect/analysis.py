@@ -1,4 +1,4 @@
-"""What the analyses of `sedetect analyze weights, outputs, routing` share: their file, and which experts stand side by side.
+"""What the analyses of `sedetect analyze weights, outputs, routing` share: their file, and who is compared with whom.
 
 The analyses are those of "A Closer Look into Mixture-of-Experts in Large Language Models" (arXiv 2406.18219).
 """
@@ -61,16 +61,20 @@ class Analysis:
     def save(self, folder: str | os.PathLike) -> Path:
         """Write folder/<kind>-analysis.safetensors, tensors named "<stack>.<layer>.<kind>/<array>", atomically."""
         path = file_of(folder, self.kind)
-        tensors = {f"{bank}/{name}": t.contiguous() for bank, of in self.layers.items() for name, t in of.arrays.items()}
+        tensors = {
+            f"{bank}/{name}": t.contiguous() for bank, of in self.layers.items() for name, t in of.arrays.items()
+        }
         header = {name: getattr(self, name) for name in ("model", "digest", "dtype", "settings", "notes")}
-        header["layers"] = {str(bank): {"experts": of.experts, "members": of.members} for bank, of in self.layers.items()}
+        header["layers"] = {
+            str(bank): {"experts": of.experts, "members": of.members} for bank, of in self.layers.items()
+        }
         metadata = {"format": f"sedetect-{self.kind}", "version": VERSION, "header": json.dumps(header)}
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike, kind: str) -> "Analysis":
-        """Read a file that save wrote. Raises SedetectError for a missing, foreign or damaged one, or another version."""
+        """Read what save wrote. Raises SedetectError for a missing, foreign or damaged file, or another version."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

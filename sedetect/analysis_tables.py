@@ -68,9 +68,9 @@ def _weights(result: Analysis) -> Cells:
     ]
     matrices = list(next(iter(summaries.values()))["similarity"])
     text = (
-        f"Cosines of {', '.join(matrices)}, means over the pairs of routed experts of a layer: whole matrices; their mean "
-        "neurons; whole matrices after their neurons were matched; R2: how much of the similarity of gate embeddings that "
-        "of mean neurons explains."
+        f"Cosines of {', '.join(matrices)}, means over the pairs of routed experts of a layer: whole matrices; their "
+        "mean neurons; whole matrices after their neurons were matched; R2: how much of the similarity of gate "
+        "embeddings that of mean neurons explains."
     )
     chance = [v for of in summaries.values() for v in of.get("chance", {}).values()]
     if chance:
@@ -88,10 +88,10 @@ def _outputs(result: Analysis) -> Cells:
     shown = _shown(names, summaries)
     rows = [[layer_name(bank), *(_three(of.get(name)) for name in shown)] for bank, of in summaries.items()]
     text = (
-        f"All experts on {sum(result.settings['domains'].values()):,} tokens. cosine, angular: similarity of two experts' "
-        "outputs, mean over tokens and pairs; chosen: share of the chosen experts that are among as many with the largest "
-        "outputs, and by chance; top: tokens whose first expert has the largest; correlation: of the ranks of router "
-        "logits and norms" + ("; shared: cosine of the shared expert and the routed ones." if "shared" in shown else ".")
+        f"All experts on {_tokens(result):,} tokens. cosine, angular: similarity of two experts' outputs, mean over "
+        "tokens and pairs; chosen: share of the chosen experts that are among as many with the largest outputs, and by "
+        "chance; top: tokens whose first expert has the largest; correlation: of the ranks of router logits and norms"
+        + ("; shared: cosine of the shared expert and the routed ones." if "shared" in shown else ".")
     )
     return Cells(["layer", *shown.values()], rows, text)
 
@@ -119,12 +119,16 @@ def _routing(result: Analysis) -> Cells:
             ]
         )
     text = (
-        f"{sum(result.settings['domains'].values()):,} tokens. busiest: the expert most tokens chose; effective: experts over "
-        "which the load spreads (exp of its entropy); router: over which a token's routing probabilities do, on average; "
+        f"{_tokens(result):,} tokens. busiest: the expert most tokens chose; effective: experts over which the load "
+        "spreads (exp of its entropy); router: over which a token's routing probabilities do, on average; "
         "off: share of a domain's load that lies elsewhere than that of all domains; pair: chosen together most, as a "
         f"multiple of chance (of those with {FEW_ROWS} common tokens or more)."
     )
     return Cells(["layer", "busiest", "share", "effective", "router", *domains, "pair", "lift"], rows, text)
+
+
+def _tokens(result: Analysis) -> int:
+    return sum(result.settings["domains"].values())
 
 
 def _shown(names: dict[str, str], summaries: dict[BankId, dict]) -> dict[str, str]:

@@ -28,7 +28,7 @@ _STEP = 1 / 16  # of the up half, by which a gate that is not known is taken apa
 
 
 def expert_matrices(model: nn.Module, bank: hf.Bank) -> dict[str, torch.Tensor]:
-    """{"gate": (E, I, H), "up": ..., "down": ...} of one bank, in the precision it computes in; views where they can be.
+    """{"gate": (E, I, H), "up": ..., "down": ...} of one bank, in the precision it computes in; views where possible.
 
     Experts without a gate have no "gate". Raises SedetectError for weights that cannot be read.
     """

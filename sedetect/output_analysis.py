@@ -1,8 +1,8 @@
 """How alike the outputs of a layer's experts are, and whether routers choose large ones: every expert on every token.
 
 In one forward of the model per batch: where a layer's experts are called, all of them are computed on all of its tokens
-beside what the layer itself computes, which stays as it is. y is a down_proj output before the routing weight, as in the
-statistics. Nothing of size (experts, tokens, width) is kept: tokens pass in chunks, of which only sums remain.
+beside what the layer itself computes, which stays as it is. y is a down_proj output before the routing weight, as in
+the statistics. Nothing of size (experts, tokens, width) is kept: tokens pass in chunks, of which only sums remain.
 
 Shared experts take part where they give the same tokens outputs of the same width. Where a model scales the input of an
 expert by its routing weight (Llama 4), every expert is given a token as its first choice is given it.
@@ -18,7 +18,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sedetect import hf, ops
-from sedetect.analysis import Analysis, Group, LayerArrays, Standing, Text, groups_of, new_analysis, off_diagonal, standing
+from sedetect.analysis import (
+    Analysis,
+    Group,
+    LayerArrays,
+    Standing,
+    Text,
+    groups_of,
+    new_analysis,
+    off_diagonal,
+    standing,
+)
 from sedetect.backends import check_backend
 from sedetect.calibration import Windows, batches
 from sedetect.expert_matrices import gate_states
@@ -335,8 +345,8 @@ def summarize(layer: LayerArrays) -> dict[str, float]:
 
 
 def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
-    """Where one routed expert stands among those of its layer: by the norms of its outputs on all tokens, and by how alike
-    they are to the others'."""
+    """Where one routed expert stands among those of its layer: by the norms of its outputs on all tokens, and by how
+    alike they are to the others'."""
     if not layer.arrays:
         return {}
     arrays, experts = layer.arrays, layer.experts

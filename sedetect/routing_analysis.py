@@ -1,4 +1,4 @@
-"""Which experts a model chooses: load, co-activation and entropy of every layer, and the choice for each token of a text.
+"""Which experts a model chooses: load, co-activation and entropy of every layer, and the choice for each token.
 
 A token's choice is what its layer's experts were called with. Slots of weight 0, and indices that are no expert of the
 bank (skip and identity experts), are nobody's.
@@ -39,8 +39,8 @@ def analyze_routing(
         batch_size: windows per forward.
         progress: called with (domain, tokens in the batch) after every batch.
     Returns:
-        an Analysis of the kind "routing"; of a layer with E experts, top-k and D domains, float32 unless it says otherwise:
-        load (D, E) int64: tokens that chose the expert, tokens (D,) int64: of all
+        an Analysis of the kind "routing"; of a layer with E experts, top-k and D domains, float32 unless it says
+        otherwise: load (D, E) int64: tokens that chose the expert, tokens (D,) int64: of all
         coactivation (E, E) int64: tokens that chose both; the diagonal is the load over all domains
         weight (E,): mean routing weight of the tokens that chose it, NaN for none
         entropy (D,): of softmax(router logits), mean over tokens, in nats; NaN where no router was found
@@ -87,15 +87,15 @@ def effective(load: torch.Tensor) -> float:
 
 
 def distance(load: torch.Tensor) -> torch.Tensor:
-    """(D,): how much of each domain's load (D, E) lies elsewhere than that of all domains together (total variation)."""
+    """(D,): how much of each domain's load (D, E) lies elsewhere than that of all domains (total variation)."""
     share = load.double() / load.sum(1, keepdim=True).clamp(min=1)
     of_all = load.double().sum(0) / load.sum().clamp(min=1)
     return (share - of_all).abs().sum(1) / 2
 
 
 def lift(coactivation: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(E, E): tokens that chose both experts, over what they would be if the two were chosen independently; NaN where one
-    was never chosen, and on the diagonal."""
+    """(E, E): tokens that chose both experts, over what they would be if the two were chosen independently; NaN where
+    one was never chosen, and on the diagonal."""
     load = coactivation.diagonal().double()
     found = coactivation.double() * tokens / (load[:, None] * load)
     return found.fill_diagonal_(torch.nan).masked_fill(~found.isfinite(), torch.nan)

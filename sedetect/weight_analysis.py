@@ -10,8 +10,8 @@ static ones of arXiv 2406.18219, over every routed bank and the shared experts o
     projection    principal components of whole matrices, and of neurons
 
 Here a matrix is (I, H), one row per neuron, whatever its layout; see sedetect.expert_matrices. Matrices of unequal
-shape have no similarity: it is NaN. Every similarity of a layer is one Gram matrix, in float32 by chunks that are summed
-in float64.
+shape have no similarity: it is NaN. Every similarity of a layer is one Gram matrix, in float32 by chunks that are
+summed in float64.
 """
 
 from collections.abc import Callable, Sequence
@@ -107,8 +107,8 @@ def vector_similarity(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def match_neurons(first: torch.Tensor, second: torch.Tensor) -> Matching:
-    """Put the neurons of the second matrix (I, H) in the order in which the sum of their cosines with those of the first is
-    largest (Hungarian algorithm)."""
+    """Put the neurons of the second matrix (I, H) in the order in which the sum of their cosines with those of the first
+    is largest (Hungarian algorithm)."""
     from scipy.optimize import linear_sum_assignment
     from scipy.stats import kendalltau
 
@@ -154,8 +154,8 @@ def project_matrices(stacks: Rows) -> Projection:
 def stray(scores: torch.Tensor) -> torch.Tensor:
     """(N,) bool: experts that DBSCAN puts into no cluster by the first two components of scores (N, 3).
 
-    The published analysis leaves such experts out of its picture of one model, with a radius of 50, which suits the spread
-    of that model's scores. Here it is 3 times the median distance to the 4th neighbour, whatever the spread.
+    The published analysis leaves such experts out of its picture of one model, with a radius of 50, which suits the
+    spread of that model's scores. Here it is 3 times the median distance to the 4th neighbour, whatever the spread.
     """
     from sklearn.cluster import DBSCAN
 
@@ -247,7 +247,9 @@ def analyze_group(
         found[f"{name}.neuron_similarity"] = _spread(vector_similarity(means), wide, stacks)
         flat = [matrix for stack in stacks for matrix in stack]
         found[f"{name}.norm"] = torch.stack([matrix.double().norm() for matrix in flat])
-        found[f"{name}.peak"] = torch.stack([matrix.abs().amax() if matrix.numel() else matrix.sum() for matrix in flat])
+        found[f"{name}.peak"] = torch.stack(
+            [matrix.abs().amax() if matrix.numel() else matrix.sum() for matrix in flat]
+        )
         projection = project_matrices([s for s, fits in zip(stacks, whole) if fits])
         found[f"{name}.scores"] = _spread_rows(projection.scores, whole, stacks)
         found[f"{name}.explained"] = projection.explained
@@ -291,8 +293,8 @@ def analyze_weights(
         model: a checkpoint folder or a hub name. device, dtype, revision, trust_remote_code: as in load_model.
         against: a dense model; the MLP of its layer of the same number takes part, under the name "F".
         layers: numbers of the layers; None for all that have routed experts.
-        pairs: pairs of experts to match in each layer, drawn at random (the same ones every time); all where there are no
-            more, none for 0.
+        pairs: pairs of experts to match in each layer, drawn at random (the same ones every time); all where there are
+            no more, none for 0.
         progress: called with (what is under way, steps done, steps in all); a step is a layer.
     Returns:
         an Analysis of the kind "weights"; the arrays of a layer are those of analyze_group.
@@ -341,8 +343,9 @@ def analyze_weights(
 
 
 def summarize(layer: LayerArrays) -> dict[str, dict[str, float]]:
-    """What the arrays of a layer come to, {number: {matrix: value}}: means over the pairs of routed experts of similarity and
-    neuron_similarity, over the matched pairs of unmatched, matched and tau; chance and r2. Without what was not taken."""
+    """What the arrays of a layer come to, {number: {matrix: value}}: means over the pairs of routed experts of similarity
+    and neuron_similarity, over the matched pairs of unmatched, matched and tau; chance and r2. Without what was not
+    taken."""
     found: dict[str, dict[str, float]] = {}
     for name in (name for name in NAMES if f"{name}.similarity" in layer.arrays):
         for field in ("similarity", "neuron_similarity"):
@@ -356,8 +359,8 @@ def summarize(layer: LayerArrays) -> dict[str, dict[str, float]]:
 
 
 def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
-    """Where one routed expert stands among those of its layer: by the norm and largest weight of its matrices, by how alike
-    they are to the others' on average ("gate neurons": their means), and by its gate embedding."""
+    """Where one routed expert stands among those of its layer: by the norm and largest weight of its matrices, by how
+    alike they are to the others' on average ("gate neurons": their means), and by its gate embedding."""
     found = {}
     for name in (name for name in NAMES if f"{name}.norm" in layer.arrays):
         found[f"|{name}|"] = standing(layer.arrays[f"{name}.norm"][: layer.experts], expert)
@@ -378,7 +381,7 @@ def _to_others(matrix: torch.Tensor, experts: int) -> torch.Tensor:
 
 
 def draw_pairs(matrices: list[dict[str, torch.Tensor]], number: int) -> list[tuple[int, int]]:
-    """So many pairs i < j of experts with matrices of the same shape as the first bank's, at random with a fixed seed."""
+    """So many pairs i < j of experts with matrices of the first bank's shape, at random with a fixed seed."""
     first = matrices[0]["down"].shape[1:]
     places, start = [], 0
     for of in matrices:
@@ -447,7 +450,7 @@ def _odd_shapes(group: Group, matrices: list[dict[str, torch.Tensor]]) -> set[st
     names = [bank.id.kind for bank in (group.routed, *group.shared)] + ["F"]
     odd = {name: of["down"].shape[1:] for name, of in zip(names, matrices) if of["down"].shape[1:] != first}
     return {
-        f"{name}: {neurons} neurons of width {width} where routed experts have {first[0]} of {first[1]}; it is compared by "
+        f"{name}: {neurons} neurons of width {width} where routed experts have {first[0]} of {first[1]}; compared by "
         + ("its mean neuron alone" if width == first[1] else "nothing")
         for name, (neurons, width) in odd.items()
     }
@@ -464,7 +467,11 @@ def _same(stacks: Rows, part: slice) -> list[bool]:
 
 def _spread(matrix: torch.Tensor, fits: list[bool], stacks: Rows) -> torch.Tensor:
     """(n, n) over the experts that fit as (N, N) over all, NaN elsewhere."""
-    at = torch.cat([torch.full((len(stack),), fit) for fit, stack in zip(fits, stacks)]).nonzero()[:, 0].to(matrix.device)
+    at = (
+        torch.cat([torch.full((len(stack),), fit) for fit, stack in zip(fits, stacks)])
+        .nonzero()[:, 0]
+        .to(matrix.device)
+    )
     number = sum(len(stack) for stack in stacks)
     full = matrix.new_full((number, number), torch.nan)
     full[at[:, None], at] = matrix

@@ -50,8 +50,15 @@ def _routed(family: str, own: dict[str, np.ndarray], number: int) -> Experts:
     if family in ("granitemoe", "jetmoe"):  # (E, 2I, H), the gate first; down (E, H, I)
         gate, up = np.split(own["input_linear.weight"], 2, axis=1)
         return {"gate": list(gate), "up": list(up), "down": [matrix.T for matrix in own["output_linear.weight"]]}
-    names = {"gate": "w1", "up": "w3", "down": "w2"} if family == "mixtral" else {n: f"{n}_proj" for n in ("gate", "up", "down")}
-    found = {n: [own[f"experts.{e}.{s}.weight"] for e in range(number) if f"experts.{e}.{s}.weight" in own] for n, s in names.items()}
+    names = (
+        {"gate": "w1", "up": "w3", "down": "w2"}
+        if family == "mixtral"
+        else {n: f"{n}_proj" for n in ("gate", "up", "down")}
+    )
+    found = {
+        n: [own[f"experts.{e}.{s}.weight"] for e in range(number) if f"experts.{e}.{s}.weight" in own]
+        for n, s in names.items()
+    }
     return {n: [m.T for m in matrices] if n == "down" else matrices for n, matrices in found.items() if matrices}
 
 

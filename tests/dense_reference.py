@@ -1,4 +1,4 @@
-"""Every expert on every token, as plain loops: what the eager model's experts modules are given, and what each would give.
+"""Every expert on every token, as plain loops: what the eager model's experts are given, and what each would give.
 
 GIVES[class name](module, expert, x (H,)) is the output of one expert, by the formula of its modelling file; modules
 behind transformers' experts interface use their own gate, as in conformance.py.
@@ -58,7 +58,7 @@ GIVES = {
 
 @dataclass
 class Heard:
-    """One layer of an eager forward: inputs of its experts (T, H), their routing where they are given it, the outputs of
+    """One layer of an eager forward: inputs of its experts (T, H), their routing where they are given it, outputs of
     shared MLPs by module path (T, H), and the input and the weight of its router."""
 
     module: nn.Module
@@ -81,8 +81,10 @@ class Heard:
 
 
 @torch.no_grad()
-def listen(model: nn.Module, ids: torch.Tensor, paths: dict[str, list[str]], routers: dict[str, str]) -> dict[str, Heard]:
-    """By path of an experts module; paths: to the paths of the down projections of its shared experts; routers: to the path
+def listen(
+    model: nn.Module, ids: torch.Tensor, paths: dict[str, list[str]], routers: dict[str, str]
+) -> dict[str, Heard]:
+    """By path of an experts module; paths: to those of the down projections of its shared experts; routers: to the path
     of the module with the router's matrix."""
     heard: dict[str, Heard] = {}
     early: dict[str, torch.Tensor] = {}  # shared experts and routers may come before the experts, or after them

@@ -1,4 +1,4 @@
-"""analyze outputs: every array against loops over experts and tokens, and a model that computes what it would without."""
+"""analyze outputs: every array against loops over experts and tokens; the model computes what it would without."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,10 @@ def close(mine, expected, tolerance=2e-5):
 
 def check_layer(arrays, heard, experts, short):
     """The arrays of one layer: heard on two windows; short: on a text."""
-    y = [np.concatenate([h.outputs(experts).numpy(), *(s[None].double().numpy() for s in h.shared.values())]) for h in heard]
+    y = [
+        np.concatenate([h.outputs(experts).numpy(), *(s[None].double().numpy() for s in h.shared.values())])
+        for h in heard
+    ]
     every = loops(np.concatenate(y, axis=1))
     tokens = every["norm"].shape[0]
     assert int(arrays["tokens"]) == tokens
@@ -95,7 +98,9 @@ def check_layer(arrays, heard, experts, short):
     assert (arrays["rank_counts"].numpy() == counts).all()
     if heard[0].index is not None:
         assert (arrays["chosen_ranks"].numpy() == chosen).all()
-    one = loops(np.concatenate([short.outputs(experts).numpy(), *(s[None].double().numpy() for s in short.shared.values())]))
+    one = loops(
+        np.concatenate([short.outputs(experts).numpy(), *(s[None].double().numpy() for s in short.shared.values())])
+    )
     close(arrays["text.cosine"], one["cosine"])
     close(arrays["text.norm"], one["norm"])
     scores = np.exp(short.logits().double().numpy())
@@ -140,7 +145,7 @@ def test_against_loops(family):
 
 @pytest.mark.parametrize("family", [name for name in available() if FAMILIES[name].refused is None])
 def test_every_architecture(family):
-    """It runs, the model's answer is the same (to the bit, behind the experts interface), and the numbers hang together."""
+    """It runs, the model's answer is the same (behind the experts interface, to the bit), the numbers hang together."""
     if family == "qwen3_omni_moe:talker":
         pytest.skip("takes embeddings, and no token ids")
     model = tiny_model(family, FAMILIES[family])
@@ -222,7 +227,10 @@ def test_every_expert(backend, transposed):
     experts, tokens, hidden, inner = 5, 7, 32, 48
     x = torch.randn(tokens, hidden, generator=generator)
     up, down = (torch.randn(experts, *s, generator=generator) * 0.2 for s in ((2 * inner, hidden), (hidden, inner)))
-    up_bias, down_bias = torch.randn(experts, 2 * inner, generator=generator), torch.randn(experts, hidden, generator=generator)
+    up_bias, down_bias = (
+        torch.randn(experts, 2 * inner, generator=generator),
+        torch.randn(experts, hidden, generator=generator),
+    )
     given = [w.transpose(1, 2).contiguous() if transposed else w for w in (up, down)]
     how = {"gate_up_bias": up_bias, "down_bias": down_bias, "transposed": transposed, "backend": backend}
     y = ops.every_expert(x, *given, Gate(), **how)

@@ -59,7 +59,9 @@ def check_layer(arrays, heard, experts):
         torch.testing.assert_close(arrays["text.weight"], heard[2].weights.float())
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "mixtral", "dbrx", "gemma4", "step3p7"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "mixtral", "dbrx", "gemma4", "step3p7"]
+)
 def test_against_loops(family):
     block, name, router, _ = PLACES[family]
     model = tiny_model(family, FAMILIES[family])

@@ -208,7 +208,8 @@ def check_gate(module, halves, states, neurons):
 
 def test_against_a_dense_model(checkpoint, tmp_path):
     config = MistralConfig(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96,
     )  # fmt: skip
     dense = MistralForCausalLM(config)
     dense.save_pretrained(tmp_path / "dense")

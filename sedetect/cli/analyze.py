@@ -166,7 +166,9 @@ def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], se
 
 def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
     print_line(residual.headline, "bold")
-    table = plain_table("layer", "max|x|", "/median", "channel", "pos", "token", "massive", "sink", "head max", left="token")
+    table = plain_table(
+        "layer", "max|x|", "/median", "channel", "pos", "token", "massive", "sink", "head max", left="token"
+    )
     for layer in residual.layers:
         table.add_row(
             str(layer.layer),
@@ -197,7 +199,9 @@ def _print_formations(formations: list[Formation]) -> None:
     places: dict[tuple[int, ...], list[Formation]] = defaultdict(list)
     for one in formations:
         places[one.layer, one.channel, one.position, one.token_id].append(one)
-    table = plain_table("formed in", "channel", "pos", "seqs", "before", "after", "attn", "writers", "up to", left="writers")
+    table = plain_table(
+        "formed in", "channel", "pos", "seqs", "before", "after", "attn", "writers", "up to", left="writers"
+    )
     for (layer, channel, position, _), same in list(places.items())[:_SHOWN]:
         one = max(same, key=lambda f: abs(f.after))
         shares = [f"{w.expert} {w.share:.0%}" for w in one.writers if abs(w.share) >= 0.05]

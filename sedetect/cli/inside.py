@@ -49,7 +49,9 @@ Figures = Annotated[bool, typer.Option("--figures", help="with -o: pictures of e
 @analyze.command("weights")
 def weights_command(
     model: Model,
-    against: Annotated[str | None, typer.Option(help="a dense model of the same width: its MLPs take part as F")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="a dense model of the same width: its MLPs take part as F")
+    ] = None,
     pairs: Annotated[int, typer.Option(help="pairs of experts per layer whose neurons are matched")] = 32,
     stats: Stats = None,
     layers: Layers = None,
@@ -98,9 +100,10 @@ def outputs_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """How alike the outputs of MODEL's experts are, and whether its routers choose large ones: all experts on all tokens."""
+    """All experts of MODEL on all tokens: how alike their outputs are, and whether its routers choose large ones."""
     _check(output, figures)
-    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
+    options |= {"trust_remote_code": trust_remote_code}
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": chat_template}
     run = partial(analyze_outputs, layers=parse_layers(layers), batch_size=batch_size, backend=backend)
     result = _over_text(run, model, options, texts, data, cut)
@@ -128,7 +131,8 @@ def routing_command(
 ) -> None:
     """Which experts MODEL chooses: their load in every layer and domain, together with whom, and token by token."""
     _check(output, figures)
-    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
+    options |= {"trust_remote_code": trust_remote_code}
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": chat_template}
     run = partial(analyze_routing, layers=parse_layers(layers), batch_size=batch_size)
     result = _over_text(run, model, options, texts, data, cut)
@@ -236,7 +240,7 @@ def _print_tokens(result: Analysis, marked: set[str]) -> None:
         return
     what = {
         "routing": "experts chosen for each token, by routing weight",
-        "outputs": "the expert with the largest output for each token, its norm, and its place among the chosen (-: was not)",
+        "outputs": "for each token the expert with the largest output, its norm, its place among the chosen (or -)",
     }[result.kind]
     more = f"; the first {len(shown)} of {len(known)} layers (--layers chooses)" if len(known) > len(shown) else ""
     print_line(what + more + ("; *: one of those above" if marked else ""))

@@ -48,8 +48,8 @@ class Evidence:
 
 
 def load_evidence(folder: str | os.PathLike) -> Evidence:
-    """Read stats.safetensors, and beside it domains/*.safetensors, run.json, residual.json, ablation.json, traces.json and
-    *-analysis.safetensors.
+    """Read stats.safetensors, and beside it domains/*.safetensors, *-analysis.safetensors, run.json, residual.json,
+    ablation.json and traces.json.
 
     Raises SedetectError for a folder without statistics, and for a file that is damaged or of another model.
     """

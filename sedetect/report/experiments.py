@@ -1,4 +1,4 @@
-"""What the page says of experiments: the residual stream, ablation, traces, analyses. Each gives the template's variables."""
+"""What the page says of experiments: the residual stream, ablation, traces, analyses. Each gives template variables."""
 
 import statistics
 from collections import defaultdict
@@ -142,8 +142,9 @@ def inside_section(evidence: Evidence) -> dict[str, Any]:
         layers = layers_table(result)
         special = {title: _table(cells) for title, cells in standings_tables(result, marked).items()}
         shown.append(
-            {"kind": kind, "title": titles[kind], "text": layers.text, "layers": _table(layers), "special": special, "notes": result.notes}
-        )  # fmt: skip
+            {"kind": kind, "title": titles[kind], "text": layers.text, "layers": _table(layers)}
+            | {"special": special, "notes": result.notes}
+        )
     return {"inside": shown}
 
 

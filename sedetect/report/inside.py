@@ -36,7 +36,14 @@ class Inside(Drawing):
         if of.marked:
             marks = self.on(f"{of.name}-marks").encode(x="row:N")
             rule = marks.mark_rule(color=self.colour["super"], strokeDash=[3, 3])
-            look = {"align": "left", "dx": 4, "dy": 6, "fontWeight": "bold", "fontSize": 12, "color": self.colour["super"]}
+            look = {
+                "align": "left",
+                "dx": 4,
+                "dy": 6,
+                "fontWeight": "bold",
+                "fontSize": 12,
+                "color": self.colour["super"],
+            }
             chart = alt.layer(rule, chart, marks.mark_text(**look).encode(text="expert:N", y=alt.value(0)))
         return self.chart(of.name, of.text, chart, 220)
 
@@ -48,9 +55,15 @@ class Inside(Drawing):
         legend = alt.Legend(title=of.value, format=".3~g", gradientLength=160, orient="top")
         x = alt.X("x:N", scale=alt.Scale(domain=of.columns), title=of.x, axis=self._axis(of.columns, 24, of))
         y = alt.Y("y:N", scale=alt.Scale(domain=of.rows), title=of.y, axis=self._axis(of.rows, 24, of))
-        tips = [alt.Tooltip("x:N", title=of.x), alt.Tooltip("y:N", title=of.y), alt.Tooltip("value:Q", title=of.value, format=".4~g")]
+        tips = [
+            alt.Tooltip("x:N", title=of.x),
+            alt.Tooltip("y:N", title=of.y),
+            alt.Tooltip("value:Q", title=of.value, format=".4~g"),
+        ]
         base = self.on(of.name)
-        layers = [base.mark_rect().encode(x=x, y=y, color=alt.Color("value:Q", scale=scale, legend=legend), tooltip=tips)]
+        layers = [
+            base.mark_rect().encode(x=x, y=y, color=alt.Color("value:Q", scale=scale, legend=legend), tooltip=tips)
+        ]
         for flag, channel in (("mx", "x"), ("my", "y")):
             for verdict in sorted({v for label, v in of.marked.items() if any(r[flag] for r in of.data[of.name])}):
                 labels = [label for label, v in of.marked.items() if v == verdict]

@@ -1,6 +1,7 @@
 """What the pictures of the analyses draw: lines by layer, grids of numbers, and points. report.inside draws them."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from sedetect.stats import BankId
 
 _MOST = 128  # rows or columns of a grid that a page shows, and neurons of a picture of states
 _OTHER = "other"
+_LAYER = re.compile(r"^(.*\.)?L\d+")
 
 
 @dataclass
@@ -45,8 +47,8 @@ class Picture:
 
 
 def pictures_of(result: Analysis, marked: dict[str, str], *, page: bool) -> list[Picture]:
-    """The pictures of an analysis; for a page, those of all layers together and of the layers with marked experts (or the
-    first), while a layer has no more experts than a page can show. marked: name -> verdict."""
+    """The pictures of an analysis; for a page, those of all layers together, and of the first layer with a super expert
+    (or the first) that has no more experts than a page can show. marked: name -> verdict."""
     whole = {"weights": _weights, "outputs": _outputs, "routing": _routing}[result.kind]
     found = [picture for picture in whole(result, marked) if any(picture.data.values())]
     of_layer = {"weights": _weights_of, "outputs": _outputs_of, "routing": _routing_of}[result.kind]
@@ -67,8 +69,16 @@ def _weights(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
     summaries = {bank: weight_analysis.summarize(layer) for bank, layer in result.layers.items()}
     for field_name, title, text in (
         ("similarity", "cosine of matrices", "Mean cosine of the routed experts' matrices in every layer."),
-        ("neuron_similarity", "cosine of mean neurons", "Mean cosine of the routed experts' mean neurons in every layer."),
-        ("matched", "cosine of matched matrices", "Mean cosine of two experts' matrices after their neurons were matched."),
+        (
+            "neuron_similarity",
+            "cosine of mean neurons",
+            "Mean cosine of the routed experts' mean neurons in every layer.",
+        ),
+        (
+            "matched",
+            "cosine of matched matrices",
+            "Mean cosine of two experts' matrices after their neurons were matched.",
+        ),
         ("r2", "R2", "How much of the similarity of gate embeddings that of mean neurons explains, in every layer."),
     ):
         values = {bank: of.get(field_name, {}) for bank, of in summaries.items()}
@@ -78,13 +88,14 @@ def _weights(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
 def _outputs(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
     summaries = {bank: output_analysis.summarize(layer) for bank, layer in result.layers.items()}
     chosen = {"chosen": "chosen experts", "by_chance": "by chance", "top": "first choice is the largest"}
-    for name, title, text, series in (
-        ("outputs-cosine", "cosine of outputs", "Mean cosine of two routed experts' outputs in every layer.", {"cosine": "routed experts", "shared": "shared with routed"}),
-        ("outputs-norms", "share", "How many of the chosen experts are among as many with the largest outputs, and by chance; and tokens whose first choice has the largest.", chosen),
-        ("outputs-correlation", "rank correlation", "Correlation of the ranks of router logits and of output norms, mean over tokens.", {"correlation": "logit and norm"}),
-    ):  # fmt: skip
+    alike = {"cosine": "routed experts", "shared": "shared with routed"}
+    for name, title, series, text in (
+        ("cosine", "cosine of outputs", alike, "Mean cosine of two routed experts' outputs in every layer."),
+        ("norms", "share", chosen, "How many of the chosen experts are among as many with the largest outputs."),
+        ("correlation", "rank correlation", {"correlation": "logit and norm"}, "Do router logits follow output norms?"),
+    ):
         values = {bank: {series[n]: v for n, v in of.items() if n in series} for bank, of in summaries.items()}
-        yield _lines(name, result, marked, values, title, text)
+        yield _lines(f"outputs-{name}", result, marked, values, title, text)
     counts = [layer.arrays["rank_counts"] for layer in result.layers.values() if "rank_counts" in layer.arrays]
     if counts and len({count.shape for count in counts}) == 1 and len(counts[0]) <= _MOST:
         yield _rank_counts("outputs-ranks", sum(counts), "over all layers")
@@ -97,11 +108,14 @@ def _routing(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
         if not layer.arrays["entropy"].isnan().any():
             entropy = (layer.arrays["entropy"].double() * layer.arrays["tokens"]).sum() / layer.arrays["tokens"].sum()
             values[bank]["router of a token"] = math.exp(float(entropy))
-    text = "Experts over which the load of a layer spreads, and over which a token's routing probabilities do (exp of entropy)."
+    text = "Experts over which the load of a layer spreads, and over which the routing probabilities of a token do."
     yield _lines("routing-effective", result, marked, values, "effective experts", text)
     experts = max(layer.experts for layer in result.layers.values())
     if experts <= _MOST:
-        share = {bank: of.arrays["load"].sum(0) / of.arrays["tokens"].sum().clamp(min=1) for bank, of in result.layers.items()}
+        share = {
+            bank: of.arrays["load"].sum(0) / of.arrays["tokens"].sum().clamp(min=1)
+            for bank, of in result.layers.items()
+        }
         names, rows = [str(e) for e in range(experts)], [layer_name(bank) for bank in share]
         table = torch.full((len(rows), experts), torch.nan)
         for row, values_of in enumerate(share.values()):
@@ -139,7 +153,9 @@ def _outputs_of(
     result: Analysis, name: str, bank: BankId, layer: LayerArrays, marked: dict[str, str], page: bool
 ) -> Iterator[Picture]:
     where, arrays = f"in {layer_name(bank)}", layer.arrays
-    yield _square(f"{name}-cosine", layer, arrays["cosine"], marked, f"Mean cosine of the outputs of two experts {where}.")
+    yield _square(
+        f"{name}-cosine", layer, arrays["cosine"], marked, f"Mean cosine of the outputs of two experts {where}."
+    )
     if not page:
         text = f"Mean angular similarity of the outputs of two experts {where}."
         yield _square(f"{name}-angular", layer, arrays["angular"], marked, text, "angular")
@@ -154,7 +170,9 @@ def _outputs_of(
     yield norms
     if "text.score" in arrays:
         text = f"Gate score (softmax) of every expert for each token {where}."
-        yield _by_token(f"{name}-text-scores", arrays["text.score"], labels[: layer.experts], tokens, layer, marked, text, "score")
+        yield _by_token(
+            f"{name}-text-scores", arrays["text.score"], labels[: layer.experts], tokens, layer, marked, text, "score"
+        )
     if page:
         return
     for place, token in enumerate(tokens):
@@ -212,13 +230,19 @@ def _lines(
     here = {row: names for row, names in here.items() if names}
     marks = [{"row": row, "expert": names} for row, names in here.items()]
     columns = [layer_name(bank) for bank in result.layers]
-    return Picture(name, "lines", text, {name: records, f"{name}-marks": marks}, "layer", title, title, columns, [], here)
+    return Picture(
+        name, "lines", text, {name: records, f"{name}-marks": marks}, "layer", title, title, columns, [], here
+    )
 
 
-def _square(name: str, layer: LayerArrays, table: torch.Tensor, marked: dict[str, str], text: str, value: str = "cosine") -> Picture:
+def _square(
+    name: str, layer: LayerArrays, table: torch.Tensor, marked: dict[str, str], text: str, value: str = "cosine"
+) -> Picture:
     """A table of pairs, without its diagonal."""
     labels = _labels(layer)[: len(table)]
-    return _grid(name, table.clone().fill_diagonal_(torch.nan), labels, labels, _marks(layer, marked), text, "expert", value)
+    return _grid(
+        name, table.clone().fill_diagonal_(torch.nan), labels, labels, _marks(layer, marked), text, "expert", value
+    )
 
 
 def _by_token(name, table, labels, tokens, layer, marked, text, value) -> Picture:
@@ -228,7 +252,9 @@ def _by_token(name, table, labels, tokens, layer, marked, text, value) -> Pictur
 def _rank_counts(name: str, counts: torch.Tensor, where: str) -> Picture:
     labels = [str(n + 1) for n in range(len(counts))]
     share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
-    text = f"For every rank of an expert's router logit, how often its output has each rank of norm, {where}; {len(counts)} is the largest."
+    text = (
+        f"How often an expert of each rank by router logit has each rank by norm, {where}; {len(counts)}: the largest."
+    )
     picture = _grid(name, share, labels, labels, {}, text, "rank of the logit", "share")
     picture.x = "rank of the norm"
     return picture
@@ -256,7 +282,13 @@ def _cells(
     for row, values in zip(rows, table.tolist(), strict=True):
         for column, value in zip(columns, values, strict=True):
             if math.isfinite(value):
-                yield {"x": column, "y": row, "value": float(f"{value:.4g}"), "mx": column in marks, "my": row in of_rows}
+                yield {
+                    "x": column,
+                    "y": row,
+                    "value": float(f"{value:.4g}"),
+                    "mx": column in marks,
+                    "my": row in of_rows,
+                }
 
 
 def _points(
@@ -275,14 +307,22 @@ def _points(
         for x, y, *_ in scores[place].reshape(-1, scores.shape[-1]).tolist():
             if math.isfinite(x):
                 verdict = marked.get(member, _OTHER)
-                records.append({"x": float(f"{x:.4g}"), "y": float(f"{y:.4g}"), "name": labels[place], "verdict": verdict, "stray": alone})
+                records.append(
+                    {
+                        "x": float(f"{x:.4g}"),
+                        "y": float(f"{y:.4g}"),
+                        "name": labels[place],
+                        "verdict": verdict,
+                        "stray": alone,
+                    }
+                )
     axes = [f"component {n + 1} ({float(share):.1%} of the variance)" for n, share in enumerate(shares[:2])]
     return Picture(name, "points", text, {name: records}, *axes, marked=_marks(layer, marked), columns=labels)
 
 
 def _labels(layer: LayerArrays) -> list[str]:
     """Members as an axis has them: "28", "shared", "F"."""
-    return [name.rpartition("E")[2] if place < layer.experts else name.rpartition(name[:2])[2] or name for place, name in enumerate(layer.members)]
+    return [_LAYER.sub("", name).removeprefix("E") for name in layer.members]
 
 
 def _marks(layer: LayerArrays, marked: dict[str, str]) -> dict[str, str]:

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 
 from sedetect.kernels import tiles
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.grouped import (
+    choose_tile,
     grouped_linear_torch,
     multiply,
     row_operand,
@@ -22,7 +24,11 @@ from sedetect.kernels.row_stats import RowStats, row_stats_torch
 
 
 def down_torch(
-    h: torch.Tensor, plan: Plan, weight: torch.Tensor, bias: torch.Tensor | None = None, transposed: bool = False
+    h: torch.Tensor,
+    plan: Plan,
+    weight: torch.Tensor | QuantizedWeights,
+    bias: torch.Tensor | None = None,
+    transposed: bool = False,
 ) -> tuple[torch.Tensor, RowStats]:
     """The down projection of every sorted row and its statistics.
 
@@ -39,7 +45,8 @@ def down_torch(
 @triton.jit
 def _down(
     X,  # (S, I), or its descriptor
-    W,  # (E, H, I) by strides, or its descriptor
+    W,  # (E, H, I) by strides, or its descriptor; as stored
+    Scale,  # of a quantized W, else None
     Bias,  # (E, H) or None
     Y,  # (S, H) - output; rows of no expert are not written
     Offsets,  # (E + 1,) int64
@@ -47,6 +54,7 @@ def _down(
     TileCount,  # (1,) int32
     stride_we, stride_wn, stride_wk,
     H: tl.constexpr, I: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SCALES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
@@ -60,11 +68,11 @@ def _down(
         column, valid = weight_columns(tile, H, BLOCK_N, 1)
         y = multiply(
             X, I,
-            W, stride_we, stride_wn, stride_wk,
+            W, stride_we, stride_wn, stride_wk, Scale,
             tl.minimum(row, end - 1).to(tl.int64), tl.where(valid, column, 0),
             first, expert if W_TMA else expert.to(tl.int64), tile,
             I, BLOCK_M, BLOCK_N, BLOCK_K, 1,
-            X_TMA, W_TMA, TRANSPOSED,
+            X_TMA, W_TMA, TRANSPOSED, SCALES,
         )  # fmt: skip
         if Bias is not None:
             y += tl.load(Bias + expert.to(tl.int64) * H + column, mask=valid, other=0).to(tl.float32)[None, :]
@@ -75,7 +83,7 @@ def _down(
 def down(
     h: torch.Tensor,
     plan: Plan,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeights,
     bias: torch.Tensor | None = None,
     transposed: bool = False,
 ) -> torch.Tensor:
@@ -84,17 +92,18 @@ def down(
     bias = None if bias is None else bias.contiguous()
     slots, hidden = len(plan.order), weight.shape[2 if transposed else 1]
     y = h.new_empty(slots, hidden)
-    tile = tiles.choose(tiles.DOWN, plan.schedule.rows, h.dtype, hidden, h.device)
+    tile = choose_tile(tiles.DOWN, weight, plan.schedule.rows, hidden, h.device)
     column_tiles = triton.cdiv(hidden, tile.n)
     if slots == 0:
         return y
-    operand, w_tma, strides = weight_operand(weight, transposed, tile)
+    operand = weight_operand(weight, transposed, tile)
     rows = row_operand(h, tile)
     grid = tiles.programs(tile, h.dtype, len(plan.schedule.tiles) * column_tiles, h.device)
     _down[(grid,)](
-        rows, operand, bias, y, plan.offsets, plan.schedule.tiles, plan.schedule.count,
-        *strides,
-        H=hidden, I=h.shape[1], X_TMA=rows is not h, W_TMA=w_tma, TRANSPOSED=transposed,
+        rows, operand.data, operand.scale, bias, y, plan.offsets, plan.schedule.tiles, plan.schedule.count,
+        *operand.strides,
+        H=hidden, I=h.shape[1], X_TMA=rows is not h, W_TMA=operand.tma, TRANSPOSED=transposed,
+        SCALES=operand.scales,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tiles.GROUP, FLATTEN=tile.flatten,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -8,14 +8,26 @@ import triton
 import triton.language as tl
 
 from sedetect.kernels import tiles
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate
-from sedetect.kernels.grouped import grouped_linear_torch, multiply, tile_at, weight_columns, weight_operand
+from sedetect.kernels.grouped import (
+    choose_tile,
+    grouped_linear_torch,
+    multiply,
+    tile_at,
+    weight_columns,
+    weight_operand,
+)
 from sedetect.kernels.plan import Plan, scheduled
 from sedetect.kernels.row_scan import largest
 
 
 def gate_up_torch(
-    x: torch.Tensor, plan: Plan, weight: torch.Tensor, bias: torch.Tensor | None = None, transposed: bool = False
+    x: torch.Tensor,
+    plan: Plan,
+    weight: torch.Tensor | QuantizedWeights,
+    bias: torch.Tensor | None = None,
+    transposed: bool = False,
 ) -> torch.Tensor:
     """The gate_up projection of every routed row, before the gate.
 
@@ -75,7 +87,8 @@ def _gate(
 @triton.jit(do_not_specialize=["slots"])
 def _gate_up(
     X,  # (T, H)
-    W,  # (E, COLUMNS, H) by strides, or its descriptor
+    W,  # (E, COLUMNS, H) by strides, or its descriptor; as stored
+    Scale,  # of a quantized W, else None
     Bias,  # (E, COLUMNS) or None
     Out,  # (S, I), (S, COLUMNS) without ACTIVATION - output; rows of no expert are not written
     Parts,  # (column tiles, S) float32 or None - output; largest |value| of each row in this tile
@@ -87,7 +100,7 @@ def _gate_up(
     H: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     LIMIT: tl.constexpr, SLOPE: tl.constexpr, SHIFT: tl.constexpr,
-    W_TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
+    W_TMA: tl.constexpr, TRANSPOSED: tl.constexpr, SCALES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     HALVED: tl.constexpr = GATED and ACTIVATION is not None
@@ -108,10 +121,10 @@ def _gate_up(
         column = tl.where(valid, column, 0)
         z = multiply(
             X, stride_xm,
-            W, stride_we, stride_wn, stride_wk,
+            W, stride_we, stride_wn, stride_wk, Scale,
             x_row, column, first, expert if W_TMA else expert.to(tl.int64), tile,
             H, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
-            False, W_TMA, TRANSPOSED,
+            False, W_TMA, TRANSPOSED, SCALES,
         )  # fmt: skip
         if Bias is not None:
             z += tl.load(Bias + expert.to(tl.int64) * COLUMNS + column).to(tl.float32)[None, :]
@@ -131,7 +144,7 @@ def _gate_up(
 def gate_up(
     x: torch.Tensor,
     plan: Plan,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeights,
     bias: torch.Tensor | None = None,
     transposed: bool = False,
     gate: Gate | None = None,
@@ -150,19 +163,20 @@ def gate_up(
     out = x.new_empty(slots, width)
     if slots == 0:
         return out, x.new_empty(1, 0, dtype=torch.float32) if parts else None
-    tile = tiles.choose(tiles.GATE_UP, plan.schedule.rows, x.dtype, columns, x.device)
-    operand, w_tma, strides = weight_operand(weight, transposed, tile, 2 if halved and not gate.interleaved else 1)
+    tile = choose_tile(tiles.GATE_UP, weight, plan.schedule.rows, columns, x.device)
+    operand = weight_operand(weight, transposed, tile, 2 if halved and not gate.interleaved else 1)
     column_tiles = triton.cdiv(width, tile.n // 2 if halved else tile.n)
     found = x.new_empty(column_tiles, slots, dtype=torch.float32) if parts else None
     gate, activation = (Gate(gated=False), None) if gate is None else (gate, gate.activation)
     grid = tiles.programs(tile, x.dtype, len(plan.schedule.tiles) * column_tiles, x.device)
     _gate_up[(grid,)](
-        x, operand, bias, out, found, plan.order, plan.offsets, plan.schedule.tiles, plan.schedule.count,
-        slots, x.stride(0), *strides,
+        x, operand.data, operand.scale, bias, out, found, plan.order, plan.offsets,
+        plan.schedule.tiles, plan.schedule.count,
+        slots, x.stride(0), *operand.strides,
         H=x.shape[1], COLUMNS=columns, TOP_K=plan.top_k,
         ACTIVATION=activation, GATED=gate.gated, INTERLEAVED=gate.interleaved,
         LIMIT=gate.limit, SLOPE=gate.slope, SHIFT=gate.shift,
-        W_TMA=w_tma, TRANSPOSED=transposed,
+        W_TMA=operand.tma, TRANSPOSED=transposed, SCALES=operand.scales,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tiles.GROUP, FLATTEN=tile.flatten,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate
 
 
@@ -21,7 +22,7 @@ class Call(NamedTuple):
 
     slots: int
     experts: int
-    weights: Sequence[object] = ()
+    weights: Sequence[torch.Tensor | QuantizedWeights] = ()
     transposed: bool = False
     biases: Sequence[torch.Tensor] = ()
     gate: Gate | None = None
@@ -29,3 +30,8 @@ class Call(NamedTuple):
     @property
     def quantized(self) -> bool:
         return not all(isinstance(weight, torch.Tensor) for weight in self.weights)
+
+    @property
+    def storage(self) -> set[torch.dtype]:
+        """The types that quantized weights are stored in."""
+        return {weight.storage for weight in self.weights if isinstance(weight, QuantizedWeights)}

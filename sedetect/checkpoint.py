@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sedetect.adapters import serve_quantized
 from sedetect.errors import SedetectError, shorten
 
 # Tried in this order: a text-only class leaves the vision tower of a multimodal checkpoint out.
@@ -123,6 +124,7 @@ def load_model(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _one_line_errors(name):
         config = AutoConfig.from_pretrained(name, **options)
+    method = _quantization(config)
     auto_class = _auto_class(name, config, trust_remote_code)
     if attn is not None:
         options["attn_implementation"] = attn
@@ -145,6 +147,13 @@ def load_model(
         _check_loaded(name, type(model).__name__, loaded)
         if "device_map" not in options and not any(p.is_meta for p in model.parameters()):  # see streaming_weights
             model = model.to(device)
+    if method == "mxfp4" and _quantization(model.config) is None:
+        warnings.warn(
+            f"{name}: transformers dequantized its MXFP4 experts (no GPU, or not the package kernels that it wants): the "
+            "same numbers from four times the memory; install kernels, or leave it so",
+            stacklevel=2,
+        )
+    serve_quantized(model)  # for good: without kernels its own forwards would raise
     return model.eval()
 
 
@@ -286,6 +295,13 @@ def _check_loaded(name: str, model: str, loaded: dict[str, Any]) -> None:
         )
     if unexpected := sorted(loaded["unexpected_keys"]):
         warnings.warn(f"{name}: {len(unexpected)} weights are not used by {model}, first {unexpected[0]}", stacklevel=3)
+
+
+def _quantization(config: PreTrainedConfig) -> str | None:
+    """Name of the method that a config says the weights are quantized by."""
+    given = getattr(config, "quantization_config", None)
+    method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+    return getattr(method, "value", method)
 
 
 def _refuse_unconverted(name: str, report: list[str]) -> None:

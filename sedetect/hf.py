@@ -10,13 +10,15 @@ object that was there. Experts outside the interface have adapters (sedetect.ada
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
@@ -24,6 +26,7 @@ from transformers.integrations.moe import ExpertsInterface
 from sedetect import compiled, ops
 from sedetect.adapters import NOT_MLPS, REFUSED, adapt
 from sedetect.errors import SedetectError
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
 from sedetect.kernels.update import Rows
 from sedetect.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear
@@ -43,6 +46,8 @@ class Bank:
 
     rows_of: asks the profile which token each of T rows is. state is made on the device of the first row it sees, or
     before, where the weights are. number: its name in compiled graphs.
+    here, group: where the ranks of an expert-parallel model share the experts, those of this rank, which alone state is
+    of, and the ranks.
     """
 
     id: BankId
@@ -58,6 +63,8 @@ class Bank:
     first_rows: bool = False
     gate: Gate | Callable[[torch.Tensor], torch.Tensor] | None = None
     top_k: int = 1
+    here: range | None = None
+    group: ProcessGroup | None = None
     state: BankStats | None = None
     served: set[str] = field(default_factory=set)
     fallbacks: set[str] = field(default_factory=set)
@@ -74,15 +81,17 @@ class Bank:
         if why is not None:
             self.fallbacks.add(why)
 
-    def empty(self, device: torch.device | str) -> BankStats:
+    def empty(self, device: torch.device | str, experts: int | None = None) -> BankStats:
+        """The state that has seen nothing, of so many experts; of all by default."""
         channels = (self.hidden, self.intermediate) if self.channels else None
+        optional = (channels, self.coactivation and self.experts > 1)
         first_rows = self.first_rows and self.id.kind.startswith("routed")
-        return BankStats.empty(self.experts, device, channels, self.coactivation and self.experts > 1, first_rows)
+        return BankStats.empty(experts or self.experts, device, *optional, first_rows)
 
     def prepare(self, device: torch.device) -> BankStats:
         """The state on this device."""
         if self.state is None or (self.state.counts.device != device and not self.served):
-            self.state = self.empty(device)
+            self.state = self.empty(device, None if self.here is None else len(self.here))
         return self.state
 
     def compute(self, state: BankStats, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
@@ -126,7 +135,7 @@ class SubstitutedDown(nn.Module):
 def measure(bank: Bank) -> Callable[..., torch.Tensor]:
     """The call for attach that computes a bank by our ops and updates its state."""
     if bank.routed and getattr(bank.module, "fusable", True):
-        bank.gate = _gate(bank)
+        bank.gate = gate_of(bank)
     weight = bank.module.down_proj if bank.routed else getattr(bank.module, "weight", None)
     # A graph that made the state would have to be compiled again where it finds one.
     if isinstance(weight, torch.Tensor) and not weight.is_meta:
@@ -182,6 +191,10 @@ def _compute_down(bank: Bank, state: BankStats, rows: Rows, x: torch.Tensor) -> 
         y = ops.linear_stats(flat, original.weight, original.bias, state, **how)
         return y.reshape(*x.shape[:-1], y.shape[-1])
     y = original(x)
+    weight = getattr(original, "weight", None)
+    if isinstance(weight, DTensor) and any(p.is_shard(1) for p in weight.placements):
+        # Split by tensor parallelism: y is whole, but this rank has a part of every row of x.
+        flat = _gathered(flat, weight.device_mesh.get_group())
     ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, **how)
     return y
 
@@ -196,21 +209,16 @@ def find_banks(model: nn.Module) -> list[Bank]:
     for path, module in model.named_modules():
         _refuse_unreachable(path, module, known)
     for path, experts in routed:
-        _refuse_weights(path, experts)
+        _refuse_weights(model, path, experts)
     if not routed:
         raise SedetectError(f"{type(model).__name__}: no MoE layer found; give a Mixture-of-Experts model")
     inside = tuple(f"{path}." for path, _ in routed)
     stacks = _stacks([path for path, _ in routed])
     expert_classes = {type(e) for _, listed in routed if isinstance(listed, ListedExperts) for e in listed.experts}
     mlps = [
-        (f"{path}.{name}" if path else name, child)
-        for path, module in model.named_modules()
-        for name, child in module.named_children()
-        if name in (EXPERT_DOWN_NAMES if type(module) in expert_classes else DOWN_NAMES)
-        and is_linear(child)
-        and any(hasattr(module, up) for up in _UP_NAMES)
-        and not f"{path}.{name}".startswith(inside)
-        and _layer(path)[0] in stacks
+        (path, child)
+        for path, child in _mlps(model, expert_classes)
+        if not path.startswith(inside) and _layer(path)[0] in stacks
     ]
     layers = {_layer(path) for path, _ in routed}
     taken: dict[tuple[str, int, str], int] = defaultdict(int)
@@ -230,11 +238,35 @@ def find_banks(model: nn.Module) -> list[Bank]:
         hidden, intermediate = reversed(matrix) if module.is_transposed else matrix
         inner = getattr(module, "inner_path", "")
         add(path + inner, module, getattr(module, "kind", "routed"), (experts, hidden, intermediate))
+        if isinstance(module.down_proj, DTensor):
+            mesh, own = module.down_proj.device_mesh, len(module.down_proj.to_local())
+            first = own * mesh.get_local_rank()
+            banks[-1].here, banks[-1].group = range(first, first + own), mesh.get_group()
     for path, module in mlps:
         # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
         kind = "shared" if "shared" in path or _layer(path) in layers else "dense"
         add(path, module, kind, (1, module.out_features, module.in_features))
     return sorted(banks, key=lambda bank: bank.id)
+
+
+def find_dense(model: nn.Module) -> list[Bank]:
+    """The MLPs of a model without experts, in layer order. Raises SedetectError where it has none."""
+    mlps = [(path, child) for path, child in _mlps(model) if _layer(path)[1] >= 0]
+    if not mlps:
+        raise SedetectError(f"{type(model).__name__}: no MLP with a down projection found; give a dense language model")
+    stacks = _stacks([path for path, _ in mlps])
+    banks = []
+    for path, module in mlps:
+        prefix, layer = _layer(path)
+        bank = BankId(stacks[prefix], layer, "dense")
+        banks.append(Bank(bank, path, module, 1, module.out_features, module.in_features))
+    return sorted(banks, key=lambda bank: bank.id)
+
+
+def layer_path(bank: Bank) -> str:
+    """Module path of the layer that a bank is in."""
+    prefix, layer = _layer(bank.path)
+    return f"{prefix}.{layer}"
 
 
 def attach(
@@ -249,8 +281,12 @@ def attach(
     A routed bank's call gets (module, x, top_k_index, top_k_weights), another's (down_proj module, x). A call may
     step in before what was attached earlier (an ablation inside a profile): see run_inner. computes says that the calls
     do not let it run, but compute by themselves (a profile). With innermost, the call of a routed bank steps in after
-    all that pass on, and sees the routing that ablations leave.
+    all that pass on, and sees the routing that ablations leave. Raises SedetectError where a call would see the experts
+    of one rank alone.
     """
+    shared = next((bank for bank, _ in calls if bank.here is not None and not computes), None)
+    if shared is not None:
+        raise SedetectError(f"{shared.path}: expert-parallel models are profiled, nothing else; load it on one device")
     with ExitStack() as undo:
         for bank, call in calls:
             if bank.routed:
@@ -297,15 +333,28 @@ def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
     return {bank.id.stack: len(model.get_submodule(_layer(bank.path)[0])) for bank in banks}
 
 
-def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
+def gate_of(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     """The module's gate as a Gate that a kernel can fuse, where one agrees with it; else its own function."""
     module = bank.module
+    holder = module.module if isinstance(module, Adapter) else module
     own = module._apply_gate if module.has_gate else module.act_fn
-    config = {name: value for name, value in vars(module.config).items() if "limit" in name}
-    limits = [value for value in (*vars(module).values(), *config.values()) if isinstance(value, float) and value > 0]
+    config = {name: value for name, value in vars(getattr(holder, "config", module.config)).items() if "limit" in name}
+    limits = [value for value in (*vars(holder).values(), *config.values()) if isinstance(value, float) and value > 0]
     weight = module.down_proj
     device = "cpu" if weight.is_meta else weight.device
-    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), weight.dtype, device) or own
+    # The type of the activations is not known before they come where weights are quantized: 16 bits is the strictest.
+    dtype = torch.bfloat16 if isinstance(weight, QuantizedWeights) else weight.dtype
+    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), dtype, device) or own
+
+
+def _mlps(model: nn.Module, expert_classes: Collection[type] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """The down projections of MLPs, by path; expert_classes: of modules that are also an expert's."""
+    for path, module in model.named_modules():
+        names = EXPERT_DOWN_NAMES if type(module) in expert_classes else DOWN_NAMES
+        if any(hasattr(module, up) for up in _UP_NAMES):
+            for name, child in module.named_children():
+                if name in names and is_linear(child):
+                    yield f"{path}.{name}" if path else name, child
 
 
 def _layer(path: str) -> tuple[str, int]:
@@ -357,22 +406,38 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return plain and module.weight.dtype in _FLOATS
 
 
-def _refuse_weights(path: str, experts: nn.Module) -> None:
+def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:
     """Raise for experts whose down_proj is stored in a way that cannot be measured."""
     module = experts.module if isinstance(experts, Adapter) else experts
     name, weight = type(module).__name__, experts.down_proj
-    if isinstance(weight, DTensor) and any(p.is_shard() and p.dim != 0 for p in weight.placements):
+    placements = weight.placements if isinstance(weight, DTensor) else ()
+    if any(p.is_shard() and p.dim != 0 for p in placements):
         raise SedetectError(
             f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
             "load the model with its expert-parallel plan instead"
         )
-    if getattr(module, "_is_expert_parallel", False):
-        raise SedetectError(f"{path} ({name}): expert-parallel experts are not supported yet; load it on one device")
+    parallel = getattr(model.config, "distributed_config", None)
+    shared = getattr(parallel, "enable_expert_parallel", False)
+    if placements or shared:
+        whole = shared and len(placements) == 1  # whole experts, whose numbers their place tells
+        same = whole and getattr(parallel, "ep_size", parallel.tp_size) == parallel.tp_size  # rows on every rank
+        if not same or getattr(parallel, "ep_implementation", "auto") not in ("auto", "all_reduce"):
+            raise SedetectError(
+                f"{path} ({name}): its ranks send each other rows, or hold experts in a form that does not tell which; "
+                "load the model unquantized with DistributedConfig(tp_size=N, ep_size=N), or on one device"
+            )
     if weight.dtype not in _FLOATS:
         raise SedetectError(
             f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
             "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"
         )
+
+
+def _gathered(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """The whole of rows that are split over ranks: (T, I / ranks) -> (T, I)."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
 
 
 def _refuse_unreachable(path: str, module: nn.Module, known: list[str]) -> None:

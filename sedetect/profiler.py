@@ -3,19 +3,21 @@
 import json
 import uuid
 from contextlib import ExitStack
+from functools import reduce
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 
 from sedetect import compiled, hf
+from sedetect.adapters import serve_quantized
 from sedetect.backends import check_backend, missing_fast_path
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError
-from sedetect.quantized import serve_linears
 from sedetect.rows import Batch
 from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, digest
 from sedetect.tracking import TrackedModel
@@ -24,7 +26,7 @@ from sedetect.version import __version__
 # Of a config: says nothing of what the model computes, or changes with the release or the options that read it.
 _VOLATILE = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "return_dict",
-    "output_attentions", "output_hidden_states", "output_router_logits",
+    "output_attentions", "output_hidden_states", "output_router_logits", "distributed_config",
 }  # fmt: skip
 
 
@@ -60,6 +62,12 @@ class Profile:
             bank.rows_of = self._tracked.rows_of
             bank.backend, bank.channels, bank.coactivation = backend, channels, coactivation
             bank.first_rows = first_rows
+        parallel = next((bank for bank in self._banks if bank.here is not None), None)
+        if parallel is not None and coactivation:
+            raise SedetectError(
+                f"{parallel.path}: coactivation of experts on different ranks is seen by none; leave it out, or load "
+                "the model on one device"
+            )
         self._digest = model_digest(self._model)
         self._exit = ExitStack()
 
@@ -70,7 +78,7 @@ class Profile:
                     f"{bank.path}: sedetect is attached already; leave the other context of this model first"
                 )
         with ExitStack() as stack:
-            restore, served = serve_linears(self._model)
+            restore, served = serve_quantized(self._model)
             stack.callback(restore)
             if served:
                 self._tracked.tracker.notes.add(
@@ -88,6 +96,25 @@ class Profile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
+        if kind is None:
+            self._join_ranks()
+
+    def _join_ranks(self) -> None:
+        """Give every rank of an expert-parallel model the statistics of all experts; all ranks come here together."""
+        banks = [bank for bank in self._banks if bank.here is not None]
+        if not banks:
+            return
+        parts: list = [None] * dist.get_world_size(banks[0].group)
+        dist.all_gather_object(parts, [self._state(bank) for bank in banks], group=banks[0].group)
+        for bank, states in zip(banks, zip(*parts, strict=True), strict=True):
+            bank.state, bank.here = reduce(BankStats.merge, states), None
+
+    def _state(self, bank: hf.Bank) -> BankStats:
+        """What a bank has seen, of all its experts, on the CPU."""
+        if bank.state is None:
+            return bank.empty("cpu")
+        state = bank.state.to("cpu")
+        return state if bank.here is None else state.among(bank.here.start, bank.experts)
 
     def batch(
         self,
@@ -127,8 +154,10 @@ class Profile:
                 notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
             elif bank.backend is None and (why := missing_fast_path(bank.state.counts.device, self._model.dtype)):
                 notes.add(why)
+            if bank.here is not None:
+                notes.add(f"experts of other ranks are not in it: leave the profile on all {dist.get_world_size()} first")
             notes.update(f"{bank.id}: {why}" for why in bank.fallbacks)
-            banks[bank.id] = bank.empty("cpu") if bank.state is None else bank.state.to("cpu")
+            banks[bank.id] = self._state(bank)
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
         tokens, sequences = tracker.totals()
         header = Header(

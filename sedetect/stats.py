@@ -163,6 +163,16 @@ class BankStats:
             }
         )
 
+    def among(self, first: int, num_experts: int) -> "BankStats":
+        """The state of num_experts experts: these are those from first on, the others have seen nothing. It keeps no
+        coactivation, which is of all experts or of none."""
+        channels = None if self.channel_max is None else (self.channel_max.shape[1], self.in_channel_max.shape[1])
+        whole = BankStats.empty(num_experts, self.counts.device, channels, first_rows=self.published_max is not None)
+        for f in fields(self):
+            if (own := getattr(self, f.name)) is not None and f.name != "coactivation":
+                getattr(whole, f.name)[first : first + self.num_experts] = own
+        return whole
+
     def merge(self, other: "BankStats") -> "BankStats":
         """The state of both. Source numbers must mean the same in both (ModelStats.merge sees to it).
 

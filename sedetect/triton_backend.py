@@ -30,7 +30,13 @@ class TritonBackend:
             return f"it serves CUDA tensors, these are on {device}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it has no kernel for {dtype}"
-        return "the weights are quantized" if call is not None and call.quantized else None
+        if call is None:
+            return None
+        if not call.storage <= {torch.float8_e4m3fn, torch.uint8}:
+            return "the weights are quantized in a form that it has no kernel for"
+        if torch.float8_e4m3fn in call.storage and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            return "the weights are FP8, which takes compute capability 8.9"
+        return None
 
     def suits(self, call: Call) -> bool:
         """Whether it may be chosen by itself for a call that it does not refuse."""

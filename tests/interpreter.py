@@ -1,7 +1,8 @@
 """Run Triton kernels on the CPU: imported before triton where there is no GPU, and repairs what its interpreter lacks.
 
-triton 3.6's interpreter multiplies bfloat16 as integers, truncates where the hardware rounds to nearest, turns
-one-element arrays into integers in a way that numpy 2.4 refuses, and reduces by a function element by element.
+triton 3.6's interpreter multiplies bfloat16 as integers, truncates where the hardware rounds to nearest, reads the NaN
+of FP8 as a number, turns one-element arrays into integers in a way that numpy 2.4 refuses, and reduces by a function
+element by element.
 """
 
 import functools
@@ -22,8 +23,9 @@ def _repair() -> None:
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    cast, dot, patch_tensor = (
+    cast, cast_float, dot, patch_tensor = (
         InterpreterBuilder.cast_impl,
+        InterpreterBuilder.create_fp_to_fp,
         InterpreterBuilder.create_dot,
         interpreter._patch_lang_tensor,
     )
@@ -36,6 +38,12 @@ def _repair() -> None:
         if types == (tl.bfloat16, tl.float32):
             return TensorHandle(_bfloat16(source.data).float().numpy(), tl.float32)
         return cast(self, source, target)
+
+    def repaired_cast_float(self, source, target, rounding):
+        if (source.dtype.scalar, target.scalar) == (tl.float8e4nv, tl.float32):
+            bits = torch.from_numpy(np.ascontiguousarray(source.data))
+            return TensorHandle(bits.view(torch.float8_e4m3fn).float().numpy(), tl.float32)
+        return cast_float(self, source, target, rounding)
 
     def repaired_dot(self, a, b, *rest):
         if a.dtype.scalar == tl.bfloat16:
@@ -52,6 +60,7 @@ def _repair() -> None:
         return [functools.reduce(self.combine_fn.fn, slices)]
 
     InterpreterBuilder.cast_impl = repaired_cast
+    InterpreterBuilder.create_fp_to_fp = repaired_cast_float
     InterpreterBuilder.create_dot = repaired_dot
     interpreter._patch_lang_tensor = repaired_tensor
     interpreter.ReduceOps.generic_reduce = repaired_reduce

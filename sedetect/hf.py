@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
-from sedetect import ops
+from sedetect import compiled, ops
 from sedetect.adapters import NOT_MLPS, REFUSED, adapt
 from sedetect.errors import SedetectError
 from sedetect.kernels.dequantize import QuantizedWeights
@@ -44,9 +44,9 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Bank:
     """One bank of a live model.
 
-    rows_of: asks the profile which token each of T rows is. state is made on the device of the first row it sees.
-    here, group: where the ranks of an expert-parallel model share the experts, those of this rank, which alone state is
-    of, and the ranks.
+    rows_of: asks the profile which token each of T rows is. state is made on the device of the first row it sees, or
+    before, where the weights are. number: its name in compiled graphs. here, group: where the ranks of an
+    expert-parallel model share the experts, those of this rank, which alone state is of, and the ranks.
     """
 
     id: BankId
@@ -59,6 +59,7 @@ class Bank:
     backend: str | None = None
     channels: bool = False
     coactivation: bool = False
+    first_rows: bool = False
     gate: Gate | Callable[[torch.Tensor], torch.Tensor] | None = None
     top_k: int = 1
     here: range | None = None
@@ -66,6 +67,7 @@ class Bank:
     state: BankStats | None = None
     served: set[str] = field(default_factory=set)
     fallbacks: set[str] = field(default_factory=set)
+    number: int = -1
 
     @property
     def routed(self) -> bool:
@@ -78,17 +80,28 @@ class Bank:
         if why is not None:
             self.fallbacks.add(why)
 
+    def empty(self, device: torch.device | str, experts: int | None = None) -> BankStats:
+        """A state that has seen nothing, of all experts or so many."""
+        channels = (self.hidden, self.intermediate) if self.channels else None
+        coactivation = self.coactivation and self.experts > 1
+        first_rows = self.first_rows and self.id.kind.startswith("routed")
+        return BankStats.empty(experts or self.experts, device, channels, coactivation, first_rows)
+
     def prepare(self, device: torch.device) -> BankStats:
         """The state on this device."""
-        if self.state is None:
-            channels = (self.hidden, self.intermediate) if self.channels else None
-            coactivation = self.coactivation and self.experts > 1
-            experts = self.experts if self.here is None else len(self.here)
-            self.state = BankStats.empty(experts, device, channels, coactivation)
+        if self.state is None or (self.state.counts.device != device and not self.served):
+            self.state = self.empty(device, self.experts if self.here is None else len(self.here))
         return self.state
 
+    def compute(self, state: BankStats, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
+        """The module's result, from (x, top_k_index, top_k_weights) where it is routed, else from (x,)."""
+        return _compute_experts(self, state, rows, *inputs) if self.routed else _compute_down(self, state, rows, *inputs)
 
-@torch.compiler.disable
+    def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the result of an x of this dtype."""
+        return dtype if self.routed or not _is_plain_linear(self.module) else self.module.weight.dtype
+
+
 def experts_forward(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
     """The registered experts implementation: x (T, H), routing (T, k) twice -> (T, H), by what attach was given."""
     return module.config.sedetect_call(module, *args)
@@ -114,7 +127,6 @@ class SubstitutedDown(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["original"], name)
 
-    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.call(self.original, x)
 
@@ -123,16 +135,30 @@ def measure(bank: Bank) -> Callable[..., torch.Tensor]:
     """The call for attach that computes a bank by our ops and updates its state."""
     if bank.routed and getattr(bank.module, "fusable", True):
         bank.gate = gate_of(bank)
-    return partial(_measure_experts if bank.routed else _measure_down, bank)
+    weight = bank.module.down_proj if bank.routed else getattr(bank.module, "weight", None)
+    # A graph that made the state would have to be compiled again where it finds one.
+    if isinstance(weight, torch.Tensor) and not weight.is_meta:
+        bank.prepare(weight.device)
+    return partial(_measure, bank)
 
 
-def _measure_experts(
-    bank: Bank, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+def _measure(bank: Bank, module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+    tokens = len(routing[0]) if routing else x.shape[:-1].numel()
+    state, rows = bank.prepare(x.device), bank.rows_of(bank, tokens, x.device)
+    if torch.compiler.is_compiling():
+        return compiled.measure(bank, rows, x, *routing)
+    return bank.compute(state, rows, x, *routing)
+
+
+def _compute_experts(
+    bank: Bank,
+    state: BankStats,
+    rows: Rows,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    bank.top_k = top_k_index.shape[-1]
-    device, tokens = hidden_states.device, len(top_k_index)
-    down = module.down_proj
-    state, rows = bank.prepare(device), bank.rows_of(bank, tokens, device)
+    module, bank.top_k = bank.module, top_k_index.shape[-1]
     how = {"rows": rows, "backend": bank.backend, "served": bank.note}
     if isinstance(module, Adapter):
         how |= {"gate": bank.gate} if module.fusable else {}
@@ -144,7 +170,7 @@ def _measure_experts(
         top_k_index,
         top_k_weights,
         getattr(module, up),
-        down,
+        module.down_proj,
         bank.gate,
         state,
         gate_up_bias=getattr(module, f"{up}_bias") if module.has_bias else None,
@@ -156,19 +182,19 @@ def _measure_experts(
     return out.reshape(hidden_states.shape)
 
 
-def _measure_down(bank: Bank, original: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _compute_down(bank: Bank, state: BankStats, rows: Rows, x: torch.Tensor) -> torch.Tensor:
     """A plain nn.Linear is computed by our op; anything else (quantized, offloaded) computes itself and is read."""
-    flat = x.reshape(-1, x.shape[-1])
-    how = {"rows": bank.rows_of(bank, len(flat), x.device), "backend": bank.backend, "served": bank.note}
+    original, flat = bank.module, x.reshape(-1, x.shape[-1])
+    how = {"rows": rows, "backend": bank.backend, "served": bank.note}
     if _is_plain_linear(original):
-        y = ops.linear_stats(flat, original.weight, original.bias, bank.prepare(x.device), **how)
+        y = ops.linear_stats(flat, original.weight, original.bias, state, **how)
         return y.reshape(*x.shape[:-1], y.shape[-1])
     y = original(x)
     weight = getattr(original, "weight", None)
     if isinstance(weight, DTensor) and any(p.is_shard(1) for p in weight.placements):
         # Split by tensor parallelism: y is whole, but this rank has a part of every row of x.
         flat = _gathered(flat, weight.device_mesh.get_group())
-    ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), bank.prepare(y.device), **how)
+    ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, **how)
     return y
 
 
@@ -269,7 +295,7 @@ def attach(
                 config = getattr(owner, name)
                 own = copy.copy(config)
                 own._experts_implementation_internal = NAME
-                own.sedetect_call = call
+                own.sedetect_call = call if computes else torch.compiler.disable(call)
                 own.sedetect_inner = config
                 own.sedetect_computes = computes
                 undo.callback(setattr, owner, name, config)
@@ -281,7 +307,8 @@ def attach(
                 parent = model.get_submodule(path)
                 original = getattr(parent, name)
                 undo.callback(setattr, parent, name, original)
-                setattr(parent, name, SubstitutedDown(original, call))
+                own_call = call if computes else torch.compiler.disable(call)
+                setattr(parent, name, SubstitutedDown(original, own_call))
         return undo.pop_all().close
 
 
@@ -398,7 +425,7 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:
                 f"{path} ({name}): its ranks send each other rows, or hold experts in a form that does not tell which; "
                 "load the model unquantized with DistributedConfig(tp_size=N, ep_size=N), or on one device"
             )
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in _FLOATS and not isinstance(experts, ListedExperts):  # which compute themselves
         raise SedetectError(
             f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
             "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"

@@ -2,7 +2,6 @@
 
 import json
 import uuid
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-from sedetect import hf
+from sedetect import compiled, hf
 from sedetect.adapters import serve_quantized
 from sedetect.backends import check_backend, missing_fast_path
 from sedetect.checkpoint import weights_digest
@@ -62,13 +61,13 @@ class Profile:
         for bank in self._banks:
             bank.rows_of = self._tracked.rows_of
             bank.backend, bank.channels, bank.coactivation = backend, channels, coactivation
+            bank.first_rows = first_rows
         parallel = next((bank for bank in self._banks if bank.here is not None), None)
         if parallel is not None and coactivation:
             raise SedetectError(
                 f"{parallel.path}: coactivation of experts on different ranks is seen by none; leave it out, or load "
                 "the model on one device"
             )
-        self._first_rows = first_rows
         self._digest = model_digest(self._model)
         self._exit = ExitStack()
 
@@ -85,7 +84,8 @@ class Profile:
                 self._tracked.tracker.notes.add(
                     f"{served} FP8 linears computed with dequantized weights: no kernel here"
                 )
-            calls = [(bank, self._call(bank)) for bank in self._banks]
+            stack.enter_context(compiled.attached(self._banks))
+            calls = [(bank, hf.measure(bank)) for bank in self._banks]
             stack.callback(hf.attach(self._model, calls, computes=True))
             stack.enter_context(self._tracked)
             stack.enter_context(torch.no_grad())
@@ -112,25 +112,9 @@ class Profile:
     def _state(self, bank: hf.Bank) -> BankStats:
         """What a bank has seen, of all its experts, on the CPU."""
         if bank.state is None:
-            channels = (bank.hidden, bank.intermediate) if bank.channels else None
-            first_rows = self._first_rows and bank.id.kind.startswith("routed")
-            return BankStats.empty(bank.experts, "cpu", channels, bank.coactivation and bank.experts > 1, first_rows)
+            return bank.empty("cpu")
         state = bank.state.to("cpu")
         return state if bank.here is None else state.among(bank.here.start, bank.experts)
-
-    def _call(self, bank: hf.Bank) -> Callable[..., torch.Tensor]:
-        """What attach puts in the place of a bank's module."""
-        call = hf.measure(bank)
-        if not (self._first_rows and bank.id.kind.startswith("routed")):
-            return call
-
-        def measured(module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-            state = bank.prepare(x.device)
-            if state.published_max is None:
-                state.published_max = torch.zeros(bank.experts, device=x.device)
-            return call(module, x, *routing)
-
-        return measured
 
     def batch(
         self,
@@ -166,14 +150,13 @@ class Profile:
         """What was measured so far, on the CPU. Synchronises with the device."""
         tracker, banks, described, notes = self._tracked.tracker, {}, {}, set()
         for bank in self._banks:
-            if bank.state is None:
+            if not bank.served:
                 notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
+            elif bank.backend is None and (why := missing_fast_path(bank.state.counts.device, self._model.dtype)):
+                notes.add(why)
             if bank.here is not None:
                 notes.add(f"experts of other ranks are not in it: leave the profile on all {dist.get_world_size()} first")
             notes.update(f"{bank.id}: {why}" for why in bank.fallbacks)
-            if bank.state is not None and bank.backend is None:
-                why = missing_fast_path(bank.state.counts.device, self._model.dtype)
-                notes.update([why] if why else [])
             banks[bank.id] = self._state(bank)
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
         tokens, sequences = tracker.totals()

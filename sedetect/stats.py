@@ -122,6 +122,15 @@ class BankStats:
             state.published_max = torch.zeros(e, device=device)
         return state
 
+    def kept(self) -> list[torch.Tensor]:
+        """The fields that are there, in their order."""
+        return [tensor for tensor in vars(self).values() if tensor is not None]
+
+    def replaced(self, tensors: list[torch.Tensor]) -> "BankStats":
+        """The same fields with other tensors, in the order of kept()."""
+        names = [name for name, tensor in vars(self).items() if tensor is not None]
+        return BankStats(**dict(zip(names, tensors)))
+
     @property
     def num_experts(self) -> int:
         return self.counts.shape[0]

@@ -16,6 +16,7 @@ from sedetect import hf
 from sedetect.analysis import Analysis, Group, LayerArrays, Standing, Text, groups_of, new_analysis, standing
 from sedetect.calibration import Windows, batches
 from sedetect.layers import run_tokens
+from sedetect.quantized import serve_linears
 from sedetect.routers import RouterWatch
 
 
@@ -56,6 +57,7 @@ def analyze_routing(
     }
     counters = [_Counter(group.routed, len(domains)) for group in groups]
     with ExitStack() as stack:
+        stack.callback(serve_linears(model)[0])
         watch = stack.enter_context(RouterWatch(model, [group.routed for group in groups]))
         calls = [(one.bank, partial(one.call, watch)) for one in counters]
         stack.callback(hf.attach(model, calls))

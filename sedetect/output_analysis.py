@@ -24,6 +24,7 @@ from sedetect.analysis import (
     LayerArrays,
     Standing,
     Text,
+    check_eval,
     groups_of,
     new_analysis,
     off_diagonal,
@@ -70,9 +71,10 @@ def analyze_outputs(
         text.states (T, E, I): act(W_gate x), before the product with W_up x
         rank_counts and text.score are missing where no router is found.
     Raises:
-        SedetectError: for a layer without experts, and what find_banks refuses.
+        SedetectError: for a layer without experts, a model in training mode, and what find_banks refuses.
     """
     check_backend(backend)
+    check_eval(model)
     groups = groups_of(hf.find_banks(model), layers)
     result = new_analysis("outputs", model)
     result.settings = {

@@ -13,7 +13,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sedetect import hf
-from sedetect.analysis import Analysis, Group, LayerArrays, Standing, Text, groups_of, new_analysis, standing
+from sedetect.analysis import (
+    Analysis,
+    Group,
+    LayerArrays,
+    Standing,
+    Text,
+    check_eval,
+    groups_of,
+    new_analysis,
+    standing,
+)
 from sedetect.calibration import Windows, batches
 from sedetect.layers import run_tokens
 from sedetect.quantized import serve_linears
@@ -47,8 +57,9 @@ def analyze_routing(
         entropy (D,): of softmax(router logits), mean over tokens, in nats; NaN where no router was found
         text.index (T, k) int64 and text.weight (T, k): the choice of every token of the texts, one after another
     Raises:
-        SedetectError: for a layer without experts, and what find_banks refuses.
+        SedetectError: for a layer without experts, a model in training mode, and what find_banks refuses.
     """
+    check_eval(model)
     groups = groups_of(hf.find_banks(model), layers)
     result = new_analysis("routing", model)
     result.settings = {

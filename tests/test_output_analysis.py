@@ -311,6 +311,9 @@ def test_refused_and_file(tiny, tmp_path):
     with pytest.raises(SedetectError, match="--texts '': gives no token"):
         read_texts(tokenizer, [""])
     assert not any(hf.is_attached(bank) for bank in hf.find_banks(model))
+    for analyze in (analyze_outputs, analyze_routing):
+        with pytest.raises(SedetectError, match="is in training mode"):
+            analyze(random_model("qwen3_moe").train(), domains)
     result = analyze_outputs(model, domains, layers=[0])
     again = Analysis.load(result.save(tmp_path), "outputs")
     bank = BankId("decoder", 0, "routed")

@@ -100,6 +100,12 @@ def new_analysis(kind: str, model: nn.Module) -> Analysis:
     return Analysis(kind, model_name(model), model_digest(model), dtype)
 
 
+def check_eval(model: nn.Module) -> None:
+    """Raise SedetectError for a model in training mode, whose forwards draw at random."""
+    if model.training:
+        raise SedetectError(f"{type(model).__name__}: is in training mode; call model.eval() first")
+
+
 def file_of(folder: str | os.PathLike, kind: str) -> Path:
     """Where the result of an analysis stands in a folder of results."""
     return Path(folder) / f"{kind}-analysis.safetensors"

@@ -144,13 +144,13 @@ def load_model(
         except RuntimeError:
             _refuse_unconverted(name, report)
             raise
-        _check_loaded(name, type(model).__name__, loaded)
+        _check_loaded(name, type(model).__name__, loaded, method)
         if "device_map" not in options and not any(p.is_meta for p in model.parameters()):  # see streaming_weights
             model = model.to(device)
     if method == "mxfp4" and _quantization(model.config) is None:
         warnings.warn(
-            f"{name}: transformers dequantized its MXFP4 experts (no GPU, or not the package kernels that it wants): the "
-            "same numbers from four times the memory; install kernels, or leave it so",
+            f"{name}: transformers dequantized its MXFP4 experts, as it does without a GPU or without the package kernels: "
+            "the same numbers in four times the memory; where that is too much, pip install kernels on a GPU",
             stacklevel=2,
         )
     serve_quantized(model)  # for good: without kernels its own forwards would raise
@@ -281,9 +281,14 @@ def _auto_class(name: str, config: PreTrainedConfig, trust_remote_code: bool) ->
     raise SedetectError(f"{name}: transformers has no language model for {type(config).__name__}; give one that has")
 
 
-def _check_loaded(name: str, model: str, loaded: dict[str, Any]) -> None:
+def _check_loaded(name: str, model: str, loaded: dict[str, Any], method: str | None) -> None:
     """Judge what from_pretrained says of the weights: missing and mismatched are errors, unexpected a warning."""
     if missing := sorted(loaded["missing_keys"]):
+        if method is not None and (experts := [weight for weight in missing if "experts" in weight]):
+            raise SedetectError(
+                f"{name}: transformers does not put weights quantized by {method} into the experts of {model}, first "
+                f"{experts[0]}; give the unquantized checkpoint, or one in FP8, MXFP4 or compressed-tensors"
+            )
         raise SedetectError(
             f"{name}: {len(missing)} weights of {model} are missing, first {missing[0]}; give a complete checkpoint"
         )

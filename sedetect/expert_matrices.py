@@ -27,6 +27,7 @@ _ONE = ("gate_up_proj", "input_linear", "up_proj", "w1", "fc1", "wi")
 _STEP = 1 / 16  # of the up half, by which a gate that is not known is taken apart
 
 
+@torch.no_grad()
 def expert_matrices(model: nn.Module, bank: hf.Bank) -> dict[str, torch.Tensor]:
     """{"gate": (E, I, H), "up": ..., "down": ...} of one bank, in the precision it computes in; views where possible.
 
@@ -37,7 +38,7 @@ def expert_matrices(model: nn.Module, bank: hf.Bank) -> dict[str, torch.Tensor]:
     else:
         mlp = model.get_submodule(bank.path.rpartition(".")[0])
         found = {name: matrix[None] for name, matrix in _of_mlp(bank, mlp).items()}
-    return {name: found[name] for name in NAMES if name in found}
+    return {name: found[name].detach() for name in NAMES if name in found}
 
 
 def is_interleaved(module: nn.Module) -> bool:
@@ -98,8 +99,8 @@ def _of_experts(module: nn.Module) -> dict[str, torch.Tensor]:
 def _stack(matrices: Any) -> torch.Tensor:
     """(E, M, K): stacked weights as they are; those of a list, or quantized ones, put together."""
     if isinstance(matrices, torch.Tensor):
-        return matrices.detach()
-    return torch.stack([matrices[expert].detach() for expert in range(len(matrices))])
+        return matrices
+    return torch.stack([matrices[expert] for expert in range(len(matrices))])
 
 
 def _of_mlp(bank: hf.Bank, mlp: nn.Module) -> dict[str, torch.Tensor]:
@@ -121,9 +122,9 @@ def _weight(bank: hf.Bank, linear: nn.Module) -> torch.Tensor:
     """(M, K) of a linear."""
     weight = getattr(linear, "weight", None)
     if isinstance(linear, FP8Linear) and weight.element_size() == 1:
-        return dequantize(weight.detach(), linear.weight_scale_inv, linear.block_size, torch.bfloat16)
+        return dequantize(weight, linear.weight_scale_inv, linear.block_size, torch.bfloat16)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         raise SedetectError(
             f"{bank.path} ({type(linear).__name__}): its weights cannot be read; give the unquantized checkpoint"
         )
-    return weight.detach()
+    return weight

@@ -45,9 +45,8 @@ class Bank:
     """One bank of a live model.
 
     rows_of: asks the profile which token each of T rows is. state is made on the device of the first row it sees, or
-    before, where the weights are. number: its name in compiled graphs.
-    here, group: where the ranks of an expert-parallel model share the experts, those of this rank, which alone state is
-    of, and the ranks.
+    before, where the weights are. number: its name in compiled graphs. here, group: where the ranks of an
+    expert-parallel model share the experts, those of this rank, which alone state is of, and the ranks.
     """
 
     id: BankId
@@ -82,16 +81,16 @@ class Bank:
             self.fallbacks.add(why)
 
     def empty(self, device: torch.device | str, experts: int | None = None) -> BankStats:
-        """The state that has seen nothing, of so many experts; of all by default."""
+        """A state that has seen nothing, of all experts or so many."""
         channels = (self.hidden, self.intermediate) if self.channels else None
-        optional = (channels, self.coactivation and self.experts > 1)
+        coactivation = self.coactivation and self.experts > 1
         first_rows = self.first_rows and self.id.kind.startswith("routed")
-        return BankStats.empty(experts or self.experts, device, *optional, first_rows)
+        return BankStats.empty(experts or self.experts, device, channels, coactivation, first_rows)
 
     def prepare(self, device: torch.device) -> BankStats:
         """The state on this device."""
         if self.state is None or (self.state.counts.device != device and not self.served):
-            self.state = self.empty(device, None if self.here is None else len(self.here))
+            self.state = self.empty(device, self.experts if self.here is None else len(self.here))
         return self.state
 
     def compute(self, state: BankStats, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
@@ -426,7 +425,7 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:
                 f"{path} ({name}): its ranks send each other rows, or hold experts in a form that does not tell which; "
                 "load the model unquantized with DistributedConfig(tp_size=N, ep_size=N), or on one device"
             )
-    if weight.dtype not in _FLOATS:
+    if weight.dtype not in _FLOATS and not isinstance(experts, ListedExperts):  # which compute themselves
         raise SedetectError(
             f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
             "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"

@@ -24,6 +24,7 @@ from sedetect.analysis import (
     LayerArrays,
     Standing,
     Text,
+    check_eval,
     groups_of,
     new_analysis,
     off_diagonal,
@@ -34,8 +35,10 @@ from sedetect.calibration import Windows, batches
 from sedetect.expert_matrices import gate_states
 from sedetect.layers import expert_output, run_tokens
 from sedetect.listed import ListedExperts
+from sedetect.quantized import serve_linears
 from sedetect.routers import RouterWatch
 from sedetect.routing_analysis import chosen_slots
+from sedetect.stacked import FP8Experts
 
 _CHUNK = {"cuda": 2**28, "cpu": 2**24}  # elements of the experts' outputs at a time
 
@@ -68,9 +71,10 @@ def analyze_outputs(
         text.states (T, E, I): act(W_gate x), before the product with W_up x
         rank_counts and text.score are missing where no router is found.
     Raises:
-        SedetectError: for a layer without experts, and what find_banks refuses.
+        SedetectError: for a layer without experts, a model in training mode, and what find_banks refuses.
     """
     check_backend(backend)
+    check_eval(model)
     groups = groups_of(hf.find_banks(model), layers)
     result = new_analysis("outputs", model)
     result.settings = {
@@ -78,6 +82,7 @@ def analyze_outputs(
         "texts": [text.to_dict() for text in texts],
     }
     with ExitStack() as stack:
+        stack.callback(serve_linears(model)[0])
         watch = stack.enter_context(RouterWatch(model, [group.routed for group in groups]))
         observers = [_Observer(group, watch, backend) for group in groups]
         stack.callback(hf.attach(model, [call for one in observers for call in one.calls()]))
@@ -106,6 +111,8 @@ class _Observer:
 
     def __init__(self, group: Group, watch: RouterWatch, backend: str | None):
         self.group, self._watch, self._backend = group, watch, backend
+        if isinstance(group.routed.module, FP8Experts) and backend == "triton":
+            self._backend = "torch"  # as in a profile
         self._shared = [bank for bank in group.shared if bank.hidden == group.routed.hidden]
         self._gate = None if isinstance(group.routed.module, ListedExperts) else hf.gate_of(group.routed)
         self._sums: OutputSums | None = None

@@ -13,9 +13,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sedetect import hf
-from sedetect.analysis import Analysis, Group, LayerArrays, Standing, Text, groups_of, new_analysis, standing
+from sedetect.analysis import (
+    Analysis,
+    Group,
+    LayerArrays,
+    Standing,
+    Text,
+    check_eval,
+    groups_of,
+    new_analysis,
+    standing,
+)
 from sedetect.calibration import Windows, batches
 from sedetect.layers import run_tokens
+from sedetect.quantized import serve_linears
 from sedetect.routers import RouterWatch
 
 
@@ -46,8 +57,9 @@ def analyze_routing(
         entropy (D,): of softmax(router logits), mean over tokens, in nats; NaN where no router was found
         text.index (T, k) int64 and text.weight (T, k): the choice of every token of the texts, one after another
     Raises:
-        SedetectError: for a layer without experts, and what find_banks refuses.
+        SedetectError: for a layer without experts, a model in training mode, and what find_banks refuses.
     """
+    check_eval(model)
     groups = groups_of(hf.find_banks(model), layers)
     result = new_analysis("routing", model)
     result.settings = {
@@ -56,6 +68,7 @@ def analyze_routing(
     }
     counters = [_Counter(group.routed, len(domains)) for group in groups]
     with ExitStack() as stack:
+        stack.callback(serve_linears(model)[0])
         watch = stack.enter_context(RouterWatch(model, [group.routed for group in groups]))
         calls = [(one.bank, partial(one.call, watch)) for one in counters]
         stack.callback(hf.attach(model, calls))

@@ -7,6 +7,8 @@ from conformance import available
 from dense_reference import listen
 from families import FAMILIES, tiny_model
 from models import TINY, random_model, snapshot
+from test_adapters import DeepseekBlock, MixtralBlock, as_remote_code
+from test_quantized import fp8_twins
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sedetect import hf, ops
@@ -18,6 +20,7 @@ from sedetect.kernels.gate import Gate
 from sedetect.layers import run_tokens
 from sedetect.output_analysis import OutputSums, analyze_outputs, standings, summarize
 from sedetect.pipeline import calibration_windows
+from sedetect.routing_analysis import analyze_routing
 from sedetect.stacked import Adapter
 from sedetect.stats import BankId
 
@@ -267,6 +270,40 @@ def test_of_a_layer_whose_scores_follow_norms():
     assert found["correlation"] == found["top"] == found["chosen"] == 1 and found["by_chance"] == 0.5
 
 
+@pytest.mark.parametrize("block", [MixtralBlock, DeepseekBlock])
+def test_remote_code_as_the_stacked_experts(block):
+    stacked = random_model("qwen3_moe")
+    for layer in stacked.model.layers:
+        layer.mlp.gate.norm_topk_prob = True
+        inner = layer.mlp.forward
+        layer.mlp.forward = lambda x, inner=inner: inner(x) + 0.1 * x
+    listed = as_remote_code(stacked, block, "w")
+    same_arrays(*(analyze_outputs(model, windows_of(random_ids())) for model in (stacked, listed)))
+
+
+def test_quantized_experts_as_what_they_stand_for():
+    plain, stored = fp8_twins((16, 8), torch.float32)
+    given = windows_of(random_ids()), [text_of(random_ids()[0])]
+    for backend in (None, "triton"):
+        same_arrays(*(analyze_outputs(m, given[0], texts=given[1], backend=backend) for m in (plain, stored)))
+    same_arrays(*(analyze_routing(m, given[0], texts=given[1]) for m in (plain, stored)))
+    for ours, bank in zip(hf.find_banks(stored), hf.find_banks(plain), strict=True):
+        for name, matrix in expert_matrices(plain, bank).items():
+            close(expert_matrices(stored, ours)[name].float(), matrix.float().numpy(), 1e-2)
+
+
+def same_arrays(one: Analysis, other: Analysis) -> None:
+    assert one.layers.keys() == other.layers.keys()
+    for bank, layer in one.layers.items():
+        assert layer.members == other.layers[bank].members
+        for name, array in layer.arrays.items():
+            found = other.layers[bank].arrays[name]
+            if array.is_floating_point():
+                torch.testing.assert_close(found, array, rtol=1e-3, atol=1e-4, equal_nan=True)
+            else:
+                assert (found != array).float().mean() < 0.05, f"{bank} {name}"  # ranks flip between near equals
+
+
 def test_refused_and_file(tiny, tmp_path):
     model, tokenizer, domains = tiny
     with pytest.raises(SedetectError, match="--layers 12: has no routed experts"):
@@ -274,6 +311,9 @@ def test_refused_and_file(tiny, tmp_path):
     with pytest.raises(SedetectError, match="--texts '': gives no token"):
         read_texts(tokenizer, [""])
     assert not any(hf.is_attached(bank) for bank in hf.find_banks(model))
+    for analyze in (analyze_outputs, analyze_routing):
+        with pytest.raises(SedetectError, match="is in training mode"):
+            analyze(random_model("qwen3_moe").train(), domains)
     result = analyze_outputs(model, domains, layers=[0])
     again = Analysis.load(result.save(tmp_path), "outputs")
     bank = BankId("decoder", 0, "routed")

@@ -4,16 +4,20 @@ The modules are built as transformers' quantizers build them, and filled here: o
 """
 
 import copy
+import json
+import warnings
 from types import SimpleNamespace
 
 import interpreter  # before triton
 import pytest
 import torch
-from models import random_model, snapshot
+from models import CONFIGS, random_model, snapshot
+from safetensors.torch import load_file, save_file
+from test_adapters import MixtralBlock, as_remote_code
 from test_dequantize import E8M0, fp4, fp8
 from test_profile import assert_logits_close, token_ids
 from torch import nn
-from transformers import FineGrainedFP8Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, Qwen2MoeConfig
 from transformers.integrations.finegrained_fp8 import (
     FP8Experts,
     FP8GroupedLinear,
@@ -27,6 +31,7 @@ from sedetect.ablation import Weight, ablate
 from sedetect.adapters import serve_quantized
 from sedetect.backends import BACKENDS
 from sedetect.call import Call
+from sedetect.checkpoint import load_model
 from sedetect.errors import SedetectError
 from sedetect.kernels.dequantize import QuantizedWeights, dequantize
 from sedetect.ops import Gate
@@ -275,3 +280,140 @@ def test_what_has_no_kernel_is_refused_and_served_by_another():
     stats, _ = profiled(stored, "triton")
     assert stats.header.banks["decoder.0.routed"].backends == ["cpu" if DEVICE.type == "cpu" else "torch"]
     assert any(f"backend triton does not serve torch.float32 on {DEVICE.type}" in n for n in stats.header.notes)
+
+
+class PackedLinear(nn.Module):
+    """What GPTQ and AWQ put in the place of a linear, as far as we see it: sizes, packed integers and no weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
+        self.register_buffer("scales", linear.weight.detach().abs().amax(1, keepdim=True) / 7)
+        values = (linear.weight.detach() / self.scales).round().int() + 8
+        self.register_buffer("qweight", (values[:, ::2] | values[:, 1::2] << 4).to(torch.int32))
+
+    def unpacked(self):
+        values = torch.stack((self.qweight & 15, self.qweight >> 4), -1).flatten(-2) - 8
+        return values.to(self.scales.dtype) * self.scales
+
+    def forward(self, x):
+        return x @ self.unpacked().T
+
+
+@torch.no_grad()
+def in_fp8(linear):
+    """An FP8Linear in the place of a linear, which becomes what it stands for."""
+    stored = FP8Linear(linear.in_features, linear.out_features, block_size=(8, 8))
+    store(stored, "weight", linear.weight, (8, 8), torch.float32)
+    return stored
+
+
+@torch.no_grad()
+def packed(linear):
+    stored = PackedLinear(linear)
+    linear.weight.copy_(stored.unpacked())
+    return stored
+
+
+@pytest.mark.parametrize("kind", [packed, in_fp8])
+def test_quantized_linears_in_a_list_of_experts(kind):
+    """Remote code whose experts' linears a quantizer replaced: each expert computes itself, and its output is read."""
+    plain = as_remote_code(random_model("qwen3_moe"), MixtralBlock, "proj")
+    stored = copy.deepcopy(plain)
+    for (_, twin), module in zip(list(plain.named_modules()), list(stored.modules())):
+        if type(module).__name__ == "Expert":
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                setattr(module, name, kind(getattr(twin, name)))
+    plain, stored = plain.to(DEVICE), stored.to(DEVICE)
+    before = snapshot(stored)
+    (expected, logits), (stats, own) = profiled(plain, None), profiled(stored, None)
+    assert snapshot(stored) == before
+    assert_logits_close(own, logits, 1e-4)
+    assert list(stats.banks) == list(expected.banks)
+    for bank, state in expected.banks.items():
+        assert torch.equal(stats.banks[bank].rows, state.rows)
+        assert torch.allclose(stats.banks[bank].out_max, state.out_max, rtol=1e-4)
+        assert torch.allclose(stats.banks[bank].norm_sum, state.norm_sum, rtol=1e-4)
+    weight = Weight(Place("decoder", 0, "routed", 1), 5, 7)
+    if kind is packed:
+        with pytest.raises(SedetectError, match="PackedLinear: weights in this form cannot be read"):
+            with torch.no_grad(), ablate(stored, [weight]):
+                stored(input_ids=token_ids().to(DEVICE))
+
+
+@pytest.fixture
+def checkpoint(tmp_path, request):
+    """A tiny checkpoint as its kind ships, and one of what its weights stand for."""
+    kind = request.param
+    size = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 64}
+    common = CONFIGS["gpt_oss" if kind == "mxfp4" else "qwen2_moe"]().to_dict() | size
+    if kind == "fp8":
+        common |= {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "layer_types": None}
+        config = Qwen2MoeConfig(**common)
+    else:
+        config = GptOssConfig(**common | {"layer_types": ["sliding_attention", "full_attention"]})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    folders = tmp_path / kind, tmp_path / "plain"
+    for folder in folders:
+        model.save_pretrained(folder)
+    weights = load_file(folders[0] / "model.safetensors")
+    stored, plain = (fp8_file if kind == "fp8" else mxfp4_file)(weights)
+    for folder, tensors in zip(folders, (stored, plain)):
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    how = {"quant_method": "mxfp4"}
+    if kind == "fp8":
+        how = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+        how |= {"modules_to_not_convert": ["lm_head", "shared_expert_gate"]}
+    file = folders[0] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": how}))
+    return folders
+
+
+def fp8_file(weights):
+    """Every linear but the head and the gates in FP8."""
+    stored, plain = dict(weights), dict(weights)
+    for name, weight in weights.items():
+        if name.endswith("proj.weight"):
+            (value,), (scale,) = fp8(weight[None].float())
+            stored |= {name: value, f"{name}_scale_inv": scale}
+            plain[name] = dequantize(value, scale, (128, 128), weight.dtype)
+    return stored, plain
+
+
+def mxfp4_file(weights):
+    """The experts in blocks of 32 values, two to a byte, with the bytes of their exponents."""
+    stored, plain = dict(weights), dict(weights)
+    for name, weight in weights.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            value, scale = fp4(weight.float().transpose(1, 2))
+            stored |= {f"{name}_blocks": value.unflatten(-1, (-1, 16)), f"{name}_scales": scale}
+            del stored[name]
+            back = torch.stack([dequantize(v, s, None, weight.dtype) for v, s in zip(value, scale)])
+            plain[name] = back.transpose(1, 2).contiguous()
+    return stored, plain
+
+
+@pytest.mark.parametrize("checkpoint", ["fp8", "mxfp4"], indirect=True)
+def test_checkpoints_as_they_ship(checkpoint):
+    """On a GPU FP8 stays FP8; transformers dequantizes it elsewhere, and MXFP4 where the package kernels is not."""
+    kind = checkpoint[0].name
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        models = [load_model(folder, device=DEVICE) for folder in reversed(checkpoint)]
+    said = [str(one.message) for one in said if "transformers dequantized its MXFP4 experts" in str(one.message)]
+    assert len(said) == (kind == "mxfp4") and all("pip install kernels" in one for one in said)
+    experts = models[1].model.layers[0].mlp.experts
+    kept = kind == "fp8" and DEVICE.type == "cuda"
+    assert experts.down_proj.dtype == (torch.float8_e4m3fn if kept else torch.bfloat16)
+    (expected, logits), (stats, own) = (profiled(model, None) for model in models)
+    assert_logits_close(own, logits, 0.1)
+    for bank, state in expected.banks.items():
+        assert (state.rows == stats.banks[bank].rows).float().mean() > 0.5
+        hit = (state.rows == stats.banks[bank].rows) & (state.rows > 0)
+        assert torch.allclose(stats.banks[bank].out_max[hit], state.out_max[hit], rtol=0.1), bank
+    with torch.no_grad():  # without a profile too
+        assert_logits_close(models[1](input_ids=token_ids(2, 8).to(DEVICE)).logits, logits, 0.1)

@@ -26,6 +26,7 @@ from sedetect.weight_analysis import (
     project_matrices,
     project_neurons,
     regress,
+    standings,
     stray,
 )
 
@@ -122,6 +123,20 @@ def test_tiny_moe(tiny):
     for layer in (0, 1, 9):
         check_layer("qwen3_moe", tensors, tiny, BankId("decoder", layer, "routed"))
     assert (tiny.model, tiny.dtype, tiny.notes) == ("tiny-moe", "bfloat16", [])
+
+
+def test_the_largest_weight_of_down_tells_the_two_outlier_experts(tiny):
+    """What docs/look-inside.md says: far above their layers in it, and in no norm."""
+    ratios = {}
+    for bank, layer in tiny.layers.items():
+        for expert, name in enumerate(layer.members):
+            found = standings(layer, expert)
+            ratios[name] = found["largest of down"].value / found["largest of down"].median
+            assert all(found[f"|{m}|"].value < 1.5 * found[f"|{m}|"].median for m in ("gate", "up", "down"))
+    first, second, third = sorted(ratios, key=ratios.get, reverse=True)[:3]
+    assert (first, second) == ("L1E28", "L9E7")
+    assert ratios[first] == pytest.approx(3.63, abs=0.02) and ratios[second] == pytest.approx(3.19, abs=0.02)
+    assert ratios[third] < 2
 
 
 @pytest.mark.parametrize("family", FAMILIES_HERE)

@@ -1,6 +1,8 @@
 """Combine: the routing-weighted sum of a token's k expert outputs, in float32. y (S, H) -> (T, H).
 
-Every row of y passes through here once, in a kernel that waits for memory, so that its statistics can be taken here.
+Every row of y passes through here once, in a kernel that waits for memory, so that its statistics can be taken here: the
+sum of squares, and the largest |y| with the part of the row that holds it. Where in that part it stands is looked up by a
+second kernel, which takes the rows in sorted order, so that what it reads and writes lies together.
 """
 
 import torch
@@ -16,6 +18,7 @@ from sedetect.kernels.row_scan import (
     row_counts,
     row_peak,
     row_squares,
+    some_in_row,
     some_to_count,
 )
 from sedetect.kernels.row_stats import RowStats
@@ -42,18 +45,6 @@ def combine_torch(y: torch.Tensor, plan: Plan, gates: torch.Tensor) -> torch.Ten
     return out
 
 
-@triton.jit
-def _slot(Row, token, j, tokens, routed, TOP_K: tl.constexpr):
-    """(sorted row int64, whether it has an expert) of the j-th choice of tokens."""
-    row = tl.load(Row + token * TOP_K + j, mask=(token < tokens) & (j < TOP_K), other=2**31 - 1).to(tl.int64)
-    return row, row < routed
-
-
-@triton.jit
-def _load_rows(Y, row, kept, column, H: tl.constexpr):
-    return tl.load(Y + row[:, None] * H + column, mask=(column < H) & kept[:, None], other=0)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def _combine(
     Y,  # (S, H)
@@ -61,12 +52,9 @@ def _combine(
     Row,  # (S,) int32
     Offsets,  # (E + 1,) int64
     Out,  # (T, H) - output
-    X,  # (S, WIDTH), the input of down, or None: no statistics
-    InParts,  # (IN_PARTS, S) float32, of X
-    Peak, Channel, Sqnorm, Nonfinite, OverFp16, OverFp8, InPeak, InChannel,  # RowStats, (S,) each - output
+    Best, Part, Sqnorm,  # (S,) - output, or None: bits of each row's largest |y| as float32, the part of it that holds it
     tokens,
-    EXPERTS: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr, IN_PARTS: tl.constexpr, IN_PARTS_BLOCK: tl.constexpr, IN_PART: tl.constexpr,
+    EXPERTS: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -74,50 +62,63 @@ def _combine(
     routed = tl.load(Offsets + EXPERTS)
     out = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     for j in range(TOP_K):
-        row, kept = _slot(Row, token, j, tokens, routed, TOP_K)
-        y = _load_rows(Y, row, kept, column, H)
+        row = tl.load(Row + token * TOP_K + j, mask=token < tokens, other=2**31 - 1).to(tl.int64)
+        kept = row < routed
+        y = tl.load(Y + row[:, None] * H + column, mask=(column < H) & kept[:, None], other=0)
         gate = tl.load(Gates + token * TOP_K + j, mask=kept, other=0).to(tl.float32)
         out += gate[:, None] * y.to(tl.float32)
-        if X is not None:
-            # Until all k rows are worked out together, their Peak holds a magnitude and their Channel a part.
+        if Best is not None:
             best, part = row_peak(y, BLOCK_H, PART)
-            tl.store(Peak + row, best.to(tl.float32, bitcast=True), mask=kept)
-            tl.store(Channel + row, part, mask=kept)
+            tl.store(Best + row, best.to(tl.float32, bitcast=True), mask=kept)
+            tl.store(Part + row, part, mask=kept)
             tl.store(Sqnorm + row, row_squares(y), mask=kept)
     tl.store(
         Out + token[:, None] * H + column, out.to(Out.dtype.element_ty), mask=(column < H) & (token < tokens)[:, None]
     )
-    if X is not None:
-        tl.debug_barrier()
-        slot = tl.arange(0, BLOCK_T * SLOTS)
-        slot_token = tl.program_id(0).to(tl.int64) * BLOCK_T + slot // SLOTS
-        rows, keep = _slot(Row, slot_token, slot % SLOTS, tokens, routed, TOP_K)
-        bests = tl.load(Peak + rows, mask=keep, other=0).to(tl.int32, bitcast=True)
-        parts = tl.load(Channel + rows, mask=keep, other=0)
-        in_part = tl.arange(0, IN_PARTS_BLOCK)[None, :]
-        in_at = InParts + in_part.to(tl.int64) * (tokens * TOP_K) + rows[:, None]
-        in_bits = magnitude(tl.load(in_at, mask=(in_part < IN_PARTS) & keep[:, None], other=0))
-        in_bests, in_parts = first_part(in_bits)
-        peak, channel = read_peak(Y, rows, keep, bests, parts, H, PART)
-        in_peak, in_channel = read_peak(X, rows, keep, in_bests, in_parts, WIDTH, IN_PART)
-        # Every thread has read what Peak and Channel held.
-        tl.debug_barrier()
-        tl.store(Peak + rows, peak, mask=keep)
-        tl.store(Channel + rows, channel, mask=keep)
-        tl.store(Nonfinite + rows, 0, mask=keep)
-        tl.store(OverFp16 + rows, 0, mask=keep)
-        tl.store(OverFp8 + rows, 0, mask=keep)
-        tl.store(InPeak + rows, in_peak, mask=keep)
-        tl.store(InChannel + rows, in_channel, mask=keep)
-        # Hardly any row has something to count: those that do are read again.
-        if some_to_count(bests):
-            tl.debug_barrier()
-            for j in range(TOP_K):
-                row, kept = _slot(Row, token, j, tokens, routed, TOP_K)
-                nonfinite, over_fp16, over_fp8 = row_counts(_load_rows(Y, row, kept, column, H))
-                tl.store(Nonfinite + row, nonfinite, mask=kept)
-                tl.store(OverFp16 + row, over_fp16, mask=kept)
-                tl.store(OverFp8 + row, over_fp8, mask=kept)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _find_peaks(
+    Y,  # (S, H)
+    X,  # (S, WIDTH), the input of down
+    InParts,  # (IN_PARTS, S) float32, of X
+    Offsets,  # (E + 1,) int64
+    Peak, Channel,  # (S,) - in place: from what _combine left to what RowStats means
+    Nonfinite, OverFp16, OverFp8, InPeak, InChannel,  # RowStats, (S,) each - output
+    slots,
+    EXPERTS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
+    IN_PARTS: tl.constexpr, IN_PARTS_BLOCK: tl.constexpr, IN_PART: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    kept = row < tl.load(Offsets + EXPERTS)
+    best = tl.load(Peak + row, mask=kept, other=0).to(tl.int32, bitcast=True)
+    peak, channel = read_peak(Y, row, kept, best, tl.load(Channel + row, mask=kept, other=0), H, PART)
+    in_part = tl.arange(0, IN_PARTS_BLOCK)[None, :]
+    in_at = InParts + in_part.to(tl.int64) * slots + row[:, None]
+    in_best, in_part = first_part(magnitude(tl.load(in_at, mask=(in_part < IN_PARTS) & kept[:, None], other=0)))
+    in_peak, in_channel = read_peak(X, row, kept, in_best, in_part, WIDTH, IN_PART)
+    nonfinite = tl.zeros((BLOCK,), tl.int32)
+    over_fp16 = tl.zeros((BLOCK,), tl.int32)
+    over_fp8 = tl.zeros((BLOCK,), tl.int32)
+    # Hardly any row has something to count: those that do are read again.
+    if some_to_count(best):
+        for start in range(0, H, BLOCK_H):
+            column = start + tl.arange(0, BLOCK_H)[None, :]
+            read = (column < H) & (kept & some_in_row(best))[:, None]
+            more = row_counts(tl.load(Y + row[:, None] * H + column, mask=read, other=0))
+            nonfinite += more[0]
+            over_fp16 += more[1]
+            over_fp8 += more[2]
+    # Every thread has read what Peak and Channel held.
+    tl.debug_barrier()
+    tl.store(Peak + row, peak, mask=kept)
+    tl.store(Channel + row, channel, mask=kept)
+    tl.store(Nonfinite + row, nonfinite, mask=kept)
+    tl.store(OverFp16 + row, over_fp16, mask=kept)
+    tl.store(OverFp8 + row, over_fp8, mask=kept)
+    tl.store(InPeak + row, in_peak, mask=kept)
+    tl.store(InChannel + row, in_channel, mask=kept)
 
 
 def combine(
@@ -137,17 +138,26 @@ def combine(
     out = torch.empty(tokens, hidden, dtype=dtype, device=y.device)
     stats = None if h is None else RowStats.empty(len(y), y.device)
     if tokens:
-        width, parts = (1, 1) if h is None else (h.shape[1], len(in_parts))
         # The statistics of a row need the whole row in one program.
         rows, block = tiles.row_block(hidden, whole=h is not None)
+        part = tiles.part(block, y.dtype)
         _combine[(triton.cdiv(tokens, rows), triton.cdiv(hidden, block))](
             y, gates, plan.schedule.row, plan.offsets, out,
-            h, in_parts, *(8 * [None] if stats is None else stats.tensors()),
+            *(3 * [None] if stats is None else (stats.peak, stats.channel, stats.sqnorm)),
             tokens,
-            EXPERTS=plan.num_experts, H=hidden, TOP_K=plan.top_k, SLOTS=triton.next_power_of_2(plan.top_k),
-            WIDTH=width, IN_PARTS=parts, IN_PARTS_BLOCK=triton.next_power_of_2(parts),
-            IN_PART=triton.next_power_of_2(triton.cdiv(width, parts)),
-            BLOCK_T=rows, BLOCK_H=block, PART=tiles.part(block, y.dtype),
+            EXPERTS=plan.num_experts, H=hidden, TOP_K=plan.top_k, BLOCK_T=rows, BLOCK_H=block, PART=part,
             num_warps=tiles.row_warps(rows * block, whole=h is not None),
         )  # fmt: skip
+        if stats is not None:
+            width, parts = h.shape[1], len(in_parts)
+            _find_peaks[(triton.cdiv(len(y), tiles.PEAK_ROWS),)](
+                y, h, in_parts, plan.offsets,
+                stats.peak, stats.channel, stats.nonfinite, stats.over_fp16, stats.over_fp8,
+                stats.in_peak, stats.in_channel,
+                len(y),
+                EXPERTS=plan.num_experts, H=hidden, WIDTH=width, PART=part,
+                IN_PARTS=parts, IN_PARTS_BLOCK=triton.next_power_of_2(parts),
+                IN_PART=triton.next_power_of_2(triton.cdiv(width, parts)),
+                BLOCK=tiles.PEAK_ROWS, BLOCK_H=128,
+            )  # fmt: skip
     return out, stats

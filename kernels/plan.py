@@ -86,6 +86,12 @@ def single_plan(tokens: int, device: torch.device) -> Plan:
     return Plan(torch.arange(tokens, device=device), torch.arange(2, device=device) * tokens, 1)
 
 
+def every_plan(tokens: int, experts: int, device: torch.device) -> Plan:
+    """The plan of a bank whose every expert every token visits: row e * T + t is token t's at expert e."""
+    slots = torch.arange(tokens * experts, device=device).view(tokens, experts)
+    return Plan(slots.t().flatten(), torch.arange(experts + 1, device=device) * tokens, experts)
+
+
 @triton.jit
 def _load_experts(Index, first, slots, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
     slot = first + tl.arange(0, BLOCK)

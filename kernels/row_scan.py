@@ -98,8 +98,14 @@ def row_counts(x):
 
 
 @triton.jit
+def some_in_row(best):
+    """Whether row_counts would find anything in each row, whose largest magnitudes these are."""
+    return best > _FP8_MAX_BITS
+
+
+@triton.jit
 def some_to_count(best):
-    """Whether row_counts would find anything in rows whose largest magnitudes these are."""
+    """Whether row_counts would find anything in any of the rows."""
     return tl.max(best, 0) > _FP8_MAX_BITS
 
 

@@ -6,7 +6,7 @@ are by r = S / E, the average rows per expert:
     r       rows of a tile  bound by                            what it is for
     <= 8    16              weight traffic                      decode: each hit expert's weights are read once
     <= 32   32              weight traffic
-    < 192   64              weight traffic and padding of tails
+    < 96    64              weight traffic and padding of tails
     larger  128             tensor cores                        prefill, calibration
 
 Routing is skewed in practice, so a class must also hold when one expert takes half of the rows: a hot expert in small
@@ -27,6 +27,7 @@ import triton
 
 GROUP = 16  # row tiles that pass over a weight block together, while it is in L2
 SLOTS = 256  # slots that one program of plan sorts
+PEAK_ROWS = 32  # sorted rows whose peaks one program looks up
 UPDATE_ROWS = 128  # sorted rows of one expert that one program of update reduces
 ROW_ELEMENTS = 2048  # of a program of combine and row_stats
 
@@ -52,13 +53,13 @@ _TILES = {
     GATE_UP: {
         16: Tile(16, 64, 128, 4, 4),
         32: Tile(32, 128, 64, 4, 4),
-        64: Tile(64, 256, 64, 4, 3),
+        64: Tile(64, 256, 64, 8, 4),
         128: Tile(128, 256, 64, 8, 3, flatten=True),
     },
     DOWN: {
         16: Tile(16, 64, 128, 4, 4),
         32: Tile(32, 128, 64, 4, 4),
-        64: Tile(64, 256, 64, 4, 3),
+        64: Tile(64, 256, 64, 8, 4),
         128: Tile(128, 256, 64, 8, 3, flatten=True),
     },
 }
@@ -69,7 +70,7 @@ _TILES[QUANTIZED] = {rows: replace(tile, stages=tile.stages + 1) for rows, tile 
 def tile_rows(slots: int, experts: int) -> int:
     """Rows of a tile for S slots over E experts; the same for both GEMMs, which share one schedule."""
     average = slots / experts
-    return 16 if average <= 8 else 32 if average <= 32 else 64 if average < 192 else 128
+    return 16 if average <= 8 else 32 if average <= 32 else 64 if average < 96 else 128
 
 
 def max_tiles(slots: int, experts: int, rows: int) -> int:

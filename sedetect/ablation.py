@@ -29,6 +29,7 @@ from sedetect.errors import SedetectError
 from sedetect.kernels.grouped import expert_linear
 from sedetect.quantized import linear_weight
 from sedetect.ranking import Place
+from sedetect.routers import find_router
 from sedetect.stats import BankId
 from sedetect.tracking import TrackedModel
 
@@ -231,7 +232,10 @@ class _MaskedLogits(TorchFunctionMode):
 
 def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callable[[], None]:
     """Wrap the forward of the bank's router, and let its correction biases stand at -inf; returns what undoes both."""
-    router = _router(model, bank)
+    found = find_router(model, bank)
+    if found is None:
+        raise SedetectError(f"{bank.path}: no router found beside it; use how='skip'")
+    router = found.block.get_submodule(found.path.partition(".")[0])
     original, previous = router.forward, router.__dict__.get("forward")
 
     @wraps(original)
@@ -246,9 +250,8 @@ def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callabl
 
     router.forward = forward
     # A bias added to the scores after the sigmoid (e_score_correction_bias) would let a logit of -inf be chosen.
-    block = model.get_submodule(bank.path.rpartition(".")[0])
     swapped = []
-    for module in {id(m): m for m in (block, *router.modules())}.values():
+    for module in {id(m): m for m in (found.block, *router.modules())}.values():
         for own in (module._parameters, module._buffers):
             for name, bias in own.items():
                 if bias is not None and bias.numel() == bias.shape[-1] == bank.experts and bias.is_floating_point():
@@ -266,15 +269,3 @@ def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callabl
             router.forward = previous
 
     return undo
-
-
-def _router(model: nn.Module, bank: hf.Bank) -> nn.Module:
-    """The module beside the experts that holds one row per expert."""
-    parent = model.get_submodule(bank.path.rpartition(".")[0])
-    for module in parent.children():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[0] == bank.experts:
-            return module
-        if any(p.dim() == 2 and p.shape[0] == bank.experts for p in module.parameters()) and module is not bank.module:
-            return module
-    raise SedetectError(f"{bank.path}: no router found beside it; use how='skip'")

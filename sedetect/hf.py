@@ -10,7 +10,7 @@ object that was there. Experts outside the interface have adapters (sedetect.ada
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -134,7 +134,7 @@ class SubstitutedDown(nn.Module):
 def measure(bank: Bank) -> Callable[..., torch.Tensor]:
     """The call for attach that computes a bank by our ops and updates its state."""
     if bank.routed and getattr(bank.module, "fusable", True):
-        bank.gate = _gate(bank)
+        bank.gate = gate_of(bank)
     weight = bank.module.down_proj if bank.routed else getattr(bank.module, "weight", None)
     # A graph that made the state would have to be compiled again where it finds one.
     if isinstance(weight, torch.Tensor) and not weight.is_meta:
@@ -215,14 +215,9 @@ def find_banks(model: nn.Module) -> list[Bank]:
     stacks = _stacks([path for path, _ in routed])
     expert_classes = {type(e) for _, listed in routed if isinstance(listed, ListedExperts) for e in listed.experts}
     mlps = [
-        (f"{path}.{name}" if path else name, child)
-        for path, module in model.named_modules()
-        for name, child in module.named_children()
-        if name in (EXPERT_DOWN_NAMES if type(module) in expert_classes else DOWN_NAMES)
-        and is_linear(child)
-        and any(hasattr(module, up) for up in _UP_NAMES)
-        and not f"{path}.{name}".startswith(inside)
-        and _layer(path)[0] in stacks
+        (path, child)
+        for path, child in _mlps(model, expert_classes)
+        if not path.startswith(inside) and _layer(path)[0] in stacks
     ]
     layers = {_layer(path) for path, _ in routed}
     taken: dict[tuple[str, int, str], int] = defaultdict(int)
@@ -251,6 +246,26 @@ def find_banks(model: nn.Module) -> list[Bank]:
         kind = "shared" if "shared" in path or _layer(path) in layers else "dense"
         add(path, module, kind, (1, module.out_features, module.in_features))
     return sorted(banks, key=lambda bank: bank.id)
+
+
+def find_dense(model: nn.Module) -> list[Bank]:
+    """The MLPs of a model without experts, in layer order. Raises SedetectError where it has none."""
+    mlps = [(path, child) for path, child in _mlps(model) if _layer(path)[1] >= 0]
+    if not mlps:
+        raise SedetectError(f"{type(model).__name__}: no MLP with a down projection found; give a dense language model")
+    stacks = _stacks([path for path, _ in mlps])
+    banks = []
+    for path, module in mlps:
+        prefix, layer = _layer(path)
+        bank = BankId(stacks[prefix], layer, "dense")
+        banks.append(Bank(bank, path, module, 1, module.out_features, module.in_features))
+    return sorted(banks, key=lambda bank: bank.id)
+
+
+def layer_path(bank: Bank) -> str:
+    """Module path of the layer that a bank is in."""
+    prefix, layer = _layer(bank.path)
+    return f"{prefix}.{layer}"
 
 
 def attach(
@@ -317,7 +332,7 @@ def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
     return {bank.id.stack: len(model.get_submodule(_layer(bank.path)[0])) for bank in banks}
 
 
-def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
+def gate_of(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     """The module's gate as a Gate that a kernel can fuse, where one agrees with it; else its own function."""
     module = bank.module
     holder = module.module if isinstance(module, Adapter) else module
@@ -329,6 +344,16 @@ def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     # The type of the activations is not known before they come where weights are quantized: 16 bits is the strictest.
     dtype = torch.bfloat16 if isinstance(weight, QuantizedWeights) else weight.dtype
     return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), dtype, device) or own
+
+
+def _mlps(model: nn.Module, expert_classes: Collection[type] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """The down projections of MLPs, by path; expert_classes: of modules that are also an expert's."""
+    for path, module in model.named_modules():
+        names = EXPERT_DOWN_NAMES if type(module) in expert_classes else DOWN_NAMES
+        if any(hasattr(module, up) for up in _UP_NAMES):
+            for name, child in module.named_children():
+                if name in names and is_linear(child):
+                    yield f"{path}.{name}" if path else name, child
 
 
 def _layer(path: str) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from sedetect.call import Call
 from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch, update_published_torch
-from sedetect.kernels.plan import Plan, single_plan
+from sedetect.kernels.plan import Plan, every_plan, single_plan
 from sedetect.kernels.row_stats import RowStats
 from sedetect.kernels.update import Rows
 from sedetect.stats import BankStats
@@ -68,16 +68,13 @@ def moe_mlp(
     Returns:
         (T, H) in x's dtype.
     """
-    parts = [gate_up.gate, gate_up.up] if isinstance(gate_up, Halves) else [] if gate_up is None else [gate_up]
-    biases = [bias for bias in (gate_up_bias, down_bias) if bias is not None]
-    fusable = gate if isinstance(gate, Gate) else None
-    call = Call(top_k_index.numel(), down.shape[0], (*parts, down), transposed, biases, fusable)
+    call = _call(top_k_index.numel(), gate_up, down, gate, (gate_up_bias, down_bias), transposed)
     chosen = _choose(x.device, down.dtype, backend, call, served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, down.shape[0])
     stacked = all(isinstance(weight, (torch.Tensor, QuantizedWeights)) for weight in (gate_up, down))
-    fused = fusable is not None and stacked and x.dim() == 2
+    fused = call.gate is not None and stacked and x.dim() == 2
     if fused and post_norm is None and state.channel_max is None:
         weights = (gate_up, gate_up_bias, gate, down, down_bias)
         out, stats = chosen.experts(x, plan, *weights, transposed, top_k_weights)
@@ -106,6 +103,31 @@ def _hidden(chosen: TorchBackend, x, plan: Plan, gate_up, bias, gate, transposed
     z = [chosen.gate_up(x, by_slot, part, bias, transposed) for part in parts]
     z = z[0] if len(z) == 1 else torch.cat(z, dim=-1)
     return gate_torch(gate, z) if isinstance(gate, Gate) else gate(z)
+
+
+@torch.no_grad()
+def every_expert(
+    x: torch.Tensor,
+    gate_up: torch.Tensor | Halves | None,
+    down: torch.Tensor,
+    gate: Gate | Callable[[torch.Tensor], torch.Tensor],
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    transposed: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """What every expert gives for every token, by the stages of moe_mlp: x (T, H) -> y (E, T, H) in down's dtype.
+
+    The other arguments are those of moe_mlp. No routing, and no statistics are kept.
+    """
+    experts = down.shape[0]
+    call = _call(experts * len(x), gate_up, down, gate, (gate_up_bias, down_bias), transposed)
+    chosen = _choose(x.device, down.dtype, backend, call, None)
+    plan = every_plan(len(x), experts, x.device)
+    h = _hidden(chosen, x, plan, gate_up, gate_up_bias, gate, transposed)
+    y, _ = chosen.down(h, plan, down, down_bias, transposed)
+    return y.view(experts, len(x), -1)
 
 
 @torch.no_grad()
@@ -213,6 +235,12 @@ def output_stats(
     _finish(chosen, state, y, x, chosen.row_stats(y, x), plan, gates, rows)
 
 
+def _call(slots: int, gate_up, down, gate, biases: Sequence[torch.Tensor | None], transposed: bool) -> Call:
+    parts = [gate_up.gate, gate_up.up] if isinstance(gate_up, Halves) else [] if gate_up is None else [gate_up]
+    biases = [bias for bias in biases if bias is not None]
+    return Call(slots, down.shape[0], (*parts, down), transposed, biases, gate if isinstance(gate, Gate) else None)
+
+
 def _choose(
     device: torch.device, dtype: torch.dtype, wanted: str | None, call: Call, served: Served | None
 ) -> TorchBackend:
@@ -256,4 +284,7 @@ def _update_channels(state, y, h, plan, gates, rows) -> None:
         update_channels_torch(state, y, h, plan, gates, rows)
 
 
-__all__ = ["Gate", "Halves", "QuantizedWeights", "down_stats", "linear_stats", "moe_mlp", "moe_modules", "output_stats"]
+__all__ = [
+    "Gate", "Halves", "QuantizedWeights", "down_stats", "every_expert", "linear_stats", "moe_mlp", "moe_modules",
+    "output_stats",
+]  # fmt: skip

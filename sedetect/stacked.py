@@ -47,6 +47,11 @@ class Adapter(nn.Module):
         return self.module.gate_up_proj
 
     @property
+    def stored_gate_up(self) -> torch.Tensor | ops.Halves:
+        """The projections as they are stored, where gate_up_proj does not show them."""
+        return self.gate_up_proj
+
+    @property
     def down_proj(self) -> torch.Tensor:
         return self.module.down_proj
 
@@ -203,6 +208,10 @@ class InklingSharedExperts(Adapter):
     @property
     def gate_up_proj(self):
         return None  # x is h: the factor stands between the gate and down_proj
+
+    @property
+    def stored_gate_up(self):
+        return ops.Halves(self.module.gate_proj, self.module.up_proj)
 
     def translate(self, own_forward, hidden_states, gammas):
         x = hidden_states.reshape(-1, hidden_states.shape[-1])

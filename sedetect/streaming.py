@@ -99,7 +99,7 @@ def stream_profile(
             measured, done, batch = [], 0, 0
             start, written = time.perf_counter(), 0.0 if progress is None else progress.seconds
             for domain, windows in domains.items():
-                within = f"{streamed.path}.{layer}"
+                within = streamed.paths[layer]
                 with Profile(model, windows.source, windows.info, **settings, within=within) as prof:
                     for ids, numbers in runs[domain]:
                         if stop():

@@ -28,7 +28,8 @@ struct GateUp {
   const int64_t* offsets;  // (E + 1,)
   const int32_t *tiles, *count;
   void* h;  // (S, width) - output
-  // (column_tiles(width, gated), S) - output, or null: the largest |h| that a column tile holds of a row, NaN if it holds one.
+  // (column_tiles(width, gated), S) - output, or null: the largest |h| that a column tile holds of a row, NaN if it
+  // holds one.
   float* parts;
   Gate gate;
   Type type;  // not kFloat32

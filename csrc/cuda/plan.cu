@@ -1,5 +1,6 @@
-// Plan: a stable counting sort of the routing in one cooperative launch. Each block counts its slots by expert, all wait
-// for each other, then each finds where its slots go from the counts of all blocks. No atomics: the same order every time.
+// Plan: a stable counting sort of the routing in one cooperative launch. Each block counts its slots by expert, all
+// wait for each other, then each finds where its slots go from the counts of all blocks. No atomics: the same order
+// every time.
 #include "check.h"
 #include "stages.h"
 
@@ -16,9 +17,9 @@ constexpr unsigned kAll = 0xFFFFFFFFu;
 
 // The shared memory of a block; a bin is an expert, the last bin holds the sentinels.
 struct Bins {
-  int count;                          // E + 1
-  int *total, *first, *tile_end;      // (count,): slots, first sorted row, tiles up to and with this bin's
-  int* of_warp;                       // (kWarps, count)
+  int count;                      // E + 1
+  int *total, *first, *tile_end;  // (count,): slots, first sorted row, tiles up to and with this bin's
+  int* of_warp;                   // (kWarps, count)
 
   __device__ Bins(int* memory, int experts)
       : count(experts + 1), total(memory), first(total + count), tile_end(first + count), of_warp(tile_end + count) {}
@@ -32,13 +33,13 @@ int slots_of_block(int slots, int processors) {
 }
 
 __device__ int bin_of(const Plan& plan, int slot) {
-  const int64_t expert = plan.narrow ? static_cast<const int32_t*>(plan.index)[slot]
-                                     : static_cast<const int64_t*>(plan.index)[slot];
+  const int64_t expert =
+      plan.narrow ? static_cast<const int32_t*>(plan.index)[slot] : static_cast<const int64_t*>(plan.index)[slot];
   return expert >= 0 && expert < plan.experts ? int(expert) : plan.experts;
 }
 
-// Calls work(slot, bin, slots of this bin before it in the warp, slots of this bin in the warp) for 32 slots at a time of
-// those that a warp owns; bin is -1 beyond the last slot.
+// Calls work(slot, bin, slots of this bin before it in the warp, slots of this bin in the warp) for 32 slots at a time
+// of those that a warp owns; bin is -1 beyond the last slot.
 template <typename Work>
 __device__ void each_slot(const Plan& plan, int per_block, const Work& work) {
   const int lane = threadIdx.x % 32, per_warp = per_block / kWarps;
@@ -88,7 +89,10 @@ __device__ void write_tiles(const Bins& bins, const Schedule& schedule) {
     int low = 0, high = bins.count - 1;  // the first bin whose tiles end after this one
     while (low < high) {
       const int middle = (low + high) / 2;
-      if (bins.tile_end[middle] > tile) high = middle; else low = middle + 1;
+      if (bins.tile_end[middle] > tile)
+        high = middle;
+      else
+        low = middle + 1;
     }
     const int before = low == 0 ? 0 : bins.tile_end[low - 1];
     const int2 value{low, bins.first[low] + (tile - before) * schedule.rows};
@@ -126,7 +130,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(Plan plan, int per_block
 
   // Per bin: the slots of all blocks, and of those before this one (in first, until it is known).
   const int groups = max(1, kThreads / bins.count), group = threadIdx.x / bins.count;
-  for (int bin = threadIdx.x % bins.count; bin < bins.count && group < groups; bin += groups == 1 ? kThreads : bins.count) {
+  for (int bin = threadIdx.x % bins.count; bin < bins.count && group < groups;
+       bin += groups == 1 ? kThreads : bins.count) {
     int total = 0, before = 0;
 #pragma unroll 8
     for (int block = group; block < blocks; block += groups) {

@@ -1,6 +1,6 @@
 // The stages of the cuda backend beside its GEMMs (grouped_gemm.h): launches on the current device, no synchronisation.
-// Shapes: T tokens, k experts per token, S = T * k rows, E experts, H hidden, I intermediate. All tensors are contiguous
-// device memory; null where the text says so.
+// Shapes: T tokens, k experts per token, S = T * k rows, E experts, H hidden, I intermediate. All tensors are
+// contiguous device memory; null where the text says so.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,10 +23,10 @@ struct Schedule {
 struct Plan {
   const void* index;  // (S,) int64, or int32 if narrow
   bool narrow;
-  int64_t* order;    // (S,) - output
-  int64_t* offsets;  // (E + 1,) - output
+  int64_t* order;     // (S,) - output
+  int64_t* offsets;   // (E + 1,) - output
   Schedule schedule;  // output
-  int32_t* counts;   // (plan_blocks(S), E + 1) - scratch
+  int32_t* counts;    // (plan_blocks(S), E + 1) - scratch
   int slots, experts, processors;
 };
 
@@ -57,11 +57,11 @@ struct Update {
   Schedule schedule;
   const void* gates;  // (T, k) of gates_type
   Type gates_type;
-  const bool *counted, *first;                  // (T,)
-  const int64_t *sequence, *position, *token;   // (T,)
-  int64_t* counts;                              // (E, 5)
-  double* sums;                                 // (E, 5)
-  int64_t* records[3];                          // outliers, first_outliers, in_max: (E, kept, 10)
+  const bool *counted, *first;                 // (T,)
+  const int64_t *sequence, *position, *token;  // (T,)
+  int64_t* counts;                             // (E, 5)
+  double* sums;                                // (E, 5)
+  int64_t* records[3];                         // outliers, first_outliers, in_max: (E, kept, 10)
   int kept[3];
   void* scratch;  // update_scratch bytes
   int slots, top_k, experts, max_tiles, source, processors;

@@ -1,8 +1,9 @@
 // Update: the row statistics of one experts call, merged into the bank's tables in one cooperative launch.
 //
-// First every tile of rows of one expert is reduced: counts, float64 sums, and per list of kept records the largest value
-// that stands before the last record kept (its head). Then, when all tiles are done, one block per expert and list adds
-// up its tiles in their order and takes what enters. In a settled state no head is there, and nothing is left to do.
+// First every tile of rows of one expert is reduced: counts, float64 sums, and per list of kept records the largest
+// value that stands before the last record kept (its head). Then, when all tiles are done, one block per expert and
+// list adds up its tiles in their order and takes what enters. In a settled state no head is there, and nothing is left
+// to do.
 #include "check.h"
 #include "stages.h"
 
@@ -24,14 +25,17 @@ constexpr int kInfBits = 0x7F800000;
 // A routing weight as float32.
 __device__ float load_gate(const void* gates, Type type, int slot) {
   switch (type) {
-    case Type::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(gates)[slot]);
-    case Type::kFloat16: return __half2float(static_cast<const __half*>(gates)[slot]);
-    default: return static_cast<const float*>(gates)[slot];
+    case Type::kBFloat16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(gates)[slot]);
+    case Type::kFloat16:
+      return __half2float(static_cast<const __half*>(gates)[slot]);
+    default:
+      return static_cast<const float*>(gates)[slot];
   }
 }
 
-// Reduces K values of every lane over the warp with K + 1 or so shuffles instead of 5 K: a lane gives away half of what it
-// still has at every step. Returns the result of value lane / (32 / K).
+// Reduces K values of every lane over the warp with K + 1 or so shuffles instead of 5 K: a lane gives away half of what
+// it still has at every step. Returns the result of value lane / (32 / K).
 template <int K, typename V, typename Join>
 __device__ V reduce_warp(V (&values)[K], int lane, const Join& join) {
   int offset = 16;
@@ -51,8 +55,8 @@ __device__ V reduce_warp(V (&values)[K], int lane, const Join& join) {
 
 constexpr int kThreads = 128;  // and the most rows of a tile
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocks = 8;  // on a multiprocessor
-constexpr int kLists = 3;   // outliers, first_outliers, in_max
+constexpr int kBlocks = 8;     // on a multiprocessor
+constexpr int kLists = 3;      // outliers, first_outliers, in_max
 constexpr int kPending = 256;  // rows that wait to be merged into a list
 constexpr int64_t kLastSource = 0x7FFFFFFF;
 
@@ -73,7 +77,8 @@ struct Scratch {
   uint8_t* flags;   // (S,)
 
   __device__ explicit Scratch(const Update& u)
-      : tiles(static_cast<Tile*>(u.scratch)), first_tile(reinterpret_cast<int*>(tiles + u.max_tiles)),
+      : tiles(static_cast<Tile*>(u.scratch)),
+        first_tile(reinterpret_cast<int*>(tiles + u.max_tiles)),
         flags(reinterpret_cast<uint8_t*>(first_tile + u.experts)) {}
 };
 
@@ -110,7 +115,8 @@ __device__ bool belongs(int list, int flags) {
 
 __device__ Entry entry_of_row(const Update& u, int list, int row, int value) {
   const int token = int(u.order[row]) / u.top_k;
-  return {int64_t(value) << 32 | (kLastSource - u.source), u.sequence[token], u.position[token], channels(u, list)[row], row};
+  return {int64_t(value) << 32 | (kLastSource - u.source), u.sequence[token], u.position[token], channels(u, list)[row],
+          row};
 }
 
 __device__ Entry entry_of_record(const int64_t* record, int origin) {
@@ -143,7 +149,8 @@ __device__ void reduce_tile(const Update& u, const Scratch& scratch, int index) 
   double sums[8] = {};
   if (flags != 0 && counts[2] == 0 && isfinite(gate)) {
     const double norm = __fsqrt_rn(squares);
-    sums[0] = gate, sums[1] = flags & kFirst ? double(gate) : 0., sums[2] = norm, sums[3] = squares, sums[4] = gate * norm;
+    sums[0] = gate, sums[1] = flags & kFirst ? double(gate) : 0., sums[2] = norm, sums[3] = squares,
+    sums[4] = gate * norm;
   }
 #pragma unroll
   for (int list = 0; list < kLists; ++list) {
@@ -151,9 +158,10 @@ __device__ void reduce_tile(const Update& u, const Scratch& scratch, int index) 
     if (belongs(list, flags)) {
       const int64_t* last = u.records[list] + (int64_t(expert + 1) * u.kept[list] - 1) * kColumns;
       const int value = value_bits(peaks(u, list)[row]), least = int(last[kValue]);
-      // Equals are rare, except in experts that give the same everywhere, such as zero: those must not enter every time.
-      const bool enters = value > least || (value == least && precedes(entry_of_row(u, list, row, value),
-                                                                       entry_of_record(last, -1)));
+      // Equals are rare, except in experts that give the same everywhere, such as zero: those must not enter every
+      // time.
+      const bool enters =
+          value > least || (value == least && precedes(entry_of_row(u, list, row, value), entry_of_record(last, -1)));
       if (enters) head = value;
     }
     head = __reduce_max_sync(kAll, head);

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -101,6 +102,14 @@ def print_line(text: str, style: str | None = None) -> None:
 def print_whole(table: Table) -> None:
     """A table of numbers: too wide for the terminal it wraps, but no number is cut."""
     _Console(width=max(console.width, 200), emoji=False).print(table)
+
+
+def plain_table(*columns: str, left: str = "") -> Table:
+    """A table to fill: numbers to the right; the first column and the one named left to the left."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if name == left or not number else "right", no_wrap=True)
+    return table
 
 
 def progress_bar(unit: str = "tokens") -> Progress:

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from sedetect import hf
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.listed import is_linear
 from sedetect.ops import Halves
-from sedetect.quantized import dequantize
+from sedetect.quantized import linear_weight
 
 NAMES = ("gate", "up", "down")
 # Input projections of an MLP that is no routed expert: apart, the gate first, or in one linear.
@@ -120,10 +119,8 @@ def _of_mlp(bank: hf.Bank, mlp: nn.Module) -> dict[str, torch.Tensor]:
 
 def _weight(bank: hf.Bank, linear: nn.Module) -> torch.Tensor:
     """(M, K) of a linear."""
-    weight = getattr(linear, "weight", None)
-    if isinstance(linear, FP8Linear) and weight.element_size() == 1:
-        return dequantize(weight, linear.weight_scale_inv, linear.block_size, torch.bfloat16)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.dim() != 2:
+    weight = linear_weight(linear)
+    if weight is None or weight.dim() != 2:
         raise SedetectError(
             f"{bank.path} ({type(linear).__name__}): its weights cannot be read; give the unquantized checkpoint"
         )

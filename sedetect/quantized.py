@@ -56,7 +56,7 @@ class Mxfp4GptOssExperts(Adapter):
     these kernels' order; each call puts those of its layer back into the checkpoint's, in memory that it then frees.
     """
 
-    has_bias = True
+    has_bias, is_concatenated = True, False
     dtype = torch.bfloat16  # the activations', known when they come
 
     @property

@@ -33,6 +33,7 @@ from sedetect.backends import BACKENDS
 from sedetect.call import Call
 from sedetect.checkpoint import load_model
 from sedetect.errors import SedetectError
+from sedetect.expert_matrices import expert_matrices
 from sedetect.kernels.dequantize import QuantizedWeights, dequantize
 from sedetect.ops import Gate
 from sedetect.quantized import linear_weight, serve_linears
@@ -177,6 +178,16 @@ def test_the_gate_is_fused(kind):
             sedetect.hf.measure(bank)
             gpt_oss = Gate(interleaved=True, limit=7.0, slope=1.702, shift=1.0)
             assert bank.gate == (gpt_oss if kind == "mxfp4" else Gate())
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_matrices_for_analyses(kind):
+    plain, stored = twins(kind)
+    for one, other in zip(sedetect.hf.find_banks(plain), sedetect.hf.find_banks(stored), strict=True):
+        mine, theirs = expert_matrices(stored, other), expert_matrices(plain, one)
+        assert set(mine) == {"gate", "up", "down"} == set(theirs)
+        for name in mine:
+            assert torch.allclose(mine[name].float(), theirs[name].float(), rtol=1e-2), (other.id, name)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])

@@ -38,7 +38,6 @@ from sedetect.listed import ListedExperts
 from sedetect.quantized import serve_linears
 from sedetect.routers import RouterWatch
 from sedetect.routing_analysis import chosen_slots
-from sedetect.stacked import FP8Experts
 
 _CHUNK = {"cuda": 2**28, "cpu": 2**24}  # elements of the experts' outputs at a time
 
@@ -111,8 +110,6 @@ class _Observer:
 
     def __init__(self, group: Group, watch: RouterWatch, backend: str | None):
         self.group, self._watch, self._backend = group, watch, backend
-        if isinstance(group.routed.module, FP8Experts) and backend == "triton":
-            self._backend = "torch"  # as in a profile
         self._shared = [bank for bank in group.shared if bank.hidden == group.routed.hidden]
         self._gate = None if isinstance(group.routed.module, ListedExperts) else hf.gate_of(group.routed)
         self._sums: OutputSums | None = None

@@ -35,7 +35,7 @@ from sedetect.calibration import Windows, batches
 from sedetect.expert_matrices import gate_states
 from sedetect.layers import expert_output, run_tokens
 from sedetect.listed import ListedExperts
-from sedetect.quantized import FP8Experts, serve_linears
+from sedetect.quantized import serve_linears
 from sedetect.routers import RouterWatch
 from sedetect.routing_analysis import chosen_slots
 

@@ -163,8 +163,9 @@ def gate_up(
     out = x.new_empty(slots, width)
     if slots == 0:
         return out, x.new_empty(1, 0, dtype=torch.float32) if parts else None
-    tile = choose_tile(tiles.GATE_UP, weight, plan.schedule.rows, columns, x.device)
-    operand = weight_operand(weight, transposed, tile, 2 if halved and not gate.interleaved else 1)
+    interleaved = halved and gate.interleaved
+    tile = choose_tile(tiles.GATE_UP, weight, plan.schedule.rows, columns, x.device, interleaved)
+    operand = weight_operand(weight, transposed, tile, 2 if halved and not interleaved else 1)
     column_tiles = triton.cdiv(width, tile.n // 2 if halved else tile.n)
     found = x.new_empty(column_tiles, slots, dtype=torch.float32) if parts else None
     gate, activation = (Gate(gated=False), None) if gate is None else (gate, gate.activation)

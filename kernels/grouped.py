@@ -136,11 +136,18 @@ def _quantized_tile(
 
 
 def choose_tile(
-    gemm: str, weight: torch.Tensor | QuantizedWeights, rows: int, width: int, device: torch.device
+    gemm: str,
+    weight: torch.Tensor | QuantizedWeights,
+    rows: int,
+    width: int,
+    device: torch.device,
+    interleaved: bool = False,
 ) -> Tile:
-    """The tile of a GEMM with this weight, whose output is width wide."""
+    """The tile of a GEMM with this weight, whose output is width wide; interleaved: that its gate takes in turns."""
     if isinstance(weight, QuantizedWeights):
-        return choose(QUANTIZED, rows, weight.dtype, width, device, 0.5 if weight.packed else 1.0)
+        # Neighbours along the transposed side of the product meet in shared memory, in float32.
+        scratch = 4 if interleaved else None
+        return choose(QUANTIZED, rows, weight.dtype, width, device, 0.5 if weight.packed else 1.0, scratch)
     return choose(gemm, rows, weight.dtype, width, device)
 
 

@@ -80,23 +80,33 @@ def max_tiles(slots: int, experts: int, rows: int) -> int:
 
 @lru_cache(maxsize=1024)
 def choose(
-    gemm: str, rows: int, dtype: torch.dtype, width: int, device: torch.device, weight_bytes: float | None = None
+    gemm: str,
+    rows: int,
+    dtype: torch.dtype,
+    width: int,
+    device: torch.device,
+    weight_bytes: float | None = None,
+    scratch_bytes: int | None = None,
 ) -> Tile:
-    """The tile of a GEMM whose output is width wide. weight_bytes: of a weight as stored, if not the dtype's."""
+    """The tile of a GEMM whose output is width wide.
+
+    weight_bytes: of a weight as stored; scratch_bytes: of an output in the epilogue; if they are not the dtype's.
+    """
     tile = _TILES[gemm][rows]
     if dtype == torch.float32:  # multiplied without tensor cores, from registers
         tile = replace(tile, n=64, k=16, warps=8, stages=2, flatten=False)
     elif limits(device).major < 9:  # both operands pass through registers
         tile = replace(tile, n=min(tile.n, 128), k=32, flatten=False)
     narrow = 1 << max(width - 1, 15).bit_length()
-    return fit(replace(tile, n=min(tile.n, narrow)), dtype, device, weight_bytes or dtype.itemsize)
+    sizes = (dtype.itemsize, weight_bytes or dtype.itemsize, scratch_bytes or dtype.itemsize)
+    return fit(replace(tile, n=min(tile.n, narrow)), device, *sizes)
 
 
-def fit(tile: Tile, dtype: torch.dtype, device: torch.device, weight_bytes: float) -> Tile:
-    """The tile with as many stages as the device's shared memory holds."""
-    stage = int((tile.m * dtype.itemsize + tile.n * weight_bytes) * tile.k)
+def fit(tile: Tile, device: torch.device, row_bytes: int, weight_bytes: float, scratch_bytes: int) -> Tile:
+    """The tile with as many stages as the device's shared memory holds; bytes of one element each."""
+    stage = int((tile.m * row_bytes + tile.n * weight_bytes) * tile.k)
     # A flattened loop keeps its stages while the epilogue converts the output's layout in shared memory.
-    scratch = 1024 + (tile.m * tile.n * dtype.itemsize if tile.flatten else 0)
+    scratch = 1024 + (tile.m * tile.n * scratch_bytes if tile.flatten else 0)
     return replace(tile, stages=max(1, min(tile.stages, (limits(device).shared - scratch) // stage)))
 
 

@@ -104,6 +104,7 @@ def launch_quantized(dtype: torch.dtype, tokens: int, fp8: bool) -> None:
         h, _ = gate_up(x, routing, up, gate=GATES[0], parts=True)
         down(h, routing, low)
         gate_up(x, routing, up)
+        gate_up(x, routing, up, gate=GATES[-1], parts=True)
     scales = [torch.empty(experts, rows, columns // 32, dtype=torch.uint8) for rows, columns in sizes]
     stored = [torch.empty(experts, rows, columns // 2, dtype=torch.uint8) for rows, columns in sizes]
     up, low = (QuantizedWeights(*pair, None, dtype) for pair in zip(stored, scales))

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from models import CONFIGS, TINY
-from test_report import Page, payload, run
+from test_report import Page, browser, opened, payload, run  # noqa: F401  fixtures
 from test_streaming import save_random
 from transformers import MixtralConfig
 
@@ -103,6 +103,26 @@ def test_every_picture_marks_the_super_expert(results, marked):
                 colour = "var(--super)" if page else LIGHT["super"]
                 if "-L1-" in chart.name and "ranks" not in chart.name:
                     assert colour in json.dumps(chart.spec), chart.name
+
+
+def test_only_experts_are_marked(results, marked):
+    """A neuron or a token of the super expert's number is none."""
+    pictures = pictures_of(results["outputs"], marked, page=False)
+    charts = {chart.name: chart.spec for chart in Inside(pictures, page=False).all()}
+    for name, rows in (("outputs-L1-token-0-states", 0), ("outputs-L1-text-norms", 0), ("outputs-L1-cosine", 1)):
+        axes = charts[name]["layer"][0]["encoding"]
+        assert ("labelColor" in axes["x"]["axis"], "labelColor" in axes["y"]["axis"]) == (True, bool(rows))
+        bands = [layer for layer in charts[name]["layer"][1:] if layer["mark"]["stroke"] == LIGHT["super"]]
+        assert len(bands) == 1 + rows
+
+
+def test_the_section_in_a_browser(folder, tmp_path, opened):  # noqa: F811
+    assert run("report", folder[0], "-o", tmp_path / "report.html")[0] == 0
+    page, events = opened(tmp_path / "report.html")
+    assert events == []
+    drawn = page.locator("#inside .chart")
+    assert drawn.count() == page.locator("#inside .chart svg").count() > 10
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_pictures_draw_the_arrays(results, marked):

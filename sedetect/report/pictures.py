@@ -11,6 +11,7 @@ import torch
 from sedetect import output_analysis, weight_analysis
 from sedetect.analysis import Analysis, LayerArrays
 from sedetect.analysis_tables import layer_name
+from sedetect.expert_matrices import NAMES
 from sedetect.report.data import Records
 from sedetect.routing_analysis import effective, lift
 from sedetect.stats import BankId
@@ -132,7 +133,7 @@ def _weights_of(
     if "router.similarity" in layer.arrays:
         text = f"Cosine of the gate embeddings of two experts {where}."
         yield _square(f"{name}-gate-embeddings", layer, layer.arrays["router.similarity"], marked, text)
-    matrices = [one.removesuffix(".norm") for one in layer.arrays if one.endswith(".norm") and one != "router.norm"]
+    matrices = [one for one in NAMES if f"{one}.norm" in layer.arrays]
     for one in matrices:
         text = f"Cosine of the mean {one} neurons of two experts {where}."
         yield _square(f"{name}-{one}-neurons", layer, layer.arrays[f"{one}.neuron_similarity"], marked, text)

@@ -101,7 +101,7 @@ def test_every_picture_marks_the_super_expert(results, marked):
             pictures = pictures_of(result, marked, page=page)
             for chart in Inside(pictures, page=page).all():
                 colour = "var(--super)" if page else LIGHT["super"]
-                if "-L1-" in chart.name and "ranks" not in chart.name:
+                if ("-L1-" in chart.name and "ranks" not in chart.name) or chart.name == "routing-load":
                     assert colour in json.dumps(chart.spec), chart.name
 
 
@@ -161,6 +161,12 @@ def test_pictures_draw_the_arrays(results, marked):
     scatter = pictures["weights-L1-down-projection"]
     for record, score in zip(scatter.data[scatter.name], arrays["weights"]["down.scores"]):
         assert (record["x"], record["y"]) == pytest.approx(tuple(score[:2].tolist()), rel=1e-3)
+    load = {(r["y"], r["x"]): r for r in pictures["routing-load"].data["routing-load"]}
+    assert len(load) == 64 and {at: r["verdict"] for at, r in load.items() if r["verdict"] != "other"} == {
+        ("L1", "28"): "super", ("L9", "7"): "outlier",
+    }  # fmt: skip
+    shares = arrays["routing"]["load"].sum(0) / arrays["routing"]["tokens"].sum()
+    assert [load["L1", str(e)]["value"] for e in range(32)] == pytest.approx(shares.tolist(), rel=1e-3)
     lines = pictures["weights-r2"].data["weights-r2"]
     assert [r["value"] for r in lines if r["row"] == "L1"] == [
         float(arrays["weights"][f"{m}.r2"]) for m in ("gate", "up", "down")

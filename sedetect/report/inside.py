@@ -79,6 +79,9 @@ class Inside(Drawing):
                 band = chosen.transform_aggregate(cells="count()", groupby=[channel])
                 look = {"fill": None, "stroke": self.colour[verdict], "strokeWidth": 1.5}
                 layers.append(band.mark_rect(**look).encode(**{channel: x if channel == "x" else y}))
+        for verdict in sorted({record.get("verdict") for record in of.data[of.name]} & {"super", "outlier"}):
+            one = base.transform_filter(alt.datum.verdict == verdict)
+            layers.append(one.mark_rect(fill=None, stroke=self.colour[verdict], strokeWidth=2).encode(x=x, y=y))
         height = max(120, min(440, 14 * len(of.rows) + 40))
         return self.chart(of.name, of.text, alt.layer(*layers), height)
 

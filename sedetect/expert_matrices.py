@@ -15,10 +15,10 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from sedetect import hf
 from sedetect.errors import SedetectError
+from sedetect.kernels.dequantize import dequantize
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.listed import is_linear
 from sedetect.ops import Halves
-from sedetect.kernels.dequantize import dequantize
 
 NAMES = ("gate", "up", "down")
 # Input projections of an MLP that is no routed expert: apart, the gate first, or in one linear.

@@ -8,7 +8,7 @@ from dense_reference import listen
 from families import FAMILIES, tiny_model
 from models import TINY, random_model, snapshot
 from test_adapters import DeepseekBlock, MixtralBlock, as_remote_code
-from test_quantized import fp8_twins
+from test_quantized import twins
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sedetect import hf, ops
@@ -282,7 +282,7 @@ def test_remote_code_as_the_stacked_experts(block):
 
 
 def test_quantized_experts_as_what_they_stand_for():
-    plain, stored = fp8_twins((16, 8), torch.float32)
+    plain, stored = twins("fp8")
     given = windows_of(random_ids()), [text_of(random_ids()[0])]
     for backend in (None, "triton"):
         same_arrays(*(analyze_outputs(m, given[0], texts=given[1], backend=backend) for m in (plain, stored)))

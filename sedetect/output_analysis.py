@@ -117,7 +117,9 @@ class _Observer:
         self._left_out = {bank.id.kind: "of another width" for bank in group.shared if bank not in self._shared}
         self._routing: tuple[torch.Tensor, ...] | None = None
         self._given: dict[int, torch.Tensor] = {}
-        self._length, self._keep, self._lost = 0, False, False
+        self._logits: torch.Tensor | None = None
+        self._members: list[str] = Group(group.routed).members
+        self._length, self._keep, self._lost, self._uneven = 0, False, False, False
 
     def calls(self) -> list[tuple[hf.Bank, Callable[..., torch.Tensor]]]:
         shared = [
@@ -166,24 +168,29 @@ class _Observer:
         for number, other in enumerate(self._shared):
             if number not in fits:
                 self._left_out[other.id.kind] = "not called with the tokens of the routed experts"
-        shared = torch.cat([fits[n] for n in sorted(fits)]) if fits else x.new_zeros(0, len(x), bank.hidden)
-        members = range(bank.experts + len(shared))
+        if not len(x):
+            return
         if self._sums is None:
-            self._sums = OutputSums(len(members), bank.experts, x.device)
-            self._members = self._names(fits)
-        if len(x) and self._sums.members == len(members):
-            keep = self._keep and len(x) == self._length
-            self._lost |= self._keep and not keep
-            step = chunk_tokens(len(members), bank.hidden, bank.intermediate, x.device)
-            for start in range(0, len(x), step):
-                part = slice(start, start + step)
-                y = torch.cat([self._outputs(x[part]).float(), shared[:, part].float()])
-                logits = None if self._logits is None else self._logits[part, : bank.experts]
-                chosen = chosen_slots(index[part], weights[part], bank.experts)
-                if self._keep:
-                    self._keep_tokens(keep, x[part], y, chosen, weights[part], part)
-                else:
-                    self._sums.add(y, chosen, logits)
+            self._members = Group(bank, [other for n, other in enumerate(self._shared) if n in fits]).members
+            self._sums = OutputSums(len(self._members), bank.experts, x.device)
+        if self._sums.members != bank.experts + sum(map(len, fits.values())):
+            self._uneven = True
+            return
+        if self._keep and len(x) != self._length:
+            self._lost = True
+            return
+        step = chunk_tokens(len(self._members), bank.hidden, bank.intermediate, x.device)
+        for start in range(0, len(x), step):
+            part = slice(start, start + step)
+            y = self._outputs(x[part]).float()
+            if fits:
+                y = torch.cat([y, *(fits[n][:, part].float() for n in sorted(fits))])
+            logits = None if self._logits is None else self._logits[part]
+            chosen = chosen_slots(index[part], weights[part], bank.experts)
+            if self._keep:
+                self._keep_tokens(x[part], y, chosen, weights[part], logits)
+            else:
+                self._sums.add(y, chosen, None if logits is None else logits[:, : bank.experts])
 
     def _outputs(self, x: torch.Tensor) -> torch.Tensor:
         """(E, T, H) of the routed experts."""
@@ -202,25 +209,19 @@ class _Observer:
             backend=self._backend,
         )
 
-    def _keep_tokens(self, keep, x, y, chosen, weights, part: slice) -> None:
-        if not keep:
-            return
+    def _keep_tokens(
+        self, x: torch.Tensor, y: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None
+    ) -> None:
         products, norms = _products(y)
         found = {"cosine": _cosines(products, norms), "norm": norms, "index": chosen, "weight": weights.float()}
         found["states"] = gate_states(self.group.routed, x).transpose(0, 1)
-        if self._logits is not None:
-            found["score"] = self._logits[part].softmax(-1)[:, : self.group.routed.experts]
+        if logits is not None:
+            found["score"] = logits.softmax(-1)[:, : self.group.routed.experts]
         self._kept.append({f"text.{name}": array.cpu() for name, array in found.items()})
-
-    def _names(self, fits: dict[int, torch.Tensor]) -> list[str]:
-        whole = Group(self.group.routed, [bank for n, bank in enumerate(self._shared) if n in fits])
-        return whole.members
 
     def result(self) -> LayerArrays:
         bank = self.group.routed
-        if self._sums is None:
-            return LayerArrays(bank.experts, Group(bank).members)
-        arrays = self._sums.arrays()
+        arrays = {} if self._sums is None else self._sums.arrays()
         for name in self._kept[0] if self._kept else ():
             arrays[name] = torch.cat([one[name] for one in self._kept if name in one]).contiguous()
         return LayerArrays(bank.experts, self._members, arrays)
@@ -232,6 +233,8 @@ class _Observer:
             found.append(f"{bank.id}: no router found beside its experts, so their scores are not known")
         if texts and self._lost:
             found.append(f"{bank.id}: regroups its tokens; those of the texts are not told apart")
+        if self._uneven:
+            found.append(f"{bank.id}: calls with other shared experts than the first one are left out")
         if self._sums is None:
             found.append(f"{bank.id}: never ran")
         return found

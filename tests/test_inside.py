@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from models import CONFIGS, TINY
-from test_report import Page, payload, run
+from test_report import Page, browser, opened, payload, run  # noqa: F401  fixtures
 from test_streaming import save_random
 from transformers import MixtralConfig
 
@@ -101,8 +101,28 @@ def test_every_picture_marks_the_super_expert(results, marked):
             pictures = pictures_of(result, marked, page=page)
             for chart in Inside(pictures, page=page).all():
                 colour = "var(--super)" if page else LIGHT["super"]
-                if "-L1-" in chart.name and "ranks" not in chart.name:
+                if ("-L1-" in chart.name and "ranks" not in chart.name) or chart.name == "routing-load":
                     assert colour in json.dumps(chart.spec), chart.name
+
+
+def test_only_experts_are_marked(results, marked):
+    """A neuron or a token of the super expert's number is none."""
+    pictures = pictures_of(results["outputs"], marked, page=False)
+    charts = {chart.name: chart.spec for chart in Inside(pictures, page=False).all()}
+    for name, rows in (("outputs-L1-token-0-states", 0), ("outputs-L1-text-norms", 0), ("outputs-L1-cosine", 1)):
+        axes = charts[name]["layer"][0]["encoding"]
+        assert ("labelColor" in axes["x"]["axis"], "labelColor" in axes["y"]["axis"]) == (True, bool(rows))
+        bands = [layer for layer in charts[name]["layer"][1:] if layer["mark"]["stroke"] == LIGHT["super"]]
+        assert len(bands) == 1 + rows
+
+
+def test_the_section_in_a_browser(folder, tmp_path, opened):  # noqa: F811
+    assert run("report", folder[0], "-o", tmp_path / "report.html")[0] == 0
+    page, events = opened(tmp_path / "report.html")
+    assert events == []
+    drawn = page.locator("#inside .chart")
+    assert drawn.count() == page.locator("#inside .chart svg").count() > 10
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_pictures_draw_the_arrays(results, marked):
@@ -141,6 +161,12 @@ def test_pictures_draw_the_arrays(results, marked):
     scatter = pictures["weights-L1-down-projection"]
     for record, score in zip(scatter.data[scatter.name], arrays["weights"]["down.scores"]):
         assert (record["x"], record["y"]) == pytest.approx(tuple(score[:2].tolist()), rel=1e-3)
+    load = {(r["y"], r["x"]): r for r in pictures["routing-load"].data["routing-load"]}
+    assert len(load) == 64 and {at: r["verdict"] for at, r in load.items() if r["verdict"] != "other"} == {
+        ("L1", "28"): "super", ("L9", "7"): "outlier",
+    }  # fmt: skip
+    shares = arrays["routing"]["load"].sum(0) / arrays["routing"]["tokens"].sum()
+    assert [load["L1", str(e)]["value"] for e in range(32)] == pytest.approx(shares.tolist(), rel=1e-3)
     lines = pictures["weights-r2"].data["weights-r2"]
     assert [r["value"] for r in lines if r["row"] == "L1"] == [
         float(arrays["weights"][f"{m}.r2"]) for m in ("gate", "up", "down")

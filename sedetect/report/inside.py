@@ -6,6 +6,7 @@ from sedetect.report.drawing import Chart, Drawing, ordinal
 from sedetect.report.pictures import Picture
 
 _NAMED = 64  # points that carry their name
+_LABELS = 24  # of an axis
 
 
 class Inside(Drawing):
@@ -53,8 +54,13 @@ class Inside(Drawing):
         kind = "log" if of.log else "linear"
         scale = alt.Scale(type=kind, scheme="viridis", domain=[low, high if high > low else low + 1])
         legend = alt.Legend(title=of.value, format=".3~g", gradientLength=160, orient="top")
-        x = alt.X("x:N", scale=alt.Scale(domain=of.columns), title=of.x, axis=self._axis(of.columns, 24, of))
-        y = alt.Y("y:N", scale=alt.Scale(domain=of.rows), title=of.y, axis=self._axis(of.rows, 24, of))
+        x = alt.X("x:N", scale=alt.Scale(domain=of.columns), title=of.x, axis=self._axis(of.columns, of.marked))
+        y = alt.Y(
+            "y:N",
+            scale=alt.Scale(domain=of.rows),
+            title=of.y,
+            axis=self._axis(of.rows, of.marked if of.rows == of.columns else {}),
+        )
         tips = [
             alt.Tooltip("x:N", title=of.x),
             alt.Tooltip("y:N", title=of.y),
@@ -73,6 +79,9 @@ class Inside(Drawing):
                 band = chosen.transform_aggregate(cells="count()", groupby=[channel])
                 look = {"fill": None, "stroke": self.colour[verdict], "strokeWidth": 1.5}
                 layers.append(band.mark_rect(**look).encode(**{channel: x if channel == "x" else y}))
+        for verdict in sorted({record.get("verdict") for record in of.data[of.name]} & {"super", "outlier"}):
+            one = base.transform_filter(alt.datum.verdict == verdict)
+            layers.append(one.mark_rect(fill=None, stroke=self.colour[verdict], strokeWidth=2).encode(x=x, y=y))
         height = max(120, min(440, 14 * len(of.rows) + 40))
         return self.chart(of.name, of.text, alt.layer(*layers), height)
 
@@ -104,10 +113,10 @@ class Inside(Drawing):
         names = named.mark_text(dy=-10, fontSize=11).encode(text="name:N", color=colour)
         return self.chart(of.name, of.text, alt.layer(points, names), 340)
 
-    def _axis(self, labels: list[str], most: int, of: Picture) -> alt.Axis:
+    def _axis(self, labels: list[str], marked: dict[str, str]) -> alt.Axis:
         """thinned, with a label on every marked expert, in its colour."""
-        axis = self.thinned(labels, most)
-        marks = {label: verdict for label, verdict in of.marked.items() if label in labels}
+        axis = self.thinned(labels, _LABELS)
+        marks = {label: verdict for label, verdict in marked.items() if label in labels}
         if not marks:
             return axis
         tests = [

@@ -11,11 +11,13 @@ import torch
 from sedetect import output_analysis, weight_analysis
 from sedetect.analysis import Analysis, LayerArrays
 from sedetect.analysis_tables import layer_name
+from sedetect.expert_matrices import NAMES
 from sedetect.report.data import Records
 from sedetect.routing_analysis import effective, lift
 from sedetect.stats import BankId
 
-_MOST = 128  # rows or columns of a grid that a page shows, and neurons of a picture of states
+_CELLS = 8192  # of a grid that a page shows
+_NEURONS = 128  # of a picture of states
 _OTHER = "other"
 _LAYER = re.compile(r"^(.*\.)?L\d+")
 
@@ -24,8 +26,8 @@ _LAYER = re.compile(r"^(.*\.)?L\d+")
 class Picture:
     """One chart over lists of records.
 
-    form     "lines" (row, series, value), "grid" (x, y, value; mx, my: whether the column or the row is marked) or
-             "points" (x, y, name, verdict, stray)
+    form     "lines" (row, series, value), "grid" (x, y, value; mx, my: whether the column or the row is marked; a verdict
+             where cells are marked one by one) or "points" (x, y, name, verdict, stray)
     text     what it shows, in words
     x, y, value    titles
     columns, rows  the labels of the axes, in order (lines: columns alone)
@@ -48,7 +50,7 @@ class Picture:
 
 def pictures_of(result: Analysis, marked: dict[str, str], *, page: bool) -> list[Picture]:
     """The pictures of an analysis; for a page, those of all layers together, and of the first layer with a super expert
-    (or the first) that has no more experts than a page can show. marked: name -> verdict."""
+    (or the first), as far as they are small enough. marked: name -> verdict."""
     whole = {"weights": _weights, "outputs": _outputs, "routing": _routing}[result.kind]
     found = [picture for picture in whole(result, marked) if any(picture.data.values())]
     of_layer = {"weights": _weights_of, "outputs": _outputs_of, "routing": _routing_of}[result.kind]
@@ -56,13 +58,12 @@ def pictures_of(result: Analysis, marked: dict[str, str], *, page: bool) -> list
         layer = result.layers[bank]
         if layer.arrays:
             found += of_layer(result, f"{result.kind}-{layer_name(bank).replace(' ', '-')}", bank, layer, marked, page)
-    return found
+    return [picture for picture in found if not page or len(picture.data[picture.name]) <= _CELLS]
 
 
 def _for_page(result: Analysis, marked: dict[str, str]) -> list[BankId]:
-    small = [bank for bank, layer in result.layers.items() if layer.experts <= _MOST]
-    special = [bank for bank in small if "super" in map(marked.get, result.layers[bank].members)]
-    return (special or small)[:1]
+    special = [bank for bank, layer in result.layers.items() if "super" in map(marked.get, layer.members)]
+    return (special or list(result.layers))[:1]
 
 
 def _weights(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
@@ -97,7 +98,7 @@ def _outputs(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
         values = {bank: {series[n]: v for n, v in of.items() if n in series} for bank, of in summaries.items()}
         yield _lines(f"outputs-{name}", result, marked, values, title, text)
     counts = [layer.arrays["rank_counts"] for layer in result.layers.values() if "rank_counts" in layer.arrays]
-    if counts and len({count.shape for count in counts}) == 1 and len(counts[0]) <= _MOST:
+    if len({count.shape for count in counts}) == 1:
         yield _rank_counts("outputs-ranks", sum(counts), "over all layers")
 
 
@@ -110,19 +111,20 @@ def _routing(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
             values[bank]["router of a token"] = math.exp(float(entropy))
     text = "Experts over which the load of a layer spreads, and over which the routing probabilities of a token do."
     yield _lines("routing-effective", result, marked, values, "effective experts", text)
+    yield _load(result, marked)
+
+
+def _load(result: Analysis, marked: dict[str, str]) -> Picture:
     experts = max(layer.experts for layer in result.layers.values())
-    if experts <= _MOST:
-        share = {
-            bank: of.arrays["load"].sum(0) / of.arrays["tokens"].sum().clamp(min=1)
-            for bank, of in result.layers.items()
-        }
-        names, rows = [str(e) for e in range(experts)], [layer_name(bank) for bank in share]
-        table = torch.full((len(rows), experts), torch.nan)
-        for row, values_of in enumerate(share.values()):
-            table[row, : len(values_of)] = values_of
-        text = "Share of the tokens that chose each expert, layers down, experts across."
-        yield Picture("routing-load", "grid", text, {"routing-load": list(_cells(table, names, rows, {}))},
-                      "expert", "layer", "share of the tokens", names, rows)  # fmt: skip
+    names, rows = [str(e) for e in range(experts)], [layer_name(bank) for bank in result.layers]
+    records = []
+    for row, layer in zip(rows, result.layers.values()):
+        share = layer.arrays["load"].sum(0) / layer.arrays["tokens"].sum().clamp(min=1)
+        cells = _cells(share[None], names[: layer.experts], [row], {})
+        records += [cell | {"verdict": marked.get(name, _OTHER)} for cell, name in zip(cells, layer.members)]
+    text = "Share of the tokens that chose each expert, layers down, experts across."
+    value = "share of the tokens"
+    return Picture("routing-load", "grid", text, {"routing-load": records}, "expert", "layer", value, names, rows)
 
 
 def _weights_of(
@@ -132,7 +134,7 @@ def _weights_of(
     if "router.similarity" in layer.arrays:
         text = f"Cosine of the gate embeddings of two experts {where}."
         yield _square(f"{name}-gate-embeddings", layer, layer.arrays["router.similarity"], marked, text)
-    matrices = [one.removesuffix(".norm") for one in layer.arrays if one.endswith(".norm") and one != "router.norm"]
+    matrices = [one for one in NAMES if f"{one}.norm" in layer.arrays]
     for one in matrices:
         text = f"Cosine of the mean {one} neurons of two experts {where}."
         yield _square(f"{name}-{one}-neurons", layer, layer.arrays[f"{one}.neuron_similarity"], marked, text)
@@ -179,7 +181,7 @@ def _outputs_of(
         text = f"Cosine of the outputs of two experts {where} for token {token}."
         yield _square(f"{name}-token-{place}-cosine", layer, arrays["text.cosine"][place], marked, text)
         states = arrays["text.states"][place].t()
-        kept = weight_analysis.kept_neurons(len(states), _MOST)
+        kept = weight_analysis.kept_neurons(len(states), _NEURONS)
         text = f"Intermediate states act(W_gate x) of every expert {where} for token {token}"
         text += "." if len(kept) == len(states) else f", {len(kept)} of {len(states)} neurons."
         yield _grid(

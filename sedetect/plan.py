@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 from sedetect import hf
 from sedetect.checkpoint import check_checkpoint
 from sedetect.errors import SedetectError
-from sedetect.streaming_weights import open_streamed, read_bytes
+from sedetect.staging import read_bytes
+from sedetect.streaming_weights import open_streamed
 
 SAMPLE = 2**28  # bytes read to measure the bandwidth
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token")

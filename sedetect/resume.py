@@ -145,9 +145,13 @@ class HiddenStates:
     def write(self, layer: int, batch: int, hidden: torch.Tensor) -> None:
         """Those that enter layer, from the one before."""
         if self._memory is not None:
-            kept = hidden.to(self._memory)
-            pin = self._memory.type == "cpu" and hidden.device.type == "cuda"
-            self._kept[batch] = kept.pin_memory() if pin else kept
+            if self._memory.type == "cpu" and hidden.device.type == "cuda":
+                # Nobody waits for this copy, nor for the one back: both are on the stream that computes, and torch
+                # gives pinned memory out again only when the GPU is done with it.
+                pinned = torch.empty_like(hidden, device="cpu", pin_memory=True)
+                self._kept[batch] = pinned.copy_(hidden, non_blocking=True)
+            else:
+                self._kept[batch] = hidden.to(self._memory)
         if self._progress is not None:
             self._progress.write_hidden(layer, batch, hidden)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 import transformers
 from torch import nn
 
+from sedetect import hf
 from sedetect.calibration import Windows, batches
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError, shorten
@@ -79,12 +80,13 @@ def stream_profile(
         SedetectError: before any layer is read, for a model whose layers hand on more than hidden states, for a folder
             with another run, and without resume for hidden states that do not fit the memory.
     """
-    model, layers, count = streamed.model, streamed.layers, len(streamed.layers)
+    model, layers, path, count = streamed.model, streamed.layers, streamed.path, len(streamed.layers)
     runs = {domain: list(batches(windows, batch_size)) for domain, windows in domains.items()}
     place = _place(streamed, domains, resume)
     wrap = check_layers(streamed, next(iter(domains.values())).ids[:1, :_TRIAL_TOKENS])
     progress = None if resume is None else Progress(resume, _identity(streamed, domains, batch_size, settings))
     hidden, took = HiddenStates(place, progress), Streamed()
+    banks, known = hf.find_banks(model), model_digest(model)  # both take longer than a layer needs to compute a batch
     parts = [] if progress is None else progress.statistics(len(domains))
     if progress is not None:
         took.resumed, took.compute = progress.layers, progress.computed
@@ -99,8 +101,8 @@ def stream_profile(
             measured, done, batch = [], 0, 0
             start, written = time.perf_counter(), 0.0 if progress is None else progress.seconds
             for domain, windows in domains.items():
-                within = f"{streamed.path}.{layer}"
-                with Profile(model, windows.source, windows.info, **settings, within=within) as prof:
+                own = [replace(b, served=set(), fallbacks=set()) for b in banks if b.path.startswith(f"{path}.{layer}.")]
+                with Profile(model, windows.source, windows.info, **settings, banks=own, digest=known) as prof:
                     for ids, numbers in runs[domain]:
                         if stop():
                             return {}, took

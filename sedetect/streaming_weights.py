@@ -11,13 +11,11 @@ PreTrainedModel, and transformers.core_model_loading.
 
 import ctypes
 import json
-import math
-import mmap
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,47 +36,9 @@ from sedetect import hf
 from sedetect.checkpoint import choose_device, load_model, read_header
 from sedetect.errors import SedetectError
 from sedetect.layers import decoder_layers
+from sedetect.staging import Staging, StoredTensor
 
-_ALIGNMENT = 64  # bytes; of what torch allocates
 _M_MMAP_THRESHOLD, _OWN_PAGES = -3, 2**22  # mallopt's, and bytes from which an allocation gets pages of its own
-_ONE_READ = 2**30  # bytes; Linux reads at most 2 GiB at once
-
-
-@dataclass(eq=False)
-class StoredTensor:
-    """One tensor of a safetensors file, read where it is indexed (as transformers does with the library's slices)."""
-
-    file: Path
-    start: int  # byte in the file
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors names it
-    pinned: bool = False  # read into memory from which a GPU can copy by itself
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * str_to_torch_dtype[self.dtype].itemsize
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        # The place within a cache line is that of the file, as in a mapped tensor, so that no kernel can choose
-        # otherwise. The file itself is not mapped: its pages would count as the process's.
-        dtype = str_to_torch_dtype[self.dtype]
-        skip = self.start % _ALIGNMENT if self.start % dtype.itemsize == 0 else 0
-        if self.pinned or not self.nbytes:
-            buffer = torch.empty(skip + self.nbytes, dtype=torch.uint8, pin_memory=self.pinned)[skip:]
-        else:  # pages of its own, which go back to the system with the tensor
-            buffer = torch.frombuffer(mmap.mmap(-1, skip + self.nbytes), dtype=torch.uint8)[skip:]
-        read_bytes(self.file, self.start, buffer)
-        return buffer.view(dtype).reshape(self.shape)[index]
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
-    def get_dtype(self) -> str:
-        return self.dtype
 
 
 class StreamedModel:
@@ -89,13 +49,21 @@ class StreamedModel:
     path     module path of layers
     files    the checkpoint's safetensors files
     stored   per layer, its tensors in the checkpoint; rest: those outside the layers
+    staging  brings a layer's tensors to a GPU; None on a CPU, where each is read when it is converted
     """
 
-    def __init__(self, model: PreTrainedModel, files: list[str], config: LoadStateDictConfig, device: torch.device):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        files: list[str],
+        config: LoadStateDictConfig,
+        device: torch.device,
+        first: float = 0.0,
+    ):
         self.model, self.device, self.files = model, device, [Path(file) for file in files]
         self._config = replace(config, device_map={"": device})
         self.layers, self.path = _layers_of(model)
-        stored = _stored_tensors(files, pinned=device.type == "cuda")
+        stored = _stored_tensors(files)
         self.stored: list[dict[str, StoredTensor]] = [{} for _ in self.layers]
         self.rest: dict[str, StoredTensor] = {}
         for key, target in _targets(model, stored, config).items():
@@ -107,6 +75,7 @@ class StreamedModel:
         self.loading_info = self._convert({key: _without_data(tensor) for key, tensor in stored.items()}, on_meta)
         self._missing = frozenset(self.loading_info.missing_keys)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.staging = None if self._side is None else Staging(device, self._side, first)
 
     def load_rest(self) -> None:
         """Load what is outside the decoder layers, without an output embedding of its own: logits are never needed."""
@@ -124,11 +93,14 @@ class StreamedModel:
         Raises SedetectError where a weight of it cannot be made from the checkpoint.
         """
         start = time.perf_counter()
-        if self._side is None:
-            info = self._convert(self.stored[layer], self._config)
-        else:
-            with torch.cuda.stream(self._side):
-                info = self._convert(self.stored[layer], self._config)
+        tensors = self.stored[layer]
+        with torch.cuda.stream(self._side):  # allocations and conversions too; free() says when the memory may go back
+            if self.staging is not None:
+                self.staging.bring(tensors.values())
+            info = self._convert(tensors, self._config)
+        for tensor in tensors.values():
+            tensor.arrived = None  # of what the model has no place for
+        if self._side is not None:
             self._side.synchronize()
         empty = [name for name, t in self.layers[layer].state_dict(keep_vars=True).items() if t.is_meta]
         if info.conversion_errors or info.mismatched_keys or empty:
@@ -159,10 +131,16 @@ class StreamedModel:
 
 
 def open_streamed(
-    path_or_name: str | Path, *, device: str | torch.device | None = None, weights: bool = True, **options: Any
+    path_or_name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    weights: bool = True,
+    first: float = 0.0,
+    **options: Any,
 ) -> StreamedModel:
-    """A StreamedModel of a checkpoint. device and options as in sedetect.checkpoint.load_model; weights=False loads none at all.
+    """A StreamedModel of a checkpoint.
 
+    device and options as in sedetect.checkpoint.load_model; weights=False loads none at all; first as in Staging.
     Raises SedetectError for what load_model refuses, and for a model whose decoder layers cannot be loaded apart.
     """
     device, made = choose_device(device), []
@@ -171,7 +149,7 @@ def open_streamed(
     def load_pretrained(
         model: PreTrainedModel, state_dict: Any, files: list[str], config: LoadStateDictConfig, *_: Any
     ) -> tuple[Any, None]:
-        made.append(StreamedModel(model, files, config, device))
+        made.append(StreamedModel(model, files, config, device, first))
         return made[0].loading_info, None
 
     def finalize(model: PreTrainedModel, config: LoadStateDictConfig, info: Any) -> Any:
@@ -244,7 +222,7 @@ def _layers_of(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
     return layers, path
 
 
-def _stored_tensors(files: list[str], pinned: bool) -> dict[str, StoredTensor]:
+def _stored_tensors(files: list[str]) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file in map(Path, files):
         header = read_header(file)
@@ -256,7 +234,7 @@ def _stored_tensors(files: list[str], pinned: bool) -> dict[str, StoredTensor]:
                     f"{file}: {key} is stored as {entry['dtype']}, which is not streamed; load it whole"
                 )
             start = 8 + len(header) + entry["data_offsets"][0]
-            stored[key] = StoredTensor(file, start, tuple(entry["shape"]), entry["dtype"], pinned)
+            stored[key] = StoredTensor(file, start, tuple(entry["shape"]), entry["dtype"])
     return stored
 
 
@@ -281,15 +259,3 @@ def _layer_of(name: str, path: str) -> int | None:
 
 def _without_data(tensor: StoredTensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=str_to_torch_dtype[tensor.dtype], device="meta")
-
-
-def read_bytes(file: Path, start: int, buffer: torch.Tensor) -> None:
-    """Fill buffer (N,) uint8 from byte start of a file."""
-    view = memoryview(buffer.numpy())
-    with file.open("rb", buffering=0) as opened:
-        opened.seek(start)
-        while view:
-            count = opened.readinto(view[:_ONE_READ])
-            if not count:
-                raise SedetectError(f"{file}: ends early, it was changed meanwhile; copy or download it again")
-            view = view[count:]

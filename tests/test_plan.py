@@ -14,7 +14,7 @@ from sedetect.plan import Plan, make_plan, measure_read
 
 def plan_without_reading(folder) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sedetect.streaming_weights.read_bytes", lambda *_: pytest.fail("read a weight"))
+        patch.setattr("sedetect.staging.read_bytes", lambda *_: pytest.fail("read a weight"))
         return make_plan(folder)
 
 

@@ -18,8 +18,9 @@ import sedetect
 from sedetect import SedetectError
 from sedetect.checkpoint import load_model
 from sedetect.fit import too_large
+from sedetect.staging import StoredTensor
 from sedetect.streaming import check_layers
-from sedetect.streaming_weights import StoredTensor, StreamedModel, open_streamed
+from sedetect.streaming_weights import StreamedModel, open_streamed
 
 WORDS = {"greek": "alpha beta gamma delta", "numbers": "one two three four five", "colours": "red green blue"}
 TEXTS = {domain: [" ".join(f"{words} {n}" for n in range(60))] for domain, words in WORDS.items()}
@@ -185,7 +186,7 @@ def test_a_tensor_anywhere_in_a_file(tmp_path, start):
 
 
 def test_damage_is_found_before_a_weight_is_read(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("sedetect.streaming_weights.read_bytes", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("sedetect.staging.read_bytes", lambda *_: pytest.fail("read"))
     folder = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
 

@@ -13,7 +13,7 @@ is kept. What is computed twice are the embeddings, some thousandth of a layer.
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
@@ -90,7 +90,7 @@ def stream_profile(
     parts = [] if progress is None else progress.statistics(len(domains))
     if progress is not None:
         took.resumed, took.compute = progress.layers, progress.computed
-    with _ending_early(model), ThreadPoolExecutor(1, "weights") as reader, torch.no_grad():
+    with _ending_early(model), ThreadPoolExecutor(1, "weights") as reader, closing(hidden), torch.no_grad():
         loading = reader.submit(streamed.load, len(parts)) if len(parts) < count else None
         for layer in range(len(parts), count):
             start = time.perf_counter()
@@ -99,7 +99,7 @@ def stream_profile(
             if layer + 1 < count:
                 loading = reader.submit(streamed.load, layer + 1)
             measured, done, batch = [], 0, 0
-            start, written = time.perf_counter(), 0.0 if progress is None else progress.seconds
+            start, waited = time.perf_counter(), 0.0 if progress is None else progress.waited
             for domain, windows in domains.items():
                 own = [replace(b, served=set(), fallbacks=set()) for b in banks if b.path.startswith(f"{path}.{layer}.")]
                 with Profile(model, windows.source, windows.info, **settings, banks=own, digest=known) as prof:
@@ -115,7 +115,7 @@ def stream_profile(
             seconds = time.perf_counter() - start
             streamed.free(layer)
             if progress is not None:
-                seconds -= progress.seconds - written
+                seconds -= progress.waited - waited
                 progress.finish(layer, measured, seconds, last=layer + 1 == count)
                 took.write = progress.seconds
             took.compute += seconds

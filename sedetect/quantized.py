@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear, load_finegrained_fp8_kernel
 
+from sedetect.forwards import replace_forward
+
 # The values of e2m1, the 4-bit float: its sign bit is 8 (Open Compute Project, Microscaling Formats 1.0).
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -68,8 +70,7 @@ def serve_linears(model: nn.Module) -> tuple[Callable[[], None], int]:
     modules = [m for m in modules if not _has_kernel(m.weight.device)]
     with ExitStack() as undo:
         for module in modules:
-            module.forward = _Forward(module)
-            undo.callback(delattr, module, "forward")
+            undo.callback(replace_forward(module, _Forward(module)))
         return undo.pop_all().close, len(modules)
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sedetect import ops
+from sedetect.forwards import forward_of, replace_forward
 from sedetect.quantized import QuantizedWeights
 from sedetect.stats import BankStats
 
@@ -76,16 +77,15 @@ class Adapter(nn.Module):
     def redirect(self) -> Callable[[], None]:
         """Send the module's forward through this adapter. Returns what undoes it; attachments nest."""
         if self._attached == 0:
-            module = self.redirected
-            self._previous = module.__dict__.get("forward")
-            module.forward = torch.compiler.disable(partial(self.translate, module.forward))
+            forward = torch.compiler.disable(partial(self.translate, forward_of(self.redirected)))
+            self._undo = replace_forward(self.redirected, forward)
         self._attached += 1
         return self._leave
 
     def _leave(self) -> None:
         self._attached -= 1
         if self._attached == 0:
-            restore_forward(self.redirected, self._previous)
+            self._undo()
 
 
 class Llama4Experts(Adapter):
@@ -241,11 +241,3 @@ class FP8Experts(Adapter):
     def translate(self, own_forward, hidden_states, top_k_index, top_k_weights):
         self.dtype = hidden_states.dtype
         return self(hidden_states, top_k_index, top_k_weights)
-
-
-def restore_forward(module: nn.Module, previous: Callable[..., Any] | None) -> None:
-    """Give a module back the forward it had of its own; None: that of its class."""
-    if previous is None:
-        del module.forward
-    else:
-        module.forward = previous

@@ -28,6 +28,7 @@ from sedetect.calibration import Windows, batches
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError, shorten
 from sedetect.fit import place_of_hidden, size
+from sedetect.forwards import replace_forward
 from sedetect.layers import run_tokens
 from sedetect.profiler import Profile, model_digest, model_name
 from sedetect.resume import HiddenStates, Progress
@@ -207,11 +208,7 @@ def _forwards(forwards: list[Callable[..., Any]], modules: Iterable[nn.Module]) 
     """Let the first of the modules compute these for the time being."""
     with ExitStack() as undo:
         for module, forward in zip(modules, forwards):
-            if "forward" in vars(module):
-                undo.callback(setattr, module, "forward", module.forward)
-            else:
-                undo.callback(delattr, module, "forward")
-            module.forward = forward
+            undo.callback(replace_forward(module, forward))
         yield
 
 

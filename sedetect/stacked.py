@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sedetect import ops
+from sedetect.errors import SedetectError
 from sedetect.forwards import forward_of, replace_forward
 from sedetect.quantized import QuantizedWeights
 from sedetect.stats import BankStats
@@ -67,6 +68,11 @@ class Adapter(nn.Module):
 
     def compute(self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, state: BankStats, **how):
         """The experts by our ops; see ops.moe_mlp."""
+        if self.down_proj.is_meta:  # of a module inside, whose own hook would bring them if it were called
+            raise SedetectError(
+                f"{type(self.module).__name__}: its weights are offloaded, and are not measured so; load the model on "
+                "devices that hold them, or stream it (sedetect profile --stream)"
+            )
         weights = (self.gate_up_proj, self.down_proj, how.pop("gate", self._apply_gate))
         return ops.moe_mlp(x, top_k_index, top_k_weights, *weights, state, transposed=self.is_transposed, **how)
 

@@ -13,7 +13,7 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Let a module compute forward, inside its hooks. Returns what gives it back what it had: its own, or its class's."""
+    """Let a module compute forward, inside its hooks. Returns what gives it back its own, or that of its class."""
     slot = _slot(module)
     previous = vars(module).get(slot)
     setattr(module, slot, forward)

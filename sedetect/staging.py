@@ -116,7 +116,7 @@ class Staging:
         size: int = _BUFFER,
     ):
         self._device, self._stream, self._first, self._size = device, stream, first, size
-        self._pool = ThreadPoolExecutor(threads, "staging")
+        self._pool = ThreadPoolExecutor(threads, "staging", use_device, (device,))
         self._free: SimpleQueue[Buffer] = SimpleQueue()
         with torch.cuda.stream(stream):
             for _ in range(2 * threads):  # a thread reads into one while the device copies from another
@@ -150,6 +150,12 @@ class Staging:
                 buffer.send(piece.targets)
         finally:
             self._free.put(buffer)
+
+
+def use_device(device: torch.device) -> None:
+    """Let this thread work with one GPU alone; by itself it would set up the first one too, in some hundred MB of it."""
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _pieces(targets: dict[StoredTensor, torch.Tensor], size: int) -> Iterator[_Piece]:

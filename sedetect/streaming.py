@@ -32,6 +32,7 @@ from sedetect.forwards import replace_forward
 from sedetect.layers import run_tokens
 from sedetect.profiler import Profile, model_digest, model_name
 from sedetect.resume import HiddenStates, Progress
+from sedetect.staging import use_device
 from sedetect.stats import ModelStats, digest, join_banks
 from sedetect.streaming_weights import StreamedModel
 from sedetect.version import __version__
@@ -91,7 +92,8 @@ def stream_profile(
     parts = [] if progress is None else progress.statistics(len(domains))
     if progress is not None:
         took.resumed, took.compute = progress.layers, progress.computed
-    with _ending_early(model), ThreadPoolExecutor(1, "weights") as reader, closing(hidden), torch.no_grad():
+    reading = ThreadPoolExecutor(1, "weights", use_device, (streamed.device,))
+    with _ending_early(model), reading as reader, closing(hidden), torch.no_grad():
         loading = reader.submit(streamed.load, len(parts)) if len(parts) < count else None
         for layer in range(len(parts), count):
             start = time.perf_counter()
@@ -102,7 +104,8 @@ def stream_profile(
             measured, done, batch = [], 0, 0
             start, waited = time.perf_counter(), 0.0 if progress is None else progress.waited
             for domain, windows in domains.items():
-                own = [replace(b, served=set(), fallbacks=set()) for b in banks if b.path.startswith(f"{path}.{layer}.")]
+                here = (bank for bank in banks if bank.path.startswith(f"{path}.{layer}."))
+                own = [replace(bank, served=set(), fallbacks=set()) for bank in here]
                 with Profile(model, windows.source, windows.info, **settings, banks=own, digest=known) as prof:
                     for ids, numbers in runs[domain]:
                         if stop():

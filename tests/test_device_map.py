@@ -103,7 +103,7 @@ def test_an_ablation_inside_a_profile_of_an_offloaded_model():
 @pytest.mark.parametrize("places", ["layers on disk", "all on disk"])
 def test_profile_model(tmp_path, name, places):
     folder = save_random(CONFIGS[name](), tmp_path / "m")
-    parts = dict.fromkeys((*OUTSIDE, "model.layers.0"), "cpu") | dict.fromkeys(("model.layers.1", "model.layers.2"), "disk")
+    parts = dict.fromkeys((*OUTSIDE, "model.layers.0"), "cpu") | {"model.layers.1": "disk", "model.layers.2": "disk"}
     device_map = parts if places == "layers on disk" else {"": "disk"}
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
     assert model.device.type == ("meta" if places == "all on disk" else "cpu")
@@ -118,7 +118,8 @@ def test_profile_model(tmp_path, name, places):
 def test_two_gpus(tmp_path, name, offload):
     """Embeddings and the first layer on one, the rest on the other, or one layer in main memory."""
     folder = save_random(CONFIGS[name](), tmp_path)
-    parts = dict.fromkeys((*OUTSIDE, "model.layers.0"), 0) | {"model.layers.1": "cpu" if offload else 1, "model.layers.2": 1}
+    parts = dict.fromkeys((*OUTSIDE, "model.layers.0"), 0)
+    parts |= {"model.layers.1": "cpu" if offload else 1, "model.layers.2": 1}
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=parts).eval()
     ids = token_ids()
     whole = AutoModelForCausalLM.from_pretrained(folder).to("cuda:0").eval()

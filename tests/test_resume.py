@@ -278,7 +278,7 @@ def test_hidden_states_are_written_beside_the_computation(tmp_path, monkeypatch)
 
     monkeypatch.setattr("sedetect.resume.save_file", full)
     progress.write_hidden(2, 0, batches[0])
-    with pytest.raises(SedetectError, match=r"00000.safetensors: cannot be written \(no space\); free space and repeat"):
+    with pytest.raises(SedetectError, match=r"00000.safetensors: cannot be written \(no space\); free space"):
         progress.finish(1, [], 1.0, last=False)
     progress.close()
     assert Progress(tmp_path / "r", {}).layers == 1

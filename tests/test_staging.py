@@ -8,14 +8,13 @@ import pytest
 import torch
 from models import CONFIGS
 from safetensors.torch import save_file
-from test_streaming import OPTIONAL, SHORT, TEXTS, assert_equal, save_random
+from test_streaming import CUDA, OPTIONAL, SHORT, TEXTS, assert_equal, save_random
 
 import sedetect
 from sedetect import SedetectError, staging
 from sedetect.staging import Buffer, Staging, StoredTensor, read_bytes
 from sedetect.streaming_weights import StreamedModel, open_streamed
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 CPU = torch.device("cpu")
 
 

@@ -26,6 +26,7 @@ WORDS = {"greek": "alpha beta gamma delta", "numbers": "one two three four five"
 TEXTS = {domain: [" ".join(f"{words} {n}" for n in range(60))] for domain, words in WORDS.items()}
 SHORT = {"tokens": 400, "seq_len": 16, "batch_size": 3}
 OPTIONAL = {"channels": True, "coactivation": True, "first_rows": True}
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
 def assert_equal(one: sedetect.ModelProfile, other: sedetect.ModelProfile) -> None:
@@ -36,11 +37,11 @@ def assert_equal(one: sedetect.ModelProfile, other: sedetect.ModelProfile) -> No
         assert_same(stats, other.domains[domain])
 
 
-def save_random(config, folder: Path, **options) -> Path:
+def save_random(config, folder: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
     """A random checkpoint with outputs of the size a trained one has, and tiny-moe's tokenizer."""
     torch.manual_seed(0)
     config.vocab_size = 4096
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1.0))
@@ -92,6 +93,43 @@ def test_another_precision_and_eager_attention(checkpoint):
     resident = sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, **settings)
     assert resident.stats.header.dtype == "bfloat16"
     assert_equal(sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, **settings, stream=True), resident)
+
+
+def to_fp8(folder: Path, block: int = 8) -> None:
+    """Store the matrices of a checkpoint's layers as published FP8 ones are: with a scale per block."""
+    for shard in folder.glob("*.safetensors"):
+        stored = {}
+        for name, weight in load_file(shard).items():
+            stored[name] = weight
+            if weight.dim() == 2 and ".layers." in name and not name.endswith("mlp.gate.weight"):
+                rows, columns = (size // block for size in weight.shape)
+                blocks = weight.float().view(rows, block, columns, block)
+                scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+                stored[name] = (blocks / scale).to(torch.float8_e4m3fn).view(weight.shape)
+                stored[f"{name}_scale_inv"] = scale.view(rows, columns)
+        save_file(stored, shard, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [block, block]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_fp8(tmp_path, name, device):
+    """What transformers makes of such a checkpoint: without a GPU, weights in bfloat16."""
+    folder = save_random(CONFIGS[name](), tmp_path, dtype=torch.bfloat16)
+    as_stored = sedetect.profile_model(folder, TEXTS, **SHORT, device=device)
+    to_fp8(folder)
+    resident = sedetect.profile_model(folder, TEXTS, **SHORT, device=device)
+    streamed = sedetect.profile_model(folder, TEXTS, **SHORT, device=device, stream=True)
+    for bank, state in streamed.stats.banks.items():
+        assert state.equal(resident.stats.banks[bank], sums_rtol=1e-12 if device == "cuda" else 0.0), bank
+    names = {key for layer in open_streamed(folder, device="cpu").stored for key in layer}
+    assert sum(key.endswith("_scale_inv") for key in names) > 40
+    assert any(  # eight bits are not sixteen
+        not torch.equal(state.out_max, as_stored.stats.banks[bank].out_max)
+        for bank, state in resident.stats.banks.items()
+    )
 
 
 def test_hidden_states_on_disk_alone(checkpoint, tmp_path, monkeypatch):

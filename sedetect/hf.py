@@ -66,6 +66,11 @@ class Bank:
         """Whether it is called with a routing; so are shared experts that are stored together."""
         return self.id.kind.startswith("routed") or isinstance(self.module, Adapter)
 
+    @property
+    def stored_in(self) -> nn.Module:
+        """The module of the model that has the weights."""
+        return self.module.module if isinstance(self.module, Adapter) else self.module
+
     def prepare(self, device: torch.device, dtype: torch.dtype) -> BankStats:
         """The state on this device, and a note of which backend serves it."""
         backend, why = choose_backend(device, dtype, self.backend)

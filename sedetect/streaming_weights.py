@@ -6,7 +6,7 @@ weights, quantization) is as in a resident model, and load() later uses the same
 is missing, left over or misshapen is known before a byte is read, from a conversion of tensors without data.
 
 This file is the only one that depends on internals of transformers (5.17 to 5.23): two static methods of
-PreTrainedModel, and transformers.core_model_loading.
+PreTrainedModel, one of the FP8 quantizer, and transformers.core_model_loading.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from sedetect import hf
@@ -140,7 +141,8 @@ def open_streamed(
 ) -> StreamedModel:
     """A StreamedModel of a checkpoint.
 
-    device and options as in sedetect.checkpoint.load_model; weights=False loads none at all; first as in Staging.
+    device and options as in sedetect.checkpoint.load_model; first as in Staging. weights=False loads none at all, and
+    the model is as a GPU holds it: FP8 stays FP8, which transformers dequantizes where there is none.
     Raises SedetectError for what load_model refuses, and for a model whose decoder layers cannot be loaded apart.
     """
     device, made = choose_device(device), []
@@ -156,7 +158,11 @@ def open_streamed(
         return original_finalize(model, replace(config, device_map={"": device}), info)
 
     original_finalize = PreTrainedModel._finalize_model_loading
-    with _replaced("_load_pretrained_model", load_pretrained), _replaced("_finalize_model_loading", finalize):
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(PreTrainedModel, "_load_pretrained_model", staticmethod(load_pretrained)))
+        stack.enter_context(_replaced(PreTrainedModel, "_finalize_model_loading", staticmethod(finalize)))
+        if not weights:
+            stack.enter_context(_replaced(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None))
         load_model(path_or_name, device=device, **options)
     if weights:
         made[0].load_rest()
@@ -174,13 +180,13 @@ def _give_back_freed_memory() -> None:
 
 
 @contextmanager
-def _replaced(name: str, function: Any) -> Iterator[None]:
-    original = vars(PreTrainedModel)[name]
-    setattr(PreTrainedModel, name, staticmethod(function))
+def _replaced(owner: type, name: str, method: Any) -> Iterator[None]:
+    original = vars(owner)[name]
+    setattr(owner, name, method)
     try:
         yield
     finally:
-        setattr(PreTrainedModel, name, original)
+        setattr(owner, name, original)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig
 import sedetect
 from sedetect import SedetectError
 from sedetect.checkpoint import load_model
-from sedetect.fit import too_large
+from sedetect.fit import too_large, weight_bytes
 from sedetect.staging import StoredTensor
 from sedetect.streaming import check_layers
 from sedetect.streaming_weights import StreamedModel, open_streamed
@@ -118,13 +118,15 @@ def to_fp8(folder: Path, block: int = 8) -> None:
 def test_fp8(tmp_path, name, device):
     """What transformers makes of such a checkpoint: without a GPU, weights in bfloat16."""
     folder = save_random(CONFIGS[name](), tmp_path, dtype=torch.bfloat16)
-    as_stored = sedetect.profile_model(folder, TEXTS, **SHORT, device=device)
+    as_stored, weights = sedetect.profile_model(folder, TEXTS, **SHORT, device=device), weight_bytes(folder)
     to_fp8(folder)
     resident = sedetect.profile_model(folder, TEXTS, **SHORT, device=device)
     streamed = sedetect.profile_model(folder, TEXTS, **SHORT, device=device, stream=True)
     for bank, state in streamed.stats.banks.items():
         assert state.equal(resident.stats.banks[bank], sums_rtol=1e-12 if device == "cuda" else 0.0), bank
-    names = {key for layer in open_streamed(folder, device="cpu").stored for key in layer}
+    headers = weight_bytes(folder), weight_bytes(folder, dequantized=True)
+    assert headers[0] < headers[1] and abs(headers[1] - weights) < 0.05 * weights  # scales are left over
+    names = {key for layer in open_streamed(folder, device="cpu", weights=False).stored for key in layer}
     assert sum(key.endswith("_scale_inv") for key in names) > 40
     assert any(  # eight bits are not sixteen
         not torch.equal(state.out_max, as_stored.stats.banks[bank].out_max)

@@ -6,6 +6,7 @@ that quantize activations as well (transformers' own FP8 kernels among them) giv
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ def serve_linears(model: nn.Module) -> tuple[Callable[[], None], int]:
     Returns what puts them back, and how many they are.
     """
     modules = [m for m in model.modules() if isinstance(m, FP8Linear) and m.weight.element_size() == 1]
-    modules = [m for m in modules if not _has_kernel(m.weight.device)]
+    modules = [m for m in modules if not _has_kernel(m.weight.device.type)]
     with ExitStack() as undo:
         for module in modules:
             undo.callback(replace_forward(module, _Forward(module)))
@@ -85,8 +86,10 @@ class _Forward:
         return F.linear(x, dequantize(module.weight, module.weight_scale_inv, module.block_size, x.dtype), module.bias)
 
 
-def _has_kernel(device: torch.device) -> bool:
-    if device.type == "cpu":
+@cache
+def _has_kernel(device: str) -> bool:
+    """Whether transformers' own kernel is there for a type of device. It may look for one on the hub, so asked once."""
+    if device == "cpu":
         return False
     try:
         load_finegrained_fp8_kernel()

@@ -112,6 +112,8 @@ def main() -> int:
     if "LOCAL_RANK" in os.environ:
         worker(options)
         return 0
+    if min(options.ranks) < 2:
+        parser.error("--ranks: at least 2 each; one rank is measured beside them")
     results = []
     for count in options.ranks:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]

@@ -20,9 +20,11 @@ import ctypes
 import gc
 import json
 import os
+import re
 import shutil
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -30,6 +32,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -98,10 +101,41 @@ def _tensors(config: Qwen3MoeConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (config.vocab_size, hidden)
 
 
-def resident_set(name: str) -> int:
-    """VmRSS or VmHWM (its peak) of this process in bytes, mapped files counted."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+class PeakMemory:
+    """The largest resident set of this process, files mapped into it counted, in bytes above what it was at first.
+
+    The kernel's own mark where it can be reset, and what a thread sees every few milliseconds.
+    """
+
+    def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what writing the checkpoint took
+        self.base = self.peak = psutil.Process().memory_info().rss
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.marked = True
+        except OSError:
+            self.marked = False
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.over.set()
+        self.thread.join()
+        mark = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if self.marked and mark is not None:
+            self.peak = max(self.peak, int(mark[1]) * 1024)
+
+    @property
+    def above(self) -> int:
+        return self.peak - self.base
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self.over.wait(0.005):
+            self.peak = max(self.peak, process.memory_info().rss)
 
 
 class Clock:
@@ -190,15 +224,12 @@ def main() -> int:
         _ = torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what writing took
-    base = resident_set("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        gpu_base = torch.cuda.memory_allocated()
-    first = sedetect.profile_model(options.folder, words, **settings, stream=True)
-    memory = {"rss": resident_set("VmHWM") - base}
+    with PeakMemory() as main_memory:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            gpu_base = torch.cuda.memory_allocated()
+        first = sedetect.profile_model(options.folder, words, **settings, stream=True)
+    memory = {"rss": main_memory.above}
     if cuda:
         memory["gpu"] = torch.cuda.max_memory_allocated() - gpu_base
         memory["gpu_reserved"] = torch.cuda.max_memory_reserved()

@@ -40,7 +40,7 @@ def from_disk() -> int:
     """Bytes that this process had the storage fetch so far; -1 where the system does not say."""
     try:
         return int(Path("/proc/self/io").read_text().split("read_bytes:")[1].split()[0])
-    except OSError:
+    except (OSError, IndexError):
         return -1
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 from sedetect.checkpoint import choose_device, choose_dtype, read_header, shards_of
 
 WEIGHTS_SHARE = 0.9  # of the free memory; the rest is for a forward
+_CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container
 _HIDDEN_SHARE = {"cuda": 0.25, "cpu": 0.5}  # of the free memory; what is larger goes to the next place
 
 
@@ -19,9 +21,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    limit, used, kinds = (_CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        # Cached files count as used, but make room.
+        cached = re.findall(r"^(?:in)?active_file (\d+)$", kinds.read_text() if kinds.is_file() else "", re.MULTILINE)
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + sum(map(int, cached)))
     return free
 
 

@@ -167,6 +167,19 @@ def test_a_streamed_profile(tmp_path, monkeypatch, name, device):
         assert state.equal(resident.stats.banks[bank], sums_rtol=1e-12), bank
 
 
+def test_every_part_begins_to_read_elsewhere(tmp_path, monkeypatch):
+    folder, firsts, original = save_random(CONFIGS["qwen3_moe"](), tmp_path), [], StreamedModel.__init__
+
+    def init(self, model, files, config, device, first):
+        original(self, model, files, config, device, first)
+        firsts.append(first)
+
+    monkeypatch.setattr(StreamedModel, "__init__", init)
+    for part in ((0, 4), (3, 4)):
+        sedetect.profile_model(folder, TEXTS, **SHORT, device="cpu", stream=True, part=part)
+    assert firsts == [0.0, 0.75]
+
+
 def test_what_no_one_takes_is_given_back(tmp_path):
     """A tensor that the model has no place for does not stay."""
     folder = save_random(CONFIGS["qwen3_moe"](), tmp_path)

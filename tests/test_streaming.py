@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig
 import sedetect
 from sedetect import SedetectError
 from sedetect.checkpoint import load_model
-from sedetect.fit import too_large, weight_bytes
+from sedetect.fit import free_memory, too_large, weight_bytes
 from sedetect.staging import StoredTensor
 from sedetect.streaming import check_layers
 from sedetect.streaming_weights import StreamedModel, open_streamed
@@ -154,6 +154,19 @@ def test_chosen_where_the_weights_do_not_fit(checkpoint, monkeypatch):
     with pytest.warns(UserWarning, match="of weights do not fit the .* free on cpu: streaming them layer by layer"):
         assert sedetect.profile_model(folder, TEXTS, device="cpu", **SHORT).streamed.layers == 3
     assert sedetect.profile_model(folder, TEXTS, device="cpu", stream=False, **SHORT).streamed is None
+
+
+def test_free_memory_in_a_container(tmp_path, monkeypatch):
+    """What the limit leaves, cached files not counted as used."""
+    monkeypatch.setattr("sedetect.fit._CGROUP", tmp_path)
+    everything = free_memory(torch.device("cpu"))
+    for name, text in {"max": "1000000", "current": "900000"}.items():
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    assert free_memory(torch.device("cpu")) == 100_000
+    (tmp_path / "memory.stat").write_text("anon 70\nfile 5000\ninactive_file 3000\nactive_file 1500\n")
+    assert free_memory(torch.device("cpu")) == 104_500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(torch.device("cpu")) > everything / 2
 
 
 def test_one_layer_has_weights_at_a_time(checkpoint):

@@ -191,11 +191,10 @@ class OneAfterAnother:
 def seconds_of_bytes(streamed: StreamedModel, layer: int) -> float:
     """Of bringing a layer's bytes to the device, or as much of it as is not patched away."""
     start = time.perf_counter()
-    streamed.staging.bring(streamed.stored[layer].values())
+    with streamed.staging.bringing(streamed.stored[layer].values()):
+        pass
     if streamed.device.type == "cuda":
         torch.cuda.synchronize(streamed.device)
-    for tensor in streamed.stored[layer].values():
-        tensor.arrived = None
     return time.perf_counter() - start
 
 

@@ -10,7 +10,8 @@ import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,14 +32,14 @@ _THREADS = min(8, os.cpu_count() or 1)  # one copies some 5 to 10 GB/s out of th
 class StoredTensor:
     """One tensor of a safetensors file, read where it is indexed (as transformers does with the library's slices).
 
-    arrived: the tensor, where Staging brought it beforehand; given out once, so that nothing here keeps it.
+    arriving: the tensor where Staging brings it, and the pieces it comes in; given out once, so that nothing keeps it.
     """
 
     file: Path
     start: int  # byte in the file
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
-    arrived: torch.Tensor | None = None
+    arriving: tuple[torch.Tensor, list[Future]] | None = None
 
     @property
     def numel(self) -> int:
@@ -49,9 +50,11 @@ class StoredTensor:
         return self.numel * str_to_torch_dtype[self.dtype].itemsize
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        if self.arrived is not None:
-            arrived, self.arrived = self.arrived, None
-            return arrived[index]
+        if self.arriving is not None:
+            (tensor, pieces), self.arriving = self.arriving, None
+            for piece in pieces:
+                piece.result()
+            return tensor[index]
         # The place within a cache line is that of the file, as in a mapped tensor, so that no kernel can choose
         # otherwise. The file itself is not mapped: its pages would count as the process's.
         dtype = str_to_torch_dtype[self.dtype]
@@ -71,11 +74,12 @@ class StoredTensor:
 
 
 class _Piece(NamedTuple):
-    """Consecutive bytes of a file that are read at once, and where they go: (byte in the piece, uint8 tensor)."""
+    """Consecutive bytes of a file that are read at once, of these tensors, and where they go: (byte, uint8 tensor)."""
 
     file: Path
     start: int
     count: int
+    tensors: list[StoredTensor]
     targets: list[tuple[int, torch.Tensor]]
 
 
@@ -122,32 +126,47 @@ class Staging:
             for _ in range(2 * threads):  # a thread reads into one while the device copies from another
                 self._free.put(Buffer(size, device))
 
-    def bring(self, tensors: Iterable[StoredTensor]) -> None:
-        """Set arrived of every tensor. What the caller does on the stream afterwards finds the bytes there.
+    @contextmanager
+    def bringing(self, tensors: Iterable[StoredTensor]) -> Iterator[None]:
+        """Within, the tensors arrive one after another, and who indexes one waits until it is sent to the device.
 
-        Raises SedetectError as read_bytes does.
+        What the caller then does on the stream finds its bytes there. Of what nobody asked for, nothing is left
+        afterwards. Raises SedetectError, where a tensor is indexed or at the end, as read_bytes does.
         """
         tensors = list(tensors)
-        targets = {}
+        made, targets = None, {}
         with torch.cuda.stream(self._stream):
             for tensor in tensors:
-                dtype = str_to_torch_dtype[tensor.dtype]
-                tensor.arrived = torch.empty(tensor.shape, dtype=dtype, device=self._device)
-                targets[tensor] = tensor.arrived.reshape(-1).view(torch.uint8)
-        pieces = list(_pieces(targets, self._size))
-        begin = int(len(pieces) * self._first)
-        running = [self._pool.submit(self._carry, piece) for piece in pieces[begin:] + pieces[:begin]]
-        wait(running)
+                made = torch.empty(tensor.shape, dtype=str_to_torch_dtype[tensor.dtype], device=self._device)
+                tensor.arriving = (made, [])
+                targets[tensor] = made.reshape(-1).view(torch.uint8)
+        running = self._start(_pieces(targets, self._size))
+        del made, targets  # from here on, each tensor is its taker's alone
+        try:
+            yield
+        finally:
+            wait(running)
+            for tensor in tensors:
+                tensor.arriving = None
         for done in running:
             done.result()
 
-    def _carry(self, piece: _Piece) -> None:
+    def _start(self, pieces: Iterable[_Piece]) -> list[Future]:
+        pieces, running = list(pieces), []
+        begin = int(len(pieces) * self._first)
+        for piece in pieces[begin:] + pieces[:begin]:
+            running.append(self._pool.submit(self._carry, piece.file, piece.start, piece.count, piece.targets))
+            for tensor in piece.tensors:
+                tensor.arriving[1].append(running[-1])
+        return running
+
+    def _carry(self, file: Path, start: int, count: int, targets: list[tuple[int, torch.Tensor]]) -> None:
         buffer = self._free.get()
         try:
             buffer.wait()
-            read_bytes(piece.file, piece.start, buffer.bytes[: piece.count])
+            read_bytes(file, start, buffer.bytes[:count])
             with torch.cuda.stream(self._stream):  # of this thread
-                buffer.send(piece.targets)
+                buffer.send(targets)
         finally:
             self._free.put(buffer)
 
@@ -169,8 +188,9 @@ def _pieces(targets: dict[StoredTensor, torch.Tensor], size: int) -> Iterator[_P
             if not follows or piece.count == size:
                 if piece is not None:
                     yield piece
-                piece = _Piece(tensor.file, start, 0, [])
+                piece = _Piece(tensor.file, start, 0, [], [])
             count = min(len(target) - done, size - piece.count)
+            piece.tensors.append(tensor)
             piece.targets.append((piece.count, target[done : done + count]))
             piece = piece._replace(count=piece.count + count)
             done += count

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,9 @@ class StreamedModel:
         """
         start = time.perf_counter()
         tensors = self.stored[layer]
-        with torch.cuda.stream(self._side):  # allocations and conversions too; free() says when the memory may go back
-            if self.staging is not None:
-                self.staging.bring(tensors.values())
+        staged = nullcontext() if self.staging is None else self.staging.bringing(tensors.values())
+        with torch.cuda.stream(self._side), staged:  # of conversions too; free() says when the memory may go back
             info = self._convert(tensors, self._config)
-        for tensor in tensors.values():
-            tensor.arrived = None  # of what the model has no place for
         if self._side is not None:
             self._side.synchronize()
         empty = [name for name, t in self.layers[layer].state_dict(keep_vars=True).items() if t.is_meta]

@@ -49,13 +49,13 @@ def test_equal_to_reading_each(stored, device, size, threads):
     expected, stream = [bits(tensor[...]) for tensor in stored], own_stream(device)
     brought = Staging(torch.device(device), stream, first=0.4, threads=threads, size=size)
     for _ in range(3):
-        brought.bring(stored)
-        found = [tensor[...] for tensor in stored]
+        with brought.bringing(stored):
+            found = [tensor[...] for tensor in stored]
         if stream is not None:
             stream.synchronize()
         assert [bits(tensor) for tensor in found] == expected
         assert [t.shape for t in found] == [t.shape for t in stored] and {t.device.type for t in found} == {device}
-        assert all(tensor.arrived is None for tensor in stored)
+        assert all(tensor.arriving is None for tensor in stored)
 
 
 class LateBuffer(Buffer):
@@ -88,8 +88,8 @@ def test_nothing_is_read_over_what_was_not_copied_yet(stored, monkeypatch):
 
     def bring() -> list[bytes]:
         made.clear()
-        Staging(CPU, None, threads=2, size=512).bring(stored)
-        found = [tensor[...] for tensor in stored]
+        with Staging(CPU, None, threads=2, size=512).bringing(stored):
+            found = [tensor[...] for tensor in stored]
         for buffer in made:
             buffer.copying.join()
         return [bits(tensor) for tensor in found]
@@ -113,22 +113,46 @@ def test_every_byte_is_read_once_and_reading_begins_elsewhere(stored, monkeypatc
     firsts = set()
     for first in (0.0, 0.5):
         reads.clear()
-        Staging(CPU, None, first=first, threads=1, size=1000).bring(stored)
+        with Staging(CPU, None, first=first, threads=1, size=1000).bringing(stored):
+            pass
         bytes_read = [(name, start + i) for name, start, count in reads for i in range(count)]
         assert len(bytes_read) == len(set(bytes_read)) and set(bytes_read) == wanted
         assert max(count for *_, count in reads) == 1000
         firsts.add(reads[0])
     assert len(firsts) == 2
     reads.clear()
-    Staging(CPU, None, threads=1, size=2**20).bring(stored)
+    with Staging(CPU, None, threads=1, size=2**20).bringing(stored):
+        pass
     assert len(reads) < sum(t.nbytes > 0 for t in stored)
 
 
 def test_a_file_that_ends_early(stored):
     with stored[0].file.open("rb+") as file:
         file.truncate(max(t.start for t in stored if t.file == stored[0].file and t.nbytes) + 1)
-    with pytest.raises(SedetectError, match="ends early, it was changed meanwhile"):
-        Staging(CPU, None, threads=2, size=512).bring(stored)
+    for take in (False, True):
+        with pytest.raises(SedetectError, match="ends early, it was changed meanwhile"):
+            with Staging(CPU, None, threads=2, size=512).bringing(stored):
+                for tensor in stored if take else ():
+                    tensor[...]
+        assert all(tensor.arriving is None for tensor in stored)
+
+
+def test_a_tensor_is_given_out_when_it_is_there(stored, monkeypatch):
+    """Before the others are; who waits for the last one waits for its pieces alone."""
+    first, *_, last = sorted((t for t in stored if t.nbytes), key=lambda t: (t.file.name, t.start))
+    held, expected = threading.Event(), [bits(first[...]), bits(last[...])]
+
+    def read(file, start, buffer):
+        if (file, start) >= (last.file, last.start):
+            assert held.wait(20)
+        read_bytes(file, start, buffer)
+
+    monkeypatch.setattr(staging, "read_bytes", read)
+    with Staging(CPU, None, threads=1, size=16).bringing(stored):
+        found = first[...]
+        assert bits(found) == expected[0] and not held.is_set()
+        threading.Timer(0.05, held.set).start()
+        assert bits(last[...]) == expected[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -155,8 +179,8 @@ def test_a_streamed_profile(tmp_path, monkeypatch, name, device):
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
         self.staging = Staging(self.device, self._side, first=0.3, size=10_000)
-        bring = self.staging.bring
-        self.staging.bring = lambda tensors: (brought.append(len(list(tensors))), bring(tensors))
+        bringing = self.staging.bringing
+        self.staging.bringing = lambda tensors: brought.append(len(tensors)) or bringing(tensors)
 
     monkeypatch.setattr(StreamedModel, "__init__", init)
     streamed = sedetect.profile_model(folder, TEXTS, **SHORT, **OPTIONAL, device=device, stream=True)
@@ -189,4 +213,4 @@ def test_what_no_one_takes_is_given_back(tmp_path):
     streamed.stored[1]["model.layers.1.nothing"] = extra
     streamed.staging = Staging(CPU, None)
     streamed.load(1)
-    assert extra.arrived is None
+    assert extra.arriving is None

@@ -333,13 +333,24 @@ def test_what_needs_the_whole_model_is_refused(checkpoint):
 PEAK = """
 import sys, warnings
 import sedetect
+import torch
 from pathlib import Path
+from sedetect import streaming_weights
+from sedetect.staging import Staging
+from sedetect.streaming_weights import StreamedModel
 
 def status(name):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
-tiny, folder = sys.argv[1:]
+def init(self, *args, **kwargs):
+    original(self, *args, **kwargs)
+    self.staging = Staging(torch.device("cpu"), None, threads=2, size=2**20)
+
+tiny, folder, how = sys.argv[1:]
+if how == "staged":
+    original, StreamedModel.__init__ = StreamedModel.__init__, init
+    streaming_weights._OWN_PAGES = 2**18  # no tensor of a layer stays in the heap: on a GPU it would not either
 texts = {"text": ["a b c d e f g h " * 100]}
 sedetect.profile_model(tiny, texts, tokens=64, seq_len=32, stream=True)
 Path("/proc/self/clear_refs").write_text("5")
@@ -350,7 +361,8 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
-def test_memory_is_that_of_three_layers(tmp_path):
+@pytest.mark.parametrize("how", ["read", "staged"])
+def test_memory_is_that_of_three_layers(tmp_path, how):
     """A checkpoint of 0.4 GB: it takes less than embeddings, three of six layers, and hidden states."""
     sizes = {
         "hidden_size": 512,
@@ -366,7 +378,7 @@ def test_memory_is_that_of_three_layers(tmp_path):
     layer = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
     assert layer > 60e6
     limit = 4096 * 512 * 4 + 3 * layer + 128 * 512 * 4
-    command = [sys.executable, "-c", PEAK, TINY, tmp_path]
+    command = [sys.executable, "-c", PEAK, TINY, tmp_path, how]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert layer < int(done.stdout) < limit

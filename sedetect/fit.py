@@ -32,7 +32,8 @@ def free_memory(device: torch.device) -> int:
 def weight_bytes(folder: str | Path, dtype: str | torch.dtype = "auto", dequantized: bool = False) -> int:
     """Bytes of a checkpoint folder's weights in memory, floating-point ones in dtype; from the files' headers alone.
 
-    dequantized: 8-bit floats take 16 bits, which is what transformers makes of them without a GPU. Raises SedetectError as check_checkpoint does.
+    dequantized: 8-bit floats take 16 bits, which is what transformers makes of them without a GPU. Raises SedetectError
+    as check_checkpoint does.
     """
     dtype, total = choose_dtype(dtype), 0
     for shard in shards_of(Path(folder)):

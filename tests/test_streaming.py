@@ -109,7 +109,7 @@ def to_fp8(folder: Path, block: int = 8) -> None:
                 stored[f"{name}_scale_inv"] = scale.view(rows, columns)
         save_file(stored, shard, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [block, block]}
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
 
 

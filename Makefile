@@ -12,13 +12,13 @@ test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
 # Without build isolation: the extension must be built against the torch it will run with.
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools pybind11 ninja
 	$(PIP) --no-build-isolation --editable '.[test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out *.egg-info sedetect/_C*.so
+	rm -rf $(VENV) build out *.egg-info sedetect/_C*.so sedetect/_cuda*.so
 
 .PHONY: profile test clean

@@ -1,25 +1,84 @@
-"""Build sedetect._C from csrc/ with pybind11 and ninja, against the torch that is installed.
+"""Build the extensions from csrc/: sedetect._C in C++ always, sedetect._cuda for Hopper GPUs where nvcc is found.
 
 pip install --no-build-isolation .
+
+sedetect._C is built with pybind11 and ninja against the torch that is installed. sedetect._cuda needs nvcc (that of
+CUDA_HOME, on PATH, or in /usr/local/cuda) but neither a GPU nor torch built with CUDA. It is left out where
+TORCH_CUDA_ARCH_LIST is set and does not name 9.0.
 """
 
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+import pybind11
+from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-extension = CppExtension(
-    "sedetect._C",
-    sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-    # -fopenmp when compiling only: the OpenMP runtime is the one torch has loaded, never a second one beside it.
-    # -ffp-contract=off keeps the float32 sums of a row the same on every instruction set.
-    extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-Wall"],
-)
+CUDA = Path("csrc/cuda")
+HOPPER = {"9.0", "9.0a", "Hopper"}
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler; None where there is none, or where the architectures asked for leave Hopper out."""
+    wanted = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    if any(wanted) and not HOPPER & {name.removesuffix("+PTX") for name in wanted}:
+        return None
+    home = os.environ.get("CUDA_HOME")
+    candidates = [shutil.which("nvcc", path=f"{home}/bin")] if home else [shutil.which("nvcc")]
+    return next(filter(None, [*candidates, shutil.which("nvcc", path="/usr/local/cuda/bin")]), None)
+
+
+class Build(BuildExtension):
+    """torch's build for sedetect._C, and nvcc alone for sedetect._cuda: torch's refuses where it has no CUDA itself."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name == "sedetect._cuda":
+            self.build_cuda(Path(self.get_ext_fullpath(ext.name)))
+        else:
+            super().build_extension(ext)
+
+    def build_cuda(self, target: Path) -> None:
+        nvcc, objects = find_nvcc(), Path(self.build_temp, "cuda")
+        objects.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
+        flags = ["-O3", "-std=c++17", "-lineinfo", "-gencode=arch=compute_90a,code=sm_90a"]
+        flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+        headers = max(path.stat().st_mtime for pattern in ("*.h", "*.cuh") for path in CUDA.glob(pattern))
+
+        def compile(source: Path) -> str:
+            made = objects / f"{source.stem}.o"
+            if not made.exists() or made.stat().st_mtime < max(headers, source.stat().st_mtime):
+                subprocess.run([nvcc, *flags, *includes, "-c", source, "-o", made], check=True)
+            return str(made)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            made = list(pool.map(compile, sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cpp")])))
+        # The runtime is linked in: it shares the device's primary context with the one that torch has loaded.
+        subprocess.run([nvcc, "-shared", "-cudart=static", *made, "-o", target], check=True)
+
+
+extensions = [
+    CppExtension(
+        "sedetect._C",
+        sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+        # -fopenmp when compiling only: the OpenMP runtime is the one torch has loaded, never a second one beside it.
+        # -ffp-contract=off keeps the float32 sums of a row the same on every instruction set.
+        extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-Wall"],
+    )
+]
+if find_nvcc() is not None:
+    extensions.append(Extension("sedetect._cuda", ["csrc/cuda/bindings.cpp"]))
 
 setup(
     # Listed by hand: sedetect/kernels is a symlink, which find_packages would walk twice or not at all.
     packages=["sedetect", "sedetect.cli", "sedetect.kernels", "sedetect.report"],
     package_data={"sedetect": ["corpus/*"], "sedetect.report": ["template/*"]},
-    ext_modules=[extension],
-    cmdclass={"build_ext": BuildExtension},
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build},
 )

@@ -1,9 +1,10 @@
 """How fast is a profiled forward, beside the model's own forwards and beside hooks?
 
+    python benchmarks/bench_model.py                   CUDA
     python benchmarks/bench_model.py --device cpu
 
-Runs whole forwards of (a) tests/data/tiny-moe and (b) a random Qwen3-MoE of 4 layers, hidden 1024, 64 experts, and
-prints a table; the last line is the same as JSON. Variants:
+Runs whole forwards and prints a table; the last line is the same as JSON. Models: tests/data/tiny-moe, and with random
+weights on CUDA a slice of Qwen3-30B-A3B (--layers, 4 by default) in bfloat16, on the CPU a small Qwen3-MoE. Variants:
 
     eager, grouped_mm, batched_mm   transformers' experts implementations, unprofiled
     hooks                           transformers' eager loop with abs-max and argmax of every expert's down_proj input
@@ -11,6 +12,9 @@ prints a table; the last line is the same as JSON. Variants:
     sedetect                        under sedetect.profile, every default statistic
 
 batched_mm copies the weights of every routed row; above 1 GB per layer it is left out (it was 13 to 24 times slower).
+On CUDA the forwards are those of the decoder without its head (which would hold 20 GB of logits), and seconds per layer
+are those of a forward over the layers, so the embedding is in them; variants that take over 20 ms run in every third
+round (timing.py).
 """
 
 import argparse
@@ -66,8 +70,22 @@ def random_model(dtype: torch.dtype, device: str) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device).eval()
 
 
+def qwen3_slice(layers: int, device: str) -> nn.Module:
+    """Qwen3-30B-A3B with fewer layers."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        num_hidden_layers=layers, hidden_size=2048, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, vocab_size=151936, intermediate_size=6144,
+        norm_topk_prob=True,
+    )  # fmt: skip
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
 def bench(name: str, make: Callable[[], nn.Module], batch: int, length: int, rounds: int, device: str) -> dict:
     model, measured = make(), make()  # two copies: one stays under its profile, as in a calibration
+    if device == "cuda":
+        model, measured = model.model, measured.model
     config = model.config
     ids = torch.randint(0, config.vocab_size, (batch, length), device=device)
     ids[:, 0] = config.bos_token_id or 0
@@ -100,6 +118,8 @@ def bench(name: str, make: Callable[[], nn.Module], batch: int, length: int, rou
         "batched_mm_bytes": copied,
         "seconds": seconds,
         "of_fastest_unprofiled": {n: s["median"] / fastest for n, s in seconds.items()},
+        "seconds_per_layer": {n: s["median"] / config.num_hidden_layers for n, s in seconds.items()},
+        "tokens_per_second": {n: ids.numel() / s["median"] for n, s in seconds.items()},
     }
 
 
@@ -107,15 +127,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=4, help="of the slice of Qwen3-30B-A3B (CUDA)")
     args = parser.parse_args()
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         for batch, length in ((8, 512), (1, 64)):
             make = partial(trained_model, dtype, args.device)
             results.append(bench("tiny-moe", make, batch, length, args.rounds, args.device))
-        for batch, length in ((4, 512), (1, 64)):
+        for batch, length in ((4, 512), (1, 64)) if args.device == "cpu" else ():
             make = partial(random_model, dtype, args.device)
             results.append(bench("qwen3-moe-4x1024x64", make, batch, length, args.rounds, args.device))
+    if args.device == "cuda":
+        make = partial(qwen3_slice, args.layers, args.device)
+        results.append(bench(f"qwen3-30b-a3b, {args.layers} layers", make, 32, 2048, args.rounds, args.device))
 
     table = Table(title=f"whole forwards, {args.device}: median seconds (x fastest unprofiled)")
     names = ("eager", "grouped_mm", "batched_mm", "hooks", "sedetect")
@@ -127,7 +151,13 @@ def main() -> None:
             s = result["seconds"].get(n)
             cells.append("-" if s is None else f"{s['median']:.4f} ({result['of_fastest_unprofiled'][n]:.2f}x)")
         table.add_row(result["model"], result["dtype"], str(result["tokens"]), *cells)
-    Console(width=150).print(table)
+    console = Console(width=150)
+    console.print(table)
+    for result in results:
+        layer, speed = result["seconds_per_layer"], result["tokens_per_second"]
+        each = ", ".join(f"{n} {layer[n] * 1e3:.2f} ms, {speed[n]:,.0f} tokens/s" for n in layer)
+        name = f"{result['model']} {result['dtype']}, {result['tokens']} tokens, backend {'+'.join(result['backend'])}"
+        console.print(f"{name}: a layer and its share of the embedding takes {each}")
     print(json.dumps({"benchmark": "model", "machine": machine(args.device), "results": results}))
 
 

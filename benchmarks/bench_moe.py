@@ -11,12 +11,23 @@ One experts call in bfloat16 on random data; prints a table, and the last line i
     lean                  grouped_mm without transformers around it, compiled
     lean+statistics       the same with per-expert abs-max, sums of norms and of gate-weighted norms, and the largest
                           rows, returned (a compiler deletes what is not)
-    off                   ours without statistics
-    combine, down         ours with every default statistic, taken by the combine or by the down kernel
+    triton-off, cuda-off  ours without statistics
+    triton, cuda          ours with every default statistic, and the state updated
+    cpu                   ours on the CPU
 
 floor = the larger of FLOPs over the matmul rate and bytes over the copy bandwidth, both measured in this run; bytes are
-the weights of the experts that are hit, the input and the output. Up to 256 tokens several routings take turns, so that
-weights do not stay in cache, and ours is replayed as a CUDA graph (whose memory was taken before, so it shows as none).
+the weights of the experts that are hit, the input and the output.
+
+Timed by CUDA events with an empty L2 before each variant, without waiting for the device between them (timing.py).
+Variants that took more than 20 ms take part in every third round. Up to 256 tokens a variant runs 8 calls with routings
+of their own, so that weights do not stay in the L2, and is replayed as a CUDA graph where it can be captured (eager and
+hooks wait for the device; a graph's memory was taken before, so it shows as none). Stages are Triton's, each the mean
+of 10 calls in one graph; their weights may stay in the L2 where there are few.
+
+Why combine takes the statistics of the rows, and not the epilogue of down, which had them as partials for each of its
+column tiles: on an H100, qwen3 at T = 32768, down took 1802 us with them and 1400 without, combine 653 and 414; at
+T = 8192, 496 and 398, 166 and 110. An epilogue keeps the tensor cores waiting, while combine waits for memory. (Those
+of combine have become cheaper since.)
 """
 
 import argparse
@@ -34,9 +45,10 @@ from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from sedetect import ops, triton_backend
+from sedetect import ops
+from sedetect.cuda_backend import CudaBackend
 from sedetect.kernels.combine import combine
-from sedetect.kernels.down import down, merge_partials
+from sedetect.kernels.down import down
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan
@@ -59,7 +71,9 @@ SHAPES = {
     "deepseek": Shape(256, 7168, 2048, 8),  # V3
 }
 TOKENS = (1, 16, 256, 2048, 8192, 32768)
-VARIANTS = ("eager", "hooks", "grouped_mm", "lean", "lean+statistics", "off", "combine", "down")
+OURS = {backend.name: backend for backend in (TritonBackend(), CudaBackend())}
+RIVALS = ("eager", "hooks", "grouped_mm", "lean", "lean+statistics")
+VARIANTS = (*RIVALS, *(name + off for name in OURS for off in ("-off", "")))
 ROUTINGS = 8  # that take turns where tokens are few
 KEPT = 256  # rows that lean+statistics keeps
 
@@ -163,39 +177,40 @@ def make_variants(
         function = torch.compile(lean, dynamic=False) if device == "cuda" else lean
         return lambda: [function(*call, *weights, statistics) for call in calls]
 
-    def ours(stage: str) -> Callable[[], object]:
-        state = BankStats.empty(shape.experts, device)
-        rows = Rows.unmapped(len(calls[0].x), device)
-        backend = TritonBackend()
+    state, rows = BankStats.empty(shape.experts, device), Rows.unmapped(len(calls[0].x), device)
+
+    def ours(name: str, statistics: bool) -> Callable[[], object]:
+        backend = OURS[name]
 
         def run() -> None:
-            triton_backend.ROW_STATS_IN = stage
             for x, index, gates in calls:
                 routing = backend.plan(index, shape.experts)
                 arguments = (weights[0], None, Gate(), weights[1], None, False, gates)
-                _, stats = backend.experts(x, routing, *arguments, statistics=stage != "off")
+                _, stats = backend.experts(x, routing, *arguments, statistics=statistics)
                 if stats is not None:
                     backend.update(state, stats, routing, gates, rows)
 
-        def run_on_cpu() -> None:
-            for x, index, gates in calls:
-                ops.moe_mlp(x, index, gates, *weights, Gate(), state)
+        return run
 
-        if device == "cpu":
-            return run_on_cpu
-        return captured(run) if len(calls) > 1 else run
+    def on_cpu() -> None:
+        for x, index, gates in calls:
+            ops.moe_mlp(x, index, gates, *weights, Gate(), state)
 
-    makers = {
-        "eager": lambda: transformers("eager"),
-        "hooks": lambda: hooks,
-        "grouped_mm": lambda: transformers("grouped_mm"),
-        "lean": lambda: by_hand(False),
-        "lean+statistics": lambda: by_hand(True),
-        **{stage: lambda stage=stage: ours(stage) for stage in ("off", "combine", "down")},
+    variants = {
+        "eager": transformers("eager"),
+        "hooks": hooks,
+        "grouped_mm": transformers("grouped_mm"),
+        "lean": by_hand(False),
+        "lean+statistics": by_hand(True),
     }
     if device == "cpu":
-        del makers["off"], makers["down"]
-    return {name: make() for name, make in makers.items() if name in wanted}
+        variants["cpu"] = on_cpu
+    else:
+        variants |= {name + off: ours(name, not off) for name in OURS for off in ("-off", "")}
+    variants = {name: run for name, run in variants.items() if name in wanted}
+    if device == "cuda" and len(calls) > 1:
+        variants |= {name: captured(run) for name, run in variants.items() if name not in ("eager", "hooks")}
+    return variants
 
 
 def make_stages(layer: nn.Module, shape: Shape, calls: list[Call], device: str) -> dict[str, Callable[[], object]]:
@@ -204,18 +219,16 @@ def make_stages(layer: nn.Module, shape: Shape, calls: list[Call], device: str) 
     weights, gate = (layer.gate_up_proj, layer.down_proj), Gate()
     state, rows = BankStats.empty(shape.experts, device), Rows.unmapped(len(x), device)
     routing = plan(index, shape.experts)
-    h, keys = gate_up(x, routing, weights[0], gate=gate, keys=True)
-    y, partials = down(h, routing, weights[1])
-    stats = merge_partials(partials, keys)
+    h, parts = gate_up(x, routing, weights[0], gate=gate, parts=True)
+    y = down(h, routing, weights[1])
+    _, stats = combine(y, routing, gates, x.dtype, h, parts)
     stages = {
         "plan": lambda: plan(index, shape.experts),
         "gate_up": lambda: gate_up(x, routing, weights[0], gate=gate),
-        "gate_up+keys": lambda: gate_up(x, routing, weights[0], gate=gate, keys=True),
-        "down": lambda: down(h, routing, weights[1], statistics=False),
-        "down+partials": lambda: down(h, routing, weights[1]),
-        "merge_partials": lambda: merge_partials(partials, keys),
+        "gate_up+statistics": lambda: gate_up(x, routing, weights[0], gate=gate, parts=True),
+        "down": lambda: down(h, routing, weights[1]),
         "combine": lambda: combine(y, routing, gates, x.dtype),
-        "combine+statistics": lambda: combine(y, routing, gates, x.dtype, keys),
+        "combine+statistics": lambda: combine(y, routing, gates, x.dtype, h, parts),
         "update": lambda: update(state, stats, routing, gates, rows),
     }
     return {name: captured(lambda run=run: [run() for _ in range(10)]) for name, run in stages.items()}
@@ -224,7 +237,8 @@ def make_stages(layer: nn.Module, shape: Shape, calls: list[Call], device: str) 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        run()  # compiles
+        for _ in range(2):  # compiles
+            run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -236,6 +250,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int | None:
     """Memory that one run takes beyond what is allocated before; None where it is not known."""
     if device != "cuda":
         return None
+    run()  # compiles
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -254,36 +269,41 @@ def main() -> None:
     parser.add_argument("--skew", type=float, default=0.0, help="added to the logit of expert 0")
     parser.add_argument("--stages", action="store_true", help="also time the stages of ours one by one")
     args = parser.parse_args()
-    shapes, tokens_list = {name: SHAPES[name] for name in args.shapes}, args.tokens
+    shapes, tokens_list, names = {name: SHAPES[name] for name in args.shapes}, args.tokens, args.variants
     if args.device == "cpu":
-        shapes, tokens_list = {"small": Shape(8, 64, 32, 2)}, [min(args.tokens), 300]
+        shapes, tokens_list, names = {"small": Shape(8, 64, 32, 2)}, [min(args.tokens), 300], [*RIVALS, "cpu"]
 
-    console = Console(width=170)
+    console = Console(width=210)
     ceilings = measure_ceilings(args.device, args.rounds)
+    refusals = {n: b.refusal(torch.device(args.device, 0), torch.bfloat16) for n, b in OURS.items()}
+    for name, reason in refusals.items():
+        if reason is not None and args.device == "cuda":
+            console.print(f"without {name}: {reason}")
+            names = [n for n in names if n.removesuffix("-off") != name]
     console.print(f"ceilings: {ceilings.flops / 1e12:.1f} TFLOP/s, {ceilings.bandwidth / 1e9:.0f} GB/s")
     results = []
     for name, shape in shapes.items():
         layer = make_layer(shape, args.device)
         table = Table(title=f"{name}: ms (x floor) +- half the interquartile range, extra MB")
-        for column in ("T", "floor", *args.variants):
+        for column in ("T", "floor", *names):
             table.add_column(column, justify="right")
         for tokens in tokens_list:
             calls = make_calls(shape, tokens, args.device, args.skew)
             floor = ceilings.floor(shape, calls)
             with torch.no_grad():
-                variants = make_variants(layer, shape, calls, args.device, set(args.variants))
+                variants = make_variants(layer, shape, calls, args.device, set(names))
                 memory = {n: peak_bytes(run, args.device) for n, run in variants.items()}
                 seconds = interleaved(variants, args.rounds, args.device)
                 stages = {}
                 if args.stages and args.device == "cuda":
                     stages = interleaved(make_stages(layer, shape, calls, args.device), args.rounds, args.device)
-            seconds = {n: {k: v / len(calls) for k, v in s.items()} for n, s in seconds.items()}
+            for s in seconds.values():
+                s |= {k: s[k] / len(calls) for k in ("median", "low", "high")}
+            pairs = [(n, f"{n}-off") for n in OURS if {n, f"{n}-off"} <= set(seconds)]
+            shares = {on: seconds[on]["median"] / seconds[off]["median"] - 1 for on, off in pairs}
             stages = {n: s["median"] / 10 for n, s in stages.items()}
             cells = [str(tokens), f"{floor * 1e3:.3f}"]
-            for n in args.variants:
-                if n not in seconds:
-                    cells.append("-")
-                    continue
+            for n in names:
                 s, mb = seconds[n], "" if memory[n] is None else f" {memory[n] / 2**20:.0f}"
                 spread = (s["high"] - s["low"]) / 2
                 cells.append(f"{s['median'] * 1e3:.3f} ({s['median'] / floor:.2f}x) +-{spread * 1e3:.3f}{mb}")
@@ -291,8 +311,14 @@ def main() -> None:
             results.append({
                 "shape": name, **shape._asdict(), "tokens": tokens, "floor": floor, "seconds": seconds,
                 "of_floor": {n: s["median"] / floor for n, s in seconds.items()}, "peak_bytes": memory,
+                "statistics_share": shares,
                 "stages": stages,
             })  # fmt: skip
+            fewer = {n: s["rounds"] for n, s in seconds.items() if s["rounds"] < args.rounds}
+            notes = [f"statistics of {n} {share:+.1%}" for n, share in shares.items()]
+            notes += [f"{n} {rounds} rounds of {args.rounds}" for n, rounds in fewer.items()]
+            if notes:
+                console.print(f"{name} T={tokens}: {', '.join(notes)}")
             if stages:
                 flops = 2 * tokens * shape.top_k * shape.hidden * shape.intermediate
                 console.print(f"{name} T={tokens}: " + ", ".join(

@@ -8,14 +8,26 @@ import triton
 import triton.language as tl
 
 from sedetect.kernels import tiles
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate
-from sedetect.kernels.grouped import grouped_linear_torch, multiply, tile_at, weight_columns, weight_operand
+from sedetect.kernels.grouped import (
+    choose_tile,
+    grouped_linear_torch,
+    multiply,
+    tile_at,
+    weight_columns,
+    weight_operand,
+)
 from sedetect.kernels.plan import Plan, scheduled
-from sedetect.kernels.row_scan import row_key
+from sedetect.kernels.row_scan import largest
 
 
 def gate_up_torch(
-    x: torch.Tensor, plan: Plan, weight: torch.Tensor, bias: torch.Tensor | None = None, transposed: bool = False
+    x: torch.Tensor,
+    plan: Plan,
+    weight: torch.Tensor | QuantizedWeights,
+    bias: torch.Tensor | None = None,
+    transposed: bool = False,
 ) -> torch.Tensor:
     """The gate_up projection of every routed row, before the gate.
 
@@ -30,14 +42,21 @@ def gate_up_torch(
 
 
 @triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)) in half the instructions of a division and a base-e exponential: rsqrt is one, squared."""
+    root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * x))
+    return root * root
+
+
+@triton.jit
 def _activate(g, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     if ACTIVATION == "silu":
-        return g / (1 + tl.exp(-g * SLOPE))
+        return g * _sigmoid(g * SLOPE)
     elif ACTIVATION == "gelu":
         return 0.5 * g * (1 + tl.erf(g * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         # 0.5 * (1 + tanh(a)) = sigmoid(2a), without the cancellation.
-        return g / (1 + tl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g)))
+        return g * _sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
     else:
         tl.static_assert(ACTIVATION == "relu2")
         r = tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -60,7 +79,7 @@ def _gate(
             g = tl.minimum(g, LIMIT, propagate_nan=tl.PropagateNan.ALL)
             u = tl.minimum(u, LIMIT, propagate_nan=tl.PropagateNan.ALL)
             u = tl.maximum(u, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        return _activate(g, ACTIVATION, SLOPE) * (u + SHIFT)
+        return _activate(g, ACTIVATION, SLOPE) * (u if SHIFT == 0 else u + SHIFT)
     else:
         return _activate(z, ACTIVATION, SLOPE)
 
@@ -68,10 +87,11 @@ def _gate(
 @triton.jit(do_not_specialize=["slots"])
 def _gate_up(
     X,  # (T, H)
-    W,  # (E, COLUMNS, H) by strides, or its descriptor
+    W,  # (E, COLUMNS, H) by strides, or its descriptor; as stored
+    Scale,  # of a quantized W, else None
     Bias,  # (E, COLUMNS) or None
     Out,  # (S, I), (S, COLUMNS) without ACTIVATION - output; rows of no expert are not written
-    Keys,  # (column tiles, S) int64 or None - output; row_key of this tile of each row
+    Parts,  # (column tiles, S) float32 or None - output; largest |value| of each row in this tile
     Order,  # (S,) int64
     Offsets,  # (E + 1,) int64
     Tiles,  # (max_tiles, 2) int32
@@ -80,7 +100,7 @@ def _gate_up(
     H: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     LIMIT: tl.constexpr, SLOPE: tl.constexpr, SHIFT: tl.constexpr,
-    W_TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
+    W_TMA: tl.constexpr, TRANSPOSED: tl.constexpr, SCALES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     HALVED: tl.constexpr = GATED and ACTIVATION is not None
@@ -101,10 +121,10 @@ def _gate_up(
         column = tl.where(valid, column, 0)
         z = multiply(
             X, stride_xm,
-            W, stride_we, stride_wn, stride_wk,
+            W, stride_we, stride_wn, stride_wk, Scale,
             x_row, column, first, expert if W_TMA else expert.to(tl.int64), tile,
             H, BLOCK_M, BLOCK_N, BLOCK_K, PARTS,
-            False, W_TMA, TRANSPOSED,
+            False, W_TMA, TRANSPOSED, SCALES,
         )  # fmt: skip
         if Bias is not None:
             z += tl.load(Bias + expert.to(tl.int64) * COLUMNS + column).to(tl.float32)[None, :]
@@ -114,23 +134,25 @@ def _gate_up(
         out_column = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         stored = (row < end)[:, None] & (out_column < WIDTH)[None, :]
         tl.store(Out + row.to(tl.int64)[:, None] * WIDTH + out_column[None, :], out, mask=stored)
-        if Keys is not None:
-            key = row_key(out, tile * BLOCK_OUT, WIDTH, BLOCK_OUT)
-            tl.store(Keys + tile.to(tl.int64) * slots + row, key, mask=row < end)
+        if Parts is not None:
+            # Rounding keeps the order, so the largest of the row is rounded alone.
+            part = largest(z if WIDTH % BLOCK_OUT == 0 else tl.where((out_column < WIDTH)[None, :], z, 0.0), 1)
+            part = part.to(Out.dtype.element_ty).to(tl.float32)
+            tl.store(Parts + tile.to(tl.int64) * slots + row, part, mask=row < end)
 
 
 def gate_up(
     x: torch.Tensor,
     plan: Plan,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeights,
     bias: torch.Tensor | None = None,
     transposed: bool = False,
     gate: Gate | None = None,
-    keys: bool = False,
+    parts: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """gate_up_torch, followed by the gate if one is given: (z (S, 2I) or h (S, I), keys).
+    """gate_up_torch, followed by the gate if one is given: (z (S, 2I) or h (S, I), parts).
 
-    keys, if asked for, are (column tiles, S) int64: where the largest element of each row of the result stands
+    parts, if asked for, are (column tiles, S) float32: the largest |value| of each row of the result in each of them
     (sedetect.kernels.row_scan). Rows of no expert are not written.
     """
     x, plan = x.to(weight.dtype).contiguous(), scheduled(plan)
@@ -140,20 +162,21 @@ def gate_up(
     width = columns // 2 if halved else columns
     out = x.new_empty(slots, width)
     if slots == 0:
-        return out, torch.empty(1, 0, dtype=torch.int64, device=x.device) if keys else None
-    tile = tiles.choose(tiles.GATE_UP, plan.schedule.rows, x.dtype, columns, x.device)
-    operand, w_tma, strides = weight_operand(weight, transposed, tile, 2 if halved and not gate.interleaved else 1)
+        return out, x.new_empty(1, 0, dtype=torch.float32) if parts else None
+    tile = choose_tile(tiles.GATE_UP, weight, plan.schedule.rows, columns, x.device)
+    operand = weight_operand(weight, transposed, tile, 2 if halved and not gate.interleaved else 1)
     column_tiles = triton.cdiv(width, tile.n // 2 if halved else tile.n)
-    found = torch.empty(column_tiles, slots, dtype=torch.int64, device=x.device) if keys else None
+    found = x.new_empty(column_tiles, slots, dtype=torch.float32) if parts else None
     gate, activation = (Gate(gated=False), None) if gate is None else (gate, gate.activation)
     grid = tiles.programs(tile, x.dtype, len(plan.schedule.tiles) * column_tiles, x.device)
     _gate_up[(grid,)](
-        x, operand, bias, out, found, plan.order, plan.offsets, plan.schedule.tiles, plan.schedule.count,
-        slots, x.stride(0), *strides,
+        x, operand.data, operand.scale, bias, out, found, plan.order, plan.offsets,
+        plan.schedule.tiles, plan.schedule.count,
+        slots, x.stride(0), *operand.strides,
         H=x.shape[1], COLUMNS=columns, TOP_K=plan.top_k,
         ACTIVATION=activation, GATED=gate.gated, INTERLEAVED=gate.interleaved,
         LIMIT=gate.limit, SLOPE=gate.slope, SHIFT=gate.shift,
-        W_TMA=w_tma, TRANSPOSED=transposed,
+        W_TMA=operand.tma, TRANSPOSED=transposed, SCALES=operand.scales,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tiles.GROUP, FLATTEN=tile.flatten,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

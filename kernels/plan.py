@@ -14,7 +14,7 @@ from sedetect.kernels import tiles
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the Triton GEMMs and combine need beside order and offsets; all of it on the device.
+    """What GEMMs and combine need beside order and offsets on a GPU; all of it on the device.
 
     row    (S,) int32: sorted row of each slot, the inverse of order
     rows   sorted rows of a tile; a tile belongs to one expert
@@ -33,9 +33,9 @@ class Schedule:
     count: torch.Tensor
 
     @classmethod
-    def empty(cls, slots: int, experts: int, device: torch.device) -> "Schedule":
-        """Uninitialised, for a kernel to fill."""
-        rows = tiles.tile_rows(slots, experts)
+    def empty(cls, slots: int, experts: int, device: torch.device, rows: int | None = None) -> "Schedule":
+        """Uninitialised, for a kernel to fill. rows: None for the Triton GEMMs' choice."""
+        rows = tiles.tile_rows(slots, experts) if rows is None else rows
         most = tiles.max_tiles(slots, experts, rows)
         row, table, count = (torch.empty(n, dtype=torch.int32, device=device) for n in (slots, 2 * most, 1))
         return cls(row, rows, table.view(most, 2), count)
@@ -84,6 +84,12 @@ def single_plan(tokens: int, device: torch.device) -> Plan:
     """The plan of a bank with one expert that every token visits (shared experts, dense MLPs)."""
     # No tensor made from host values, which would wait for the device.
     return Plan(torch.arange(tokens, device=device), torch.arange(2, device=device) * tokens, 1)
+
+
+def every_plan(tokens: int, experts: int, device: torch.device) -> Plan:
+    """The plan of a bank whose every expert every token visits: row e * T + t is token t's at expert e."""
+    slots = torch.arange(tokens * experts, device=device).view(tokens, experts)
+    return Plan(slots.t().flatten(), torch.arange(experts + 1, device=device) * tokens, experts)
 
 
 @triton.jit
@@ -144,8 +150,8 @@ def _write_tiles(
 @triton.jit(do_not_specialize=["slots", "blocks"])
 def _sort(
     Index,  # (S,) int
-    Counts,  # (E + 1, blocks) int32; not read where there is one block
-    Totals,  # (E + 1,) int32
+    Counts,  # (E + 1, blocks) int32, None where there is one block
+    Totals,  # (E + 1,) int32, or None
     Order,  # (S,) int64 - output
     Offsets,  # (E + 1,) int64 - output
     Row,  # (S,) int32 - output
@@ -153,18 +159,18 @@ def _sort(
     TileCount,  # (1,) int32 - output
     slots, blocks,
     NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, PAIRED: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):  # fmt: skip
     slot, expert = _load_experts(Index, tl.program_id(0) * BLOCK, slots, NUM_EXPERTS, BLOCK)
     bins = tl.arange(0, BINS)
-    if ONE_BLOCK:
+    if Counts is None:
         _, everything = _load_experts(Index, 0, slots, NUM_EXPERTS, BLOCK)
         total = tl.histogram(everything, BINS)
     else:
         total = tl.load(Totals + bins, mask=bins <= NUM_EXPERTS, other=0)
     first = tl.cumsum(total, 0) - total
     row = tl.gather(first, expert, 0)
-    if not ONE_BLOCK:
+    if Counts is not None:
         row += tl.load(Counts + expert * blocks + tl.program_id(0), mask=slot < slots, other=0)
     # Equals before me in this block, by comparing all pairs: neither a sort nor atomics, whose order is not fixed.
     for start in range(0, BLOCK, PAIRED):
@@ -219,9 +225,10 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> Plan:
         return Plan(order, offsets.zero_(), top_k_index.shape[1], schedule)
     grid, constants = _shape(schedule, slots, num_experts)
     blocks = triton.cdiv(slots, tiles.SLOTS)
-    counts = torch.empty(num_experts + 1, blocks, dtype=torch.int32, device=device)
-    totals = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    counts = totals = None
     if blocks > 1:
+        counts = torch.empty((num_experts + 1, blocks), dtype=torch.int32, device=device)
+        totals = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
         count = {name: constants[name] for name in ("NUM_EXPERTS", "BLOCK", "BINS")}
         _count[(blocks,)](index, counts, slots, blocks, **count)
         _scan[(num_experts + 1,)](counts, totals, blocks, BLOCK=1024)
@@ -229,7 +236,7 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> Plan:
         index, counts, totals,
         order, offsets, schedule.row, schedule.tiles, schedule.count,
         slots, blocks,
-        **constants, ONE_BLOCK=blocks == 1, PAIRED=32, num_warps=8,
+        **constants, PAIRED=32, num_warps=8,
     )  # fmt: skip
     return Plan(order, offsets, top_k_index.shape[1], schedule)
 

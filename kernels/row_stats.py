@@ -1,6 +1,6 @@
 """Row statistics: what one routed row contributes, read off the down_proj output as the layer stores it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -8,6 +8,7 @@ from sedetect.kernels.records import INF_BITS, float_bits
 
 FP16_MAX = 65504.0  # largest finite float16
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
+_TYPES = (torch.float32, torch.int32, torch.float32, *3 * (torch.int32,), torch.float32, torch.int32)
 
 
 @dataclass
@@ -34,11 +35,10 @@ class RowStats:
     @classmethod
     def empty(cls, rows: int, device: torch.device | str = "cpu") -> "RowStats":
         """Uninitialised, for a kernel to fill."""
-        types = (torch.float32, torch.int32, torch.float32, *3 * (torch.int32,), torch.float32, torch.int32)
-        return cls(*(torch.empty(rows, dtype=dtype, device=device) for dtype in types))
+        return cls(*(torch.empty(rows, dtype=dtype, device=device) for dtype in _TYPES))
 
     def tensors(self) -> list[torch.Tensor]:
-        return [getattr(self, f.name) for f in fields(self)]
+        return list(vars(self).values())
 
 
 def row_stats_torch(y: torch.Tensor, h: torch.Tensor) -> RowStats:

@@ -6,7 +6,7 @@ are by r = S / E, the average rows per expert:
     r       rows of a tile  bound by                            what it is for
     <= 8    16              weight traffic                      decode: each hit expert's weights are read once
     <= 32   32              weight traffic
-    < 192   64              weight traffic and padding of tails
+    < 96    64              weight traffic and padding of tails
     larger  128             tensor cores                        prefill, calibration
 
 Routing is skewed in practice, so a class must also hold when one expert takes half of the rows: a hot expert in small
@@ -27,9 +27,9 @@ import triton
 
 GROUP = 16  # row tiles that pass over a weight block together, while it is in L2
 SLOTS = 256  # slots that one program of plan sorts
+PEAK_ROWS = 32  # sorted rows whose peaks one program looks up
 UPDATE_ROWS = 128  # sorted rows of one expert that one program of update reduces
 ROW_ELEMENTS = 2048  # of a program of combine and row_stats
-MERGE_ROWS = 128  # rows that one program reduces when row statistics come as partials
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,30 @@ class Tile:
     flatten: bool = False
 
 
-# Rows of a tile -> the tile of 16-bit types.
-GATE_UP = {
-    16: Tile(16, 64, 128, 4, 4),
-    32: Tile(32, 128, 64, 4, 4),
-    64: Tile(64, 256, 64, 4, 3),
-    128: Tile(128, 256, 64, 8, 3, flatten=True),
+# GEMM -> rows of a tile -> the tile of 16-bit types.
+GATE_UP, DOWN, QUANTIZED = "gate_up", "down", "quantized"  # the last: either with quantized weights
+_TILES = {
+    GATE_UP: {
+        16: Tile(16, 64, 128, 4, 4),
+        32: Tile(32, 128, 64, 4, 4),
+        64: Tile(64, 256, 64, 8, 4),
+        128: Tile(128, 256, 64, 8, 3, flatten=True),
+    },
+    DOWN: {
+        16: Tile(16, 64, 128, 4, 4),
+        32: Tile(32, 128, 64, 4, 4),
+        64: Tile(64, 256, 64, 8, 4),
+        128: Tile(128, 256, 64, 8, 3, flatten=True),
+    },
 }
-DOWN = {
-    16: Tile(16, 64, 128, 4, 4),
-    32: Tile(32, 128, 64, 4, 4),
-    64: Tile(64, 256, 64, 4, 3),
-    128: Tile(128, 256, 64, 8, 3, flatten=True),
-}
+# A weight to be dequantized leaves shared memory a step before it is multiplied: a stage more.
+_TILES[QUANTIZED] = {rows: replace(tile, stages=tile.stages + 1) for rows, tile in _TILES[GATE_UP].items()}
 
 
 def tile_rows(slots: int, experts: int) -> int:
     """Rows of a tile for S slots over E experts; the same for both GEMMs, which share one schedule."""
     average = slots / experts
-    return 16 if average <= 8 else 32 if average <= 32 else 64 if average < 192 else 128
+    return 16 if average <= 8 else 32 if average <= 32 else 64 if average < 96 else 128
 
 
 def max_tiles(slots: int, experts: int, rows: int) -> int:
@@ -73,20 +78,23 @@ def max_tiles(slots: int, experts: int, rows: int) -> int:
     return min(slots, experts) + slots // rows
 
 
-def choose(table: dict[int, Tile], rows: int, dtype: torch.dtype, width: int, device: torch.device) -> Tile:
-    """The tile of a GEMM whose output is width wide."""
-    tile = table[rows]
+@lru_cache(maxsize=1024)
+def choose(
+    gemm: str, rows: int, dtype: torch.dtype, width: int, device: torch.device, weight_bytes: float | None = None
+) -> Tile:
+    """The tile of a GEMM whose output is width wide. weight_bytes: of a weight as stored, if not the dtype's."""
+    tile = _TILES[gemm][rows]
     if dtype == torch.float32:  # multiplied without tensor cores, from registers
         tile = replace(tile, n=64, k=16, warps=8, stages=2, flatten=False)
     elif limits(device).major < 9:  # both operands pass through registers
         tile = replace(tile, n=min(tile.n, 128), k=32, flatten=False)
     narrow = 1 << max(width - 1, 15).bit_length()
-    return fit(replace(tile, n=min(tile.n, narrow)), dtype, device)
+    return fit(replace(tile, n=min(tile.n, narrow)), dtype, device, weight_bytes or dtype.itemsize)
 
 
-def fit(tile: Tile, dtype: torch.dtype, device: torch.device) -> Tile:
+def fit(tile: Tile, dtype: torch.dtype, device: torch.device, weight_bytes: float) -> Tile:
     """The tile with as many stages as the device's shared memory holds."""
-    stage = (tile.m + tile.n) * tile.k * dtype.itemsize
+    stage = int((tile.m * dtype.itemsize + tile.n * weight_bytes) * tile.k)
     # A flattened loop keeps its stages while the epilogue converts the output's layout in shared memory.
     scratch = 1024 + (tile.m * tile.n * dtype.itemsize if tile.flatten else 0)
     return replace(tile, stages=max(1, min(tile.stages, (limits(device).shared - scratch) // stage)))
@@ -121,6 +129,14 @@ def row_block(width: int, whole: bool) -> tuple[int, int]:
     return min(32, max(1, ROW_ELEMENTS // columns)), columns
 
 
-def row_warps(elements: int) -> int:
-    """Warps for a program that holds so many elements in registers: 16 a thread, more from 8192 on."""
-    return max(1, min(16, elements // 512))
+def row_warps(elements: int, whole: bool = True) -> int:
+    """Warps for a program that holds so many elements in registers: 16 a thread, 64 where whole rows are reduced.
+
+    What is done once a row costs every thread, so there are fewer of them.
+    """
+    return max(1, min(16, elements // (2048 if whole else 512)))
+
+
+def part(columns: int, dtype: torch.dtype) -> int:
+    """Columns of a row that a thread loads at once, of a block of so many."""
+    return min(columns, 16 // dtype.itemsize)

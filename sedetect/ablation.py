@@ -26,8 +26,11 @@ from torch.overrides import TorchFunctionMode
 
 from sedetect import hf
 from sedetect.errors import SedetectError
+from sedetect.forwards import forward_of, replace_forward
 from sedetect.kernels.grouped import expert_linear
+from sedetect.quantized import linear_weight
 from sedetect.ranking import Place
+from sedetect.routers import find_router
 from sedetect.stats import BankId
 from sedetect.tracking import TrackedModel
 
@@ -193,10 +196,13 @@ def _without_down(
     rows = selected(len(flat), x.device)
     if off.experts:
         flat = flat.masked_fill(rows[:, None], 0)
+    weight = linear_weight(original) if off.weights else None
+    if off.weights and weight is None:
+        raise SedetectError(f"{type(original).__name__}: single weights of it cannot be read; load it unquantized")
     for _, channel, intermediate in off.weights:
         flat = flat.clone()
         h = x.reshape(-1, x.shape[-1])[:, intermediate]
-        flat[:, channel] -= rows * h * original.weight[channel, intermediate]
+        flat[:, channel] -= (rows * h * weight[channel, intermediate]).to(flat.dtype)
     return flat.view(y.shape)
 
 
@@ -227,8 +233,11 @@ class _MaskedLogits(TorchFunctionMode):
 
 def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callable[[], None]:
     """Wrap the forward of the bank's router, and let its correction biases stand at -inf; returns what undoes both."""
-    router = _router(model, bank)
-    original, previous = router.forward, router.__dict__.get("forward")
+    found = find_router(model, bank)
+    if found is None:
+        raise SedetectError(f"{bank.path}: no router found beside it; use how='skip'")
+    router = found.block.get_submodule(found.path.partition(".")[0])
+    original = forward_of(router)
 
     @wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -240,11 +249,10 @@ def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callabl
             )
         return out
 
-    router.forward = forward
+    restore = replace_forward(router, forward)
     # A bias added to the scores after the sigmoid (e_score_correction_bias) would let a logit of -inf be chosen.
-    block = model.get_submodule(bank.path.rpartition(".")[0])
     swapped = []
-    for module in {id(m): m for m in (block, *router.modules())}.values():
+    for module in {id(m): m for m in (found.block, *router.modules())}.values():
         for own in (module._parameters, module._buffers):
             for name, bias in own.items():
                 if bias is not None and bias.numel() == bias.shape[-1] == bank.experts and bias.is_floating_point():
@@ -256,21 +264,6 @@ def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callabl
     def undo() -> None:
         for own, name, bias in swapped:
             own[name] = bias
-        if previous is None:
-            del router.forward
-        else:
-            router.forward = previous
+        restore()
 
     return undo
-
-
-def _router(model: nn.Module, bank: hf.Bank) -> nn.Module:
-    """The module beside the experts that holds one row per expert."""
-    parent = model.get_submodule(bank.path.rpartition(".")[0])
-    for module in parent.children():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[0] == bank.experts:
-            return module
-        if any(p.dim() == 2 and p.shape[0] == bank.experts for p in module.parameters()) and module is not bank.module:
-            return module
-    raise SedetectError(f"{bank.path}: no router found beside it; use how='skip'")

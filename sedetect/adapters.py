@@ -1,16 +1,18 @@
 """Which adapter serves which experts outside transformers' experts interface, and what no adapter serves."""
 
 import weakref
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from sedetect.listed import ListedBlock, NllbMoeExperts, SwitchTransformersExperts, has_down
+from sedetect.quantized import FP8Experts, Mxfp4GptOssExperts, has_kernel, serve_linears
 from sedetect.stacked import (
     Adapter,
     AriaExperts,
     DbrxExperts,
-    FP8Experts,
     InklingSharedExperts,
     JetMoeExperts,
     Llama4Experts,
@@ -19,10 +21,7 @@ from sedetect.stacked import (
 )
 
 # Classes whose experts cannot be measured at all.
-REFUSED = {
-    "DogeCDMoE": "its experts are rows of an embedding and have no down_proj matrix",
-    "Mxfp4GptOssExperts": "experts stored in MXFP4 are not supported yet; load it with Mxfp4Config(dequantize=True)",
-}
+REFUSED = {"DogeCDMoE": "its experts are rows of an embedding and have no down_proj matrix"}
 # Experts that are no MLPs, and have no down_proj to speak of: attention experts.
 NOT_MLPS = {"JetMoeMoA"}
 
@@ -39,6 +38,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "SwitchTransformersExperts": SwitchTransformersExperts,
     "NllbMoeExperts": NllbMoeExperts,
     "FP8Experts": FP8Experts,
+    "Mxfp4GptOssExperts": Mxfp4GptOssExperts,
 }
 
 
@@ -55,6 +55,20 @@ def adapt(path: str, module: nn.Module, parent: nn.Module) -> Adapter | None:
     if module not in _known:
         _known[module] = adapter(module, parent)
     return _known[module]
+
+
+def serve_quantized(model: nn.Module) -> tuple[Callable[[], None], int]:
+    """Let the FP8 experts and linears of a model compute with dequantized weights where no kernel of theirs runs.
+
+    Returns what puts them back, and how many linears are served so.
+    """
+    with ExitStack() as undo:
+        restore, served = serve_linears(model)
+        undo.callback(restore)
+        for path, module in model.named_modules():
+            if type(module).__name__ == "FP8Experts" and not has_kernel(module.down_proj.device.type):
+                undo.callback(adapt(path, module, model.get_submodule(path.rpartition(".")[0])).redirect())
+        return undo.pop_all().close, served
 
 
 def _is_list_of_experts(path: str, module: nn.Module, parent: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Backends: the same five stages, computed in different ways.
 
 torch is the definition and runs anywhere. cpu is torch's GEMMs with the row statistics of csrc/, taken while the
-output is in cache. Every stage takes and gives what the torch reference of its file in kernels/ documents.
+output is in cache. triton are the kernels of kernels/, cuda those of csrc/cuda/ for Hopper GPUs. Every stage takes and
+gives what the torch reference of its file in kernels/ documents.
 """
 
 import math
@@ -9,6 +10,8 @@ import math
 import torch
 
 from sedetect import _C
+from sedetect.call import Call
+from sedetect.cuda_backend import CudaBackend
 from sedetect.errors import SedetectError
 from sedetect.kernels.combine import combine_torch
 from sedetect.kernels.gate import Gate, gate_torch
@@ -26,9 +29,13 @@ class TorchBackend:
 
     name = "torch"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot serve a layer of this device and weight dtype; None if it can."""
+    def refusal(self, device: torch.device, dtype: torch.dtype, call: Call | None = None) -> str | None:
+        """Why this backend cannot serve a layer of this device and weight dtype, or a call; None if it can."""
         return None
+
+    def suits(self, call: Call) -> bool:
+        """Whether it may be chosen by itself for a call that it does not refuse."""
+        return True
 
     def plan(self, top_k_index: torch.Tensor, num_experts: int) -> Plan:
         return plan_torch(top_k_index, num_experts)
@@ -65,7 +72,7 @@ class CpuBackend(TorchBackend):
 
     name = "cpu"
 
-    def refusal(self, device, dtype):
+    def refusal(self, device, dtype, call=None):
         if device.type != "cpu":
             return f"it serves CPU tensors, these are on {device}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -92,6 +99,8 @@ class CpuBackend(TorchBackend):
         return y, stats
 
     def experts(self, x, plan, gate_up, gate_up_bias, gate, down, down_bias, transposed, gates):
+        if not isinstance(down, torch.Tensor):
+            return super().experts(x, plan, gate_up, gate_up_bias, gate, down, down_bias, transposed, gates)
         out = torch.zeros(len(x), down.shape[2 if transposed else 1])
         stats = RowStats.empty(len(plan.order))
         limit = math.inf if gate.limit is None else gate.limit
@@ -112,26 +121,34 @@ class CpuBackend(TorchBackend):
         _C.update_cpu(tables, stats.tensors(), plan.order, plan.offsets, plan.top_k, gates, rows.tensors(), rows.source)
 
 
-# In the order of preference. triton comes last, so that it serves only where it is asked for: its kernels agree with the
-# references under triton's interpreter and compile for sm_80, sm_90 and sm_100, but have not run on a GPU yet.
-BACKENDS = {backend.name: backend for backend in (CpuBackend(), TorchBackend(), TritonBackend())}
+# In the order of preference.
+BACKENDS = {backend.name: backend for backend in (CpuBackend(), CudaBackend(), TritonBackend(), TorchBackend())}
 
 
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, wanted: str | None = None
+    device: torch.device, dtype: torch.dtype, wanted: str | None = None, call: Call | None = None
 ) -> tuple[TorchBackend, str | None]:
-    """The backend that serves a layer, and why it is not the wanted one (None if it is, or none was named).
+    """The backend that serves a call, and why it is not the wanted one (None if it is, or none was named).
 
-    Raises SedetectError for an unknown name.
+    Without a call: the backend that serves calls of a layer, where nothing about them stands against it.
+
+    stored: the dtype of weights that are quantized. Raises SedetectError for an unknown name.
     """
     check_backend(wanted)
     why = None
     if wanted is not None:
-        reason = BACKENDS[wanted].refusal(device, dtype)
+        reason = BACKENDS[wanted].refusal(device, dtype, call)
         if reason is None:
             return BACKENDS[wanted], None
         why = f"backend {wanted} does not serve {dtype} on {device}: {reason}"
-    return next(b for b in BACKENDS.values() if b.refusal(device, dtype) is None), why
+    able = (b for b in BACKENDS.values() if b.refusal(device, dtype, call) is None)
+    return next(b for b in able if call is None or b.suits(call)), why
+
+
+def missing_fast_path(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a GPU's layers of this dtype are not served by the cuda backend; None where they are, and on other devices."""
+    reason = BACKENDS["cuda"].refusal(device, dtype) if device.type == "cuda" else None
+    return reason and f"the cuda backend served nothing: {reason}"
 
 
 def check_backend(name: str | None) -> None:

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sedetect.adapters import serve_quantized
 from sedetect.errors import SedetectError, shorten
 
 # Tried in this order: a text-only class leaves the vision tower of a multimodal checkpoint out.
@@ -123,6 +124,7 @@ def load_model(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _one_line_errors(name):
         config = AutoConfig.from_pretrained(name, **options)
+    method = _quantization(config)
     auto_class = _auto_class(name, config, trust_remote_code)
     if attn is not None:
         options["attn_implementation"] = attn
@@ -142,9 +144,16 @@ def load_model(
         except RuntimeError:
             _refuse_unconverted(name, report)
             raise
-        _check_loaded(name, type(model).__name__, loaded)
+        _check_loaded(name, type(model).__name__, loaded, method)
         if "device_map" not in options and not any(p.is_meta for p in model.parameters()):  # see streaming_weights
             model = model.to(device)
+    if method == "mxfp4" and _quantization(model.config) is None:
+        warnings.warn(
+            f"{name}: transformers dequantized its MXFP4 experts, as it does without a GPU or without the package kernels: "
+            "the same numbers in four times the memory; where that is too much, pip install kernels on a GPU",
+            stacklevel=2,
+        )
+    serve_quantized(model)  # for good: without kernels its own forwards would raise
     return model.eval()
 
 
@@ -272,9 +281,14 @@ def _auto_class(name: str, config: PreTrainedConfig, trust_remote_code: bool) ->
     raise SedetectError(f"{name}: transformers has no language model for {type(config).__name__}; give one that has")
 
 
-def _check_loaded(name: str, model: str, loaded: dict[str, Any]) -> None:
+def _check_loaded(name: str, model: str, loaded: dict[str, Any], method: str | None) -> None:
     """Judge what from_pretrained says of the weights: missing and mismatched are errors, unexpected a warning."""
     if missing := sorted(loaded["missing_keys"]):
+        if method is not None and (experts := [weight for weight in missing if "experts" in weight]):
+            raise SedetectError(
+                f"{name}: transformers does not put weights quantized by {method} into the experts of {model}, first "
+                f"{experts[0]}; give the unquantized checkpoint, or one in FP8, MXFP4 or compressed-tensors"
+            )
         raise SedetectError(
             f"{name}: {len(missing)} weights of {model} are missing, first {missing[0]}; give a complete checkpoint"
         )
@@ -286,6 +300,13 @@ def _check_loaded(name: str, model: str, loaded: dict[str, Any]) -> None:
         )
     if unexpected := sorted(loaded["unexpected_keys"]):
         warnings.warn(f"{name}: {len(unexpected)} weights are not used by {model}, first {unexpected[0]}", stacklevel=3)
+
+
+def _quantization(config: PreTrainedConfig) -> str | None:
+    """Name of the method that a config says the weights are quantized by."""
+    given = getattr(config, "quantization_config", None)
+    method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+    return getattr(method, "value", method)
 
 
 def _refuse_unconverted(name: str, report: list[str]) -> None:

@@ -10,25 +10,27 @@ object that was there. Experts outside the interface have adapters (sedetect.ada
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
-from sedetect import ops
+from sedetect import compiled, ops
 from sedetect.adapters import NOT_MLPS, REFUSED, adapt
-from sedetect.backends import choose_backend
 from sedetect.errors import SedetectError
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
 from sedetect.kernels.update import Rows
 from sedetect.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear
-from sedetect.stacked import Adapter, FP8Experts
+from sedetect.stacked import Adapter
 from sedetect.stats import BankId, BankStats
 
 NAME = "sedetect"
@@ -42,7 +44,9 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Bank:
     """One bank of a live model.
 
-    rows_of: asks the profile which token each of T rows is. state is made on the device of the first row it sees.
+    rows_of: asks the profile which token each of T rows is. state is made on the device of the first row it sees, or
+    before, where the weights are. number: its name in compiled graphs. here, group: where the ranks of an
+    expert-parallel model share the experts, those of this rank, which alone state is of, and the ranks.
     """
 
     id: BankId
@@ -55,11 +59,15 @@ class Bank:
     backend: str | None = None
     channels: bool = False
     coactivation: bool = False
+    first_rows: bool = False
     gate: Gate | Callable[[torch.Tensor], torch.Tensor] | None = None
     top_k: int = 1
+    here: range | None = None
+    group: ProcessGroup | None = None
     state: BankStats | None = None
     served: set[str] = field(default_factory=set)
     fallbacks: set[str] = field(default_factory=set)
+    number: int = -1
 
     @property
     def routed(self) -> bool:
@@ -71,20 +79,34 @@ class Bank:
         """The module of the model that has the weights."""
         return self.module.module if isinstance(self.module, Adapter) else self.module
 
-    def prepare(self, device: torch.device, dtype: torch.dtype) -> BankStats:
-        """The state on this device, and a note of which backend serves it."""
-        backend, why = choose_backend(device, dtype, self.backend)
-        self.served.add(backend.name)
+    def note(self, backend: str, why: str | None) -> None:
+        """Remember which backend served a call, and why it was not the one asked for."""
+        self.served.add(backend)
         if why is not None:
             self.fallbacks.add(why)
-        if self.state is None:
-            channels = (self.hidden, self.intermediate) if self.channels else None
-            coactivation = self.coactivation and self.experts > 1
-            self.state = BankStats.empty(self.experts, device, channels, coactivation)
+
+    def empty(self, device: torch.device | str, experts: int | None = None) -> BankStats:
+        """A state that has seen nothing, of all experts or so many."""
+        channels = (self.hidden, self.intermediate) if self.channels else None
+        coactivation = self.coactivation and self.experts > 1
+        first_rows = self.first_rows and self.id.kind.startswith("routed")
+        return BankStats.empty(experts or self.experts, device, channels, coactivation, first_rows)
+
+    def prepare(self, device: torch.device) -> BankStats:
+        """The state on this device."""
+        if self.state is None or (self.state.counts.device != device and not self.served):
+            self.state = self.empty(device, self.experts if self.here is None else len(self.here))
         return self.state
 
+    def compute(self, state: BankStats, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
+        """The module's result, from (x, top_k_index, top_k_weights) where it is routed, else from (x,)."""
+        return _compute_experts(self, state, rows, *inputs) if self.routed else _compute_down(self, state, rows, *inputs)
 
-@torch.compiler.disable
+    def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the result of an x of this dtype."""
+        return dtype if self.routed or not _is_plain_linear(self.module) else self.module.weight.dtype
+
+
 def experts_forward(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
     """The registered experts implementation: x (T, H), routing (T, k) twice -> (T, H), by what attach was given."""
     return module.config.sedetect_call(module, *args)
@@ -110,29 +132,41 @@ class SubstitutedDown(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["original"], name)
 
-    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.call(self.original, x)
 
 
 def measure(bank: Bank) -> Callable[..., torch.Tensor]:
     """The call for attach that computes a bank by our ops and updates its state."""
-    if isinstance(bank.module, FP8Experts) and bank.backend == "triton":
-        bank.fallbacks.add("backend triton does not serve quantized weights")
-        bank.backend = "torch"
     if bank.routed and getattr(bank.module, "fusable", True):
-        bank.gate = _gate(bank)
-    return partial(_measure_experts if bank.routed else _measure_down, bank)
+        bank.gate = gate_of(bank)
+    weight = bank.module.down_proj if bank.routed else getattr(bank.module, "weight", None)
+    # A graph that made the state would have to be compiled again where it finds one.
+    if isinstance(weight, torch.Tensor) and not weight.is_meta:
+        bank.prepare(weight.device)
+    return partial(_measure, bank)
 
 
-def _measure_experts(
-    bank: Bank, module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+def _measure(bank: Bank, module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+    tokens = len(routing[0]) if routing else x.shape[:-1].numel()
+    state, rows = bank.prepare(x.device), bank.rows_of(bank, tokens, x.device)
+    if torch.compiler.is_compiling():
+        return compiled.measure(bank, rows, x, *routing)
+    return bank.compute(state, rows, x, *routing)
+
+
+def _compute_experts(
+    bank: Bank,
+    state: BankStats,
+    rows: Rows,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    bank.top_k = top_k_index.shape[-1]
-    device, tokens = hidden_states.device, len(top_k_index)
-    state, rows = bank.prepare(device, module.down_proj.dtype), bank.rows_of(bank, tokens, device)
+    module, bank.top_k = bank.module, top_k_index.shape[-1]
+    how = {"rows": rows, "backend": bank.backend, "served": bank.note}
     if isinstance(module, Adapter):
-        how = {"rows": rows, "backend": bank.backend} | ({"gate": bank.gate} if module.fusable else {})
+        how |= {"gate": bank.gate} if module.fusable else {}
         return module.compute(hidden_states, top_k_index, top_k_weights, state, **how)
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     up = "gate_up_proj" if module.has_gate else "up_proj"
@@ -148,23 +182,24 @@ def _measure_experts(
         down_bias=module.down_proj_bias if module.has_bias else None,
         transposed=module.is_transposed,
         post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-        rows=rows,
-        backend=bank.backend,
+        **how,
     )
     return out.reshape(hidden_states.shape)
 
 
-def _measure_down(bank: Bank, original: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _compute_down(bank: Bank, state: BankStats, rows: Rows, x: torch.Tensor) -> torch.Tensor:
     """A plain nn.Linear is computed by our op; anything else (quantized, offloaded) computes itself and is read."""
-    flat = x.reshape(-1, x.shape[-1])
-    rows = bank.rows_of(bank, len(flat), x.device)
+    original, flat = bank.module, x.reshape(-1, x.shape[-1])
+    how = {"rows": rows, "backend": bank.backend, "served": bank.note}
     if _is_plain_linear(original):
-        state = bank.prepare(x.device, original.weight.dtype)
-        y = ops.linear_stats(flat, original.weight, original.bias, state, rows=rows, backend=bank.backend)
+        y = ops.linear_stats(flat, original.weight, original.bias, state, **how)
         return y.reshape(*x.shape[:-1], y.shape[-1])
     y = original(x)
-    state = bank.prepare(y.device, y.dtype)
-    ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, rows=rows, backend=bank.backend)
+    weight = getattr(original, "weight", None)
+    if isinstance(weight, DTensor) and any(p.is_shard(1) for p in weight.placements):
+        # Split by tensor parallelism: y is whole, but this rank has a part of every row of x.
+        flat = _gathered(flat, weight.device_mesh.get_group())
+    ops.output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, **how)
     return y
 
 
@@ -178,21 +213,16 @@ def find_banks(model: nn.Module) -> list[Bank]:
     for path, module in model.named_modules():
         _refuse_unreachable(path, module, known)
     for path, experts in routed:
-        _refuse_weights(path, experts)
+        _refuse_weights(model, path, experts)
     if not routed:
         raise SedetectError(f"{type(model).__name__}: no MoE layer found; give a Mixture-of-Experts model")
     inside = tuple(f"{path}." for path, _ in routed)
     stacks = _stacks([path for path, _ in routed])
     expert_classes = {type(e) for _, listed in routed if isinstance(listed, ListedExperts) for e in listed.experts}
     mlps = [
-        (f"{path}.{name}" if path else name, child)
-        for path, module in model.named_modules()
-        for name, child in module.named_children()
-        if name in (EXPERT_DOWN_NAMES if type(module) in expert_classes else DOWN_NAMES)
-        and is_linear(child)
-        and any(hasattr(module, up) for up in _UP_NAMES)
-        and not f"{path}.{name}".startswith(inside)
-        and _layer(path)[0] in stacks
+        (path, child)
+        for path, child in _mlps(model, expert_classes)
+        if not path.startswith(inside) and _layer(path)[0] in stacks
     ]
     layers = {_layer(path) for path, _ in routed}
     taken: dict[tuple[str, int, str], int] = defaultdict(int)
@@ -212,11 +242,35 @@ def find_banks(model: nn.Module) -> list[Bank]:
         hidden, intermediate = reversed(matrix) if module.is_transposed else matrix
         inner = getattr(module, "inner_path", "")
         add(path + inner, module, getattr(module, "kind", "routed"), (experts, hidden, intermediate))
+        if isinstance(module.down_proj, DTensor):
+            mesh, own = module.down_proj.device_mesh, len(module.down_proj.to_local())
+            first = own * mesh.get_local_rank()
+            banks[-1].here, banks[-1].group = range(first, first + own), mesh.get_group()
     for path, module in mlps:
         # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
         kind = "shared" if "shared" in path or _layer(path) in layers else "dense"
         add(path, module, kind, (1, module.out_features, module.in_features))
     return sorted(banks, key=lambda bank: bank.id)
+
+
+def find_dense(model: nn.Module) -> list[Bank]:
+    """The MLPs of a model without experts, in layer order. Raises SedetectError where it has none."""
+    mlps = [(path, child) for path, child in _mlps(model) if _layer(path)[1] >= 0]
+    if not mlps:
+        raise SedetectError(f"{type(model).__name__}: no MLP with a down projection found; give a dense language model")
+    stacks = _stacks([path for path, _ in mlps])
+    banks = []
+    for path, module in mlps:
+        prefix, layer = _layer(path)
+        bank = BankId(stacks[prefix], layer, "dense")
+        banks.append(Bank(bank, path, module, 1, module.out_features, module.in_features))
+    return sorted(banks, key=lambda bank: bank.id)
+
+
+def layer_path(bank: Bank) -> str:
+    """Module path of the layer that a bank is in."""
+    prefix, layer = _layer(bank.path)
+    return f"{prefix}.{layer}"
 
 
 def attach(
@@ -231,8 +285,12 @@ def attach(
     A routed bank's call gets (module, x, top_k_index, top_k_weights), another's (down_proj module, x). A call may
     step in before what was attached earlier (an ablation inside a profile): see run_inner. computes says that the calls
     do not let it run, but compute by themselves (a profile). With innermost, the call of a routed bank steps in after
-    all that pass on, and sees the routing that ablations leave.
+    all that pass on, and sees the routing that ablations leave. Raises SedetectError where a call would see the experts
+    of one rank alone.
     """
+    shared = next((bank for bank, _ in calls if bank.here is not None and not computes), None)
+    if shared is not None:
+        raise SedetectError(f"{shared.path}: expert-parallel models are profiled, nothing else; load it on one device")
     with ExitStack() as undo:
         for bank, call in calls:
             if bank.routed:
@@ -242,7 +300,7 @@ def attach(
                 config = getattr(owner, name)
                 own = copy.copy(config)
                 own._experts_implementation_internal = NAME
-                own.sedetect_call = call
+                own.sedetect_call = call if computes else torch.compiler.disable(call)
                 own.sedetect_inner = config
                 own.sedetect_computes = computes
                 undo.callback(setattr, owner, name, config)
@@ -254,7 +312,8 @@ def attach(
                 parent = model.get_submodule(path)
                 original = getattr(parent, name)
                 undo.callback(setattr, parent, name, original)
-                setattr(parent, name, SubstitutedDown(original, call))
+                own_call = call if computes else torch.compiler.disable(call)
+                setattr(parent, name, SubstitutedDown(original, own_call))
         return undo.pop_all().close
 
 
@@ -278,15 +337,27 @@ def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
     return {bank.id.stack: len(model.get_submodule(_layer(bank.path)[0])) for bank in banks}
 
 
-def _gate(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
+def gate_of(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     """The module's gate as a Gate that a kernel can fuse, where one agrees with it; else its own function."""
-    module = bank.module
+    module, holder = bank.module, bank.stored_in
     own = module._apply_gate if module.has_gate else module.act_fn
-    config = {name: value for name, value in vars(module.config).items() if "limit" in name}
-    limits = [value for value in (*vars(module).values(), *config.values()) if isinstance(value, float) and value > 0]
+    config = {name: value for name, value in vars(getattr(holder, "config", module.config)).items() if "limit" in name}
+    limits = [value for value in (*vars(holder).values(), *config.values()) if isinstance(value, float) and value > 0]
     weight = module.down_proj
     device = "cpu" if weight.is_meta else weight.device
-    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), weight.dtype, device) or own
+    # The type of the activations is not known before they come where weights are quantized: 16 bits is the strictest.
+    dtype = torch.bfloat16 if isinstance(weight, QuantizedWeights) else weight.dtype
+    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), dtype, device) or own
+
+
+def _mlps(model: nn.Module, expert_classes: Collection[type] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """The down projections of MLPs, by path; expert_classes: of modules that are also an expert's."""
+    for path, module in model.named_modules():
+        names = EXPERT_DOWN_NAMES if type(module) in expert_classes else DOWN_NAMES
+        if any(hasattr(module, up) for up in _UP_NAMES):
+            for name, child in module.named_children():
+                if name in names and is_linear(child):
+                    yield f"{path}.{name}" if path else name, child
 
 
 def _layer(path: str) -> tuple[str, int]:
@@ -338,22 +409,38 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return plain and module.weight.dtype in _FLOATS
 
 
-def _refuse_weights(path: str, experts: nn.Module) -> None:
+def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:
     """Raise for experts whose down_proj is stored in a way that cannot be measured."""
     module = experts.module if isinstance(experts, Adapter) else experts
     name, weight = type(module).__name__, experts.down_proj
-    if isinstance(weight, DTensor) and any(p.is_shard() and p.dim != 0 for p in weight.placements):
+    placements = weight.placements if isinstance(weight, DTensor) else ()
+    if any(p.is_shard() and p.dim != 0 for p in placements):
         raise SedetectError(
             f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
             "load the model with its expert-parallel plan instead"
         )
-    if getattr(module, "_is_expert_parallel", False):
-        raise SedetectError(f"{path} ({name}): expert-parallel experts are not supported yet; load it on one device")
-    if weight.dtype not in _FLOATS:
+    parallel = getattr(model.config, "distributed_config", None)
+    shared = getattr(parallel, "enable_expert_parallel", False)
+    if placements or shared:
+        whole = shared and len(placements) == 1  # whole experts, whose numbers their place tells
+        same = whole and getattr(parallel, "ep_size", parallel.tp_size) == parallel.tp_size  # rows on every rank
+        if not same or getattr(parallel, "ep_implementation", "auto") not in ("auto", "all_reduce"):
+            raise SedetectError(
+                f"{path} ({name}): its ranks send each other rows, or hold experts in a form that does not tell which; "
+                "load the model unquantized with DistributedConfig(tp_size=N, ep_size=N), or on one device"
+            )
+    if weight.dtype not in _FLOATS and not isinstance(experts, ListedExperts):  # which compute themselves
         raise SedetectError(
             f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
             "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"
         )
+
+
+def _gathered(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """The whole of rows that are split over ranks: (T, I / ranks) -> (T, I)."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
 
 
 def _refuse_unreachable(path: str, module: nn.Module, known: list[str]) -> None:

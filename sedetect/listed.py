@@ -4,6 +4,7 @@ A ModuleList of experts, as remote code has it, is adapted with the block that o
 probe has shown that the block is understood.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,30 +16,50 @@ from torch import nn
 from sedetect import ops
 from sedetect.errors import SedetectError
 from sedetect.forwards import forward_of, replace_forward
+from sedetect.quantized import linear_weight, serve_linears
 from sedetect.stacked import Adapter
 
 # Names of an MLP's output projection, down_proj by far the most common. The names in EXPERT_DOWN_NAMES are those of
 # other things as well, and count only in a class that is also an expert's.
 DOWN_NAMES = ("down_proj", "w2", "output_linear")
 EXPERT_DOWN_NAMES = (*DOWN_NAMES, "wo", "fc2")
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Of its input projections: the gate first, where there are two.
 _UP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"), ("wi",), ("fc1",))
 
 
 class _Listed:
-    """The matrices of a list of experts, one at a time: matrices[e] is what a stacked weight would have there."""
+    """The matrices of a list of experts, one at a time: matrices[e] is what a stacked weight would have there.
 
-    def __init__(self, parts: list[list[torch.Tensor]]):
-        self._parts = parts
-        self.dtype, self.device, self.is_meta = parts[0][0].dtype, parts[0][0].device, parts[0][0].is_meta
-        self.shape = torch.Size((len(parts), sum(len(p) for p in parts[0]), *parts[0][0].shape[1:]))
+    dtype is None where the linears are quantized: it is then that of the activations.
+    """
+
+    def __init__(self, linears: list[list[nn.Module]]):
+        self._linears, first = linears, linears[0]
+        held = next(itertools.chain(first[0].parameters(), first[0].buffers()))
+        self.dtype = held.dtype if held is getattr(first[0], "weight", None) and held.dtype in _FLOATS else None
+        self.device, self.is_meta = held.device, held.is_meta
+        self.shape = torch.Size((len(linears), sum(one.out_features for one in first), first[0].in_features))
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._linears)
 
     def __getitem__(self, expert: int) -> torch.Tensor:
-        parts = self._parts[expert]
+        parts = [linear_weight(one) for one in self._linears[expert]]
+        if any(part is None for part in parts):
+            name = type(self._linears[expert][0]).__name__
+            raise SedetectError(f"{name}: weights in this form cannot be read; load the model unquantized")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _ListedBiases:
+    """Their biases, likewise."""
+
+    def __init__(self, linears: list[list[nn.Module]]):
+        self._linears = linears
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        return torch.cat([one.bias for one in self._linears[expert]])
 
 
 class ListedExperts(Adapter):
@@ -60,43 +81,46 @@ class ListedExperts(Adapter):
 
     @property
     def gate_up_proj(self):
-        return _Listed([[getattr(e, name).weight for name in self.up_names] for e in self.experts])
+        return _Listed(self._linears(*self.up_names))
 
     @property
     def gate_up_proj_bias(self):
-        return _Listed([[getattr(e, name).bias for name in self.up_names] for e in self.experts])
+        return _ListedBiases(self._linears(*self.up_names))
 
     up_proj, up_proj_bias = gate_up_proj, gate_up_proj_bias
 
     @property
     def down_proj(self):
-        return _Listed([[getattr(e, self.down_name).weight] for e in self.experts])
+        return _Listed(self._linears(self.down_name))
 
     @property
     def down_proj_bias(self):
-        return _Listed([[getattr(e, self.down_name).bias] for e in self.experts])
+        return _ListedBiases(self._linears(self.down_name))
+
+    def _linears(self, *names: str) -> list[list[nn.Module]]:
+        return [[getattr(expert, name) for name in names] for expert in self.experts]
 
     def act_fn(self, x):
         names = ("act_fn", "act", "activation_fn", "activation")
         return next(getattr(self.experts[0], name) for name in names if hasattr(self.experts[0], name))(x)
 
-    def compute(self, x, top_k_index, top_k_weights, state, rows=None, backend=None, **how):
-        experts, dtype = self.experts, self.down_proj.dtype
+    def compute(self, x, top_k_index, top_k_weights, state, **how):
+        experts, down = self.experts, self.down_proj
 
         def run(expert: int, rows_of_expert: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            down, heard = getattr(experts[expert], self.down_name), []
-            own = forward_of(down)
+            linear, heard = getattr(experts[expert], self.down_name), []
+            own = forward_of(linear)
 
             def forward(h: torch.Tensor) -> torch.Tensor:
                 heard.append((own(h), h))
                 return heard[0][0]
 
-            with _forward(down, forward):
+            with _forward(linear, forward):
                 out = experts[expert](rows_of_expert)
             return (out, *heard[0])
 
-        sizes = (self.down_proj.shape[0], self.down_proj.shape[2], dtype)
-        return ops.moe_modules(x, top_k_index, top_k_weights, run, sizes, state, rows=rows, backend=backend)
+        sizes = (down.shape[0], down.shape[2], down.dtype or x.dtype)
+        return ops.moe_modules(x, top_k_index, top_k_weights, run, sizes, state, **how)
 
 
 class SwitchTransformersExperts(ListedExperts):
@@ -165,11 +189,15 @@ class ListedBlock(ListedExperts):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        block, weight = self._parent(), self.down_proj[0]
-        x = torch.randn(1, 16, weight.shape[0], generator=torch.Generator().manual_seed(0))
-        x = x.to(weight.device, weight.dtype) if not weight.is_meta else x
-        tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2
+        block, down = self._parent(), self.down_proj
+        x = torch.randn(1, 16, down.shape[1], generator=torch.Generator().manual_seed(0))
+        # That of the router, where the experts' own does not tell what they are given.
+        others = (p.dtype for router in self._routers for p in router.parameters() if p.dtype in _FLOATS)
+        dtype = down.dtype or next(others, torch.bfloat16)
+        x = x.to(down.device, dtype) if not down.is_meta else x
+        tolerance = 1e-4 if dtype in (torch.float32, torch.float64) and down.dtype else 2e-2
         errors: dict[Callable[..., Any], float] = {}
+        restore, _ = serve_linears(block)
         try:
             own = _first(block(x))
             for routing in (_given, partial(_softmax, self.top_k, False), partial(_softmax, self.top_k, True)):
@@ -181,6 +209,8 @@ class ListedBlock(ListedExperts):
                 errors[routing] = float((mine - own).abs().max() / own.abs().max())
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             pass  # code of a form that is not understood either: refused below
+        finally:
+            restore()
         self._route = min(errors, key=errors.get, default=None)
         if errors.get(self._route, torch.inf) <= tolerance:
             return

@@ -11,12 +11,16 @@ from itertools import pairwise
 import torch
 
 from sedetect.backends import TorchBackend, choose_backend
+from sedetect.call import Call
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch, update_published_torch
-from sedetect.kernels.plan import Plan, single_plan
+from sedetect.kernels.plan import Plan, every_plan, single_plan
 from sedetect.kernels.row_stats import RowStats
 from sedetect.kernels.update import Rows
 from sedetect.stats import BankStats
+
+Served = Callable[[str, str | None], None]
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ def moe_mlp(
     x: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    gate_up: torch.Tensor | Halves | None,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | QuantizedWeights | Halves | None,
+    down: torch.Tensor | QuantizedWeights,
     gate: Gate | Callable[[torch.Tensor], torch.Tensor],
     state: BankStats,
     *,
@@ -46,6 +50,7 @@ def moe_mlp(
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     rows: Rows | None = None,
     backend: str | None = None,
+    served: Served | None = None,
 ) -> torch.Tensor:
     """The routed experts of one layer: out[t] = sum_j g[t, j] * down_e(gate(gate_up_e(x[t]))), e = top_k_index[t, j].
 
@@ -53,21 +58,23 @@ def moe_mlp(
         x: (T, H); or (T, k, H), an input of its own for every slot. top_k_index: (T, k) int; indices outside [0, E) are no expert. top_k_weights: (T, k), the g.
         gate_up: (E, 2I, H), or (E, H, 2I) when transposed; (E, I, H) for experts without a gate; None where x is the
             input of down already.
-        down: (E, H, I), or (E, I, H) when transposed. Biases: (E, 2I), (E, H).
+        down: (E, H, I), or (E, I, H) when transposed. Biases: (E, 2I), (E, H). QuantizedWeights are not transposed.
         gate: a Gate, which is fused; or any function (S, 2I) -> (S, I), such as the module's own.
         state: updated in place with the statistics of every counted row (see BankStats).
         post_norm: applied to each row of the down_proj output before its routing weight; not part of the statistics.
         rows: which token each row is; None counts every row and knows nothing of its place.
-        backend: name, or None for the fastest that serves this device and dtype.
+        backend: name, or None for the fastest that serves this device, dtype and number of rows.
+        served: told the name of the backend that serves the call, and why it is not the one asked for (None if it is).
     Returns:
         (T, H) in x's dtype.
     """
-    chosen, _ = choose_backend(x.device, down.dtype, backend)
+    call = _call(top_k_index.numel(), gate_up, down, gate, (gate_up_bias, down_bias), transposed)
+    chosen = _choose(x.device, down.dtype, backend, call, served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, down.shape[0])
-    stacked = isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)
-    fused = isinstance(gate, Gate) and stacked and x.dim() == 2
+    stacked = all(isinstance(weight, (torch.Tensor, QuantizedWeights)) for weight in (gate_up, down))
+    fused = call.gate is not None and stacked and x.dim() == 2
     if fused and post_norm is None and state.channel_max is None:
         weights = (gate_up, gate_up_bias, gate, down, down_bias)
         out, stats = chosen.experts(x, plan, *weights, transposed, top_k_weights)
@@ -99,6 +106,31 @@ def _hidden(chosen: TorchBackend, x, plan: Plan, gate_up, bias, gate, transposed
 
 
 @torch.no_grad()
+def every_expert(
+    x: torch.Tensor,
+    gate_up: torch.Tensor | Halves | None,
+    down: torch.Tensor,
+    gate: Gate | Callable[[torch.Tensor], torch.Tensor],
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    transposed: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """What every expert gives for every token, by the stages of moe_mlp: x (T, H) -> y (E, T, H) in down's dtype.
+
+    The other arguments are those of moe_mlp. No routing, and no statistics are kept.
+    """
+    experts = down.shape[0]
+    call = _call(experts * len(x), gate_up, down, gate, (gate_up_bias, down_bias), transposed)
+    chosen = _choose(x.device, down.dtype, backend, call, None)
+    plan = every_plan(len(x), experts, x.device)
+    h = _hidden(chosen, x, plan, gate_up, gate_up_bias, gate, transposed)
+    y, _ = chosen.down(h, plan, down, down_bias, transposed)
+    return y.view(experts, len(x), -1)
+
+
+@torch.no_grad()
 def moe_modules(
     x: torch.Tensor,
     top_k_index: torch.Tensor,
@@ -109,16 +141,17 @@ def moe_modules(
     *,
     rows: Rows | None = None,
     backend: str | None = None,
+    served: Served | None = None,
 ) -> torch.Tensor:
     """moe_mlp for experts that are modules and compute themselves. Synchronises with the host, to loop over them.
 
     Args:
-        x, top_k_index, top_k_weights, state, rows, backend: as in moe_mlp, x (T, H).
+        x, top_k_index, top_k_weights, state, rows, backend, served: as in moe_mlp, x (T, H).
         run: expert number and its rows (N, H) -> (their result (N, H), y (N, H), its input h (N, I)).
         sizes: number of experts, I, and the dtype of y.
     """
     experts, intermediate, dtype = sizes
-    chosen, _ = choose_backend(x.device, dtype, backend)
+    chosen = _choose(x.device, dtype, backend, Call(top_k_index.numel(), experts), served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(state, experts, len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, experts)
@@ -140,7 +173,7 @@ def moe_modules(
 def down_stats(
     h: torch.Tensor,
     plan: Plan,
-    weight: torch.Tensor,
+    weight: torch.Tensor | QuantizedWeights,
     gates: torch.Tensor,
     state: BankStats,
     *,
@@ -148,16 +181,18 @@ def down_stats(
     transposed: bool = False,
     rows: Rows | None = None,
     backend: str | None = None,
+    served: Served | None = None,
 ) -> torch.Tensor:
     """The grouped down projection alone, with its statistics.
 
     Args:
         h: (S, I), sorted by expert as plan says. weight: (E, H, I), or (E, I, H) when transposed. bias: (E, H).
-        gates: (T, k) routing weights. state, rows, backend: as in moe_mlp.
+        gates: (T, k) routing weights. state, rows, backend, served: as in moe_mlp.
     Returns:
         y (S, H) in the weight's dtype, sorted by expert: the very values the statistics are of.
     """
-    chosen, _ = choose_backend(h.device, weight.dtype, backend)
+    call = Call(len(h), weight.shape[0], (weight,), transposed, () if bias is None else (bias,))
+    chosen = _choose(h.device, weight.dtype, backend, call, served)
     rows = Rows.unmapped(len(gates), h.device) if rows is None else rows
     _check(state, weight.shape[0], len(gates), rows, gates.shape, (len(h) // plan.top_k, plan.top_k))
     y, stats = chosen.down(h, plan, weight, bias, transposed)
@@ -174,23 +209,45 @@ def linear_stats(
     *,
     rows: Rows | None = None,
     backend: str | None = None,
+    served: Served | None = None,
 ) -> torch.Tensor:
     """A down_proj with one expert and routing weight 1: x (T, I), weight (H, I), bias (H) -> (T, H)."""
     plan, gates = single_plan(len(x), x.device), torch.ones(len(x), 1, device=x.device)
     bias = None if bias is None else bias[None]
-    return down_stats(x, plan, weight[None], gates, state, bias=bias, rows=rows, backend=backend)
+    return down_stats(x, plan, weight[None], gates, state, bias=bias, rows=rows, backend=backend, served=served)
 
 
 @torch.no_grad()
 def output_stats(
-    y: torch.Tensor, x: torch.Tensor, state: BankStats, *, rows: Rows | None = None, backend: str | None = None
+    y: torch.Tensor,
+    x: torch.Tensor,
+    state: BankStats,
+    *,
+    rows: Rows | None = None,
+    backend: str | None = None,
+    served: Served | None = None,
 ) -> None:
     """Statistics of a down_proj output y (T, H) computed elsewhere from x (T, I): one expert, routing weight 1."""
-    chosen, _ = choose_backend(y.device, y.dtype, backend)
+    chosen = _choose(y.device, y.dtype, backend, Call(len(y), 1), served)
     rows = Rows.unmapped(len(y), y.device) if rows is None else rows
     _check(state, 1, len(y), rows, y.shape[:1], x.shape[:1])
     plan, gates = single_plan(len(y), y.device), torch.ones(len(y), 1, device=y.device)
     _finish(chosen, state, y, x, chosen.row_stats(y, x), plan, gates, rows)
+
+
+def _call(slots: int, gate_up, down, gate, biases: Sequence[torch.Tensor | None], transposed: bool) -> Call:
+    parts = [gate_up.gate, gate_up.up] if isinstance(gate_up, Halves) else [] if gate_up is None else [gate_up]
+    biases = [bias for bias in biases if bias is not None]
+    return Call(slots, down.shape[0], (*parts, down), transposed, biases, gate if isinstance(gate, Gate) else None)
+
+
+def _choose(
+    device: torch.device, dtype: torch.dtype, wanted: str | None, call: Call, served: Served | None
+) -> TorchBackend:
+    chosen, why = choose_backend(device, dtype, wanted, call)
+    if served is not None:
+        served(chosen.name, why)
+    return chosen
 
 
 def _check(
@@ -227,4 +284,7 @@ def _update_channels(state, y, h, plan, gates, rows) -> None:
         update_channels_torch(state, y, h, plan, gates, rows)
 
 
-__all__ = ["Gate", "Halves", "down_stats", "linear_stats", "moe_mlp", "moe_modules", "output_stats"]
+__all__ = [
+    "Gate", "Halves", "QuantizedWeights", "down_stats", "every_expert", "linear_stats", "moe_mlp", "moe_modules",
+    "output_stats",
+]  # fmt: skip

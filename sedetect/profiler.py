@@ -2,21 +2,22 @@
 
 import json
 import uuid
-from collections.abc import Callable
 from contextlib import ExitStack
+from functools import reduce
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
 
-from sedetect import hf
-from sedetect.backends import check_backend
+from sedetect import compiled, hf
+from sedetect.adapters import serve_quantized
+from sedetect.backends import check_backend, missing_fast_path
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError
-from sedetect.quantized import serve_linears
 from sedetect.rows import Batch
 from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, digest
 from sedetect.tracking import TrackedModel
@@ -25,7 +26,7 @@ from sedetect.version import __version__
 # Of a config: says nothing of what the model computes, or changes with the release or the options that read it.
 _VOLATILE = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "return_dict",
-    "output_attentions", "output_hidden_states", "output_router_logits",
+    "output_attentions", "output_hidden_states", "output_router_logits", "distributed_config",
 }  # fmt: skip
 
 
@@ -60,7 +61,13 @@ class Profile:
         for bank in self._banks:
             bank.rows_of = self._tracked.rows_of
             bank.backend, bank.channels, bank.coactivation = backend, channels, coactivation
-        self._first_rows = first_rows
+            bank.first_rows = first_rows
+        parallel = next((bank for bank in self._banks if bank.here is not None), None)
+        if parallel is not None and coactivation:
+            raise SedetectError(
+                f"{parallel.path}: coactivation of experts on different ranks is seen by none; leave it out, or load "
+                "the model on one device"
+            )
         self._digest = model_digest(self._model) if digest is None else digest
         self._exit = ExitStack()
 
@@ -71,13 +78,14 @@ class Profile:
                     f"{bank.path}: sedetect is attached already; leave the other context of this model first"
                 )
         with ExitStack() as stack:
-            restore, served = serve_linears(self._model)
+            restore, served = serve_quantized(self._model)
             stack.callback(restore)
             if served:
                 self._tracked.tracker.notes.add(
                     f"{served} FP8 linears computed with dequantized weights: no kernel here"
                 )
-            calls = [(bank, self._call(bank)) for bank in self._banks]
+            stack.enter_context(compiled.attached(self._banks))
+            calls = [(bank, hf.measure(bank)) for bank in self._banks]
             stack.callback(hf.attach(self._model, calls, computes=True))
             stack.enter_context(self._tracked)
             stack.enter_context(torch.no_grad())
@@ -88,20 +96,25 @@ class Profile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
+        if kind is None:
+            self._join_ranks()
 
-    def _call(self, bank: hf.Bank) -> Callable[..., torch.Tensor]:
-        """What attach puts in the place of a bank's module."""
-        call = hf.measure(bank)
-        if not (self._first_rows and bank.id.kind.startswith("routed")):
-            return call
+    def _join_ranks(self) -> None:
+        """Give every rank of an expert-parallel model the statistics of all experts; all ranks come here together."""
+        banks = [bank for bank in self._banks if bank.here is not None]
+        if not banks:
+            return
+        parts: list = [None] * dist.get_world_size(banks[0].group)
+        dist.all_gather_object(parts, [self._state(bank) for bank in banks], group=banks[0].group)
+        for bank, states in zip(banks, zip(*parts, strict=True), strict=True):
+            bank.state, bank.here = reduce(BankStats.merge, states), None
 
-        def measured(module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
-            state = bank.prepare(x.device, module.down_proj.dtype)
-            if state.published_max is None:
-                state.published_max = torch.zeros(bank.experts, device=x.device)
-            return call(module, x, *routing)
-
-        return measured
+    def _state(self, bank: hf.Bank) -> BankStats:
+        """What a bank has seen, of all its experts, on the CPU."""
+        if bank.state is None:
+            return bank.empty("cpu")
+        state = bank.state.to("cpu")
+        return state if bank.here is None else state.among(bank.here.start, bank.experts)
 
     def batch(
         self,
@@ -137,19 +150,14 @@ class Profile:
         """What was measured so far, on the CPU. Synchronises with the device."""
         tracker, banks, described, notes = self._tracked.tracker, {}, {}, set()
         for bank in self._banks:
-            if bank.state is None:
+            if not bank.served:
                 notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
+            elif bank.backend is None and (why := missing_fast_path(bank.state.counts.device, self._model.dtype)):
+                notes.add(why)
+            if bank.here is not None:
+                notes.add(f"experts of other ranks are not in it: leave the profile on all {dist.get_world_size()} first")
             notes.update(f"{bank.id}: {why}" for why in bank.fallbacks)
-            if bank.state is not None:
-                banks[bank.id] = bank.state.to("cpu")
-            else:
-                channels = (bank.hidden, bank.intermediate) if bank.channels else None
-                optional = (
-                    channels,
-                    bank.coactivation and bank.experts > 1,
-                    self._first_rows and bank.id.kind.startswith("routed"),
-                )
-                banks[bank.id] = BankStats.empty(bank.experts, "cpu", *optional)
+            banks[bank.id] = self._state(bank)
             described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
         tokens, sequences = tracker.totals()
         header = Header(
@@ -192,7 +200,7 @@ def profile(
             random name by default, with a running count as ids.
         info: what to remember of the source, as JSON values.
         prefix: token id that the tokenizer puts before every text, if it does; the profile notes sequences without it.
-        backend: "cpu" or "torch"; the fastest that serves each layer by default.
+        backend: "cpu", "cuda", "triton" or "torch"; the fastest that serves each call by default.
         channels: keep the per-channel maxima and squares (BankStats.channel_max, in_channel_max, in_channel_sq).
         coactivation: count the tokens routed to each pair of experts (BankStats.coactivation).
         first_rows: keep what the published tool reads of each routed expert (BankStats.published_max).

@@ -1,94 +1,180 @@
-"""Weights as checkpoints ship them quantized: fine-grained FP8 and packed FP4, multiplied in the model's dtype.
+"""Quantized checkpoints as they ship: adapters of their experts, and FP8 linears where their kernels are missing.
 
-Weight-only: an expert's matrix is dequantized for the moment it is used and the activations stay as they are. Engines
-that quantize activations as well (transformers' own FP8 kernels among them) give slightly other numbers.
+Weights are dequantized where they are multiplied (sedetect.kernels.dequantize), and the activations stay as they are.
 """
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.finegrained_fp8 import FP8Linear, load_finegrained_fp8_kernel
+from transformers.integrations.finegrained_fp8 import FP8GroupedLinear, FP8Linear, load_finegrained_fp8_kernel
 
-from sedetect.forwards import replace_forward
+from sedetect.errors import SedetectError
+from sedetect.forwards import forward_of, replace_forward
+from sedetect.kernels.dequantize import QuantizedWeights, dequantize
+from sedetect.stacked import Adapter
 
-# The values of e2m1, the 4-bit float: its sign bit is 8 (Open Compute Project, Microscaling Formats 1.0).
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+class FP8Experts(Adapter):
+    """Experts stored in FP8, or in packed FP4, with a scale per block."""
+
+    dtype = torch.bfloat16  # the activations', known when they come
+
+    @property
+    def gate_up_proj(self):
+        return self._weights("gate_up_proj" if self.has_gate else "up_proj")
+
+    up_proj = gate_up_proj
+
+    @property
+    def down_proj(self):
+        return self._weights("down_proj")
+
+    @property
+    def has_gate(self):
+        return self.module.has_gate
+
+    def _weights(self, name: str) -> QuantizedWeights:
+        stored, scale = getattr(self.module, name), getattr(self.module, f"{name}_scale_inv")
+        return QuantizedWeights(stored, scale, self.module.block_size, self.dtype)
+
+    def _apply_gate(self, z):
+        return self.module._apply_gate(z) if self.has_gate else self.act_fn(z)
+
+    def translate(self, own_forward, hidden_states, top_k_index, top_k_weights):
+        self.dtype = hidden_states.dtype
+        return self(hidden_states, top_k_index, top_k_weights)
 
 
-def dequantize(
-    weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """weight * scale, multiplied in float32 and rounded once.
+class Mxfp4GptOssExperts(Adapter):
+    """GPT-OSS in MXFP4, as transformers loads it where the package kernels is installed: gate and up in turns, biases.
 
-    Args:
-        weight: (M, K) of an 8-bit float; or (M, K / 2) int8, two e2m1 values to a byte, the lower half first.
-        scale: (ceil(M / block[0]), ceil(K / block[1])), one per block of the weight; any one number where block is None.
-            For int8, one per block[1] = 32 columns of every row.
-        block: rows and columns that share a scale.
-    Returns:
-        (M, K) in dtype.
+    The block routes and computes in its kernels' own terms, so its whole forward is stood in for. The weights lie in
+    these kernels' order; each call puts those of its layer back into the checkpoint's, in memory that it then frees.
     """
-    if weight.dtype == torch.int8:
-        values = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device=weight.device)
-        pairs = weight.view(torch.uint8).int()
-        weight, block = values[torch.stack((pairs & 15, pairs >> 4), dim=-1)].flatten(-2), (1, 32)
-    scale = scale.float()
-    if block is not None:
-        rows, columns = weight.shape
-        scale = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return (weight.float() * scale).to(dtype)
+
+    has_bias = True
+    dtype = torch.bfloat16  # the activations', known when they come
+
+    @property
+    def redirected(self):
+        return self._parent()
+
+    @property
+    def gate_up_proj(self):
+        module = self.module
+        return self._weights("gate_up_proj", 2 * module.intermediate_size, module.hidden_size)
+
+    @property
+    def down_proj(self):
+        return self._weights("down_proj", self.module.hidden_size, self.module.intermediate_size)
+
+    @property
+    def gate_up_proj_bias(self):
+        return self.module.gate_up_proj_bias.to(self.dtype)
+
+    @property
+    def down_proj_bias(self):
+        return self.module.down_proj_bias.to(self.dtype)
+
+    def _weights(self, name: str, rows: int, columns: int) -> "_KernelWeights":
+        data, precision = getattr(self.module, name), getattr(self.module, f"{name}_precision_config")
+        if precision is None:
+            raise SedetectError(f"Mxfp4GptOssExperts: {name} has no scales; load the model with from_pretrained")
+        return _KernelWeights(data, precision.weight_scale, (self.module.num_experts, rows, columns), self.dtype)
+
+    def _apply_gate(self, z):
+        gate, up = z[..., ::2].clamp(max=self.module.limit), z[..., 1::2].clamp(-self.module.limit, self.module.limit)
+        return (up + 1) * (gate * torch.sigmoid(gate * self.module.alpha))
+
+    def compute(self, x, top_k_index, top_k_weights, state, **how):
+        biases = {"gate_up_bias": self.gate_up_proj_bias, "down_bias": self.down_proj_bias}
+        return super().compute(x, top_k_index, top_k_weights, state, **biases, **how)
+
+    def translate(self, own_forward, hidden_states):
+        self.dtype = hidden_states.dtype
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits, weights, index = self._parent().router(x)
+        return self(x, index, weights).view(hidden_states.shape), logits
 
 
-class QuantizedWeights:
-    """Stands for the (E, M, K) matrices of stacked experts: [e] dequantizes the matrix of one."""
+class _KernelWeights(QuantizedWeights):
+    """MXFP4 weights in the order of the kernels they were loaded for, reordered when they are asked for."""
 
-    def __init__(self, stored: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None, dtype: torch.dtype):
-        self.stored, self.scale, self.block, self.dtype = stored, scale, block, dtype
-        experts, rows, columns = stored.shape
-        self.shape = torch.Size((experts, rows, columns * (2 if stored.dtype == torch.int8 else 1)))
-        self.device, self.is_meta = stored.device, stored.is_meta
+    def __init__(self, data: Any, scale: Any, shape: tuple[int, int, int], dtype: torch.dtype):
+        self._data, self._scale = data, scale
+        self.shape, self.block, self.storage, self.dtype = torch.Size(shape), (1, 32), torch.uint8, dtype
+        self.device, self.is_meta = data.storage.data.device, data.storage.data.is_meta
 
-    def __len__(self) -> int:
-        return len(self.stored)
+    @cached_property
+    def stored(self) -> torch.Tensor:
+        return self._in_order(self._data, 2)
 
-    def __getitem__(self, expert: int) -> torch.Tensor:
-        return dequantize(self.stored[expert], self.scale[expert], self.block, self.dtype)
+    @cached_property
+    def scale(self) -> torch.Tensor:
+        return self._in_order(self._scale, 32)
 
-    def new_zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+    def _in_order(self, tensor: Any, columns: int) -> torch.Tensor:
+        """(E, M, K / columns) uint8. The kernels hold the last two dimensions the other way round."""
+        plain = tensor.storage.layout.unswizzle_data(tensor.storage.data).transpose(-1, -2).contiguous()
+        expected = (*self.shape[:-1], -(-self.shape[-1] // columns))
+        if plain.shape != expected or plain.dtype != torch.uint8:
+            raise SedetectError(
+                f"Mxfp4GptOssExperts: weights {plain.dtype} {tuple(plain.shape)}, expected bytes {expected}; "
+                "load it with Mxfp4Config(dequantize=True)"
+            )
+        return plain
 
 
 def serve_linears(model: nn.Module) -> tuple[Callable[[], None], int]:
     """Let the FP8 linears of a model compute with dequantized weights where no kernel of theirs runs.
 
-    Returns what puts them back, and how many they are.
+    Returns what puts them back, and how many they are; those that are served already stay so.
     """
     modules = [m for m in model.modules() if isinstance(m, FP8Linear) and m.weight.element_size() == 1]
-    modules = [m for m in modules if not _has_kernel(m.weight.device.type)]
+    modules = [m for m in modules if not has_kernel(m.weight.device.type)]
     with ExitStack() as undo:
         for module in modules:
-            undo.callback(replace_forward(module, _Forward(module)))
+            if not isinstance(forward_of(module), _Forward):
+                undo.callback(replace_forward(module, _Forward(module)))
         return undo.pop_all().close, len(modules)
 
 
+def linear_weight(module: nn.Module) -> torch.Tensor | None:
+    """The matrix (M, K) that a linear multiplies with; None where its type does not tell."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, FP8Linear) and weight.element_size() == 1:
+        return dequantize(weight, module.weight_scale_inv, module.block_size, torch.float32)
+    if not isinstance(weight, torch.Tensor) or weight.dtype.itemsize == 1 or not weight.is_floating_point():
+        return None
+    return weight
+
+
 class _Forward:
-    """The forward of an FP8Linear, with its weight dequantized. x (..., K) -> (..., M)."""
+    """The forward of an FP8Linear, with its weight dequantized. x (..., K) -> (..., M).
+
+    Of an FP8GroupedLinear: x (..., groups, K) -> (..., groups, M / groups), each group with rows of its own.
+    """
 
     def __init__(self, module: FP8Linear):
         self.module = module
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         module = self.module
-        return F.linear(x, dequantize(module.weight, module.weight_scale_inv, module.block_size, x.dtype), module.bias)
+        weight = dequantize(module.weight, module.weight_scale_inv, module.block_size, x.dtype)
+        if not isinstance(module, FP8GroupedLinear):
+            return F.linear(x, weight, module.bias)
+        y = torch.einsum("...gk,gmk->...gm", x, weight.unflatten(0, (module.n_groups, -1)))
+        return y if module.bias is None else y + module.bias.view(module.n_groups, -1)
 
 
 @cache
-def _has_kernel(device: str) -> bool:
-    """Whether transformers' own kernel is there for a type of device. It may look for one on the hub, so asked once."""
+def has_kernel(device: str) -> bool:
+    """Whether transformers' FP8 kernels run on a type of device. It may look for them on the hub, so asked once."""
     if device == "cpu":
         return False
     try:

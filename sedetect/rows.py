@@ -116,6 +116,7 @@ class RowTracker:
         self._given_ids: list[torch.Tensor] = []
         self._totals: dict[torch.device, torch.Tensor] = {}
 
+    @torch.compiler.disable
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> Rows | None:
         """The rows of this call's (B, L) tokens, flattened to T = B * L; None where they cannot be mapped."""
         batch, self.pending = self.pending or Batch(), None
@@ -130,6 +131,7 @@ class RowTracker:
         flat = [t.expand(call.shape).reshape(-1).contiguous() for t in rows]
         return Rows(*flat, self.source)
 
+    @torch.compiler.disable
     def end(self, output: Any) -> None:
         """Remember which cache continues the sequences of this call."""
         if self._running is not None:

@@ -18,7 +18,6 @@ from torch import nn
 from sedetect import ops
 from sedetect.errors import SedetectError
 from sedetect.forwards import forward_of, replace_forward
-from sedetect.quantized import QuantizedWeights
 from sedetect.stats import BankStats
 
 
@@ -48,6 +47,11 @@ class Adapter(nn.Module):
     @property
     def gate_up_proj(self) -> torch.Tensor | ops.Halves | None:
         return self.module.gate_up_proj
+
+    @property
+    def stored_gate_up(self) -> torch.Tensor | ops.Halves:
+        """The projections as they are stored, where gate_up_proj does not show them."""
+        return self.gate_up_proj
 
     @property
     def down_proj(self) -> torch.Tensor:
@@ -211,39 +215,13 @@ class InklingSharedExperts(Adapter):
     def gate_up_proj(self):
         return None  # x is h: the factor stands between the gate and down_proj
 
+    @property
+    def stored_gate_up(self):
+        return ops.Halves(self.module.gate_proj, self.module.up_proj)
+
     def translate(self, own_forward, hidden_states, gammas):
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         gate, up = (torch.einsum("th,eih->tei", x, w) for w in (self.module.gate_proj, self.module.up_proj))
         h = self.act_fn(gate) * up * gammas.reshape(len(x), -1, 1)
         index = torch.arange(h.shape[1], device=x.device).expand(len(x), -1)
         return self(h, index, torch.ones_like(index, dtype=h.dtype)).view(hidden_states.shape)
-
-
-class FP8Experts(Adapter):
-    """Experts stored in FP8, or in packed FP4, with a scale per block; see sedetect.quantized."""
-
-    fusable = False
-    dtype = torch.bfloat16  # the activations', known when they come
-
-    @property
-    def gate_up_proj(self):
-        return self._weights("gate_up_proj" if self.has_gate else "up_proj")
-
-    @property
-    def down_proj(self):
-        return self._weights("down_proj")
-
-    @property
-    def has_gate(self):
-        return self.module.has_gate
-
-    def _weights(self, name: str) -> QuantizedWeights:
-        stored, scale = getattr(self.module, name), getattr(self.module, f"{name}_scale_inv")
-        return QuantizedWeights(stored, scale, self.module.block_size, self.dtype)
-
-    def _apply_gate(self, z):
-        return self.module._apply_gate(z) if self.has_gate else self.act_fn(z)
-
-    def translate(self, own_forward, hidden_states, top_k_index, top_k_weights):
-        self.dtype = hidden_states.dtype
-        return self(hidden_states, top_k_index, top_k_weights)

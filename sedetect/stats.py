@@ -122,6 +122,15 @@ class BankStats:
             state.published_max = torch.zeros(e, device=device)
         return state
 
+    def kept(self) -> list[torch.Tensor]:
+        """The fields that are there, in their order."""
+        return [tensor for tensor in vars(self).values() if tensor is not None]
+
+    def replaced(self, tensors: list[torch.Tensor]) -> "BankStats":
+        """The same fields with other tensors, in the order of kept()."""
+        names = [name for name, tensor in vars(self).items() if tensor is not None]
+        return BankStats(**dict(zip(names, tensors)))
+
     @property
     def num_experts(self) -> int:
         return self.counts.shape[0]
@@ -153,6 +162,16 @@ class BankStats:
                 for f in fields(self)
             }
         )
+
+    def among(self, first: int, num_experts: int) -> "BankStats":
+        """The state of num_experts experts: these are those from first on, the others have seen nothing. It keeps no
+        coactivation, which is of all experts or of none."""
+        channels = None if self.channel_max is None else (self.channel_max.shape[1], self.in_channel_max.shape[1])
+        whole = BankStats.empty(num_experts, self.counts.device, channels, first_rows=self.published_max is not None)
+        for f in fields(self):
+            if (own := getattr(self, f.name)) is not None and f.name != "coactivation":
+                getattr(whole, f.name)[first : first + self.num_experts] = own
+        return whole
 
     def merge(self, other: "BankStats") -> "BankStats":
         """The state of both. Source numbers must mean the same in both (ModelStats.merge sees to it).

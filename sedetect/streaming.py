@@ -82,7 +82,7 @@ def stream_profile(
         SedetectError: before any layer is read, for a model whose layers hand on more than hidden states, for a folder
             with another run, and without resume for hidden states that do not fit the memory.
     """
-    model, layers, path, count = streamed.model, streamed.layers, streamed.path, len(streamed.layers)
+    model, layers, count = streamed.model, streamed.layers, len(streamed.layers)
     runs = {domain: list(batches(windows, batch_size)) for domain, windows in domains.items()}
     place = _place(streamed, domains, resume)
     wrap = check_layers(streamed, next(iter(domains.values())).ids[:1, :_TRIAL_TOKENS])
@@ -104,7 +104,7 @@ def stream_profile(
             measured, done, batch = [], 0, 0
             start, waited = time.perf_counter(), 0.0 if progress is None else progress.waited
             for domain, windows in domains.items():
-                here = (bank for bank in banks if bank.path.startswith(f"{path}.{layer}."))
+                here = (bank for bank in banks if bank.path.startswith(f"{streamed.paths[layer]}."))
                 own = [replace(bank, served=set(), fallbacks=set()) for bank in here]
                 with Profile(model, windows.source, windows.info, **settings, banks=own, digest=known) as prof:
                     for ids, numbers in runs[domain]:

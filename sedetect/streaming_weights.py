@@ -13,7 +13,7 @@ import ctypes
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -45,9 +45,9 @@ _M_MMAP_THRESHOLD, _OWN_PAGES = -3, 2**22  # mallopt's, and bytes from which an 
 class StreamedModel:
     """A model of which one decoder layer at a time has weights.
 
-    model    in eval mode; all but its decoder layers is on device, but for an output embedding of its own (lm_head)
-    layers   its decoder layers, on the meta device but for buffers that no checkpoint holds
-    path     module path of layers
+    model    in eval mode; all but these layers is on device, but for an output embedding of its own (lm_head)
+    layers   its decoder layers (or what else it was opened with), on the meta device but for buffers that no checkpoint
+             holds; paths: where they are in the model
     files    the checkpoint's safetensors files
     stored   per layer, its tensors in the checkpoint; rest: those outside the layers
     staging  brings a layer's tensors to a GPU; None on a CPU, where each is read when it is converted
@@ -59,18 +59,19 @@ class StreamedModel:
         files: list[str],
         config: LoadStateDictConfig,
         device: torch.device,
+        layers: dict[str, nn.Module],
         first: float = 0.0,
     ):
         self.model, self.device, self.files = model, device, [Path(file) for file in files]
         self._config = replace(config, device_map={"": device})
-        self.layers, self.path = _layers_of(model)
+        self.layers, self.paths = list(layers.values()), list(layers)
         stored = _stored_tensors(files)
         self.stored: list[dict[str, StoredTensor]] = [{} for _ in self.layers]
         self.rest: dict[str, StoredTensor] = {}
+        numbers = {path: number for number, path in enumerate(self.paths)}
         for key, target in _targets(model, stored, config).items():
-            layer = _layer_of(target, self.path)
-            inside = layer is not None and layer < len(self.layers)  # beyond them may stand layers the model leaves out
-            (self.stored[layer] if inside else self.rest)[key] = stored[key]
+            layer = next((numbers[path] for path in _parents(target) if path in numbers), None)
+            (self.rest if layer is None else self.stored[layer])[key] = stored[key]
         on_meta = replace(config, device_map={"": "meta"})
         # The conversion itself, on tensors without data: says all that a load of the weights would say.
         self.loading_info = self._convert({key: _without_data(tensor) for key, tensor in stored.items()}, on_meta)
@@ -104,7 +105,7 @@ class StreamedModel:
         if info.conversion_errors or info.mismatched_keys or empty:
             broken = next(iter([*info.conversion_errors, *(key for key, *_ in info.mismatched_keys), *empty]))
             raise SedetectError(
-                f"{self.path}.{layer}: {broken} cannot be made from the checkpoint's weights; "
+                f"{self.paths[layer]}: {broken} cannot be made from the checkpoint's weights; "
                 "give a complete checkpoint with its own config"
             )
         return time.perf_counter() - start
@@ -128,19 +129,44 @@ class StreamedModel:
         return info
 
 
+def layers_to_run(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder layers by path. Raises SedetectError for a model that cannot be run with one of them at a time."""
+    banks = hf.find_banks(model)
+    layers = decoder_layers(model, banks)
+    path = next(path for path, module in model.named_modules() if module is layers)
+    name = type(model).__name__
+    outside = next((bank.path for bank in banks if not bank.path.startswith(f"{path}.")), None)
+    if outside is not None:
+        raise SedetectError(f"{name}: {outside} is outside {path}, so it cannot be streamed; load it whole")
+    owners: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            if owners.setdefault(id(parameter), number) != number:
+                raise SedetectError(
+                    f"{name}: {path}.{owners[id(parameter)]} and {path}.{number} share weights, so it cannot be "
+                    "streamed; load it whole"
+                )
+    tied = [key for pair in model.all_tied_weights_keys.items() for key in pair if key.startswith(f"{path}.")]
+    if tied:
+        raise SedetectError(f"{name}: {tied[0]} is tied to another weight, so it cannot be streamed; load it whole")
+    return {f"{path}.{number}": layer for number, layer in enumerate(layers)}
+
+
 def open_streamed(
     path_or_name: str | Path,
     *,
     device: str | torch.device | None = None,
     weights: bool = True,
     first: float = 0.0,
+    layers_of: Callable[[PreTrainedModel], dict[str, nn.Module]] = layers_to_run,
     **options: Any,
 ) -> StreamedModel:
     """A StreamedModel of a checkpoint.
 
     device and options as in sedetect.checkpoint.load_model; first as in Staging. weights=False loads none at all, and
-    the model is as a GPU holds it: FP8 stays FP8, which transformers dequantizes where there is none.
-    Raises SedetectError for what load_model refuses, and for a model whose decoder layers cannot be loaded apart.
+    the model is as a GPU holds it: FP8 stays FP8, which transformers dequantizes where there is none. layers_of gives,
+    of the model without weights, the modules by path that are to be loaded one at a time.
+    Raises SedetectError for what load_model and layers_of refuse.
     """
     device, made = choose_device(device), []
     _give_back_freed_memory()
@@ -148,7 +174,7 @@ def open_streamed(
     def load_pretrained(
         model: PreTrainedModel, state_dict: Any, files: list[str], config: LoadStateDictConfig, *_: Any
     ) -> tuple[Any, None]:
-        made.append(StreamedModel(model, files, config, device, first))
+        made.append(StreamedModel(model, files, config, device, layers_of(model), first))
         return made[0].loading_info, None
 
     def finalize(model: PreTrainedModel, config: LoadStateDictConfig, info: Any) -> Any:
@@ -203,28 +229,6 @@ def _sequential_and_silent() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _layers_of(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
-    banks = hf.find_banks(model)
-    layers = decoder_layers(model, banks)
-    path = next(path for path, module in model.named_modules() if module is layers)
-    name = type(model).__name__
-    outside = next((bank.path for bank in banks if not bank.path.startswith(f"{path}.")), None)
-    if outside is not None:
-        raise SedetectError(f"{name}: {outside} is outside {path}, so it cannot be streamed; load it whole")
-    owners: dict[int, int] = {}
-    for number, layer in enumerate(layers):
-        for parameter in layer.parameters():
-            if owners.setdefault(id(parameter), number) != number:
-                raise SedetectError(
-                    f"{name}: {path}.{owners[id(parameter)]} and {path}.{number} share weights, so it cannot be "
-                    "streamed; load it whole"
-                )
-    tied = [key for pair in model.all_tied_weights_keys.items() for key in pair if key.startswith(f"{path}.")]
-    if tied:
-        raise SedetectError(f"{name}: {tied[0]} is tied to another weight, so it cannot be streamed; load it whole")
-    return layers, path
-
-
 def _stored_tensors(files: list[str]) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file in map(Path, files):
@@ -255,9 +259,11 @@ def _targets(model: PreTrainedModel, stored: dict[str, Any], config: LoadStateDi
     return targets
 
 
-def _layer_of(name: str, path: str) -> int | None:
-    number = name.removeprefix(f"{path}.").partition(".")[0]
-    return int(number) if name.startswith(f"{path}.") and number.isdigit() else None
+def _parents(name: str) -> Iterator[str]:
+    """The paths of the modules around a weight, the innermost first."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _without_data(tensor: StoredTensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from sedetect.ablation import expert_hidden
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.layers import run_tokens
+from sedetect.quantized import linear_weight
 from sedetect.ranking import Place, Ranking, SuperExpert
 from sedetect.stability import found_in
 
@@ -239,8 +240,8 @@ def _resolve(
 
 def _linear_row(bank: hf.Bank, module: nn.Module, channel: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One row (I,) of a linear's weight, and its bias. Raises SedetectError for weights stored in another way."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or weight.shape[:1] != (bank.hidden,):
+    weight, bias = linear_weight(module), getattr(module, "bias", None)
+    if weight is None or weight.shape != (bank.hidden, bank.intermediate):
         raise SedetectError(f"{bank.path} ({type(module).__name__}): its weights cannot be read; load them unquantized")
     return weight[channel], None if bias is None else bias[channel]
 

@@ -3,18 +3,20 @@
 The stages take and give what sedetect.backends.TorchBackend's do.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 
+from sedetect.call import Call
 from sedetect.kernels.combine import combine
-from sedetect.kernels.down import down, merge_partials
+from sedetect.kernels.down import down
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan, scheduled
 from sedetect.kernels.row_scan import row_stats
 from sedetect.kernels.update import update
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
-ROW_STATS_IN = "combine"  # "combine" or "down": the stage of the fused path that takes the statistics of y
 
 
 class TritonBackend:
@@ -22,54 +24,63 @@ class TritonBackend:
 
     name = "triton"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot serve a layer of this device and weight dtype; None if it can."""
+    def refusal(self, device: torch.device, dtype: torch.dtype, call: Call | None = None) -> str | None:
+        """Why this backend cannot serve a layer of this device and weight dtype, or a call; None if it can."""
         if device.type != "cuda" and not INTERPRETED:
             return f"it serves CUDA tensors, these are on {device}"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it has no kernel for {dtype}"
+        if call is None:
+            return None
+        if not call.storage <= {torch.float8_e4m3fn, torch.uint8}:
+            return "the weights are quantized in a form that it has no kernel for"
+        if torch.float8_e4m3fn in call.storage and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            return "the weights are FP8, which takes compute capability 8.9"
         return None
 
+    def suits(self, call: Call) -> bool:
+        """Whether it may be chosen by itself for a call that it does not refuse."""
+        return True
+
     def plan(self, top_k_index, num_experts):
-        with _on(top_k_index.device):
+        with on(top_k_index.device):
             return plan(top_k_index, num_experts)
 
     def gate_up(self, x, plan, weight, bias, transposed):
-        with _on(x.device):
+        with on(x.device):
             return gate_up(x, plan, weight, bias, transposed)[0]
 
     def down(self, h, plan, weight, bias, transposed):
-        with _on(h.device):
+        with on(h.device):
             h = h.to(weight.dtype)
-            y, _ = down(h, plan, weight, bias, transposed, statistics=False)
+            y = down(h, plan, weight, bias, transposed)
             return y, row_stats(y, h, plan.offsets)
 
     def experts(
         self, x, plan, gate_up_weight, gate_up_bias, gate, down_weight, down_bias, transposed, gates, statistics=True
     ):
         """As TorchBackend.experts, with out in x's dtype; statistics=False leaves them out (None)."""
-        with _on(x.device):
+        with on(x.device):
             plan = scheduled(plan)
-            h, in_keys = gate_up(x, plan, gate_up_weight, gate_up_bias, transposed, gate, keys=statistics)
-            in_down = statistics and ROW_STATS_IN == "down"
-            y, partials = down(h, plan, down_weight, down_bias, transposed, statistics=in_down)
-            if in_down:
-                return combine(y, plan, gates, x.dtype)[0], merge_partials(partials, in_keys)
-            return combine(y, plan, gates, x.dtype, in_keys)
+            h, in_parts = gate_up(x, plan, gate_up_weight, gate_up_bias, transposed, gate, parts=statistics)
+            y = down(h, plan, down_weight, down_bias, transposed)
+            return combine(y, plan, gates, x.dtype, *((h, in_parts) if statistics else ()))
 
     def row_stats(self, y, h):
-        with _on(y.device):
+        with on(y.device):
             return row_stats(y, h)
 
     def combine(self, y, plan, gates):
-        with _on(y.device):
+        with on(y.device):
             return combine(y, plan, gates)[0]
 
     def update(self, state, stats, plan, gates, rows):
-        with _on(gates.device):
+        with on(gates.device):
             update(state, stats, plan, gates, rows)
 
 
-def _on(device: torch.device) -> torch.cuda.device:
+def on(device: torch.device) -> AbstractContextManager:
     """Launches go to the current device; a model may be spread over several."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -21,7 +21,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from sedetect.kernels import grouped, tiles
 from sedetect.kernels.combine import combine
-from sedetect.kernels.down import down, merge_partials
+from sedetect.kernels.dequantize import QuantizedWeights
+from sedetect.kernels.down import down
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan, scheduled
@@ -80,16 +81,34 @@ def launch_everything(dtype: torch.dtype, tokens: int, gates: list[Gate]) -> Non
     x, weights = empty(tokens, hidden), empty(tokens, k)
     for gate in gates:
         columns = 2 * intermediate if gate.gated else intermediate
-        h, keys = gate_up(x, routing, empty(experts, columns, hidden), None, False, gate, keys=True)
+        h, parts = gate_up(x, routing, empty(experts, columns, hidden), None, False, gate, parts=True)
     gate_up(x, routing, empty(experts, hidden, 2 * intermediate), empty(experts, 2 * intermediate), True, gates[0])
     gate_up(x, routing, empty(experts, 2 * intermediate, hidden))
-    y, partials = down(h, routing, empty(experts, hidden, intermediate))
-    y, _ = down(h, routing, empty(experts, intermediate, hidden), empty(experts, hidden), True, statistics=False)
+    y = down(h, routing, empty(experts, hidden, intermediate))
+    down(h, routing, empty(experts, intermediate, hidden), empty(experts, hidden), True)
     combine(y, routing, weights, dtype)
-    combine(y, routing, weights, dtype, keys)
-    merge_partials(partials, keys)
+    combine(y, routing, weights, dtype, h, parts)
     stats = row_stats(y, h, routing.offsets)
     update(BankStats.empty(experts), stats, routing, weights, Rows.unmapped(tokens, "cpu"))
+
+
+def launch_quantized(dtype: torch.dtype, tokens: int, fp8: bool) -> None:
+    """The GEMMs of the same layer with quantized weights: FP8 in blocks of 128 x 128 (from sm_89 on), and MXFP4."""
+    k, experts, hidden, intermediate = 8, 16, 2048, 768
+    routing = plan(torch.zeros(tokens, k, dtype=torch.int64), experts)
+    x, sizes = torch.empty(tokens, hidden, dtype=dtype), ((2 * intermediate, hidden), (hidden, intermediate))
+    if fp8:
+        scales = [torch.empty(experts, rows // 128, columns // 128) for rows, columns in sizes]
+        stored = [torch.empty(experts, *size, dtype=torch.float8_e4m3fn) for size in sizes]
+        up, low = (QuantizedWeights(*pair, (128, 128), dtype) for pair in zip(stored, scales))
+        h, _ = gate_up(x, routing, up, gate=GATES[0], parts=True)
+        down(h, routing, low)
+        gate_up(x, routing, up)
+    scales = [torch.empty(experts, rows, columns // 32, dtype=torch.uint8) for rows, columns in sizes]
+    stored = [torch.empty(experts, rows, columns // 2, dtype=torch.uint8) for rows, columns in sizes]
+    up, low = (QuantizedWeights(*pair, None, dtype) for pair in zip(stored, scales))
+    h, _ = gate_up(x, routing, up, torch.empty(experts, 2 * intermediate), gate=GATES[-1], parts=True)
+    down(h, routing, low, torch.empty(experts, hidden))
 
 
 def compile_for(capability: int, everything: bool, disassemble: bool) -> None:
@@ -97,15 +116,20 @@ def compile_for(capability: int, everything: bool, disassemble: bool) -> None:
     JITFunction.run = lambda kernel, *args, **kwargs: compiler(kernel, *args, **kwargs)
     device = tiles.Device(132, SHARED[capability] * 1024, capability // 10)
     tiles.limits = grouped.limits = lambda _: device
+    tiles.choose.cache_clear()
     # Tokens that fall into a class of tiles each.
     launch_everything(torch.bfloat16, 1024, [GATES[0], GATES[-1]])
     launch_everything(torch.bfloat16, 8, GATES[:1])
+    for tokens in (1024, 8):
+        launch_quantized(torch.bfloat16, tokens, capability >= 89)
     if everything:
         for tokens in (32, 128):
             launch_everything(torch.bfloat16, tokens, GATES[:1])
+            launch_quantized(torch.bfloat16, tokens, capability >= 89)
         launch_everything(torch.bfloat16, 1024, GATES)
         launch_everything(torch.float16, 1024, GATES[:1])
         launch_everything(torch.float32, 128, GATES[:1])
+        launch_quantized(torch.float32, 128, capability >= 89)
     for line in compiler.report:
         print(f"sm_{capability}", *line, flush=True)
 

@@ -1,8 +1,9 @@
 """Conformance: does a profile of this architecture tell the truth? One check per family, against plain loops.
 
-    python tests/conformance.py [--device cuda] [--backend triton] [FAMILY ...]
+    python tests/conformance.py [--device cuda] [--backend triton] [--dtype bfloat16] [--jobs 16] [FAMILY ...]
 
-prints a line per family: its banks, the backends that served them, and the result.
+prints a line per family: its banks, the backends that served them, and the result. In float32 the experts' inputs are those
+of the eager model; in bfloat16, where routing may turn on a rounding, those that they have while they are profiled.
 
     python tests/conformance.py --new
 
@@ -10,30 +11,35 @@ lists the classes of the installed transformers that look like experts and are i
 """
 
 import argparse
+import multiprocessing
 import re
 import sys
 import warnings
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import loops
 import torch
+import torch.nn.functional as F
 import transformers
-from families import FAMILIES, MODELS, Family, discover, named_like_experts, tiny_model
+from families import FALLBACKS, FAMILIES, MODELS, Family, discover, named_like_experts, tiny_model
 from models import snapshot
 from torch import nn
 
 import sedetect
 from sedetect.ablation import ablate
 from sedetect.errors import SedetectError
+from sedetect.hf import SubstitutedDown
 from sedetect.ranking import Place
 from sedetect.stats import BankId, ModelStats
 
 BATCH, LENGTH = 2, 12
 KINDS = {"R": "routed", "V": "routed_vision", "S": "shared", "T": "shared_1", "D": "dense"}
 DOWN = re.compile(r"\.(down_proj|w2|wo|fc2|output_linear)$")
-RTOL = 1e-4
+RTOL = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
 @dataclass
@@ -52,6 +58,7 @@ class Seen:
     token: int = -1
 
     def add(self, y: torch.Tensor, h: torch.Tensor, gate: float, position: int, token: int) -> None:
+        y, h = y.float(), h.float()
         norm, peak = float(y.norm()), float(y.abs().max())
         self.rows += 1
         self.first_rows += position == 0
@@ -75,7 +82,9 @@ def inputs_of(family: Family, model: nn.Module) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 90, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     ids[:, 0] = 1
     given = family.inputs(ids) if family.inputs else {"input_ids": ids}
-    return {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    given = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    floats = {name for name, x in given.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    return {name: x.to(model.dtype) if name in floats else x for name, x in given.items()}
 
 
 def run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -84,10 +93,12 @@ def run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def reference(name: str, model: nn.Module, inputs: dict[str, torch.Tensor], ids: torch.Tensor) -> Reference:
-    """Run the model eagerly with hooks on its experts modules and down projections, and loop over what they were given."""
-    calls = []
-    with hooks() as add:
+def reference(
+    name: str, model: nn.Module, inputs: dict[str, torch.Tensor], ids: torch.Tensor, backend: str | None
+) -> Reference:
+    """Loop over what the experts modules and down projections of the model are given: run eagerly, or while profiled."""
+    calls, exact = [], model.dtype == torch.float32
+    with (eagerly(model) if exact else sedetect.profile(model, backend=backend)), hooks() as add:
         for path, module in model.named_modules():
             interface = type(module).__name__ in discover().get(name.partition(":")[0], ())
             if interface or type(module).__name__ in loops.LOOPS:
@@ -98,19 +109,12 @@ def reference(name: str, model: nn.Module, inputs: dict[str, torch.Tensor], ids:
                         with_kwargs=True,
                     )
                 )
-            elif DOWN.search(path) and isinstance(module, nn.Linear):
-                add(
-                    module.register_forward_hook(
-                        lambda m, args, y, path=path: calls.append((path, None, (args[0], y.clone())))
-                    )
-                )
-        before = model.get_experts_implementation()
-        model.set_experts_implementation("eager")
+            elif DOWN.search(path) and isinstance(module, (nn.Linear, SubstitutedDown)):
+                add(module.register_forward_pre_hook(lambda m, args, path=path: calls.append((path, m, args))))
         result = Reference(run(model, inputs))
-        model.set_experts_implementation(before)
     for path, module, args in calls:
-        if module is None:
-            linear_rows(result.seen[path], *args, ids)
+        if isinstance(module, (nn.Linear, SubstitutedDown)):
+            linear_rows(result.seen[path], module, *args, ids)
         elif not hasattr(module, "is_transposed"):
             rows = args[0][..., 0].numel() // (
                 len(module.down_proj) if type(module).__name__ == "Llama4TextExperts" else 1
@@ -120,6 +124,16 @@ def reference(name: str, model: nn.Module, inputs: dict[str, torch.Tensor], ids:
         else:
             experts_rows(result.seen[path], module, *args, ids)
     return result
+
+
+@contextmanager
+def eagerly(model: nn.Module):
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 @contextmanager
@@ -137,8 +151,9 @@ def place_of(row: int, rows: int, ids: torch.Tensor) -> tuple[int, int]:
     return (row % ids.shape[1], int(ids.flatten()[row])) if rows == ids.numel() else (-1, -1)
 
 
-def linear_rows(seen: dict[int, Seen], x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor) -> None:
-    x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+def linear_rows(seen: dict[int, Seen], module: nn.Module, x: torch.Tensor, ids: torch.Tensor) -> None:
+    x = x.reshape(-1, x.shape[-1])
+    y = F.linear(x.double(), module.weight.double(), None if module.bias is None else module.bias.double())
     for row in range(len(y)):
         seen[0].add(y[row], x[row], 1.0, *place_of(row, len(y), ids))
 
@@ -175,7 +190,8 @@ def expected_banks(family: Family) -> list[BankId]:
     )
 
 
-def check_statistics(stats: ModelStats, expected: Reference) -> None:
+def check_statistics(stats: ModelStats, expected: Reference, dtype: torch.dtype) -> None:
+    places = []
     for bank, state in stats.banks.items():
         seen = expected.seen[stats.header.banks[str(bank)].module]
         assert seen, f"{bank}: {stats.header.banks[str(bank)].module} never ran in the eager model"
@@ -189,16 +205,18 @@ def check_statistics(stats: ModelStats, expected: Reference) -> None:
             assert int(state.rows[expert]) == one.rows, f"{where}: {int(state.rows[expert])} rows, not {one.rows}"
             assert int(state.first_rows[expert]) == one.first_rows, f"{where}: {one.first_rows} first rows"
             for name in ("gate_sum", "norm_sum", "gate_norm_sum", "out_max"):
-                close(f"{where} {name}", float(getattr(state, name)[expert]), getattr(one, name))
-            close(f"{where} in_max", float(in_max[expert]), one.in_max)
+                close(f"{where} {name}", float(getattr(state, name)[expert]), getattr(one, name), dtype)
+            close(f"{where} in_max", float(in_max[expert]), one.in_max, dtype)
             if one.rows:
                 found = peak[expert].tolist()
                 place = dict(zip(("channel", "position", "token"), (found[2], found[5], found[6])))
-                assert place == {n: getattr(one, n) for n in place}, f"{where}: {place}, expected {one}"
+                places.append(place == {n: getattr(one, n) for n in place})
+                assert places[-1] or dtype != torch.float32, f"{where}: {place}, expected {one}"
+    assert sum(places) >= 0.8 * len(places), f"{sum(places)} of {len(places)} largest rows where they were expected"
 
 
-def close(what: str, mine: float, reference: float) -> None:
-    assert abs(mine - reference) <= RTOL * max(abs(reference), 1e-6), f"{what}: {mine}, expected {reference}"
+def close(what: str, mine: float, reference: float, dtype: torch.dtype) -> None:
+    assert abs(mine - reference) <= RTOL[dtype] * max(abs(reference), 1e-6), f"{what}: {mine}, expected {reference}"
 
 
 @dataclass
@@ -215,10 +233,15 @@ class Result:
         return f"{self.name:<24} {self.architecture:<46} {self.banks:<28} {self.backends:<8} {self.result}"
 
 
-def check(name: str, device: str = "cpu", backend: str | None = None) -> Result:
+def check(
+    name: str, device: str = "cpu", backend: str | None = None, dtype: torch.dtype = torch.float32
+) -> Result:
     """Raise AssertionError, or SedetectError, where the profile of this family's tiny model is not right."""
     family = FAMILIES[name]
-    model = tiny_model(name, family).to(device)
+    model = tiny_model(name, family).to(device, dtype)
+    for kept in model._keep_in_fp32_modules_strict or ():  # as from_pretrained does
+        for path, parameter in model.named_parameters():
+            parameter.data = parameter.data.float() if kept in path else parameter.data
     inputs = inputs_of(family, model)
     if family.refused is not None:
         check_refused(family, model)
@@ -230,20 +253,31 @@ def check(name: str, device: str = "cpu", backend: str | None = None) -> Result:
     result = Result(name, type(model).__name__, words)
 
     before = snapshot(model)
-    expected = reference(name, model, inputs, ids)
+    expected = reference(name, model, inputs, ids, backend)
     stats = profile(model, inputs, backend)
     assert snapshot(model) == before, "something stayed behind"
     assert list(stats.banks) == expected_banks(family), f"banks {[str(b) for b in stats.banks]}"
-    close_outputs(stats.output, expected.output)
-    check_statistics(stats, expected)
+    if dtype == torch.float32:
+        close_outputs(stats.output, expected.output)
+    check_statistics(stats, expected, dtype)
     check_rows(family, stats, ids)
-    served = {b for described in stats.header.banks.values() for b in described.backends}
-    assert served == {backend or "cpu"}, f"served by {served}"
-    notes = [note for note in stats.header.notes if not any(re.search(known, note) for known in family.notes)]
-    assert not notes, f"notes {notes}"
-    result.backends = ", ".join(sorted(served))
+    result.backends = check_backends(family, stats, model.device, backend)
     check_planted(name, model, inputs, ids, stats, backend)
     return result
+
+
+def check_backends(family: Family, stats: ModelStats, device: torch.device, backend: str | None) -> str:
+    """Every bank is served by the backend asked for, or says why not and is known to; nothing else is noted."""
+    wanted = {backend} if backend else {"cpu"} if device.type == "cpu" else {"cuda", "triton"}
+    notes = [note for note in stats.header.notes if not any(re.search(known, note) for known in family.notes)]
+    excused = [note for note in notes if any(re.search(why, note) for why in FALLBACKS.get(backend, ()))]
+    for bank in stats.banks:
+        served = stats.header.banks[str(bank)].backends
+        known = any(note.startswith(f"{bank}: ") for note in excused)
+        assert set(served) <= wanted or known, f"{bank} is served by {served}, not {backend or wanted}"
+    unknown = [note for note in notes if note not in excused]
+    assert not unknown, f"notes {unknown}"
+    return ", ".join(sorted({b for described in stats.header.banks.values() for b in described.backends}))
 
 
 def check_refused(family: Family, model: nn.Module) -> None:
@@ -267,7 +301,7 @@ def profile(model: nn.Module, inputs: dict[str, torch.Tensor], backend: str | No
 def close_outputs(mine: torch.Tensor, own: torch.Tensor) -> None:
     assert own.isfinite().all(), "the eager model's output is not finite"
     error = float((mine.double() - own.double()).abs().max() / own.double().square().mean().sqrt())
-    assert error <= RTOL, f"worst output off by {error:.1e} of their RMS"
+    assert error <= RTOL[torch.float32], f"worst output off by {error:.1e} of their RMS"
 
 
 def check_rows(family: Family, stats: ModelStats, ids: torch.Tensor) -> None:
@@ -294,12 +328,12 @@ def check_planted(name, model, inputs, ids, stats, backend) -> None:
     expert = int(stats.banks[bank].rows.argmax())
     path = stats.header.banks[str(bank)].module
     plant(model, path, expert)
-    expected = reference(name, model, inputs, ids).seen[path][expert]
+    expected = reference(name, model, inputs, ids, backend).seen[path][expert]
     found = sedetect.rank(profile(model, inputs, backend)).super_experts
     here = [e for e in found if Place(e.stack, e.layer, e.kind, e.expert) == Place(*bank, expert)]
     assert here, f"planted {Place(*bank, expert)}, found {[str(e) for e in found]}"
     one = here[0]
-    close(f"planted {one}", one.value, expected.out_max)
+    close(f"planted {one}", one.value, expected.out_max, model.dtype)
     with sedetect.profile(model, backend=backend) as prof, ablate(model, [Place(*bank, expert)]):
         run(model, inputs)
     without = prof.stats.banks[bank]
@@ -323,25 +357,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all that this transformers has")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--backend")
+    parser.add_argument("--backend", help="one that must serve every bank; by default the fastest")
+    parser.add_argument("--dtype", default="float32", choices=[str(t).removeprefix("torch.") for t in RTOL])
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--new", action="store_true", help="list classes that no family here covers")
     options = parser.parse_args()
     if options.new:
         print("\n".join(uncovered()) or "every class is covered")
         return 0
+    names = options.families or available()
+    line = partial(attempt, device=options.device, backend=options.backend, dtype=options.dtype)
+    print(f"transformers {transformers.__version__}, {options.device}, {options.dtype}")
+    failures = 0
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), initializer=quietly) as pool:
+        for result in pool.map(line, names):
+            failures += not result.result.startswith("ok")
+            print(result, flush=True)
+    print(f"{failures} of {len(names)} failed" if failures else f"all {len(names)} pass")
+    return bool(failures)
+
+
+def quietly() -> None:
+    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
-    failures = 0
-    print(f"transformers {transformers.__version__}, {options.device}")
-    for name in options.families or available():
-        try:
-            result = check(name, options.device, options.backend)
-        except Exception as error:
-            result = Result(name, result=f"{type(error).__name__}: {error}")
-            failures += 1
-        print(result, flush=True)
-    print(f"{failures} failed" if failures else "all pass")
-    return bool(failures)
+
+
+def attempt(name: str, device: str, backend: str | None, dtype: str) -> Result:
+    """The line of a family, whatever becomes of it."""
+    try:
+        return check(name, device, backend, getattr(torch, dtype))
+    except Exception as error:
+        return Result(name, result=f"{type(error).__name__}: {error}")
 
 
 def uncovered() -> list[str]:

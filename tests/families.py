@@ -27,10 +27,10 @@ COMMON = {
     "hidden_size": 32,
     "intermediate_size": 40,
     "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 20,
-    "shared_experts_intermediate_size": 20,
-    "shared_intermediate_size": 20,
-    "moe_shared_expert_intermediate_size": 20,
+    "shared_expert_intermediate_size": 16,
+    "shared_experts_intermediate_size": 16,
+    "shared_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -90,6 +90,11 @@ class Family:
     adjust: Callable[[nn.Module], None] | None = None
     notes: tuple[str, ...] = ()
 
+
+# Backend -> what it is right to leave to another backend, as the note of the bank says it.
+FALLBACKS: dict[str, tuple[str, ...]] = {
+    "cuda": ("transposed", "biases", "interleaved", "multiples of 8"),
+}
 
 SMALL_STACK = {"layers": 2, "ffn_dim": 40, "attention_heads": 4, "sparse_step": 2}
 
@@ -310,7 +315,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_omni_moe": Family("R R R", model="Qwen3OmniMoeThinkerForConditionalGeneration"),
     "qwen3_omni_moe:talker": Family(
         "RS RS RS",
-        {"text_config": {"shared_expert_intermediate_size": 20}, "spatial_merge_size": 2},
+        {"text_config": {"shared_expert_intermediate_size": 16}, "spatial_merge_size": 2},
         model="Qwen3OmniMoeTalkerForConditionalGeneration",
         inputs=with_embeddings,
         adjust=fill,
@@ -368,7 +373,7 @@ FAMILIES: dict[str, Family] = {
         {
             "text_config": {
                 "mlp_layer_types": ["dense", "sparse", "sparse"],
-                "share_expert_dim": 20,
+                "share_expert_dim": 16,
                 "sliding_window": 8,
                 "swiglu_limits": [0.0, 0.5, 0.0],
                 "swiglu_limits_shared": [0.0, 0.0, 0.5],

@@ -1,9 +1,11 @@
 """Run Triton kernels on the CPU: imported before triton where there is no GPU, and repairs what its interpreter lacks.
 
-triton 3.6's interpreter multiplies bfloat16 as integers, truncates where the hardware rounds to nearest, and turns
-one-element arrays into integers in a way that numpy 2.4 refuses.
+triton 3.6's interpreter multiplies bfloat16 as integers, truncates where the hardware rounds to nearest, reads the NaN
+of FP8 as a number, turns one-element arrays into integers in a way that numpy 2.4 refuses, and reduces by a function
+element by element.
 """
 
+import functools
 import os
 
 import numpy as np
@@ -21,8 +23,9 @@ def _repair() -> None:
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    cast, dot, patch_tensor = (
+    cast, cast_float, dot, patch_tensor = (
         InterpreterBuilder.cast_impl,
+        InterpreterBuilder.create_fp_to_fp,
         InterpreterBuilder.create_dot,
         interpreter._patch_lang_tensor,
     )
@@ -36,6 +39,12 @@ def _repair() -> None:
             return TensorHandle(_bfloat16(source.data).float().numpy(), tl.float32)
         return cast(self, source, target)
 
+    def repaired_cast_float(self, source, target, rounding):
+        if (source.dtype.scalar, target.scalar) == (tl.float8e4nv, tl.float32):
+            bits = torch.from_numpy(np.ascontiguousarray(source.data))
+            return TensorHandle(bits.view(torch.float8_e4m3fn).float().numpy(), tl.float32)
+        return cast_float(self, source, target, rounding)
+
     def repaired_dot(self, a, b, *rest):
         if a.dtype.scalar == tl.bfloat16:
             a, b = (repaired_cast(self, operand, tl.float32) for operand in (a, b))
@@ -45,9 +54,16 @@ def _repair() -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def repaired_reduce(self, input):
+        """By slices across the axis, where the reduction is by a function of one tensor."""
+        slices = [self.to_tensor(data, input[0].dtype) for data in np.moveaxis(input[0].handle.data, self.axis, 0)]
+        return [functools.reduce(self.combine_fn.fn, slices)]
+
     InterpreterBuilder.cast_impl = repaired_cast
+    InterpreterBuilder.create_fp_to_fp = repaired_cast_float
     InterpreterBuilder.create_dot = repaired_dot
     interpreter._patch_lang_tensor = repaired_tensor
+    interpreter.ReduceOps.generic_reduce = repaired_reduce
 
 
 if INTERPRETED:

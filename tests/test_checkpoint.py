@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from sedetect.checkpoint import check_checkpoint, weights_digest, load_model, load_tokenizer
+from sedetect.checkpoint import _check_loaded, check_checkpoint, weights_digest, load_model, load_tokenizer
 from sedetect.errors import SedetectError
 
 TINY = Path(__file__).parent / "data" / "tiny-moe"
@@ -204,6 +204,19 @@ def test_bad_arguments():
     assert "--dtype zork" in refusal(load_model, TINY, dtype="zork")
     assert "--device zork" in refusal(load_model, TINY, device="zork")
     assert "nosuch" in refusal(load_model, TINY, attn="nosuch")
+
+
+def test_experts_quantized_in_a_form_that_is_not_loaded():
+    """GPTQ and AWQ name their weights so that stacked experts stay empty; their packages are not installed here."""
+    loaded = {"missing_keys": {"lm_head.weight", "model.layers.0.mlp.experts.down_proj"}}
+    message = refusal(_check_loaded, "folder", "Qwen3MoeForCausalLM", loaded, "gptq")
+    assert "quantized by gptq into the experts of Qwen3MoeForCausalLM, first model.layers.0.mlp.experts" in message
+    assert "lm_head.weight; give a complete checkpoint" in refusal(_check_loaded, "folder", "Model", loaded, None)
+
+
+def test_a_quantization_whose_package_is_missing(copy):
+    edit_config(copy, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128})
+    assert "AWQ" in refusal(load_model, copy, device="cpu")
 
 
 def test_missing_path(tmp_path):

@@ -1,7 +1,8 @@
 """Every MoE architecture of the installed transformers, by the checks of conformance.py."""
 
 import pytest
-from conformance import available, check
+import torch
+from conformance import attempt, available, check
 from families import FAMILIES, Family, discover, tiny_model
 
 from sedetect.hf import find_banks, layers_per_stack
@@ -10,6 +11,18 @@ from sedetect.hf import find_banks, layers_per_stack
 @pytest.mark.parametrize("name", available())
 def test_family(name):
     check(name)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "llama4"])
+def test_in_bfloat16(name):
+    check(name, dtype=torch.bfloat16)
+
+
+def test_a_bank_that_another_backend_served_fails():
+    line = attempt("qwen3_moe", "cpu", "torch", "float32")
+    assert line.result == "ok" and line.backends == "torch"
+    line = attempt("qwen3_moe", "cpu", "cuda", "bfloat16")
+    assert line.result == "AssertionError: decoder.0.routed is served by ['cpu'], not cuda"
 
 
 def test_every_class_behind_the_interface_is_in_a_model_that_is_checked():

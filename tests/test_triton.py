@@ -56,8 +56,8 @@ def on_device(call: dict) -> dict:
 
 def assert_equal_bits(name: str, mine: torch.Tensor, reference: torch.Tensor) -> None:
     mine, reference = mine.cpu(), reference.cpu()
-    if mine.dtype == torch.float32:
-        mine, reference = mine.view(torch.int32), reference.view(torch.int32)
+    if mine.is_floating_point():
+        mine, reference = mine.view(torch.uint8), reference.view(torch.uint8)
     assert torch.equal(mine, reference), name
 
 
@@ -127,16 +127,15 @@ def test_fused_gates(dtype, gate, transposed):
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("stage", ["combine", "down"])
-def test_statistics_are_those_of_the_stored_output(monkeypatch, dtype, shape, stage):
-    """Bit for bit those of the h and y that the same kernels store, whichever stage takes them."""
-    monkeypatch.setattr(triton_backend, "ROW_STATS_IN", stage)
+def test_statistics_are_those_of_the_stored_output(dtype, shape):
+    """Bit for bit those of the h and y that the same kernels store."""
     call = on_device(make_call(shape, dtype, seed=7 + sum(shape), sentinels=True))
+    call["x"][30:31, 0] = torch.inf  # h and y with NaN
     routing = plan(call["top_k_index"], shape[2])
     weights = (call["gate_up"], None, call["gate"], call["down"], None, False, call["top_k_weights"])
     out, stats = TritonBackend().experts(call["x"], routing, *weights)
     h, _ = gate_up(call["x"], routing, call["gate_up"], gate=call["gate"])
-    y, _ = down(h, routing, call["down"], statistics=False)
+    y = down(h, routing, call["down"])
     routed = int(routing.offsets[-1])
     assert_same_stats(stats, row_stats_torch(y, h), routed)
     general, general_stats = TritonBackend().down(h, routing, call["down"], None, False)
@@ -153,18 +152,15 @@ def test_statistics_are_those_of_the_stored_output(monkeypatch, dtype, shape, st
 def test_gate_up_without_a_gate(dtype, shape, transposed):
     call = on_device(make_call(shape, dtype, 5, bias=True, transposed=transposed))
     routing = plan_torch(call["top_k_index"], shape[2])
-    z, keys = gate_up(call["x"], routing, call["gate_up"], call["gate_up_bias"], transposed)
+    z, parts = gate_up(call["x"], routing, call["gate_up"], call["gate_up_bias"], transposed)
     wide = [call[name].double() for name in ("x", "gate_up", "gate_up_bias")]
-    assert keys is None
+    assert parts is None
     assert_close("gate_up", z, gate_up_torch(wide[0], routing, wide[1], wide[2], transposed), dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("width", [1, 15, 65, 300])
-def test_row_stats(dtype, width):
-    """Ties, zeros, infinities, NaNs of every payload, subnormals and the limits of narrower types."""
-    generator = torch.Generator().manual_seed(width)
-    y = (torch.randn(40, width, generator=generator) * 10 ** torch.linspace(-8, 5, 40)[:, None]).to(dtype)
+def special_rows(width: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """(42, width): ties, zeros, infinities, NaNs of every payload, subnormals and the limits of narrower types."""
+    y = (torch.randn(42, width, generator=generator) * 10 ** torch.linspace(-8, 5, 42)[:, None]).to(dtype)
     y[1] = 0
     y[2] = -0.0
     y[3] = y[3].abs().amax()  # all equal: the first channel
@@ -172,8 +168,16 @@ def test_row_stats(dtype, width):
         y[row, torch.randint(width, (2,), generator=generator)] = special
     y[12].view(torch.int32 if dtype == torch.float32 else torch.int16).fill_(-1)  # NaN, all bits set
     y[13, 0], y[13, -1] = -torch.inf, torch.nan
-    y = y.to(DEVICE)
-    assert_same_stats(row_stats(y, y), row_stats_torch(y, y), len(y))
+    y[14] = y[14].abs().amax() * torch.where(torch.arange(width) % 3 == 2, 1, -1)  # equal but for the sign
+    return y[torch.randperm(len(y), generator=generator)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("width", [1, 15, 65, 300])
+def test_row_stats(dtype, width):
+    generator = torch.Generator().manual_seed(width)
+    y, h = (special_rows(n, dtype, generator).to(DEVICE) for n in (width, 40))
+    assert_same_stats(row_stats(y, h), row_stats_torch(y, h), len(y))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -189,6 +193,20 @@ def test_combine(dtype, shape):
         out, _ = combine(y, routing, call["top_k_weights"], result)
         assert out.dtype == result
         assert_close("combine", out, reference, result)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("k", [1, 3, 6])
+@pytest.mark.parametrize("width", [1, 15, 65, 300])
+def test_combine_takes_the_statistics_of_its_rows(dtype, k, width):
+    generator = torch.Generator().manual_seed(width)
+    y, h = (special_rows(n, dtype, generator).to(DEVICE) for n in (width, 40))
+    tokens = len(y) // k
+    index = torch.randint(6, (tokens, k), generator=generator).to(DEVICE)  # 5 is no expert
+    parts = torch.stack([part.float().abs().amax(1) for part in h.split(16, 1)])
+    out, stats = combine(y, plan(index, 5), torch.ones(tokens, k, device=DEVICE), torch.float32, h, parts)
+    assert_same_stats(stats, row_stats_torch(y, h), int((index < 5).sum()))
+    assert out.shape == (tokens, width)
 
 
 def random_stats(slots: int, generator: torch.Generator, values: int) -> RowStats:

@@ -4,9 +4,7 @@ from collections import defaultdict
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.ablation import Weight, ablate
@@ -27,6 +25,7 @@ from sedetect.cli.shared import (
     app,
     check_writable,
     console,
+    plain_table,
     print_line,
     progress_bar,
 )
@@ -167,7 +166,9 @@ def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], se
 
 def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
     print_line(residual.headline, "bold")
-    table = _table("layer", "max|x|", "/median", "channel", "pos", "token", "massive", "sink", "head max", left="token")
+    table = plain_table(
+        "layer", "max|x|", "/median", "channel", "pos", "token", "massive", "sink", "head max", left="token"
+    )
     for layer in residual.layers:
         table.add_row(
             str(layer.layer),
@@ -198,7 +199,9 @@ def _print_formations(formations: list[Formation]) -> None:
     places: dict[tuple[int, ...], list[Formation]] = defaultdict(list)
     for one in formations:
         places[one.layer, one.channel, one.position, one.token_id].append(one)
-    table = _table("formed in", "channel", "pos", "seqs", "before", "after", "attn", "writers", "up to", left="writers")
+    table = plain_table(
+        "formed in", "channel", "pos", "seqs", "before", "after", "attn", "writers", "up to", left="writers"
+    )
     for (layer, channel, position, _), same in list(places.items())[:_SHOWN]:
         one = max(same, key=lambda f: abs(f.after))
         shares = [f"{w.expert} {w.share:.0%}" for w in one.writers if abs(w.share) >= 0.05]
@@ -212,7 +215,7 @@ def _print_formations(formations: list[Formation]) -> None:
 
 def _print_ablated(before: Residual, after: Residual, experts: list[Target]) -> None:
     print_line(f"without {', '.join(map(str, experts))}", "bold")
-    table = _table("layer", "max|x|", "without", "sink", "without", "D_sink")
+    table = plain_table("layer", "max|x|", "without", "sink", "without", "D_sink")
     for old, new, decay in zip(before.layers, after.layers, sink_decay(before, after), strict=True):
         values = (f"{old.maximum:.5g}", f"{new.maximum:.5g}", _number(old.sink_mean), _number(new.sink_mean))
         table.add_row(str(old.layer), *values, _number(decay))
@@ -228,7 +231,7 @@ def _print_trace(trace: ExpertTrace) -> None:
     print_line(f"{trace.expert}: {trace.rows:,} rows", "bold")
     if not trace.rows:
         return
-    table = _table("tokens", "rows", "of all", "max|y|", "mean", "gate")
+    table = plain_table("tokens", "rows", "of all", "max|y|", "mean", "gate")
     for name, group in {
         **trace.kinds,
         **{f"position {name}": group for name, group in trace.positions.items()},
@@ -247,14 +250,6 @@ def _cells(group: Group) -> list[str]:
         _number(group.mean, 4),
         _number(group.gate),
     ]
-
-
-def _table(*columns: str, left: str = "") -> Table:
-    """Numbers to the right; the first column and the one named left to the left."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if name == left or not number else "right", no_wrap=True)
-    return table
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -40,7 +41,7 @@ BatchSize = Annotated[int, typer.Option(help="windows per forward")]
 Seed = Annotated[int | None, typer.Option(help="choose windows at random (default: text order)")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda if there is one)")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32")]
-Backend = Annotated[str | None, typer.Option(help="cpu or torch (default: the fastest that serves)")]
+Backend = Annotated[str | None, typer.Option(help="cpu, cuda, triton or torch (default: the fastest that serves)")]
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
 Attn = Annotated[str | None, typer.Option(help="attention implementation of transformers")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own code")]
@@ -101,6 +102,14 @@ def print_line(text: str, style: str | None = None) -> None:
 def print_whole(table: Table) -> None:
     """A table of numbers: too wide for the terminal it wraps, but no number is cut."""
     _Console(width=max(console.width, 200), emoji=False).print(table)
+
+
+def plain_table(*columns: str, left: str = "") -> Table:
+    """A table to fill: numbers to the right; the first column and the one named left to the left."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if name == left or not number else "right", no_wrap=True)
+    return table
 
 
 def progress_bar(unit: str = "tokens") -> Progress:

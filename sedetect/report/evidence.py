@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sedetect import experiment, run, stream, traces
+from sedetect.analysis import KINDS, Analysis, file_of
 from sedetect.errors import SedetectError
 from sedetect.experiment import Experiment
 from sedetect.files import read_document
@@ -25,6 +26,7 @@ class Evidence:
     ranking              of stats under rank's defaults, with the residual stream where it was observed
     domains              statistics and ranking of each domain alone
     ablated, ablated_experts    the residual stream without these experts
+    analyses             by kind, in the order of analysis.KINDS
     """
 
     stats: ModelStats
@@ -36,6 +38,7 @@ class Evidence:
     ablated_experts: list[str] = field(default_factory=list)
     ablation: Experiment | None = None
     traces: Traces | None = None
+    analyses: dict[str, Analysis] = field(default_factory=dict)
 
     def token(self, token_id: int | None) -> str | None:
         """The token as people read it, see token_text; None for no token."""
@@ -45,7 +48,8 @@ class Evidence:
 
 
 def load_evidence(folder: str | os.PathLike) -> Evidence:
-    """Read stats.safetensors, and beside it domains/*.safetensors, run.json, residual.json, ablation.json, traces.json.
+    """Read stats.safetensors, and beside it domains/*.safetensors, *-analysis.safetensors, run.json, residual.json,
+    ablation.json and traces.json.
 
     Raises SedetectError for a folder without statistics, and for a file that is damaged or of another model.
     """
@@ -71,6 +75,9 @@ def load_evidence(folder: str | os.PathLike) -> Evidence:
             _same(folder / name, found.digest, stats.header.digest)
     if traced is not None:
         _same(folder / "traces.json", traced.model, stats.header.model)
+    analyses = {kind: Analysis.load(path, kind) for kind in KINDS if (path := file_of(folder, kind)).is_file()}
+    for kind, found in analyses.items():
+        _same(file_of(folder, kind), found.digest, stats.header.digest)
     return Evidence(
         stats=stats,
         ranking=rank(stats, residual=residual),
@@ -81,6 +88,7 @@ def load_evidence(folder: str | os.PathLike) -> Evidence:
         ablated_experts=without,
         ablation=ablation,
         traces=traced,
+        analyses=analyses,
     )
 
 

@@ -1,9 +1,10 @@
-"""What the page says of experiments: the residual stream, ablation, traces. Each gives the template's variables."""
+"""What the page says of experiments: the residual stream, ablation, traces, analyses. Each gives template variables."""
 
 import statistics
 from collections import defaultdict
 from typing import Any
 
+from sedetect.analysis_tables import Cells, layers_table, marked_experts, standings_tables
 from sedetect.experiment import Experiment, Outcome, conclusion
 from sedetect.report.evidence import Evidence
 from sedetect.report.table import MOST, NONE, Table, make_table
@@ -131,3 +132,21 @@ def traces_section(evidence: Evidence) -> dict[str, Any]:
         "traces_text": text
         + "to the expert; the largest |y| of a row, at most and on average; the mean routing weight.",
     }
+
+
+def inside_section(evidence: Evidence) -> dict[str, Any]:
+    """The analyses, each with its table by layer and the tables of the marked experts; the page adds their charts."""
+    titles = {"weights": "The experts' weights", "outputs": "The experts' outputs", "routing": "The routing"}
+    marked, shown = marked_experts(evidence.ranking), []
+    for kind, result in evidence.analyses.items():
+        layers = layers_table(result)
+        special = {title: _table(cells) for title, cells in standings_tables(result, marked).items()}
+        shown.append(
+            {"kind": kind, "title": titles[kind], "text": layers.text, "layers": _table(layers)}
+            | {"special": special, "notes": result.notes}
+        )
+    return {"inside": shown}
+
+
+def _table(cells: Cells) -> Table:
+    return make_table(",".join([cells.columns[0], *(f"#{name}" for name in cells.columns[1:])]), cells.rows)

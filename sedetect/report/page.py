@@ -22,8 +22,12 @@ from sedetect.report.text import number, visible
 from sedetect.version import __version__
 
 
-def render_page(evidence: Evidence, data: dict[str, Records], charts: list[Chart]) -> str:
-    """The HTML of a report; charts are those of Charts(data, page=True)."""
+def render_page(evidence: Evidence, data: dict[str, Records], charts: list[Chart], inside: list[Chart]) -> str:
+    """The HTML of a report; charts are those of Charts(data, page=True), inside those of the analyses."""
+    sections_of_page = sections(evidence, data)
+    for one in sections_of_page["inside"]:
+        one["charts"] = [chart for chart in inside if chart.name.startswith(one["kind"])]
+    charts = charts + inside
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"num": number, "visible": visible}
     environment.tests["verdict"] = lambda cell: isinstance(cell, Named)
@@ -34,7 +38,7 @@ def render_page(evidence: Evidence, data: dict[str, Records], charts: list[Chart
     bundle, script = vl_convert.javascript_bundle(vl_version=VEGA_LITE), _file("page.js")
     used = sorted({name for chart in charts for name in chart.data})
     return environment.from_string(_file("page.html")).render(
-        sections(evidence, data),
+        sections_of_page,
         version=__version__,
         charts={chart.name: chart for chart in charts},
         css=Markup(css),

@@ -5,7 +5,7 @@ from typing import Any
 from sedetect.ranking import SuperExpert
 from sedetect.report.data import Records, row_name
 from sedetect.report.evidence import Evidence
-from sedetect.report.experiments import ablation_section, residual_section, traces_section
+from sedetect.report.experiments import ablation_section, inside_section, residual_section, traces_section
 from sedetect.report.numbers import FP8_MAX, FP16_MAX, headroom, layer_rows, thin_experts
 from sedetect.report.table import MOST, NONE, Named, Table, make_table
 from sedetect.report.text import number, percent, whole
@@ -22,9 +22,9 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         f"{'' if s == 'decoder' else s + ' '}layers below {limit}" for s, limit in ranking.layer_limits.items()
     )
     anchors = {"experts": "Experts", "evidence": "Evidence", "residual": "Residual stream", "ablation": "Without them",
-               "traces": "When they fire", "details": "Details", "run": "What was run"}  # fmt: skip
-    for name in ("residual", "ablation", "traces"):
-        if getattr(evidence, name) is None:
+               "traces": "When they fire", "inside": "Inside the layers", "details": "Details", "run": "What was run"}  # fmt: skip
+    for name in ("residual", "ablation", "traces", "inside"):
+        if not getattr(evidence, "analyses" if name == "inside" else name):
             del anchors[name]
     return {
         "sections": list(anchors.items()),
@@ -44,6 +44,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         **residual_section(evidence),
         **ablation_section(evidence.ablation),
         **traces_section(evidence),
+        **inside_section(evidence),
         "coverage_text": coverage(evidence.stats).removeprefix("coverage: ") + ".",
         "few_rows": FEW_ROWS,
         "thin": _thin(evidence),

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import vl_convert
 
+from sedetect.analysis import Analysis
+from sedetect.analysis_tables import marked_experts
 from sedetect.files import write_atomic
 from sedetect.report.charts import Charts
-from sedetect.report.data import datasets
-from sedetect.report.drawing import VEGA_LITE
+from sedetect.report.data import Records, datasets
+from sedetect.report.drawing import VEGA_LITE, Chart
 from sedetect.report.evidence import Evidence
+from sedetect.report.inside import Inside
 from sedetect.report.page import render_page
+from sedetect.report.pictures import Picture, pictures_of
 
 FORMATS = {
     "png": lambda spec: vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2),
@@ -22,9 +26,10 @@ FORMATS = {
 
 def write_report(evidence: Evidence, path: Path) -> None:
     """Write the page to path, atomically. Raises SedetectError where that fails."""
-    data = datasets(evidence)
+    data, pictures = _inside(evidence)
+    charts = Charts(data, page=True).all()
     # what UTF-8 has no bytes for (half a surrogate pair, which JSON can spell) becomes a question mark
-    page = render_page(evidence, data, Charts(data, page=True).all()).encode("utf-8", "replace")
+    page = render_page(evidence, data, charts, Inside(pictures, page=True).all()).encode("utf-8", "replace")
     write_atomic(path, lambda temporary: temporary.write_bytes(page))
 
 
@@ -35,12 +40,40 @@ def write_figures(
 
     progress is called with (charts done, charts in all). Raises SedetectError where a file cannot be written.
     """
-    data = datasets(evidence)
-    charts = Charts(data, page=False).all()
+    data, pictures = _inside(evidence)
+    charts = Charts(data, page=False).all() + Inside(pictures, page=False).all()
+    return _write(charts, data, folder, list(FORMATS), progress)
+
+
+def write_pictures(
+    result: Analysis,
+    marked: dict[str, str],
+    folder: Path,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> int:
+    """Write every picture of an analysis, of every layer, as folder/<name>.png and .svg; returns how many there are.
+
+    marked: verdict by name of the experts to mark. progress and errors as in write_figures.
+    """
+    pictures = pictures_of(result, marked, page=False)
+    data = {name: records for picture in pictures for name, records in picture.data.items()}
+    return _write(Inside(pictures, page=False).all(), data, folder, ["png", "svg"], progress)
+
+
+def _inside(evidence: Evidence) -> tuple[dict[str, Records], list[Picture]]:
+    """The records of all charts of the page, and its pictures of the analyses."""
+    marked = marked_experts(evidence.ranking)
+    found = [p for one in evidence.analyses.values() for p in pictures_of(one, marked, page=True)]
+    return datasets(evidence) | {name: records for p in found for name, records in p.data.items()}, found
+
+
+def _write(
+    charts: list[Chart], data: dict[str, Records], folder: Path, forms: list[str], progress: Callable[[int, int], None]
+) -> int:
     for done, chart in enumerate(charts):
         progress(done, len(charts))
         spec = json.dumps(chart.spec | {"datasets": {name: data[name] for name in chart.data}})
-        for form, convert in FORMATS.items():
-            drawn = convert(spec)
+        for form in forms:
+            drawn = FORMATS[form](spec)
             write_atomic(folder / f"{chart.name}.{form}", lambda temporary, drawn=drawn: temporary.write_bytes(drawn))
     return len(charts)

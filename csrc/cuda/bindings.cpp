@@ -1,0 +1,112 @@
+// sedetect._cuda. Device memory comes as addresses, the stream as its handle: the module needs neither torch nor a
+// driver to be built or imported. Shapes and meanings are in stages.h and grouped_gemm.h; sedetect/cuda_backend.py is
+// the caller.
+#include "grouped_gemm.h"
+#include "stages.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+namespace sedetect::cuda {
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+RowStats stats_of(const std::array<Address, 8>& s) {
+  return {at<float>(s[0]),   at<int32_t>(s[1]), at<float>(s[2]), at<int32_t>(s[3]),
+          at<int32_t>(s[4]), at<int32_t>(s[5]), at<float>(s[6]), at<int32_t>(s[7])};
+}
+
+// (row, tiles, count, rows)
+using ScheduleArguments = std::tuple<Address, Address, Address, int>;
+
+Schedule schedule_of(const ScheduleArguments& s) {
+  return {at<int32_t>(std::get<0>(s)), at<int32_t>(std::get<1>(s)), at<int32_t>(std::get<2>(s)), std::get<3>(s)};
+}
+
+// (activation, gated, limit, slope, shift)
+using GateArguments = std::tuple<int, bool, float, float, float>;
+
+Gate gate_of(const GateArguments& gate) {
+  const auto [activation, gated, limit, slope, shift] = gate;
+  return {Activation(activation), gated, limit, slope, shift};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.attr("TILE_ROWS") = kTileRows;
+  m.attr("MAX_EXPERTS") = kMaxExperts;
+  m.def("plan_blocks", &plan_blocks);
+  m.def("update_scratch", &update_scratch);
+  m.def("column_tiles", &column_tiles);
+
+  m.def("plan", [](Address index, bool narrow, Address order, Address offsets, const ScheduleArguments& result,
+                   Address counts, int slots, int experts, int processors, Address stream) {
+    plan({at<void>(index), narrow, at<int64_t>(order), at<int64_t>(offsets), schedule_of(result), at<int32_t>(counts),
+          slots, experts, processors},
+         stream_of(stream));
+  });
+
+  m.def("schedule",
+        [](Address order, Address offsets, int slots, int experts, const ScheduleArguments& result, Address stream) {
+          schedule(at<int64_t>(order), at<int64_t>(offsets), slots, experts, schedule_of(result), stream_of(stream));
+        });
+
+  m.def("gate_up", [](Address x, Address weight, Address order, Address offsets, Address tiles, Address count,
+                      Address h, Address parts, const GateArguments& gate, int type, int slots, int top_k, int experts,
+                      int hidden, int width, int processors, Address stream) {
+    grouped_gemm_gate_up({at<void>(x), at<void>(weight), at<int64_t>(order), at<int64_t>(offsets), at<int32_t>(tiles),
+                          at<int32_t>(count), at<void>(h), at<float>(parts), gate_of(gate), Type(type), slots, top_k,
+                          experts, hidden, width, processors},
+                         stream_of(stream));
+  });
+
+  m.def("down", [](Address h, Address weight, Address offsets, Address tiles, Address count, Address y, int type,
+                   int slots, int experts, int hidden, int width, int processors, Address stream) {
+    grouped_gemm_down({at<void>(h), at<void>(weight), at<int64_t>(offsets), at<int32_t>(tiles), at<int32_t>(count),
+                       at<void>(y), Type(type), slots, experts, hidden, width, processors},
+                      stream_of(stream));
+  });
+
+  m.def("update",
+        [](const std::array<Address, 8>& stats, Address order, Address offsets, const ScheduleArguments& schedule,
+           Address gates, int gates_type, const std::array<Address, 5>& rows, Address counts, Address sums,
+           const std::array<Address, 3>& records, const std::array<int, 3>& kept, Address scratch, int slots, int top_k,
+           int experts, int max_tiles, int source, int processors, Address stream) {
+          update({stats_of(stats),
+                  at<int64_t>(order),
+                  at<int64_t>(offsets),
+                  schedule_of(schedule),
+                  at<void>(gates),
+                  Type(gates_type),
+                  at<bool>(rows[0]),
+                  at<bool>(rows[1]),
+                  at<int64_t>(rows[2]),
+                  at<int64_t>(rows[3]),
+                  at<int64_t>(rows[4]),
+                  at<int64_t>(counts),
+                  at<double>(sums),
+                  {at<int64_t>(records[0]), at<int64_t>(records[1]), at<int64_t>(records[2])},
+                  {kept[0], kept[1], kept[2]},
+                  at<void>(scratch),
+                  slots,
+                  top_k,
+                  experts,
+                  max_tiles,
+                  source,
+                  processors},
+                 stream_of(stream));
+        });
+}
+
+}  // namespace sedetect::cuda

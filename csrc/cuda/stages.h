@@ -1,0 +1,75 @@
+// The stages of the cuda backend beside its GEMMs (grouped_gemm.h): launches on the current device, no synchronisation.
+// Shapes: T tokens, k experts per token, S = T * k rows, E experts, H hidden, I intermediate. All tensors are
+// contiguous device memory; null where the text says so.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace sedetect::cuda {
+
+// Must agree with sedetect/cuda_backend.py.
+enum class Type : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
+// kernels/plan.py's Plan and Schedule.
+struct Schedule {
+  int32_t* row;    // (S,): sorted row of each slot
+  int32_t* tiles;  // (max_tiles, 2): expert and first sorted row
+  int32_t* count;  // (1,)
+  int rows;        // sorted rows of a tile
+};
+
+struct Plan {
+  const void* index;  // (S,) int64, or int32 if narrow
+  bool narrow;
+  int64_t* order;     // (S,) - output
+  int64_t* offsets;   // (E + 1,) - output
+  Schedule schedule;  // output
+  int32_t* counts;    // (plan_blocks(S), E + 1) - scratch
+  int slots, experts, processors;
+};
+
+// Blocks that plan launches for S slots; and the most experts that its shared memory holds.
+int plan_blocks(int slots, int processors);
+constexpr int kMaxExperts = 1536;
+
+void plan(const Plan& arguments, cudaStream_t stream);
+
+// The schedule of a plan that was made elsewhere.
+void schedule(const int64_t* order, const int64_t* offsets, int slots, int experts, const Schedule& result,
+              cudaStream_t stream);
+
+// kernels/row_stats.py's RowStats, (S,) each.
+struct RowStats {
+  float* peak;
+  int32_t* channel;
+  float* sqnorm;
+  int32_t *nonfinite, *over_fp16, *over_fp8;
+  float* in_peak;
+  int32_t* in_channel;
+};
+
+// Merge the row statistics of one call into the tables of a BankStats, in place: kernels/update.py.
+struct Update {
+  RowStats stats;
+  const int64_t *order, *offsets;
+  Schedule schedule;
+  const void* gates;  // (T, k) of gates_type
+  Type gates_type;
+  const bool *counted, *first;                 // (T,)
+  const int64_t *sequence, *position, *token;  // (T,)
+  int64_t* counts;                             // (E, 5)
+  double* sums;                                // (E, 5)
+  int64_t* records[3];                         // outliers, first_outliers, in_max: (E, kept, 10)
+  int kept[3];
+  void* scratch;  // update_scratch bytes
+  int slots, top_k, experts, max_tiles, source, processors;
+};
+
+int64_t update_scratch(int slots, int experts, int max_tiles);
+constexpr int kMaxKept = 64;
+
+void update(const Update& arguments, cudaStream_t stream);
+
+}  // namespace sedetect::cuda

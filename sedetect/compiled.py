@@ -1,0 +1,48 @@
+"""Profiles of compiled models: the call of a bank as one torch.library op, which torch.compile keeps whole.
+
+An op takes tensors and numbers, so a bank goes by its number among those that are attached. Its state and the row
+context are arguments, so that a captured graph reads those of its own call; what the bank's module holds is not.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+
+from sedetect.kernels.update import Rows
+
+_attached: dict[int, Any] = {}
+
+
+@contextmanager
+def attached(banks: Sequence[Any]) -> Iterator[None]:
+    """Give banks the lowest free numbers, so that graphs of an earlier profile of the same model serve the next one."""
+    for bank in banks:
+        bank.number = next(n for n in count() if n not in _attached)
+        _attached[bank.number] = bank
+    try:
+        yield
+    finally:
+        for bank in banks:
+            del _attached[bank.number]
+
+
+@torch.library.custom_op("sedetect::measure", mutates_args=("state",))
+def _measure(
+    inputs: list[torch.Tensor], state: list[torch.Tensor], rows: list[torch.Tensor], source: int, number: int
+) -> torch.Tensor:
+    bank = _attached[number]
+    return bank.compute(bank.state.replaced(state), Rows(*rows, source), *inputs)
+
+
+@_measure.register_fake
+def _(inputs, state, rows, source, number):
+    bank, x = _attached[number], inputs[0]
+    return x.new_empty((*x.shape[:-1], bank.hidden), dtype=bank.output_dtype(x.dtype))
+
+
+def measure(bank: Any, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
+    """bank.compute(bank.state, rows, *inputs), in a graph that is being compiled."""
+    return _measure(list(inputs), bank.state.kept(), rows.tensors(), rows.source, bank.number)

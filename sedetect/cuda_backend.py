@@ -1,0 +1,204 @@
+"""The CUDA backend: the kernels of csrc/cuda, for Hopper GPUs.
+
+Plan, both GEMMs and the update of the statistics are its own. The row kernels (combine and row statistics) are Triton's,
+which wait for memory and nothing else. Addresses go to sedetect._cuda, which knows nothing of torch; a stage is one call
+of it, because at small T the host is what takes the time.
+"""
+
+import importlib.util
+import math
+from functools import lru_cache
+
+import torch
+
+from sedetect.call import Call
+from sedetect.kernels import tiles
+from sedetect.kernels.combine import combine
+from sedetect.kernels.gate import ACTIVATIONS, Gate
+from sedetect.kernels.plan import Plan, Schedule
+from sedetect.kernels.row_scan import row_stats
+from sedetect.triton_backend import TritonBackend, on
+
+_cuda = None
+if importlib.util.find_spec("sedetect._cuda") is not None:
+    from sedetect import _cuda
+
+# Average rows of an expert from which on it is chosen by itself; with fewer the weights' traffic decides, and the Triton
+# kernels, whose tiles are smaller, are as fast.
+MIN_ROWS = 96
+
+# csrc/cuda/stages.h and grouped_gemm.h
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS, start=1)}
+_NO_GATE = (0, False, math.inf, 1.0, 0.0)
+
+
+class CudaBackend(TritonBackend):
+    """No stage synchronises with the host; rows of no expert are left undefined."""
+
+    name = "cuda"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, call: Call | None = None) -> str | None:
+        """Why this backend cannot serve a layer of this device and weight dtype, or a call; None if it can."""
+        if device.type != "cuda":
+            return f"it serves CUDA tensors, these are on {device}"
+        if _cuda is None:
+            return "sedetect was installed without nvcc, so that sedetect._cuda is not there"
+        if _capability(device) != (9, 0):
+            return "it is for GPUs of compute capability 9.0, this one has {}.{}".format(*_capability(device))
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"it has no kernel for {dtype}"
+        return None if call is None else _call_refusal(call, dtype)
+
+    def suits(self, call: Call) -> bool:
+        """Whether it is the fastest for a call that it does not refuse."""
+        return call.slots >= MIN_ROWS * call.experts
+
+    def plan(self, top_k_index, num_experts):
+        index = top_k_index.contiguous()
+        if index.dtype not in (torch.int64, torch.int32):
+            index = index.to(torch.int64)
+        slots, device = index.numel(), index.device
+        order = torch.empty(slots, dtype=torch.int64, device=device)
+        offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=device)
+        schedule = Schedule.empty(slots, num_experts, device, _cuda.TILE_ROWS)
+        if slots == 0:
+            return Plan(order, offsets.zero_(), top_k_index.shape[1], schedule)
+        processors = tiles.limits(device).processors
+        blocks = _cuda.plan_blocks(slots, processors)
+        counts = torch.empty(blocks * (num_experts + 1), dtype=torch.int32, device=device)
+        with on(device):
+            _cuda.plan(
+                index.data_ptr(), index.dtype == torch.int32, order.data_ptr(), offsets.data_ptr(), _addresses(schedule),
+                counts.data_ptr(), slots, num_experts, processors, _stream(device),
+            )  # fmt: skip
+        return Plan(order, offsets, top_k_index.shape[1], schedule)
+
+    def gate_up(self, x, plan, weight, bias, transposed):
+        with on(x.device):
+            return self._gate_up(x, self._scheduled(plan), weight, None)[0]
+
+    def down(self, h, plan, weight, bias, transposed):
+        with on(h.device):
+            h = _aligned(h.to(weight.dtype))
+            y = self._down(h, self._scheduled(plan), weight)
+            return y, row_stats(y, h, plan.offsets)
+
+    def experts(self, x, plan, gate_up, gate_up_bias, gate, down, down_bias, transposed, gates, statistics=True):
+        with on(x.device):
+            plan = self._scheduled(plan)
+            h, in_parts = self._gate_up(x, plan, gate_up, gate, parts=statistics)
+            y = self._down(h, plan, down)
+            return combine(y, plan, gates, x.dtype, *((h, in_parts) if statistics else ()))
+
+    def update(self, state, stats, plan, gates, rows):
+        slots, experts, device = len(plan.order), plan.num_experts, plan.order.device
+        if slots == 0:
+            return
+        with on(device):
+            plan, gates = self._scheduled(plan), _gates(gates)
+            schedule, records = plan.schedule, (state.outliers, state.first_outliers, state.in_max)
+            size = _cuda.update_scratch(slots, experts, len(schedule.tiles))
+            scratch = torch.empty(size, dtype=torch.uint8, device=device)
+            _cuda.update(
+                [t.data_ptr() for t in stats.tensors()], plan.order.data_ptr(), plan.offsets.data_ptr(),
+                _addresses(schedule), gates.data_ptr(), _TYPES[gates.dtype], [t.data_ptr() for t in rows.tensors()],
+                state.counts.data_ptr(), state.sums.data_ptr(),
+                [t.data_ptr() for t in records], [t.shape[1] for t in records],
+                scratch.data_ptr(), slots, plan.top_k, experts, len(schedule.tiles), rows.source,
+                tiles.limits(device).processors, _stream(device),
+            )  # fmt: skip
+
+    def _scheduled(self, plan: Plan) -> Plan:
+        """The plan with a schedule of the GEMMs' tiles, made here where the plan came from elsewhere."""
+        if plan.schedule is not None and plan.schedule.rows == _cuda.TILE_ROWS:
+            return plan
+        slots, device = len(plan.order), plan.order.device
+        schedule = Schedule.empty(slots, plan.num_experts, device, _cuda.TILE_ROWS)
+        if slots:
+            where = (plan.order.data_ptr(), plan.offsets.data_ptr(), slots, plan.num_experts)
+            _cuda.schedule(*where, _addresses(schedule), _stream(device))
+        return Plan(plan.order, plan.offsets, plan.top_k, schedule)
+
+    def _gate_up(self, x, plan, weight, gate: Gate | None, parts=False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As sedetect.kernels.gate_up.gate_up."""
+        x = _aligned(x.to(weight.dtype))
+        experts, columns, hidden = weight.shape
+        slots, gated = len(plan.order), gate is not None and gate.gated
+        width = columns // 2 if gated else columns
+        h, found = x.new_empty(slots, width), None
+        if parts:
+            found = torch.empty(_cuda.column_tiles(width, gated), slots, device=x.device)
+        if slots:
+            schedule = plan.schedule
+            _cuda.gate_up(
+                x.data_ptr(), weight.data_ptr(), plan.order.data_ptr(), plan.offsets.data_ptr(),
+                schedule.tiles.data_ptr(), schedule.count.data_ptr(), h.data_ptr(), found.data_ptr() if parts else 0,
+                _gate(gate), _TYPES[x.dtype], slots, plan.top_k, experts, hidden, width,
+                tiles.limits(x.device).processors, _stream(x.device),
+            )  # fmt: skip
+        return h, found
+
+    def _down(self, h, plan, weight) -> torch.Tensor:
+        experts, hidden, width = weight.shape
+        slots, schedule = len(plan.order), plan.schedule
+        y = h.new_empty(slots, hidden)
+        if slots:
+            _cuda.down(
+                h.data_ptr(), weight.data_ptr(), plan.offsets.data_ptr(), schedule.tiles.data_ptr(),
+                schedule.count.data_ptr(), y.data_ptr(), _TYPES[h.dtype], slots, experts, hidden, width,
+                tiles.limits(h.device).processors, _stream(h.device),
+            )  # fmt: skip
+        return y
+
+
+def _call_refusal(call: Call, dtype: torch.dtype) -> str | None:
+    if call.quantized:
+        return "the weights are quantized"
+    if call.transposed:
+        return "the weights are transposed"
+    if call.biases:
+        return "the experts have biases"
+    if call.gate is not None and call.gate.interleaved:
+        return "gate and up are interleaved"
+    if call.experts > _cuda.MAX_EXPERTS:
+        return f"there are {call.experts} experts, it takes {_cuda.MAX_EXPERTS}"
+    for weight in call.weights:
+        size = tuple(weight.shape)
+        if weight.dtype != dtype:
+            return f"the weights are of {weight.dtype} and {dtype}"
+        if size[1] % 8 or size[2] % 8:
+            return f"the weights are {size}, their dimensions must be multiples of 8"
+        if not weight.is_contiguous() or weight.data_ptr() % 16:
+            return "the weights are not contiguous, on 16-byte boundaries"
+    return None
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache
+def _gate(gate: Gate | None) -> tuple[int, bool, float, float, float]:
+    if gate is None:
+        return _NO_GATE
+    limit = math.inf if gate.limit is None else gate.limit
+    return _ACTIVATIONS[gate.activation], gate.gated, limit, gate.slope, gate.shift
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _gates(gates: torch.Tensor) -> torch.Tensor:
+    return (gates if gates.dtype in _TYPES else gates.float()).contiguous()
+
+
+def _addresses(schedule: Schedule) -> tuple[int, int, int, int]:
+    return schedule.row.data_ptr(), schedule.tiles.data_ptr(), schedule.count.data_ptr(), schedule.rows
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index)

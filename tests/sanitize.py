@@ -1,0 +1,62 @@
+"""One small case of every kernel of a GPU backend, for compute-sanitizer.
+
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py triton
+    compute-sanitizer --tool initcheck --error-exitcode 1 python tests/sanitize.py triton
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py triton
+
+The same with cuda in the place of triton. Prints a line for each case, after comparing it with the torch backend's
+result on the CPU. Without a GPU the Triton kernels run interpreted, to see that the script works.
+"""
+
+import sys
+
+import interpreter  # before triton
+import torch
+from test_kernels import assert_close, make_call, make_rows, swiglu
+
+from sedetect import ops
+from sedetect.backends import BACKENDS
+from sedetect.stats import BankStats
+
+DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda", 0)
+SHAPES = [
+    (5, 2, 4, 64, 32),  # tiles of 16 rows, most of them tails; a plan of one block
+    (40, 2, 2, 72, 40),  # tiles of 64 rows; row tails in the last column tile
+    (300, 2, 3, 264, 136),  # tiles of 128 rows; a plan of several blocks
+]
+
+
+def run(backend: str, dtype: torch.dtype, shape: tuple[int, ...], fused: bool) -> None:
+    call = make_call(shape, dtype, 1, sentinels=True)
+    moved = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    how = {} if fused else {"gate": swiglu}
+    tokens, _, experts, hidden, intermediate = shape
+    rows, served = make_rows(tokens, 1), []
+    state, reference = BankStats.empty(experts, DEVICE), BankStats.empty(experts)
+    note = lambda name, why: served.append(name)  # noqa: E731
+    for _ in range(2):  # the second finds records to merge with
+        out = ops.moe_mlp(**moved | how, state=state, rows=rows.to(DEVICE), backend=backend, served=note)
+        expected = ops.moe_mlp(**call | how, state=reference, rows=rows, backend="torch")
+    assert served == [backend, backend]
+    assert_close(f"{backend} {dtype} {shape} {fused=}", out.cpu(), expected.double(), dtype)
+    assert torch.equal(state.counts.cpu(), reference.counts)
+    x = torch.randn(tokens, intermediate).to(dtype)
+    single = BankStats.empty(1, DEVICE)
+    y = ops.linear_stats(x.to(DEVICE), moved["down"][0], None, single, rows=rows.to(DEVICE), backend=backend)
+    ops.output_stats(y, x.to(DEVICE), single, rows=rows.to(DEVICE), backend=backend)
+    assert int(single.rows.cpu()) == 2 * int(rows.counted.sum())
+    print(f"{backend} {dtype} {shape} {'fused' if fused else 'general'}: ok", flush=True)
+
+
+def main() -> None:
+    backend = sys.argv[1] if len(sys.argv) > 1 else "triton"
+    for dtype in (torch.float32, torch.bfloat16):
+        if BACKENDS[backend].refusal(DEVICE, dtype) is None:
+            for shape in SHAPES:
+                for fused in (True, False):
+                    run(backend, dtype, shape, fused)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The CUDA kernels against the torch references on a Hopper GPU; what of them shows without one, everywhere."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import interpreter  # noqa: F401  before triton
+import pytest
+import torch
+from test_kernels import GATES, assert_close, loop_over_slots, make_call, make_rows, swiglu
+from test_triton import assert_equal_bits, assert_same_state, assert_same_stats, random_stats
+
+from sedetect import ops
+from sedetect.backends import BACKENDS, choose_backend
+from sedetect.call import Call
+from sedetect.cuda_backend import MIN_ROWS, CudaBackend
+from sedetect.kernels.gate_up import gate_up_torch
+from sedetect.kernels.plan import Plan, plan_torch
+from sedetect.kernels.row_stats import RowStats, row_stats_torch
+from sedetect.kernels.update import Rows, update_torch
+from sedetect.quantized import QuantizedWeights
+from sedetect.stats import BankStats
+
+DEVICE = torch.device("cuda", 0)
+REFUSAL = (
+    CudaBackend().refusal(DEVICE, torch.bfloat16) if torch.cuda.is_available() else "there is no GPU here"
+)  # the reason also where the module is not built: a GPU machine that means to run these tests must see it
+ON_HOPPER = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+DTYPES = [torch.bfloat16, torch.float16]
+
+# T, k, E, H, I
+SHAPES = [
+    (1, 1, 1, 8, 8),
+    (1, 4, 16, 64, 32),  # most experts empty
+    (64, 8, 128, 96, 48),
+    (300, 4, 8, 136, 72),  # a tail in every dimension
+    (515, 1, 2, 264, 64),  # several tiles of one expert
+    (515, 8, 16, 520, 264),
+    (600, 10, 16, 512, 256),
+]
+
+
+@pytest.fixture
+def backend():
+    """The backend under test, and NaN in all memory that no kernel wrote."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield CudaBackend()
+    torch.use_deterministic_algorithms(False)
+
+
+def on_device(call: dict) -> dict:
+    return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+
+
+def moe_mlp(call: dict, state: BankStats, rows: Rows | None = None, by: str = "cuda") -> torch.Tensor:
+    """ops.moe_mlp with backend cuda, served by the backend that is meant."""
+    served = []
+    rows = None if rows is None else rows.to(DEVICE)
+    out = ops.moe_mlp(
+        **on_device(call), state=state, rows=rows, backend="cuda", served=lambda name, why: served.append((name, why))
+    )
+    assert [name for name, _ in served] == [by], served
+    return out
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None and not os.path.exists("/usr/local/cuda/bin/nvcc"), reason="no nvcc")
+@pytest.mark.skipif("TORCH_CUDA_ARCH_LIST" in os.environ, reason="architectures were chosen")
+def test_the_module_is_built_where_nvcc_is():
+    assert importlib.util.find_spec("sedetect._cuda") is not None
+
+
+def test_the_module_loads_without_a_driver():
+    if importlib.util.find_spec("sedetect._cuda") is None:
+        pytest.skip("sedetect._cuda is not built")
+    code = "from sedetect import _cuda; print(_cuda.TILE_ROWS, _cuda.key_tiles(768, True), _cuda.key_tiles(257, False))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["128", "6", "2"], run.stderr[-2000:]
+
+
+def test_the_host_is_refused():
+    assert "CUDA tensors" in CudaBackend().refusal(torch.device("cpu"), torch.bfloat16)
+    chosen, why = choose_backend(torch.device("cpu"), torch.bfloat16, "cuda")
+    assert chosen.name == "cpu" and why.startswith("backend cuda does not serve torch.bfloat16 on cpu: ")
+
+
+def test_few_rows_are_left_to_triton():
+    assert list(BACKENDS) == ["cpu", "cuda", "triton", "torch"]
+    backend = CudaBackend()
+    assert backend.suits(Call(MIN_ROWS * 8, 8)) and not backend.suits(Call(MIN_ROWS * 8 - 1, 8))
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("skew", [False, True])
+@pytest.mark.parametrize(
+    "slots,experts", [(1, 1), (31, 3), (1024, 8), (1025, 128), (20_000, 60), (65_536, 128), (300_000, 1500), (5000, 1)]
+)
+def test_plan(backend, slots, experts, skew, dtype):
+    generator = torch.Generator().manual_seed(slots)
+    index = torch.randint(-1, experts + 1, (slots, 1), generator=generator).to(dtype)  # with sentinels of both kinds
+    if skew:
+        index[torch.rand(slots, generator=generator) < 0.9] = experts // 2
+    mine, reference = backend.plan(index.to(DEVICE), experts), plan_torch(index, experts)
+    again = backend._scheduled(Plan(mine.order, mine.offsets, 1))
+    expected = [
+        [e, first]
+        for e in range(experts)
+        for first in range(int(reference.offsets[e]), int(reference.offsets[e + 1]), 128)
+    ]
+    row = torch.empty(slots, dtype=torch.int64).scatter_(0, reference.order, torch.arange(slots))
+    for plan in (mine, again):
+        assert torch.equal(plan.order.cpu(), reference.order) and torch.equal(plan.offsets.cpu(), reference.offsets)
+        assert torch.equal(plan.schedule.row.cpu().long(), row)
+        assert plan.schedule.rows == 128
+        assert plan.schedule.tiles[: int(plan.schedule.count)].tolist() == expected
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("variant", [{}, {"skew": True, "sentinels": True}], ids=["plain", "skew-sentinels"])
+def test_moe_mlp(backend, dtype, shape, variant):
+    call = make_call(shape, dtype, seed=sum(shape), **variant)
+    out = moe_mlp(call, BankStats.empty(shape[2], DEVICE), make_rows(shape[0], 1))
+    assert out.dtype == dtype
+    assert_close(f"moe_mlp {shape=} {dtype=}", out.cpu(), loop_over_slots(call), dtype)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gate", [gate for gate in GATES if not gate.interleaved], ids=str)
+def test_fused_gates(backend, dtype, gate):
+    call = make_call((90, 2, 4, 48, 24), dtype, 11)
+    if not gate.gated:
+        call["gate_up"] = call["gate_up"][:, :24].contiguous()
+    call["gate_up"] = call["gate_up"] * 6  # far enough to reach the clamps
+    out = moe_mlp(call | {"gate": gate}, BankStats.empty(4, DEVICE))
+    assert_close(f"{gate}", out.cpu(), loop_over_slots(call, GATES[gate]), dtype)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_statistics_are_those_of_the_stored_output(backend, dtype, gated, shape):
+    """Bit for bit those of the h and y that the same kernels store, infinities and NaN among them."""
+    call = make_call(shape, dtype, seed=7 + sum(shape), sentinels=True)
+    call["x"][::7] *= 30  # beyond float8
+    call["x"][3::50, 0], call["x"][4::50, 1] = torch.inf, torch.nan
+    gate = call["gate"]
+    if not gated:
+        gate, call["gate_up"] = next(g for g in GATES if not g.gated), call["gate_up"][:, : shape[4]].contiguous()
+    call = on_device(call)
+    plan = backend.plan(call["top_k_index"], shape[2])
+    weights = (call["gate_up"], None, gate, call["down"], None, False, call["top_k_weights"])
+    out, stats = backend.experts(call["x"], plan, *weights)
+    h, _ = backend._gate_up(call["x"], plan, call["gate_up"], gate)
+    y = backend._down(h, plan, call["down"])
+    routed = int(plan.offsets[-1])
+    reference = row_stats_torch(y, h)
+    assert_same_stats(stats, reference, routed)
+    general, general_stats = backend.down(h, plan, call["down"], None, False)
+    assert_equal_bits("y", general[:routed].view(torch.int16), y[:routed].view(torch.int16))
+    assert_same_stats(general_stats, reference, routed)
+    again, unmeasured = backend.experts(call["x"], plan, *weights, statistics=False)
+    assert_equal_bits("out", again.view(torch.int16), out.view(torch.int16))
+    assert unmeasured is None
+    if shape[0] > 50:
+        assert reference.nonfinite[:routed].any() and reference.over_fp8[:routed].any()
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gate_up_without_a_gate(backend, dtype, shape):
+    call = on_device(make_call(shape, dtype, 5))
+    plan = backend.plan(call["top_k_index"], shape[2])
+    z = backend.gate_up(call["x"], plan, call["gate_up"], None, False)
+    assert_close("gate_up", z, gate_up_torch(call["x"].double(), plan, call["gate_up"].double()), dtype)
+
+
+def random_call(
+    generator: torch.Generator, tokens: int, experts: int, hot: bool
+) -> tuple[torch.Tensor, torch.Tensor, Rows]:
+    """(routing, gates, rows) with sentinels, gates of 0 and infinity, and rows that do not count."""
+    k = min(2, experts)
+    scores = torch.rand(tokens, experts, generator=generator)
+    scores[:, 0] += hot  # half of all rows
+    index = scores.topk(k).indices
+    index[torch.rand(tokens, k, generator=generator) < 0.1] = experts
+    gates = torch.rand(tokens, k, generator=generator)
+    gates[torch.rand(tokens, k, generator=generator) < 0.1] = 0
+    gates[::29, 0], gates[::31, 0] = torch.inf, torch.nan
+    sequence, position, token = (torch.randint(n, (tokens,), generator=generator) for n in (5, 4, 1000))
+    counted = torch.rand(tokens, generator=generator) < 0.9
+    first = counted & (torch.rand(tokens, generator=generator) < 0.2)
+    return index, gates, Rows(counted, first, sequence, position, token)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("experts", [1, 3, 200])
+@pytest.mark.parametrize("values", [1, 3, 1000])
+@pytest.mark.parametrize("hot", [False, True])
+def test_update_keeps_the_best_in_order(backend, experts, values, hot):
+    """Several tiles of one expert, ties everywhere, ids that do not ascend, several sources: the reference's bits."""
+    generator = torch.Generator().manual_seed(values)
+    mine, reference = BankStats.empty(experts, DEVICE), BankStats.empty(experts)
+    for call, tokens in enumerate((30, 5000, 1, 1700)):
+        index, gates, rows = random_call(generator, tokens, experts, hot)
+        rows = replace(rows, source=(3, 1, 3, 0)[call])
+        if call == 3:
+            rows = Rows.unmapped(tokens, "cpu")
+        plan = plan_torch(index, experts)
+        stats = random_stats(index.numel(), generator, values)
+        update_torch(reference, stats, plan, gates, rows)
+        moved = Plan(plan.order.to(DEVICE), plan.offsets.to(DEVICE), plan.top_k)
+        on_gpu = RowStats(*(t.to(DEVICE) for t in stats.tensors()))
+        backend.update(mine, on_gpu, moved, gates.to(DEVICE), rows.to(DEVICE))
+        assert_same_state(mine, reference)
+
+
+@ON_HOPPER
+def test_update_of_many_rows_of_distinct_values(backend):
+    """One expert with 100,000 rows, in ascending order: every tile has rows that enter. The sums are the same bits twice."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = 100_000
+    index, gates, rows = random_call(generator, tokens, 1, False)
+    plan, stats = plan_torch(index, 1), random_stats(tokens, generator, 3)
+    stats.peak = torch.linspace(-1, 7, tokens)
+    stats.in_peak = -stats.peak
+    reference, states = BankStats.empty(1), []
+    update_torch(reference, stats, plan, gates, rows)
+    on_gpu = RowStats(*(t.to(DEVICE) for t in stats.tensors()))
+    for _ in range(2):
+        states.append(BankStats.empty(1, DEVICE))
+        moved = Plan(plan.order.to(DEVICE), plan.offsets.to(DEVICE), 1)
+        backend.update(states[-1], on_gpu, moved, gates.to(DEVICE), rows.to(DEVICE))
+    assert_same_state(states[0], reference)
+    assert torch.equal(states[0].sums.view(torch.int64), states[1].sums.view(torch.int64))
+
+
+@ON_HOPPER
+def test_what_it_cannot_serve_goes_to_triton_with_the_reason(backend):
+    plain = make_call((40, 2, 4, 64, 32), torch.bfloat16, 2)
+    biased = make_call((40, 2, 4, 64, 32), torch.bfloat16, 2, bias=True)
+    interleaved = next(gate for gate in GATES if gate.interleaved)
+    crooked = torch.zeros(plain["down"].numel() + 1, dtype=torch.bfloat16, device=DEVICE)[1:].view_as(plain["down"])
+    cases = {
+        "biases": biased,
+        "transposed": make_call((40, 2, 4, 64, 32), torch.bfloat16, 2, transposed=True),
+        "interleaved": plain | {"gate": interleaved},
+        "multiples of 8": make_call((40, 2, 4, 60, 32), torch.bfloat16, 2),
+        "float32": make_call((40, 2, 4, 64, 32), torch.float32, 2),
+        "16-byte": plain | {"down": crooked},
+    }
+    for reason, call in cases.items():
+        served = []
+        ops.moe_mlp(
+            **on_device(call), state=BankStats.empty(4, DEVICE), backend="cuda", served=lambda *note: served.append(note)
+        )
+        (name, why), = served
+        assert name == "triton" and reason in why
+    weight = QuantizedWeights(plain["down"].to(torch.float8_e4m3fn), torch.ones(4, 1, 1), (64, 64), torch.bfloat16)
+    assert "quantized" in backend.refusal(DEVICE, torch.bfloat16, Call(80, 4, (weight,)))
+
+
+@ON_HOPPER
+def test_general_path_and_banks_of_one_expert(backend):
+    x = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+    state, reference, served = BankStats.empty(1, DEVICE), BankStats.empty(1, DEVICE), []
+    how = {"backend": "cuda", "served": lambda *note: served.append(note)}
+    y = ops.linear_stats(x, weight, None, state, **how)
+    assert_close("linear", y, x.double() @ weight.double().T, torch.bfloat16)
+    ops.output_stats(y, x, reference, **how)
+    assert served == 2 * [("cuda", None)]
+    assert_same_state(state, reference)
+    call = make_call((50, 2, 4, 32, 16), torch.bfloat16, 8)
+    routed = BankStats.empty(4, DEVICE, channels=(32, 16), coactivation=True)
+    out = moe_mlp(call | {"gate": swiglu}, routed, make_rows(50, 1))
+    assert_close("general", out.cpu(), loop_over_slots(call), torch.bfloat16)
+    assert torch.allclose(routed.channel_max.amax(1), routed.out_max)
+
+
+@ON_HOPPER
+def test_no_tokens(backend):
+    call = make_call((1, 2, 4, 16, 8), torch.bfloat16, 0)
+    call |= {name: call[name][:0] for name in ("x", "top_k_index", "top_k_weights")}
+    for gate in (call["gate"], swiglu):
+        state = BankStats.empty(4, DEVICE)
+        assert moe_mlp(call | {"gate": gate}, state).shape == (0, 16)
+        assert state.equal(BankStats.empty(4, DEVICE))
+
+
+@ON_HOPPER
+def test_duplicates(backend):
+    call = make_call((30, 4, 2, 64, 32), torch.bfloat16, 5)
+    call["top_k_index"] = torch.randint(0, 2, (30, 4), generator=torch.Generator().manual_seed(0))
+    call["top_k_weights"] = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
+    out = moe_mlp(call, BankStats.empty(2, DEVICE))
+    assert_close("duplicates", out.cpu(), loop_over_slots(call), torch.bfloat16)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_synchronisation_and_graph_replay(backend, dtype):
+    """The same bits eagerly, under the synchronisation check, and replayed as a CUDA graph on new inputs."""
+    call = on_device(make_call((600, 8, 16, 512, 256), dtype, 1))
+    rows = make_rows(600, 1).to(DEVICE)
+    eager, replayed = BankStats.empty(16, DEVICE), BankStats.empty(16, DEVICE)
+    expected = moe_mlp(call, eager, rows)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moe_mlp(call, BankStats.empty(16, DEVICE), rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    inputs = {name: torch.zeros_like(call[name]) for name in ("x", "top_k_index", "top_k_weights")}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = moe_mlp(call | inputs, replayed, rows)
+    for name, tensor in inputs.items():
+        tensor.copy_(call[name])
+    graph.replay()
+    assert_equal_bits("out", out.view(torch.int16), expected.view(torch.int16))
+    assert_same_state(replayed, eager)
+
+
+@ON_HOPPER
+def test_chosen_by_itself_where_experts_have_rows_enough():
+    served = []
+    for tokens in (1, 64 * MIN_ROWS):
+        call = on_device(make_call((tokens, 2, 8, 64, 32), torch.bfloat16, 1))
+        ops.moe_mlp(**call, state=BankStats.empty(8, DEVICE), served=lambda *note: served.append(note))
+    assert served == [("triton", None), ("cuda", None)]

@@ -1,0 +1,155 @@
+"""Expert-parallel models, by transformers' own plan on two ranks: every rank has what one process would measure."""
+
+import inspect
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import random_model
+from test_profile import token_ids
+from transformers.distributed import DistributedConfig
+
+import sedetect
+from sedetect.stats import BankStats, ModelStats
+
+RANK = """
+import inspect, json, os, sys
+sys.path[:0] = json.loads(sys.argv[4])
+import torch
+import torch.distributed as dist
+from test_profile import token_ids
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+import sedetect
+from sedetect.ablation import ablate
+from sedetect.ranking import Place
+
+torch.set_num_threads(1)
+checkpoint, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+known = inspect.signature(DistributedConfig).parameters
+if "ep_size" not in known:  # transformers before 5.23
+    settings = {"tp_size": 2, "tp_plan": "auto"} | ({"enable_expert_parallel": True} if "ep_size" in settings else {})
+model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=DistributedConfig(**settings)).eval()
+result = {}
+def line(run):
+    try:
+        run()
+    except sedetect.SedetectError as error:
+        return str(error)
+result["refused"] = line(lambda: sedetect.profile(model))
+if result["refused"] is None:
+    ids = token_ids()
+    with sedetect.profile(model, source="text", channels=True, prefix=1) as prof:
+        prof.batch(sequence_ids=range(len(ids)))
+        logits = model(input_ids=ids).logits
+        during = prof.stats
+    prof.stats.save(out + ".safetensors")
+    torch.save(logits, out + ".logits")
+    result["during"] = {str(bank): state.rows.tolist() for bank, state in during.banks.items()}
+    result["notes"] = [during.header.notes, prof.stats.header.notes]
+    bank = next(bank for bank in during.banks if bank.kind == "routed")
+    def switch_off():
+        with ablate(model, [Place(*bank, 1)]):
+            pass
+    result["ablate"] = line(switch_off)
+    result["coactivation"] = line(lambda: sedetect.profile(model, coactivation=True))
+print(json.dumps(result))
+dist.destroy_process_group()
+"""
+
+
+def run_ranks(checkpoint, folder, **settings):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in ("0", "1"):
+        environment = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        words = [checkpoint, folder / f"rank{rank}", json.dumps(settings), json.dumps([p for p in sys.path if p])]
+        command = [sys.executable, "-c", RANK, *map(str, words)]
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    results = []
+    for process in started:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err.decode()[-3000:]
+        results.append(json.loads(out.splitlines()[-1]))
+    return results
+
+
+@pytest.fixture(scope="module", params=["deepseek_v3", "gpt_oss"])
+def ranks(request, tmp_path_factory):
+    """What each of two ranks measured and said, and what one process measures."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = random_model(request.param)
+    model.save_pretrained(folder / "checkpoint")
+    results = run_ranks(folder / "checkpoint", folder, tp_size=2, ep_size=2)
+    ids = token_ids()
+    with sedetect.profile(model, source="text", channels=True, prefix=1) as prof:
+        prof.batch(sequence_ids=range(len(ids)))
+        logits = model(input_ids=ids).logits
+    return results, folder, prof.stats, logits
+
+
+def test_every_rank_has_the_statistics_of_all_experts(ranks):
+    results, folder, expected, logits = ranks
+    for rank in (0, 1):
+        stats = ModelStats.load(folder / f"rank{rank}.safetensors")
+        own = torch.load(folder / f"rank{rank}.logits")
+        assert torch.allclose(own, logits, atol=1e-4)
+        assert results[rank]["notes"][1] == expected.header.notes
+        assert list(stats.banks) == list(expected.banks) and stats.header.sources == expected.header.sources
+        for bank, state in stats.banks.items():
+            alone = expected.banks[bank]
+            assert torch.equal(state.counts[:, :3], alone.counts[:, :3]), bank
+            for name in ("out_max", "first_max", "channel_max", "in_channel_max", "norm_sum", "gate_norm_sum"):
+                assert torch.allclose(getattr(state, name), getattr(alone, name), rtol=1e-3, atol=1e-4), (bank, name)
+            for name in ("outliers", "first_outliers", "in_max"):
+                places = [getattr(one, name)[:, 0, [2, 4, 5, 6]] for one in (state, alone)]
+                assert (places[0] == places[1]).all(-1).float().mean() > 0.9, (bank, name)
+
+
+def test_a_rank_by_itself_has_its_own_experts_under_their_numbers(ranks):
+    results, _, expected, _ = ranks
+    for bank, state in expected.banks.items():
+        if bank.kind == "routed":
+            rows, half = state.rows.tolist(), len(state.rows) // 2
+            assert results[0]["during"][str(bank)] == rows[:half] + [0] * half
+            assert results[1]["during"][str(bank)] == [0] * half + rows[half:]
+    assert any("experts of other ranks are not in it" in note for note in results[0]["notes"][0])
+
+
+def test_what_sees_one_ranks_experts_alone_is_refused(ranks):
+    for result in ranks[0]:
+        assert "expert-parallel models are profiled, nothing else" in result["ablate"]
+        assert "coactivation" in result["coactivation"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"tp_size": 2, "tp_plan": "auto"}, "split by tensor parallelism.*expert-parallel plan instead"),
+        ({"fsdp_size": 2, "ep_size": 2}, "its ranks send each other rows.*tp_size=N, ep_size=N"),
+        ({"tp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"}, "its ranks send each other rows"),
+    ],
+    ids=["tensor-parallel", "fsdp", "all-to-all"],
+)
+def test_other_layouts_are_refused(settings, line, tmp_path):
+    if "ep_size" in settings and "ep_size" not in inspect.signature(DistributedConfig).parameters:
+        pytest.skip("this transformers has one layout of experts")
+    random_model("qwen3_moe").save_pretrained(tmp_path / "checkpoint")
+    for result in run_ranks(tmp_path / "checkpoint", tmp_path, **settings):
+        assert re.search(line, result["refused"])
+
+
+def test_states_among_others():
+    state = BankStats.empty(2, channels=(3, 4))
+    state.counts[1, 0], state.channel_max[0] = 5, 2.0
+    whole = state.among(1, 4)
+    assert whole.rows.tolist() == [0, 0, 5, 0] and whole.channel_max[:, 0].tolist() == [0, 2, 0, 0]
+    assert whole.merge(BankStats.empty(4, channels=(3, 4))).equal(whole)

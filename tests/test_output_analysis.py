@@ -1,0 +1,331 @@
+"""analyze outputs: every array against loops over experts and tokens; the model computes what it would without."""
+
+import numpy as np
+import pytest
+import torch
+from conformance import available
+from dense_reference import listen
+from families import FAMILIES, tiny_model
+from models import TINY, random_model, snapshot
+from test_adapters import DeepseekBlock, MixtralBlock, as_remote_code
+from test_quantized import twins
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sedetect import hf, ops
+from sedetect.analysis import Analysis, LayerArrays, Text, read_texts
+from sedetect.calibration import Windows
+from sedetect.errors import SedetectError
+from sedetect.expert_matrices import expert_matrices
+from sedetect.kernels.gate import Gate
+from sedetect.layers import run_tokens
+from sedetect.output_analysis import OutputSums, analyze_outputs, standings, summarize
+from sedetect.pipeline import calibration_windows
+from sedetect.routing_analysis import analyze_routing
+from sedetect.stacked import Adapter
+from sedetect.stats import BankId
+
+# experts and their gates; router, and down projections of shared experts, in the layer's MoE block
+PLACES = {
+    "qwen3_moe": ("model.layers.{}.mlp", "experts", "gate", ()),
+    "qwen2_moe": ("model.layers.{}.mlp", "experts", "gate", ("shared_expert.down_proj",)),
+    "deepseek_v3": ("model.layers.{}.mlp", "experts", "gate", ("shared_experts.down_proj",)),
+    "gpt_oss": ("model.layers.{}.mlp", "experts", "router", ()),
+    "mixtral": ("model.layers.{}.mlp", "experts", "gate", ()),
+    "gemma4": ("model.language_model.layers.{}", "experts", "router.proj", ("mlp.down_proj",)),
+    "dbrx": ("transformer.blocks.{}.ffn", "experts", "router.layer", ()),
+    "jetmoe": ("model.layers.{}.mlp", "", "router.layer", ()),
+    "step3p7": ("model.language_model.layers.{}.mlp", "experts", "gate", ("shared_experts.down_proj",)),
+    "nllb_moe": ("model.decoder.layers.{}.ffn", "experts", "router.classifier", ()),
+    "switch_transformers": ("decoder.block.{}.layer.2.mlp", "experts", "router.classifier", ()),
+}
+
+
+def windows_of(ids: torch.Tensor) -> dict[str, Windows]:
+    return {"one": Windows(ids[:1], torch.arange(1), "one", {}), "two": Windows(ids[1:], torch.arange(1), "two", {})}
+
+
+def random_ids(length: int = 9, number: int = 2) -> torch.Tensor:
+    ids = torch.randint(3, 90, (number, length), generator=torch.Generator().manual_seed(2))
+    ids[:, 0] = 1
+    return ids
+
+
+def text_of(ids: torch.Tensor) -> Text:
+    return Text("text", ids, [str(i) for i in ids.tolist()])
+
+
+def loops(y: np.ndarray) -> dict[str, np.ndarray]:
+    """cosine, angular (T, N, N) and norm (T, N) of y (N, T, H), pair by pair."""
+    members, tokens, _ = y.shape
+    cosine = np.ones((tokens, members, members))
+    for t in range(tokens):
+        for i in range(members):
+            for j in range(members):
+                a, b = y[i, t], y[j, t]
+                cosine[t, i, j] = 1 if i == j else (a @ b) / np.sqrt((a @ a) * (b @ b))
+    return {
+        "cosine": cosine,
+        "angular": 1 - np.arccos(np.clip(cosine, -1, 1)) / np.pi,
+        "norm": np.array([[np.sqrt(y[i, t] @ y[i, t]) for i in range(members)] for t in range(tokens)]),
+    }
+
+
+def close(mine, expected, tolerance=2e-5):
+    np.testing.assert_allclose(np.asarray(mine, dtype=np.float64), expected, rtol=1e-4, atol=tolerance)
+
+
+def check_layer(arrays, heard, experts, short):
+    """The arrays of one layer: heard on two windows; short: on a text."""
+    y = [
+        np.concatenate([h.outputs(experts).numpy(), *(s[None].double().numpy() for s in h.shared.values())])
+        for h in heard
+    ]
+    every = loops(np.concatenate(y, axis=1))
+    tokens = every["norm"].shape[0]
+    assert int(arrays["tokens"]) == tokens
+    close(arrays["cosine"], every["cosine"].mean(0))
+    close(arrays["angular"], every["angular"].mean(0))
+    close(arrays["norm_mean"], every["norm"].mean(0))
+    close(arrays["norm_max"], every["norm"].max(0))
+    counts, chosen = np.zeros((experts, experts), int), np.zeros(experts, int)
+    logits = torch.cat([h.logits() for h in heard])[:, :experts].double().numpy()
+    index = torch.cat([h.index for h in heard]).tolist() if heard[0].index is not None else [[]] * tokens
+    weights = torch.cat([h.weights for h in heard]).tolist() if heard[0].index is not None else [[]] * tokens
+    for t in range(tokens):
+        score_rank, norm_rank = (np.argsort(np.argsort(v[:experts])) for v in (logits[t], every["norm"][t]))
+        for e in range(experts):
+            counts[score_rank[e], norm_rank[e]] += 1
+        for e, weight in zip(index[t], weights[t]):
+            if weight and e < experts:
+                chosen[norm_rank[e]] += 1
+    assert (arrays["rank_counts"].numpy() == counts).all()
+    if heard[0].index is not None:
+        assert (arrays["chosen_ranks"].numpy() == chosen).all()
+    one = loops(
+        np.concatenate([short.outputs(experts).numpy(), *(s[None].double().numpy() for s in short.shared.values())])
+    )
+    close(arrays["text.cosine"], one["cosine"])
+    close(arrays["text.norm"], one["norm"])
+    scores = np.exp(short.logits().double().numpy())
+    close(arrays["text.score"], (scores / scores.sum(1, keepdims=True))[:, :experts])
+
+
+def check_states(model, bank, arrays, x):
+    """act(W_gate x) by the matrices, for gates that are a product with the up half."""
+    matrices, module = expert_matrices(model, bank), bank.module
+    act = module.act_fn if hasattr(module, "act_fn") else torch.nn.functional.silu
+    with torch.no_grad():
+        for t, row in enumerate(x):
+            for e in range(bank.experts):
+                close(arrays["text.states"][t, e], act(matrices["gate"][e] @ row).numpy(), 1e-4)
+
+
+@pytest.mark.parametrize("family", PLACES)
+def test_against_loops(family):
+    block, experts_name, router, shared = PLACES[family]
+    model = tiny_model(family, FAMILIES[family])
+    ids, text = random_ids(), random_ids(5, 1)[0]
+    banks = [b for b in hf.find_banks(model) if b.id.kind == "routed" and b.id.stack == "decoder"]
+    blocks = {bank.id: block.format(bank.id.layer) for bank in banks}
+    of = {bank: ".".join(filter(None, (path, experts_name))) for bank, path in blocks.items()}
+    paths = {of[bank]: [f"{path}.{name}" for name in shared] for bank, path in blocks.items()}
+    routers = {of[bank]: f"{path}.{router}" for bank, path in blocks.items()}
+    heard = [listen(model, row[None], paths, routers) for row in (*ids, text)]
+    before = snapshot(model)
+    result = analyze_outputs(model, windows_of(ids), texts=[text_of(text)], batch_size=1)
+    assert snapshot(model) == before
+    for bank in banks:
+        *long, short = (one[of[bank.id]] for one in heard)
+        arrays = result.layers[bank.id].arrays
+        check_layer(arrays, long, bank.experts, short)
+        assert arrays["text.states"].shape == (len(text), bank.experts, bank.intermediate)
+        if family in ("qwen3_moe", "qwen2_moe", "mixtral", "gemma4"):
+            check_states(model, bank, arrays, short.x)
+        assert len(result.layers[bank.id].members) == len(arrays["norm_mean"]) == bank.experts + len(shared)
+    if family != "nllb_moe" and family != "switch_transformers":
+        assert not result.notes
+
+
+@pytest.mark.parametrize("family", [name for name in available() if FAMILIES[name].refused is None])
+def test_every_architecture(family):
+    """It runs, the model's answer is the same (behind the experts interface, to the bit), the numbers hang together."""
+    if family == "qwen3_omni_moe:talker":
+        pytest.skip("takes embeddings, and no token ids")
+    model = tiny_model(family, FAMILIES[family])
+    ids, answers = random_ids(12), []
+    hook = model.register_forward_hook(lambda m, a, out: answers.append(out[0]))
+    torch.manual_seed(0)  # one family draws in its forward
+    with torch.no_grad():
+        run_tokens(model, ids)
+    torch.manual_seed(0)
+    windows = {"both": Windows(ids, torch.arange(2), "both", {})}
+    result = analyze_outputs(model, windows, texts=[text_of(ids[0])])
+    hook.remove()
+    if any(isinstance(bank.module, Adapter) for bank in hf.find_banks(model)):
+        torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(answers[1], answers[0])
+    ran = 0
+    for bank in hf.find_banks(model):
+        arrays = result.layers[bank.id].arrays if bank.id in result.layers else {}
+        if arrays and int(arrays["tokens"]):
+            ran += 1
+            tokens, members = int(arrays["tokens"]), len(result.layers[bank.id].members)
+            assert arrays["cosine"].shape == (members, members)
+            assert arrays["cosine"].diagonal().allclose(torch.ones(1), atol=1e-6)
+            assert arrays["cosine"].abs().max() <= 1 and (arrays["norm_max"] >= arrays["norm_mean"]).all()
+            counts = arrays["rank_counts"]
+            assert (counts.sum(0) == tokens).all() and (counts.sum(1) == tokens).all()
+            found = summarize(result.layers[bank.id])
+            assert -1 <= found["correlation"] <= 1 and 0 <= found["top"] <= 1
+            if "text.norm" in arrays:
+                assert len(arrays["text.norm"]) == 12 == len(arrays["text.states"])
+    assert ran
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    cut = {"tokens": 256, "seq_len": 64, "seed": None, "chat_template": False}
+    return model, tokenizer, calibration_windows(model, tokenizer, None, **cut).domains
+
+
+def test_tiny_moe(tiny):
+    model, tokenizer, domains = tiny
+    (text,) = read_texts(tokenizer, ["As an open source alternative to"])
+    assert text.tokens[0] == "<|bos|>" and len(text.ids) == len(text.tokens) > 5
+    steps = []
+    result = analyze_outputs(model, domains, texts=[text], layers=[1, 9], progress=lambda *step: steps.append(step))
+    assert steps == [(domain, 64) for domain in domains]
+    assert list(result.layers) == [BankId("decoder", layer, "routed") for layer in (1, 9)]
+    paths = {f"model.layers.{layer}.mlp.experts": [] for layer in (1, 9)}
+    routers = {path: path.replace("experts", "gate") for path in paths}
+    every = [*(row for windows in domains.values() for row in windows.ids), text.ids]
+    heard = [listen(model, row[None], paths, routers) for row in every]
+    for bank, layer in result.layers.items():
+        *long, short = (one[f"model.layers.{bank.layer}.mlp.experts"] for one in heard)
+        check_layer(layer.arrays, long, 32, short)
+    found = result.layers[BankId("decoder", 1, "routed")]
+    assert int(found.arrays["text.norm"][0].argmax()) == 28  # the super expert, on BOS
+    assert standings(found, 28)["largest norm"].place == 1
+    assert found.arrays["text.index"][0].tolist()[0] == 28
+
+
+def test_chunks_are_added_up(tiny, monkeypatch):
+    model, _, domains = tiny
+    whole = analyze_outputs(model, domains, layers=[3], batch_size=2)
+    monkeypatch.setattr("sedetect.output_analysis._CHUNK", {"cpu": 32 * 256 * 5})
+    parts = analyze_outputs(model, domains, layers=[3], batch_size=2)
+    bank = BankId("decoder", 3, "routed")
+    for name, array in whole.layers[bank].arrays.items():
+        torch.testing.assert_close(parts.layers[bank].arrays[name], array, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_expert(backend, transposed):
+    """The stages of each backend, with every expert chosen, against one linear after another."""
+    generator = torch.Generator().manual_seed(6)
+    experts, tokens, hidden, inner = 5, 7, 32, 48
+    x = torch.randn(tokens, hidden, generator=generator)
+    up, down = (torch.randn(experts, *s, generator=generator) * 0.2 for s in ((2 * inner, hidden), (hidden, inner)))
+    up_bias, down_bias = (
+        torch.randn(experts, 2 * inner, generator=generator),
+        torch.randn(experts, hidden, generator=generator),
+    )
+    given = [w.transpose(1, 2).contiguous() if transposed else w for w in (up, down)]
+    how = {"gate_up_bias": up_bias, "down_bias": down_bias, "transposed": transposed, "backend": backend}
+    y = ops.every_expert(x, *given, Gate(), **how)
+    assert y.shape == (experts, tokens, hidden)
+    for e in range(experts):
+        gate, value = (x @ up[e].T + up_bias[e]).chunk(2, dim=1)
+        expected = torch.nn.functional.silu(gate) * value @ down[e].T + down_bias[e]
+        torch.testing.assert_close(y[e], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_that_are_not_finite_count_nowhere():
+    y = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(7))
+    chosen, logits = torch.tensor([[0], [1], [2], [3]]), torch.randn(4, 3)
+    clean, broken = OutputSums(3, 3, torch.device("cpu")), OutputSums(3, 3, torch.device("cpu"))
+    kept = torch.tensor([0, 2, 3])
+    clean.add(y[:, kept], chosen[kept], logits[kept])
+    y[1, 1, 2] = torch.inf
+    broken.add(y, chosen, logits)
+    for name, array in clean.arrays().items():
+        torch.testing.assert_close(broken.arrays()[name], array)
+    assert int(broken.arrays()["tokens"]) == 3 and int(broken.arrays()["chosen_ranks"].sum()) == 2
+    zero = OutputSums(3, 3, torch.device("cpu"))
+    zero.add(torch.zeros(3, 2, 5), chosen[:2], None)
+    assert (zero.arrays()["cosine"] == 0).all() and "rank_counts" not in zero.arrays()
+
+
+def test_of_a_layer_whose_scores_follow_norms():
+    """summarize says so: the correlation is 1 and every chosen expert has a large norm."""
+    size = torch.tensor([1.0, 2, 3, 4])
+    y = size[:, None, None] * torch.randn(4, 50, 8, generator=torch.Generator().manual_seed(8)).sign()
+    sums = OutputSums(4, 4, torch.device("cpu"))
+    sums.add(y, torch.tensor([[3, 2]] * 50), size.repeat(50, 1))
+    found = summarize(LayerArrays(4, list("abcd"), sums.arrays()))
+    assert found["correlation"] == found["top"] == found["chosen"] == 1 and found["by_chance"] == 0.5
+
+
+@pytest.mark.parametrize("block", [MixtralBlock, DeepseekBlock])
+def test_remote_code_as_the_stacked_experts(block):
+    stacked = random_model("qwen3_moe")
+    for layer in stacked.model.layers:
+        layer.mlp.gate.norm_topk_prob = True
+        inner = layer.mlp.forward
+        layer.mlp.forward = lambda x, inner=inner: inner(x) + 0.1 * x
+    listed = as_remote_code(stacked, block, "w")
+    same_arrays(*(analyze_outputs(model, windows_of(random_ids())) for model in (stacked, listed)))
+
+
+def test_quantized_experts_as_what_they_stand_for():
+    plain, stored = twins("fp8")
+    given = windows_of(random_ids()), [text_of(random_ids()[0])]
+    for backend in (None, "triton"):
+        same_arrays(*(analyze_outputs(m, given[0], texts=given[1], backend=backend) for m in (plain, stored)))
+    same_arrays(*(analyze_routing(m, given[0], texts=given[1]) for m in (plain, stored)))
+    for ours, bank in zip(hf.find_banks(stored), hf.find_banks(plain), strict=True):
+        for name, matrix in expert_matrices(plain, bank).items():
+            close(expert_matrices(stored, ours)[name].float(), matrix.float().numpy(), 1e-2)
+
+
+def same_arrays(one: Analysis, other: Analysis) -> None:
+    assert one.layers.keys() == other.layers.keys()
+    for bank, layer in one.layers.items():
+        assert layer.members == other.layers[bank].members
+        for name, array in layer.arrays.items():
+            found = other.layers[bank].arrays[name]
+            if array.is_floating_point():
+                torch.testing.assert_close(found, array, rtol=1e-3, atol=1e-4, equal_nan=True)
+            else:
+                assert (found != array).float().mean() < 0.05, f"{bank} {name}"  # ranks flip between near equals
+
+
+def test_refused_and_file(tiny, tmp_path):
+    model, tokenizer, domains = tiny
+    with pytest.raises(SedetectError, match="--layers 12: has no routed experts"):
+        analyze_outputs(model, domains, layers=[12])
+    with pytest.raises(SedetectError, match="--texts '': gives no token"):
+        read_texts(tokenizer, [""])
+    assert not any(hf.is_attached(bank) for bank in hf.find_banks(model))
+    for analyze in (analyze_outputs, analyze_routing):
+        with pytest.raises(SedetectError, match="is in training mode"):
+            analyze(random_model("qwen3_moe").train(), domains)
+    result = analyze_outputs(model, domains, layers=[0])
+    again = Analysis.load(result.save(tmp_path), "outputs")
+    bank = BankId("decoder", 0, "routed")
+    assert again.settings == result.settings and again.layers[bank].arrays.keys() == result.layers[bank].arrays.keys()
+
+
+def test_restored_after_an_error():
+    model = random_model("qwen2_moe")
+    before = snapshot(model)
+    hook = model.model.layers[2].register_forward_hook(lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        analyze_outputs(model, windows_of(random_ids()))
+    hook.remove()
+    assert snapshot(model) == before
+    assert not any(module._forward_pre_hooks for module in model.modules())

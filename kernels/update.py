@@ -49,7 +49,8 @@ class Rows:
         return [self.counted, self.first, self.sequence, self.position, self.token]
 
     def to(self, device: torch.device) -> "Rows":
-        return Rows(*(t.to(device, non_blocking=True) for t in self.tensors()), self.source)
+        # The host would read a copy to it that nobody waits for before it is made.
+        return Rows(*(t.to(device, non_blocking=device.type == "cuda") for t in self.tensors()), self.source)
 
 
 def update_torch(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:

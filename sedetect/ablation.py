@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from sedetect import hf
 from sedetect.errors import SedetectError
+from sedetect.forwards import forward_of, replace_forward
 from sedetect.kernels.grouped import expert_linear
 from sedetect.quantized import linear_weight
 from sedetect.ranking import Place
@@ -236,7 +237,7 @@ def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callabl
     if found is None:
         raise SedetectError(f"{bank.path}: no router found beside it; use how='skip'")
     router = found.block.get_submodule(found.path.partition(".")[0])
-    original, previous = router.forward, router.__dict__.get("forward")
+    original = forward_of(router)
 
     @wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -248,7 +249,7 @@ def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callabl
             )
         return out
 
-    router.forward = forward
+    restore = replace_forward(router, forward)
     # A bias added to the scores after the sigmoid (e_score_correction_bias) would let a logit of -inf be chosen.
     swapped = []
     for module in {id(m): m for m in (found.block, *router.modules())}.values():
@@ -263,9 +264,6 @@ def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callabl
     def undo() -> None:
         for own, name, bias in swapped:
             own[name] = bias
-        if previous is None:
-            del router.forward
-        else:
-            router.forward = previous
+        restore()
 
     return undo

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 from sedetect.checkpoint import choose_device, choose_dtype, read_header, shards_of
 
 WEIGHTS_SHARE = 0.9  # of the free memory; the rest is for a forward
+_CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container
 _HIDDEN_SHARE = {"cuda": 0.25, "cpu": 0.5}  # of the free memory; what is larger goes to the next place
 
 
@@ -19,16 +21,19 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    limit, used, kinds = (_CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        # Cached files count as used, but make room.
+        cached = re.findall(r"^(?:in)?active_file (\d+)$", kinds.read_text() if kinds.is_file() else "", re.MULTILINE)
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + sum(map(int, cached)))
     return free
 
 
-def weight_bytes(folder: str | Path, dtype: str | torch.dtype = "auto") -> int:
+def weight_bytes(folder: str | Path, dtype: str | torch.dtype = "auto", dequantized: bool = False) -> int:
     """Bytes of a checkpoint folder's weights in memory, floating-point ones in dtype; from the files' headers alone.
 
-    Raises SedetectError as check_checkpoint does.
+    dequantized: 8-bit floats take 16 bits, which is what transformers makes of them without a GPU. Raises SedetectError
+    as check_checkpoint does.
     """
     dtype, total = choose_dtype(dtype), 0
     for shard in shards_of(Path(folder)):
@@ -37,14 +42,15 @@ def weight_bytes(folder: str | Path, dtype: str | torch.dtype = "auto") -> int:
                 stored = str_to_torch_dtype.get(entry["dtype"])
                 cast = dtype != "auto" and stored is not None and stored.is_floating_point
                 start, end = entry["data_offsets"]
-                total += math.prod(entry["shape"]) * dtype.itemsize if cast else end - start
+                wide = 2 if dequantized and entry["dtype"].startswith("F8_E") else 1
+                total += math.prod(entry["shape"]) * dtype.itemsize if cast else (end - start) * wide
     return total
 
 
 def too_large(folder: str | Path, device: str | torch.device | None, dtype: str | torch.dtype = "auto") -> str | None:
     """Why a checkpoint folder's weights do not fit the device's free memory, as one line; None where they do."""
     device = choose_device(device)
-    needed, free = weight_bytes(folder, dtype), free_memory(device)
+    needed, free = weight_bytes(folder, dtype, dequantized=not torch.cuda.is_available()), free_memory(device)
     if needed <= WEIGHTS_SHARE * free:
         return None
     return f"{size(needed)} of weights do not fit the {size(free)} free on {device}: streaming them layer by layer"

@@ -74,6 +74,11 @@ class Bank:
         """Whether it is called with a routing; so are shared experts that are stored together."""
         return self.id.kind.startswith("routed") or isinstance(self.module, Adapter)
 
+    @property
+    def stored_in(self) -> nn.Module:
+        """The module of the model that has the weights."""
+        return self.module.module if isinstance(self.module, Adapter) else self.module
+
     def note(self, backend: str, why: str | None) -> None:
         """Remember which backend served a call, and why it was not the one asked for."""
         self.served.add(backend)
@@ -334,8 +339,7 @@ def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
 
 def gate_of(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     """The module's gate as a Gate that a kernel can fuse, where one agrees with it; else its own function."""
-    module = bank.module
-    holder = module.module if isinstance(module, Adapter) else module
+    module, holder = bank.module, bank.stored_in
     own = module._apply_gate if module.has_gate else module.act_fn
     config = {name: value for name, value in vars(getattr(holder, "config", module.config)).items() if "limit" in name}
     limits = [value for value in (*vars(holder).values(), *config.values()) if isinstance(value, float) and value > 0]

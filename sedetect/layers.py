@@ -59,7 +59,8 @@ def run_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
     wanted = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     if "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):  # which passes it on
         wanted["use_cache"] = False
-    ids = ids.to(model.device)
+    if model.device.type != "meta":  # of offloaded embeddings, whose hooks move the ids
+        ids = ids.to(model.device, non_blocking=model.device.type == "cuda")  # without waiting for the forward before
     if model.config.is_encoder_decoder:
         wanted["decoder_input_ids"] = ids
     model(input_ids=ids, **wanted)

@@ -15,8 +15,9 @@ from torch import nn
 
 from sedetect import ops
 from sedetect.errors import SedetectError
+from sedetect.forwards import forward_of, replace_forward
 from sedetect.quantized import linear_weight, serve_linears
-from sedetect.stacked import Adapter, restore_forward
+from sedetect.stacked import Adapter
 
 # Names of an MLP's output projection, down_proj by far the most common. The names in EXPERT_DOWN_NAMES are those of
 # other things as well, and count only in a class that is also an expert's.
@@ -108,7 +109,7 @@ class ListedExperts(Adapter):
 
         def run(expert: int, rows_of_expert: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             linear, heard = getattr(experts[expert], self.down_name), []
-            own = linear.forward
+            own = forward_of(linear)
 
             def forward(h: torch.Tensor) -> torch.Tensor:
                 heard.append((own(h), h))
@@ -183,7 +184,7 @@ class ListedBlock(ListedExperts):
             for expert in self.experts:
                 stack.enter_context(_forward(expert, torch.zeros_like))
             for router in self._routers:
-                stack.enter_context(_forward(router, partial(listen, router.forward)))
+                stack.enter_context(_forward(router, partial(listen, forward_of(router))))
             return own_forward(*args, **kwargs), heard
 
     @torch.no_grad()
@@ -261,9 +262,8 @@ def _first(output: Any) -> torch.Tensor:
 @contextmanager
 def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Another forward for a module while the context lasts."""
-    previous = module.__dict__.get("forward")
-    module.forward = forward
+    undo = replace_forward(module, forward)
     try:
         yield
     finally:
-        restore_forward(module, previous)
+        undo()

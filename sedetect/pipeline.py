@@ -147,7 +147,7 @@ def profile_model(
     streamed: list[StreamedModel] = []
 
     def load(name: str | Path, **options: Any) -> PreTrainedModel:
-        streamed.append(open_streamed(name, **options))
+        streamed.append(open_streamed(name, **options, first=part[0] / part[1]))
         return streamed[0].model
 
     model, tokenizer, notes = open_model(model, tokenizer, **options, load=load if streaming else load_model)

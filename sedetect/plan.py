@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedConfig
 from sedetect import hf
 from sedetect.checkpoint import check_checkpoint
 from sedetect.errors import SedetectError
-from sedetect.streaming_weights import open_streamed, read_bytes
+from sedetect.staging import read_bytes
+from sedetect.streaming_weights import open_streamed
 
 SAMPLE = 2**28  # bytes read to measure the bandwidth
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token")
@@ -22,18 +24,21 @@ class Plan:
     """A checkpoint by numbers.
 
     model         class of the model; files: how many safetensors files hold it
-    dtype         the precision it is loaded in unless another is asked for
+    dtype         the precision it is loaded in and computes in unless another is asked for
+    held          the type that takes the most of its layers' memory on a GPU: dtype, or that of quantized weights
     layers        decoder layers, dense ones counted; experts: routed experts of each layer that has some
     top_k         experts per token, where the config says so
     routed, shared, rest      parameters of routed experts, of shared experts, and of all else
     stored        bytes in the files; layer_bytes: of them, those of each decoder layer; rest_bytes: outside the layers
-    layer_parameters, rest_parameters    likewise, parameters in memory
+    layer_parameters, rest_parameters    likewise, parameters in memory, scales of quantized weights among them
+    layer_memory, rest_memory            likewise, their bytes in memory on a GPU
     width         of the hidden states
     """
 
     model: str
     files: int
     dtype: torch.dtype
+    held: torch.dtype
     layers: int
     experts: dict[int, int]
     top_k: int | None
@@ -45,6 +50,8 @@ class Plan:
     rest_bytes: int
     layer_parameters: list[int]
     rest_parameters: int
+    layer_memory: list[int]
+    rest_memory: int
     width: int
 
     @property
@@ -60,11 +67,13 @@ class Plan:
         return self.parameters - self.routed + round(self.routed * self.top_k * len(self.experts) / total)
 
     def weights(self, dtype: torch.dtype) -> int:
-        """Bytes of all weights in this precision."""
-        return self.parameters * dtype.itemsize
+        """Bytes of all weights in this precision; in that in which they are held, as they are held."""
+        return self.rest_memory + sum(self.layer_memory) if dtype == self.held else self.parameters * dtype.itemsize
 
     def streamed(self, dtype: torch.dtype) -> int:
         """Bytes of weights that streaming holds at most: what is outside the layers, and three of the largest layer."""
+        if dtype == self.held:
+            return self.rest_memory + 3 * max(self.layer_memory)
         return (self.rest_parameters + 3 * max(self.layer_parameters)) * dtype.itemsize
 
 
@@ -78,7 +87,7 @@ def make_plan(folder: str | Path, **options: object) -> Plan:
     check_checkpoint(folder, trust_remote_code=bool(options.get("trust_remote_code", False)))
     streamed = open_streamed(folder, device="cpu", weights=False, **options)
     model, banks = streamed.model, hf.find_banks(streamed.model)
-    routed = sum(_count(bank.module) for bank in banks if bank.routed)
+    routed = sum(_count(bank.stored_in) for bank in banks if bank.routed)
     shared_mlps = {bank.path.rpartition(".")[0] for bank in banks if bank.id.kind.startswith("shared")}
     shared = sum(_count(model.get_submodule(path)) for path in shared_mlps)
     experts: dict[int, int] = {}
@@ -87,11 +96,16 @@ def make_plan(folder: str | Path, **options: object) -> Plan:
             experts[bank.id.layer] = experts.get(bank.id.layer, 0) + bank.experts
     layer_bytes = [sum(tensor.nbytes for tensor in layer.values()) for layer in streamed.stored]
     layer_parameters = [_count(layer) for layer in streamed.layers]
+    layer_memory = [_nbytes(layer) for layer in streamed.layers]
     rest_bytes = sum(tensor.nbytes for tensor in streamed.rest.values())
+    sizes = Counter()
+    for parameter in streamed.layers.parameters():
+        sizes[parameter.dtype] += parameter.nbytes
     return Plan(
         model=type(model).__name__,
         files=len(streamed.files),
         dtype=model.dtype,
+        held=max(sizes, key=sizes.get),
         layers=len(streamed.layers),
         experts=experts,
         top_k=_top_k(model.config.get_text_config()),
@@ -103,6 +117,8 @@ def make_plan(folder: str | Path, **options: object) -> Plan:
         rest_bytes=rest_bytes,
         layer_parameters=layer_parameters,
         rest_parameters=_count(model) - sum(layer_parameters),
+        layer_memory=layer_memory,
+        rest_memory=_nbytes(model) - sum(layer_memory),
         width=model.get_input_embeddings().weight.shape[1],
     )
 
@@ -127,6 +143,10 @@ def measure_read(folder: str | Path, limit: int = SAMPLE) -> tuple[float, int]:
 def _count(module: torch.nn.Module) -> int:
     """Parameters of a module, tied ones once."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _top_k(config: PreTrainedConfig) -> int | None:

@@ -31,8 +31,9 @@ _VOLATILE = {
 
 
 class Profile:
-    """One profile of one model; made by sedetect.profile. With within, only of the banks inside that module.
+    """One profile of one model; made by sedetect.profile.
 
+    banks and digest: where they are known already. Only these banks are measured; nobody else may use them.
     Inside the with block every forward of the model is measured, in torch.no_grad(). stats may be read there and later.
     """
 
@@ -46,7 +47,8 @@ class Profile:
         channels: bool,
         coactivation: bool,
         first_rows: bool,
-        within: str | None = None,
+        banks: list[hf.Bank] | None = None,
+        digest: str | None = None,
     ):
         check_backend(backend)
         self._model = getattr(model, "_orig_mod", model)
@@ -54,9 +56,7 @@ class Profile:
             raise SedetectError(f"{type(self._model).__name__}: is in training mode; call model.eval() first")
         self._source = source or f"profile-{uuid.uuid4().hex[:12]}"
         self._info = info or {}
-        self._banks = hf.find_banks(self._model)
-        if within is not None:
-            self._banks = [bank for bank in self._banks if bank.path.startswith(f"{within}.")]
+        self._banks = hf.find_banks(self._model) if banks is None else banks
         self._tracked = TrackedModel(self._model, prefix)
         for bank in self._banks:
             bank.rows_of = self._tracked.rows_of
@@ -68,7 +68,7 @@ class Profile:
                 f"{parallel.path}: coactivation of experts on different ranks is seen by none; leave it out, or load "
                 "the model on one device"
             )
-        self._digest = model_digest(self._model)
+        self._digest = model_digest(self._model) if digest is None else digest
         self._exit = ExitStack()
 
     def __enter__(self) -> "Profile":

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8GroupedLinear, FP8Linear, load_finegrained_fp8_kernel
 
 from sedetect.errors import SedetectError
+from sedetect.forwards import forward_of, replace_forward
 from sedetect.kernels.dequantize import QuantizedWeights, dequantize
 from sedetect.stacked import Adapter
 
@@ -138,9 +139,8 @@ def serve_linears(model: nn.Module) -> tuple[Callable[[], None], int]:
     modules = [m for m in modules if not has_kernel(m.weight.device.type)]
     with ExitStack() as undo:
         for module in modules:
-            if not isinstance(module.__dict__.get("forward"), _Forward):
-                module.forward = _Forward(module)
-                undo.callback(delattr, module, "forward")
+            if not isinstance(forward_of(module), _Forward):
+                undo.callback(replace_forward(module, _Forward(module)))
         return undo.pop_all().close, len(modules)
 
 

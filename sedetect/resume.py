@@ -4,9 +4,9 @@
     FOLDER/statistics/<layer>.<domain>.safetensors
     FOLDER/hidden-<0 or 1>/<batch>.safetensors
 
-The hidden states that enter layer n lie in hidden-<n % 2>, those that leave it are written to the other folder. They
-and the layer's statistics are synced before progress.json names the layer, so that a process that dies at any moment
-leaves a folder from which the last finished layer can be continued.
+The hidden states that enter layer n lie in hidden-<n % 2>, those that leave it are written to the other folder, by a
+thread. They and the layer's statistics are synced before progress.json names the layer, so that a process that dies at
+any moment leaves a folder from which the last finished layer can be continued.
 """
 
 import json
@@ -14,6 +14,8 @@ import os
 import re
 import shutil
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from sedetect.stats import ModelStats
 
 FORMAT = "sedetect-progress"
 VERSION = "1"
+_UNWRITTEN = 2  # batches that may wait to be written; each is kept in memory meanwhile
 _OURS = re.compile(r"statistics|hidden-[01]|\.progress\.json\..*")  # what a start that was killed early leaves
 
 
@@ -34,13 +37,14 @@ class Progress:
     """A streamed profile's folder.
 
     run: what must be equal for a run to go on, as JSON values. layers: how many are finished, computed: seconds they
-    took, over all starts. seconds: spent writing, by this start.
+    took, over all starts. seconds: spent writing by this start, waited: of them, those in which nothing was computed.
     Raises SedetectError where the folder holds another run, or what is not a run of ours.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any]):
         self.folder, self._run = folder, json.loads(json.dumps(run))
-        self.layers, self.computed, self.seconds = 0, 0.0, 0.0
+        self.layers, self.computed, self.seconds, self.waited = 0, 0.0, 0.0, 0.0
+        self._writer, self._writing = ThreadPoolExecutor(1, "hidden states"), deque[Future]()
         file = folder / "progress.json"
         if not file.is_file():
             if folder.exists() and not all(_OURS.fullmatch(entry.name) for entry in folder.iterdir()):
@@ -65,6 +69,8 @@ class Progress:
     def finish(self, layer: int, stats: list[ModelStats], seconds: float, last: bool) -> None:
         """Keep the statistics of a layer, one per domain; its hidden states are written. last: no layer follows."""
         start = time.perf_counter()
+        self._wait(0)
+        drained = time.perf_counter()
         for number, part in enumerate(stats):
             part.save(self._statistics(layer, number))
         self.layers, self.computed = layer + 1, self.computed + seconds
@@ -72,23 +78,27 @@ class Progress:
         if last:
             for parity in (0, 1):
                 shutil.rmtree(self.folder / f"hidden-{parity}", ignore_errors=True)
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter() - drained
+        self.waited += time.perf_counter() - start
 
     def statistics(self, domains: int) -> list[list[ModelStats]]:
         """Of every finished layer, the statistics of each domain."""
         return [[ModelStats.load(self._statistics(i, d)) for d in range(domains)] for i in range(self.layers)]
 
     def write_hidden(self, layer: int, batch: int, hidden: torch.Tensor) -> None:
-        """Keep a batch of the hidden states that enter layer."""
-        start = time.perf_counter()
-        file = self._hidden(layer, batch)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"hidden": hidden.cpu().contiguous()}, file, {"enters": str(layer)})
-            _sync(file)
-        except (OSError, SafetensorError) as error:
-            raise SedetectError(f"{file}: cannot be written ({error}); free space and repeat the command") from None
-        self.seconds += time.perf_counter() - start
+        """Keep a batch of the hidden states that enter layer, which stay as they are until that layer runs."""
+        start, copied = time.perf_counter(), None
+        self._wait(_UNWRITTEN - 1)
+        if hidden.device.type == "cuda":
+            copied, stream = torch.cuda.Event(blocking=True), torch.cuda.current_stream(hidden.device)
+            hidden = _to_pinned(hidden)
+            copied.record(stream)
+        self._writing.append(self._writer.submit(self._write, self._hidden(layer, batch), layer, hidden, copied))
+        self.waited += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Until nothing is written any more, whatever became of it."""
+        self._writer.shutdown()
 
     def read_hidden(self, layer: int, batch: int) -> torch.Tensor:
         file = self._hidden(layer, batch)
@@ -97,6 +107,23 @@ class Progress:
             return load_file(file)["hidden"].clone()
         except (OSError, KeyError, SafetensorError) as error:
             raise SedetectError(f"{file}: cannot be read ({error}); delete {self.folder} to begin anew") from None
+
+    def _write(self, file: Path, layer: int, hidden: torch.Tensor, copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        start = time.perf_counter()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"hidden": hidden.contiguous()}, file, {"enters": str(layer)})
+            _sync(file)
+        except (OSError, SafetensorError) as error:
+            raise SedetectError(f"{file}: cannot be written ({error}); free space and repeat the command") from None
+        self.seconds += time.perf_counter() - start
+
+    def _wait(self, left: int) -> None:
+        """Until no more than so many batches are left to be written. Raises what went wrong."""
+        while len(self._writing) > left:
+            self._writing.popleft().result()
 
     def _save(self) -> None:
         try:
@@ -135,6 +162,11 @@ class HiddenStates:
         self._memory, self._progress = memory, progress
         self._kept: dict[int, torch.Tensor] = {}
 
+    def close(self) -> None:
+        """Let no thread of ours run on."""
+        if self._progress is not None:
+            self._progress.close()
+
     def read(self, layer: int, batch: int, device: torch.device) -> torch.Tensor:
         """Those that enter layer. Each batch is read once per layer."""
         kept = self._kept.pop(batch, None)
@@ -145,11 +177,18 @@ class HiddenStates:
     def write(self, layer: int, batch: int, hidden: torch.Tensor) -> None:
         """Those that enter layer, from the one before."""
         if self._memory is not None:
-            kept = hidden.to(self._memory)
-            pin = self._memory.type == "cpu" and hidden.device.type == "cuda"
-            self._kept[batch] = kept.pin_memory() if pin else kept
+            pinned = self._memory.type == "cpu" and hidden.device.type == "cuda"
+            self._kept[batch] = _to_pinned(hidden) if pinned else hidden.to(self._memory)
         if self._progress is not None:
             self._progress.write_hidden(layer, batch, hidden)
+
+
+def _to_pinned(hidden: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned main memory of a tensor on a GPU, which nobody waits for: it is made on the current stream.
+
+    So is the copy back. torch gives pinned memory out again only when the GPU is done with it.
+    """
+    return torch.empty_like(hidden, device="cpu", pin_memory=True).copy_(hidden, non_blocking=True)
 
 
 def _sync(path: Path) -> None:

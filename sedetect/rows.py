@@ -216,7 +216,7 @@ class RowTracker:
         counted = self._visible(call, batch, 0)
         if counted is None:
             return self._unmapped(UNMAPPED_MASK)
-        sequence = batch.sequence_ids.to(call.device).expand(call.shape)
+        sequence = _move(batch.sequence_ids, call.device).expand(call.shape)
         self._note_ids(sequence.masked_fill(~counted, -1))
         rank = _rank_in_sequence(sequence, counted)
         first = counted & (rank == 0)
@@ -281,7 +281,7 @@ class RowTracker:
                 raise SedetectError(
                     f"prof.batch: {len(given)} sequence_ids for a batch of {size}; give one per sequence"
                 )
-            ids = given.to(device)
+            ids = _move(given, device)
             self._note_ids(ids)
         else:
             if self._given_ids:
@@ -314,7 +314,7 @@ class RowTracker:
             return None
         # A mask over the whole cache begins with its first column; a shorter one covers these tokens alone.
         begin = start if mask.shape[1] >= start + length else mask.shape[1] - length
-        return mask[:, begin : begin + length].to(call.device) != 0
+        return _move(mask[:, begin : begin + length], call.device) != 0
 
     def _ended(self, call: _Call, running: Running, start: int, again: int) -> torch.Tensor:
         """(B, L) bool: tokens after the first generated end-of-sequence token, which itself is not among them."""
@@ -334,7 +334,7 @@ class RowTracker:
             return None
         if positions.dim() == 3:  # multimodal rotary embeddings: (axes, B, L), time first
             positions = positions[0]
-        return positions.to(call.device, torch.int64).expand(call.shape)
+        return _move(positions, call.device).to(torch.int64).expand(call.shape)
 
     def _count(self, counted, first, tokens, packed=None) -> None:
         bare = first & (tokens != self.prefix) & (tokens >= 0) if self.prefix is not None else first & False
@@ -348,6 +348,15 @@ def _cached_length(cache: Any) -> int | None:
     """Tokens in a cache; None where only the device knows (static caches) or it keeps no count."""
     length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
     return length if isinstance(length, int) else None
+
+
+def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To a GPU without waiting for what it computes.
+
+    Not so to the host, which would read the copy before it is made, nor out of pinned memory, which the caller may write
+    to before it is copied; any other is copied before this returns.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda" and not tensor.is_pinned())
 
 
 def _per_token(mask: Any) -> bool:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from sedetect import ops
+from sedetect.errors import SedetectError
+from sedetect.forwards import forward_of, replace_forward
 from sedetect.stats import BankStats
 
 
@@ -70,6 +72,11 @@ class Adapter(nn.Module):
 
     def compute(self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, state: BankStats, **how):
         """The experts by our ops; see ops.moe_mlp."""
+        if self.down_proj.is_meta:  # of a module inside, whose own hook would bring them if it were called
+            raise SedetectError(
+                f"{type(self.module).__name__}: its weights are offloaded, and are not measured so; load the model on "
+                "devices that hold them, or stream it (sedetect profile --stream)"
+            )
         weights = (self.gate_up_proj, self.down_proj, how.pop("gate", self._apply_gate))
         return ops.moe_mlp(x, top_k_index, top_k_weights, *weights, state, transposed=self.is_transposed, **how)
 
@@ -80,16 +87,15 @@ class Adapter(nn.Module):
     def redirect(self) -> Callable[[], None]:
         """Send the module's forward through this adapter. Returns what undoes it; attachments nest."""
         if self._attached == 0:
-            module = self.redirected
-            self._previous = module.__dict__.get("forward")
-            module.forward = torch.compiler.disable(partial(self.translate, module.forward))
+            forward = torch.compiler.disable(partial(self.translate, forward_of(self.redirected)))
+            self._undo = replace_forward(self.redirected, forward)
         self._attached += 1
         return self._leave
 
     def _leave(self) -> None:
         self._attached -= 1
         if self._attached == 0:
-            restore_forward(self.redirected, self._previous)
+            self._undo()
 
 
 class Llama4Experts(Adapter):
@@ -219,11 +225,3 @@ class InklingSharedExperts(Adapter):
         h = self.act_fn(gate) * up * gammas.reshape(len(x), -1, 1)
         index = torch.arange(h.shape[1], device=x.device).expand(len(x), -1)
         return self(h, index, torch.ones_like(index, dtype=h.dtype)).view(hidden_states.shape)
-
-
-def restore_forward(module: nn.Module, previous: Callable[..., Any] | None) -> None:
-    """Give a module back the forward it had of its own; None: that of its class."""
-    if previous is None:
-        del module.forward
-    else:
-        module.forward = previous

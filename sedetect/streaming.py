@@ -13,8 +13,8 @@ is kept. What is computed twice are the embeddings, some thousandth of a layer.
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,16 @@ import torch
 import transformers
 from torch import nn
 
+from sedetect import hf
 from sedetect.calibration import Windows, batches
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError, shorten
 from sedetect.fit import place_of_hidden, size
+from sedetect.forwards import replace_forward
 from sedetect.layers import run_tokens
 from sedetect.profiler import Profile, model_digest, model_name
 from sedetect.resume import HiddenStates, Progress
+from sedetect.staging import use_device
 from sedetect.stats import ModelStats, digest, join_banks
 from sedetect.streaming_weights import StreamedModel
 from sedetect.version import __version__
@@ -85,10 +88,12 @@ def stream_profile(
     wrap = check_layers(streamed, next(iter(domains.values())).ids[:1, :_TRIAL_TOKENS])
     progress = None if resume is None else Progress(resume, _identity(streamed, domains, batch_size, settings))
     hidden, took = HiddenStates(place, progress), Streamed()
+    banks, known = hf.find_banks(model), model_digest(model)  # both take longer than a layer needs to compute a batch
     parts = [] if progress is None else progress.statistics(len(domains))
     if progress is not None:
         took.resumed, took.compute = progress.layers, progress.computed
-    with _ending_early(model), ThreadPoolExecutor(1, "weights") as reader, torch.no_grad():
+    reading = ThreadPoolExecutor(1, "weights", use_device, (streamed.device,))
+    with _ending_early(model), reading as reader, closing(hidden), torch.no_grad():
         loading = reader.submit(streamed.load, len(parts)) if len(parts) < count else None
         for layer in range(len(parts), count):
             start = time.perf_counter()
@@ -97,10 +102,11 @@ def stream_profile(
             if layer + 1 < count:
                 loading = reader.submit(streamed.load, layer + 1)
             measured, done, batch = [], 0, 0
-            start, written = time.perf_counter(), 0.0 if progress is None else progress.seconds
+            start, waited = time.perf_counter(), 0.0 if progress is None else progress.waited
             for domain, windows in domains.items():
-                within = streamed.paths[layer]
-                with Profile(model, windows.source, windows.info, **settings, within=within) as prof:
+                here = (bank for bank in banks if bank.path.startswith(f"{streamed.paths[layer]}."))
+                own = [replace(bank, served=set(), fallbacks=set()) for bank in here]
+                with Profile(model, windows.source, windows.info, **settings, banks=own, digest=known) as prof:
                     for ids, numbers in runs[domain]:
                         if stop():
                             return {}, took
@@ -113,7 +119,7 @@ def stream_profile(
             seconds = time.perf_counter() - start
             streamed.free(layer)
             if progress is not None:
-                seconds -= progress.seconds - written
+                seconds -= progress.waited - waited
                 progress.finish(layer, measured, seconds, last=layer + 1 == count)
                 took.write = progress.seconds
             took.compute += seconds
@@ -205,11 +211,7 @@ def _forwards(forwards: list[Callable[..., Any]], modules: Iterable[nn.Module]) 
     """Let the first of the modules compute these for the time being."""
     with ExitStack() as undo:
         for module, forward in zip(modules, forwards):
-            if "forward" in vars(module):
-                undo.callback(setattr, module, "forward", module.forward)
-            else:
-                undo.callback(delattr, module, "forward")
-            module.forward = forward
+            undo.callback(replace_forward(module, forward))
         yield
 
 

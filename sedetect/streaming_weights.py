@@ -6,18 +6,16 @@ weights, quantization) is as in a resident model, and load() later uses the same
 is missing, left over or misshapen is known before a byte is read, from a conversion of tensors without data.
 
 This file is the only one that depends on internals of transformers (5.17 to 5.23): two static methods of
-PreTrainedModel, and transformers.core_model_loading.
+PreTrainedModel, one of the FP8 quantizer, and transformers.core_model_loading.
 """
 
 import ctypes
 import json
-import math
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,53 +30,16 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from sedetect import hf
 from sedetect.checkpoint import choose_device, load_model, read_header
 from sedetect.errors import SedetectError
 from sedetect.layers import decoder_layers
+from sedetect.staging import Staging, StoredTensor
 
-_ALIGNMENT = 64  # bytes; of what torch allocates
 _M_MMAP_THRESHOLD, _OWN_PAGES = -3, 2**22  # mallopt's, and bytes from which an allocation gets pages of its own
-_ONE_READ = 2**30  # bytes; Linux reads at most 2 GiB at once
-
-
-@dataclass(eq=False)
-class StoredTensor:
-    """One tensor of a safetensors file, read where it is indexed (as transformers does with the library's slices)."""
-
-    file: Path
-    start: int  # byte in the file
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors names it
-    pinned: bool = False  # read into memory from which a GPU can copy by itself
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * str_to_torch_dtype[self.dtype].itemsize
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        # The place within a cache line is that of the file, as in a mapped tensor, so that no kernel can choose
-        # otherwise. The file itself is not mapped: its pages would count as the process's.
-        dtype = str_to_torch_dtype[self.dtype]
-        skip = self.start % _ALIGNMENT if self.start % dtype.itemsize == 0 else 0
-        if self.pinned or not self.nbytes:
-            buffer = torch.empty(skip + self.nbytes, dtype=torch.uint8, pin_memory=self.pinned)[skip:]
-        else:  # pages of its own, which go back to the system with the tensor
-            buffer = torch.frombuffer(mmap.mmap(-1, skip + self.nbytes), dtype=torch.uint8)[skip:]
-        read_bytes(self.file, self.start, buffer)
-        return buffer.view(dtype).reshape(self.shape)[index]
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
-    def get_dtype(self) -> str:
-        return self.dtype
 
 
 class StreamedModel:
@@ -89,6 +50,7 @@ class StreamedModel:
              holds; paths: where they are in the model
     files    the checkpoint's safetensors files
     stored   per layer, its tensors in the checkpoint; rest: those outside the layers
+    staging  brings a layer's tensors to a GPU; None on a CPU, where each is read when it is converted
     """
 
     def __init__(
@@ -98,11 +60,12 @@ class StreamedModel:
         config: LoadStateDictConfig,
         device: torch.device,
         layers: dict[str, nn.Module],
+        first: float = 0.0,
     ):
         self.model, self.device, self.files = model, device, [Path(file) for file in files]
         self._config = replace(config, device_map={"": device})
         self.layers, self.paths = list(layers.values()), list(layers)
-        stored = _stored_tensors(files, pinned=device.type == "cuda")
+        stored = _stored_tensors(files)
         self.stored: list[dict[str, StoredTensor]] = [{} for _ in self.layers]
         self.rest: dict[str, StoredTensor] = {}
         numbers = {path: number for number, path in enumerate(self.paths)}
@@ -114,6 +77,7 @@ class StreamedModel:
         self.loading_info = self._convert({key: _without_data(tensor) for key, tensor in stored.items()}, on_meta)
         self._missing = frozenset(self.loading_info.missing_keys)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.staging = None if self._side is None else Staging(device, self._side, first)
 
     def load_rest(self) -> None:
         """Load what is outside the decoder layers, without an output embedding of its own: logits are never needed."""
@@ -131,11 +95,11 @@ class StreamedModel:
         Raises SedetectError where a weight of it cannot be made from the checkpoint.
         """
         start = time.perf_counter()
-        if self._side is None:
-            info = self._convert(self.stored[layer], self._config)
-        else:
-            with torch.cuda.stream(self._side):
-                info = self._convert(self.stored[layer], self._config)
+        tensors = self.stored[layer]
+        staged = nullcontext() if self.staging is None else self.staging.bringing(tensors.values())
+        with torch.cuda.stream(self._side), staged:  # of conversions too; free() says when the memory may go back
+            info = self._convert(tensors, self._config)
+        if self._side is not None:
             self._side.synchronize()
         empty = [name for name, t in self.layers[layer].state_dict(keep_vars=True).items() if t.is_meta]
         if info.conversion_errors or info.mismatched_keys or empty:
@@ -193,13 +157,16 @@ def open_streamed(
     *,
     device: str | torch.device | None = None,
     weights: bool = True,
+    first: float = 0.0,
     layers_of: Callable[[PreTrainedModel], dict[str, nn.Module]] = layers_to_run,
     **options: Any,
 ) -> StreamedModel:
-    """A StreamedModel of a checkpoint. device and options as in sedetect.checkpoint.load_model; weights=False loads none at all.
+    """A StreamedModel of a checkpoint.
 
-    layers_of gives, of the model without weights, the modules by path that are to be loaded one at a time. Raises
-    SedetectError for what load_model and layers_of refuse.
+    device and options as in sedetect.checkpoint.load_model; first as in Staging. weights=False loads none at all, and
+    the model is as a GPU holds it: FP8 stays FP8, which transformers dequantizes where there is none. layers_of gives,
+    of the model without weights, the modules by path that are to be loaded one at a time.
+    Raises SedetectError for what load_model and layers_of refuse.
     """
     device, made = choose_device(device), []
     _give_back_freed_memory()
@@ -207,14 +174,18 @@ def open_streamed(
     def load_pretrained(
         model: PreTrainedModel, state_dict: Any, files: list[str], config: LoadStateDictConfig, *_: Any
     ) -> tuple[Any, None]:
-        made.append(StreamedModel(model, files, config, device, layers_of(model)))
+        made.append(StreamedModel(model, files, config, device, layers_of(model), first))
         return made[0].loading_info, None
 
     def finalize(model: PreTrainedModel, config: LoadStateDictConfig, info: Any) -> Any:
         return original_finalize(model, replace(config, device_map={"": device}), info)
 
     original_finalize = PreTrainedModel._finalize_model_loading
-    with _replaced("_load_pretrained_model", load_pretrained), _replaced("_finalize_model_loading", finalize):
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(PreTrainedModel, "_load_pretrained_model", staticmethod(load_pretrained)))
+        stack.enter_context(_replaced(PreTrainedModel, "_finalize_model_loading", staticmethod(finalize)))
+        if not weights:
+            stack.enter_context(_replaced(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None))
         load_model(path_or_name, device=device, **options)
     if weights:
         made[0].load_rest()
@@ -232,13 +203,13 @@ def _give_back_freed_memory() -> None:
 
 
 @contextmanager
-def _replaced(name: str, function: Any) -> Iterator[None]:
-    original = vars(PreTrainedModel)[name]
-    setattr(PreTrainedModel, name, staticmethod(function))
+def _replaced(owner: type, name: str, method: Any) -> Iterator[None]:
+    original = vars(owner)[name]
+    setattr(owner, name, method)
     try:
         yield
     finally:
-        setattr(PreTrainedModel, name, original)
+        setattr(owner, name, original)
 
 
 @contextmanager
@@ -258,7 +229,7 @@ def _sequential_and_silent() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _stored_tensors(files: list[str], pinned: bool) -> dict[str, StoredTensor]:
+def _stored_tensors(files: list[str]) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for file in map(Path, files):
         header = read_header(file)
@@ -270,7 +241,7 @@ def _stored_tensors(files: list[str], pinned: bool) -> dict[str, StoredTensor]:
                     f"{file}: {key} is stored as {entry['dtype']}, which is not streamed; load it whole"
                 )
             start = 8 + len(header) + entry["data_offsets"][0]
-            stored[key] = StoredTensor(file, start, tuple(entry["shape"]), entry["dtype"], pinned)
+            stored[key] = StoredTensor(file, start, tuple(entry["shape"]), entry["dtype"])
     return stored
 
 
@@ -297,15 +268,3 @@ def _parents(name: str) -> Iterator[str]:
 
 def _without_data(tensor: StoredTensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=str_to_torch_dtype[tensor.dtype], device="meta")
-
-
-def read_bytes(file: Path, start: int, buffer: torch.Tensor) -> None:
-    """Fill buffer (N,) uint8 from byte start of a file."""
-    view = memoryview(buffer.numpy())
-    with file.open("rb", buffering=0) as opened:
-        opened.seek(start)
-        while view:
-            count = opened.readinto(view[:_ONE_READ])
-            if not count:
-                raise SedetectError(f"{file}: ends early, it was changed meanwhile; copy or download it again")
-            view = view[count:]

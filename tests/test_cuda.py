@@ -75,7 +75,7 @@ def test_the_module_is_built_where_nvcc_is():
 def test_the_module_loads_without_a_driver():
     if importlib.util.find_spec("sedetect._cuda") is None:
         pytest.skip("sedetect._cuda is not built")
-    code = "from sedetect import _cuda; print(_cuda.TILE_ROWS, _cuda.key_tiles(768, True), _cuda.key_tiles(257, False))"
+    code = "from sedetect import _cuda; print(_cuda.TILE_ROWS, _cuda.column_tiles(768, True), _cuda.column_tiles(257, False))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout.split() == ["128", "6", "2"], run.stderr[-2000:]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import CONFIGS, TINY
 from test_cli import refused, run
-from test_streaming import save_random
+from test_streaming import save_random, to_fp8
 
 from sedetect.checkpoint import load_model
 from sedetect.plan import Plan, make_plan, measure_read
@@ -14,7 +14,7 @@ from sedetect.plan import Plan, make_plan, measure_read
 
 def plan_without_reading(folder) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sedetect.streaming_weights.read_bytes", lambda *_: pytest.fail("read a weight"))
+        patch.setattr("sedetect.staging.read_bytes", lambda *_: pytest.fail("read a weight"))
         return make_plan(folder)
 
 
@@ -44,6 +44,27 @@ def test_counted_from_headers_alone(tmp_path, name):
     one = next(p.numel() // len(p) for path, p in model.named_parameters() if path.endswith("down_proj"))
     experts = plan.experts[layers[-1]]
     assert plan.active == plan.parameters - plan.routed * (experts - 2) // experts and one < plan.active
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_fp8_as_a_gpu_holds_it(tmp_path, name):
+    """With or without one: what is stored in 8 bits stays so, its scales beside it."""
+    plain = plan_without_reading(save_random(CONFIGS[name](), tmp_path, dtype=torch.bfloat16))
+    assert (plain.dtype, plain.held) == (torch.bfloat16, torch.bfloat16)
+    assert plain.weights(torch.bfloat16) == 2 * plain.parameters
+    to_fp8(tmp_path)
+    plan = plan_without_reading(tmp_path)
+    assert (plan.dtype, plan.held) == (torch.bfloat16, torch.float8_e4m3fn)
+    scales = plan.parameters - plain.parameters
+    assert 0 < scales < plain.parameters / 32 and 0 < plan.routed - plain.routed <= scales
+    buffers = 16 * (name == "deepseek_v3")  # bytes of a layer's correction bias
+    assert [count + buffers for count in plan.layer_memory[1:]] == plan.layer_bytes[1:]
+    assert plan.layer_bytes[2] < 0.7 * plain.layer_bytes[2] and plan.rest_memory == plan.rest_bytes
+    assert plan.weights(plan.held) == plan.rest_bytes + sum(plan.layer_memory)
+    assert plan.streamed(plan.held) == plan.rest_bytes + 3 * max(plan.layer_memory)
+    assert plan.weights(torch.bfloat16) == 2 * plan.parameters
+    shown = run("plan", tmp_path)
+    assert shown.code == 0 and re.search(r"float8_e4m3fn \(default\) .*\n bfloat16 .*\n float32 ", shown.out)
 
 
 def test_bandwidth_is_measured_on_a_bounded_sample():

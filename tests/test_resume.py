@@ -6,9 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 from models import _COMMON
 from safetensors.torch import load_file, save_file
 from test_cli import assert_same, files_of, refused, run
@@ -17,6 +19,7 @@ from transformers import Qwen3MoeConfig
 
 import sedetect
 from sedetect import ModelStats, SedetectError, streaming
+from sedetect.resume import Progress
 
 ARGS = ("--tokens", 400, "--seq-len", 16, "--batch-size", 3, "--stream")
 RESULTS = {
@@ -242,3 +245,40 @@ def test_command_line(checkpoint, data, expected, tmp_path, monkeypatch):
     assert chosen.code == 0 and "of weights do not fit the 100 kB free on cpu" in chosen.err
     assert "streamed 6 layers: " in chosen.out
     assert_results(tmp_path, expected)
+
+
+def test_hidden_states_are_written_beside_the_computation(tmp_path, monkeypatch):
+    """By a thread, at most two batches behind; finish() waits for them, and what failed there is said here."""
+    held, begun, written = threading.Semaphore(0), [], []
+
+    def slow(tensors, file, metadata):
+        begun.append(file)
+        assert held.acquire(timeout=20)
+        save_file(tensors, file, metadata)
+        written.append(file)
+
+    monkeypatch.setattr("sedetect.resume.save_file", slow)
+    progress = Progress(tmp_path / "r", {})
+    batches = [torch.full((2, 3), float(i)) for i in range(4)]
+    for number in (0, 1):
+        progress.write_hidden(1, number, batches[number])
+    assert written == []
+    threading.Timer(0.05, held.release).start()
+    progress.write_hidden(1, 2, batches[2])  # waits for the first
+    assert len(written) == 1 and progress.waited > 0.03
+    for _ in range(2):
+        held.release()
+    progress.finish(0, [], 1.0, last=False)
+    assert len(written) == 3 and progress.seconds > 0
+    for number in (0, 1, 2):
+        assert torch.equal(progress.read_hidden(1, number), batches[number])
+
+    def full(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("sedetect.resume.save_file", full)
+    progress.write_hidden(2, 0, batches[0])
+    with pytest.raises(SedetectError, match=r"00000.safetensors: cannot be written \(no space\); free space"):
+        progress.finish(1, [], 1.0, last=False)
+    progress.close()
+    assert Progress(tmp_path / "r", {}).layers == 1

@@ -17,14 +17,16 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig
 import sedetect
 from sedetect import SedetectError
 from sedetect.checkpoint import load_model
-from sedetect.fit import too_large
+from sedetect.fit import free_memory, too_large, weight_bytes
+from sedetect.staging import StoredTensor
 from sedetect.streaming import check_layers
-from sedetect.streaming_weights import StoredTensor, StreamedModel, open_streamed
+from sedetect.streaming_weights import StreamedModel, open_streamed
 
 WORDS = {"greek": "alpha beta gamma delta", "numbers": "one two three four five", "colours": "red green blue"}
 TEXTS = {domain: [" ".join(f"{words} {n}" for n in range(60))] for domain, words in WORDS.items()}
 SHORT = {"tokens": 400, "seq_len": 16, "batch_size": 3}
 OPTIONAL = {"channels": True, "coactivation": True, "first_rows": True}
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
 def assert_equal(one: sedetect.ModelProfile, other: sedetect.ModelProfile) -> None:
@@ -35,11 +37,11 @@ def assert_equal(one: sedetect.ModelProfile, other: sedetect.ModelProfile) -> No
         assert_same(stats, other.domains[domain])
 
 
-def save_random(config, folder: Path, **options) -> Path:
+def save_random(config, folder: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
     """A random checkpoint with outputs of the size a trained one has, and tiny-moe's tokenizer."""
     torch.manual_seed(0)
     config.vocab_size = 4096
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1.0))
@@ -93,6 +95,45 @@ def test_another_precision_and_eager_attention(checkpoint):
     assert_equal(sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, **settings, stream=True), resident)
 
 
+def to_fp8(folder: Path, block: int = 8) -> None:
+    """Store the matrices of a checkpoint's layers as published FP8 ones are: with a scale per block."""
+    for shard in folder.glob("*.safetensors"):
+        stored = {}
+        for name, weight in load_file(shard).items():
+            stored[name] = weight
+            if weight.dim() == 2 and ".layers." in name and not name.endswith("mlp.gate.weight"):
+                rows, columns = (size // block for size in weight.shape)
+                blocks = weight.float().view(rows, block, columns, block)
+                scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+                stored[name] = (blocks / scale).to(torch.float8_e4m3fn).view(weight.shape)
+                stored[f"{name}_scale_inv"] = scale.view(rows, columns)
+        save_file(stored, shard, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_fp8(tmp_path, name, device):
+    """What transformers makes of such a checkpoint: without a GPU, weights in bfloat16."""
+    folder = save_random(CONFIGS[name](), tmp_path, dtype=torch.bfloat16)
+    as_stored, weights = sedetect.profile_model(folder, TEXTS, **SHORT, device=device), weight_bytes(folder)
+    to_fp8(folder)
+    resident = sedetect.profile_model(folder, TEXTS, **SHORT, device=device)
+    streamed = sedetect.profile_model(folder, TEXTS, **SHORT, device=device, stream=True)
+    for bank, state in streamed.stats.banks.items():
+        assert state.equal(resident.stats.banks[bank], sums_rtol=1e-12 if device == "cuda" else 0.0), bank
+    headers = weight_bytes(folder), weight_bytes(folder, dequantized=True)
+    assert headers[0] < headers[1] and abs(headers[1] - weights) < 0.05 * weights  # scales are left over
+    names = {key for layer in open_streamed(folder, device="cpu", weights=False).stored for key in layer}
+    assert sum(key.endswith("_scale_inv") for key in names) > 40
+    assert any(  # eight bits are not sixteen
+        not torch.equal(state.out_max, as_stored.stats.banks[bank].out_max)
+        for bank, state in resident.stats.banks.items()
+    )
+
+
 def test_hidden_states_on_disk_alone(checkpoint, tmp_path, monkeypatch):
     expected = sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, **SHORT)
     monkeypatch.setattr("sedetect.fit.free_memory", lambda device: 1000)
@@ -113,6 +154,19 @@ def test_chosen_where_the_weights_do_not_fit(checkpoint, monkeypatch):
     with pytest.warns(UserWarning, match="of weights do not fit the .* free on cpu: streaming them layer by layer"):
         assert sedetect.profile_model(folder, TEXTS, device="cpu", **SHORT).streamed.layers == 3
     assert sedetect.profile_model(folder, TEXTS, device="cpu", stream=False, **SHORT).streamed is None
+
+
+def test_free_memory_in_a_container(tmp_path, monkeypatch):
+    """What the limit leaves, cached files not counted as used."""
+    monkeypatch.setattr("sedetect.fit._CGROUP", tmp_path)
+    everything = free_memory(torch.device("cpu"))
+    for name, text in {"max": "1000000", "current": "900000"}.items():
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    assert free_memory(torch.device("cpu")) == 100_000
+    (tmp_path / "memory.stat").write_text("anon 70\nfile 5000\ninactive_file 3000\nactive_file 1500\n")
+    assert free_memory(torch.device("cpu")) == 104_500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory(torch.device("cpu")) > everything / 2
 
 
 def test_one_layer_has_weights_at_a_time(checkpoint):
@@ -185,7 +239,7 @@ def test_a_tensor_anywhere_in_a_file(tmp_path, start):
 
 
 def test_damage_is_found_before_a_weight_is_read(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("sedetect.streaming_weights.read_bytes", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("sedetect.staging.read_bytes", lambda *_: pytest.fail("read"))
     folder = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
 
@@ -279,13 +333,24 @@ def test_what_needs_the_whole_model_is_refused(checkpoint):
 PEAK = """
 import sys, warnings
 import sedetect
+import torch
 from pathlib import Path
+from sedetect import streaming_weights
+from sedetect.staging import Staging
+from sedetect.streaming_weights import StreamedModel
 
 def status(name):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
-tiny, folder = sys.argv[1:]
+def init(self, *args, **kwargs):
+    original(self, *args, **kwargs)
+    self.staging = Staging(torch.device("cpu"), None, threads=2, size=2**20)
+
+tiny, folder, how = sys.argv[1:]
+if how == "staged":
+    original, StreamedModel.__init__ = StreamedModel.__init__, init
+    streaming_weights._OWN_PAGES = 2**18  # no tensor of a layer stays in the heap: on a GPU it would not either
 texts = {"text": ["a b c d e f g h " * 100]}
 sedetect.profile_model(tiny, texts, tokens=64, seq_len=32, stream=True)
 Path("/proc/self/clear_refs").write_text("5")
@@ -296,7 +361,8 @@ print(status("VmHWM") - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
-def test_memory_is_that_of_three_layers(tmp_path):
+@pytest.mark.parametrize("how", ["read", "staged"])
+def test_memory_is_that_of_three_layers(tmp_path, how):
     """A checkpoint of 0.4 GB: it takes less than embeddings, three of six layers, and hidden states."""
     sizes = {
         "hidden_size": 512,
@@ -312,7 +378,7 @@ def test_memory_is_that_of_three_layers(tmp_path):
     layer = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
     assert layer > 60e6
     limit = 4096 * 512 * 4 + 3 * layer + 128 * 512 * 4
-    command = [sys.executable, "-c", PEAK, TINY, tmp_path]
+    command = [sys.executable, "-c", PEAK, TINY, tmp_path, how]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert layer < int(done.stdout) < limit

@@ -47,11 +47,11 @@ def _print_memory(plan: Plan, device: torch.device) -> None:
     table.add_column("precision", no_wrap=True)
     for column in ("weights", "streamed", f"on {device}, {size(free)} free"):
         table.add_column(column, justify="right", no_wrap=True)
-    for dtype in dict.fromkeys((plan.dtype, torch.bfloat16, torch.float32)):
+    for dtype in dict.fromkeys((plan.held, torch.bfloat16, torch.float32)):
         weights, streamed = plan.weights(dtype), plan.streamed(dtype)
         fits = "fits" if weights <= WEIGHTS_SHARE * free else "streamed" if streamed <= WEIGHTS_SHARE * free else "no"
         name = str(dtype).removeprefix("torch.")
-        table.add_row(f"{name} (default)" if dtype == plan.dtype else name, size(weights), size(streamed), fits)
+        table.add_row(f"{name} (default)" if dtype == plan.held else name, size(weights), size(streamed), fits)
     print_whole(table)
 
 

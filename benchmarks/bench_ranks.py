@@ -1,0 +1,149 @@
+"""How much faster are several GPUs, and do they give what one gives?
+
+    python benchmarks/bench_ranks.py --ranks 2 4            one run of torchrun for each number
+    python benchmarks/bench_ranks.py --ranks 2 --small      two processes on a CPU
+
+Every run builds a random model of Qwen3-30B-A3B's shape with 4 layers on each GPU, and profiles the same batches on the
+first GPU alone and on all of them, in turns. Speed-up is of the seconds in forwards and statistics, the slowest rank's;
+merging comes after, and is in the other column. Counts, maxima and kept rows must be equal to the bit, sums to 1e-12:
+else the exit code is 1. --checkpoint FOLDER (one that bench_streaming.py --keep left) is profiled with --stream as well,
+from a cold page cache, to see how often the host reads a byte. The last line is all of it as JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from shapes import QWEN3, SMALL, TOKENIZER, differences, drop_cache, from_disk, texts
+from timing import machine
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+import sedetect
+from sedetect.checkpoint import load_tokenizer
+from sedetect.ranks import Ranks, join
+
+
+def random_model(small: bool, device: str) -> nn.Module:
+    """The same weights on every rank."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**SMALL if small else QWEN3, num_hidden_layers=4)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def worker(options: argparse.Namespace) -> None:
+    """What every rank runs; the first prints its result as JSON."""
+    with join() as ranks:
+        device = ranks.device(options.device)
+        model, tokenizer = random_model(options.small, device), load_tokenizer(TOKENIZER)
+        length, batch = (32, 4) if options.small else (2048, 4)
+        settings = {"seq_len": length, "batch_size": batch, "tokenizer": tokenizer, "backend": options.backend}
+        measure = partial(sedetect.profile_model, model, texts(options.sequences * length), **settings)
+        run = {"tokens": options.sequences * length}
+        measure(tokens=2 * batch * length)  # whatever is made at first use
+        one, several, wall, found = [], [], {"one": [], "all": []}, []
+        for _ in range(options.rounds):
+            dist.barrier()
+            start = time.perf_counter()
+            alone = measure(**run) if ranks.rank == 0 else None
+            wall["one"].append(time.perf_counter() - start)
+            dist.barrier()
+            start = time.perf_counter()
+            together = ranks.run(lambda: measure(**run, part=ranks.part))
+            wall["all"].append(time.perf_counter() - start)
+            if together is not None:
+                one.append(alone.seconds)
+                several.append(together.seconds)
+                found += differences(together.domains, alone.domains)
+        result = {"ranks": ranks.count, "one": one, "all": several, "wall": wall, "differences": found}
+        result["machine"] = machine("cuda" if device.startswith("cuda") else "cpu")
+        if options.checkpoint is not None:
+            del model, measure
+            result["streamed"] = streamed(options, ranks, device)
+        if ranks.rank == 0:
+            print(json.dumps(result), flush=True)
+
+
+def streamed(options: argparse.Namespace, ranks: Ranks, device: str) -> dict:
+    """A streamed profile by one rank and by all, each from a cold page cache."""
+    seq_len = 32 if options.small else 512
+    tokens, seconds, fetched, results = 128 * seq_len, {}, {}, {}
+    measure = partial(
+        sedetect.profile_model, options.checkpoint, texts(tokens), tokens=tokens, seq_len=seq_len, batch_size=4,
+        device=device, backend=options.backend, stream=True,
+    )  # fmt: skip
+    for name, group in {"one": Ranks(), "all": ranks}.items():
+        if ranks.rank == 0:
+            drop_cache(options.checkpoint)
+        dist.barrier()
+        before, result = from_disk(), None
+        if ranks.rank < group.count:
+            result = group.run(partial(measure, part=group.part))
+        each: list = [None] * ranks.count
+        took = None if result is None else result.streamed.compute + result.streamed.wait
+        dist.all_gather_object(each, (from_disk() - before, took))
+        fetched[name], seconds[name], results[name] = sum(count for count, _ in each), each[0][1], result
+    stored = sum(file.stat().st_size for file in options.checkpoint.glob("*.safetensors"))
+    found = [] if ranks.rank else differences(results["all"].domains, results["one"].domains)
+    return {"seconds": seconds, "from_disk": fetched, "checkpoint_bytes": stored, "differences": found}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend")
+    parser.add_argument("--sequences", type=int, default=64, help="windows, of 2048 tokens (small: 32)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpoint", type=Path, help="also stream this one")
+    options = parser.parse_args()
+    if "LOCAL_RANK" in os.environ:
+        worker(options)
+        return 0
+    if min(options.ranks) < 2:
+        parser.error("--ranks: at least 2 each; one rank is measured beside them")
+    results = []
+    for count in options.ranks:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        done = subprocess.run([*command, __file__, *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{count} ranks: exit code {done.returncode}", file=sys.stderr)
+            return 1
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+
+    table = Table(title=f"{options.sequences} windows, median of {options.rounds} rounds: seconds")
+    for column in ("ranks", "one", "all", "speed-up", "with merging", "streamed: speed-up", "bytes read / stored"):
+        table.add_column(column, justify="right")
+    for result in results:
+        middle = {name: statistics.median(result[name]) for name in ("one", "all")}
+        whole = {name: statistics.median(result["wall"][name]) for name in ("one", "all")}
+        result["speed_up"] = middle["one"] / middle["all"]
+        cells = [f"{middle['one']:.3f}", f"{middle['all']:.3f}", f"{result['speed_up']:.2f}"]
+        cells.append(f"{whole['one'] / whole['all']:.2f}")
+        if layerwise := result.get("streamed"):
+            cells.append(f"{layerwise['seconds']['one'] / layerwise['seconds']['all']:.2f}")
+            read = [layerwise["from_disk"][name] / layerwise["checkpoint_bytes"] for name in ("one", "all")]
+            cells.append(f"{read[0]:.2f}, {read[1]:.2f}")
+        table.add_row(str(result["ranks"]), *cells)
+    Console(width=120).print(table)
+    wrong = [f"{r['ranks']} ranks: {d}" for r in results for d in r["differences"] + r.get("streamed", r)["differences"]]
+    for where in wrong:
+        print(f"FAILED: {where} differs from one rank's", file=sys.stderr)
+    print(json.dumps({"benchmark": "ranks", "sequences": options.sequences, "equal": not wrong, "results": results}))
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -99,7 +99,7 @@ def make_plan(folder: str | Path, **options: object) -> Plan:
     layer_memory = [_nbytes(layer) for layer in streamed.layers]
     rest_bytes = sum(tensor.nbytes for tensor in streamed.rest.values())
     sizes = Counter()
-    for parameter in streamed.layers.parameters():
+    for parameter in (parameter for layer in streamed.layers for parameter in layer.parameters()):
         sizes[parameter.dtype] += parameter.nbytes
     return Plan(
         model=type(model).__name__,

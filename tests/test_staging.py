@@ -194,8 +194,8 @@ def test_a_streamed_profile(tmp_path, monkeypatch, name, device):
 def test_every_part_begins_to_read_elsewhere(tmp_path, monkeypatch):
     folder, firsts, original = save_random(CONFIGS["qwen3_moe"](), tmp_path), [], StreamedModel.__init__
 
-    def init(self, model, files, config, device, first):
-        original(self, model, files, config, device, first)
+    def init(self, model, files, config, device, layers, first):
+        original(self, model, files, config, device, layers, first)
         firsts.append(first)
 
     monkeypatch.setattr(StreamedModel, "__init__", init)

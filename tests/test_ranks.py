@@ -5,10 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from models import _COMMON
 from test_cli import files_of
 from test_streaming import TEXTS, save_random
@@ -73,6 +75,15 @@ class Ran(NamedTuple):
     codes: list[int]
     printed: list[str]  # stdout and stderr of the first rank, then of the second
     out: Path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the ranks have: matrix products of several threads may round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pybind11
@@ -20,9 +21,11 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 CUDA = Path("csrc/cuda")
+OLDEST = (12, 5)  # CUDA with what tensor_map.h asks the runtime for
 HOPPER = {"9.0", "9.0a", "Hopper"}
 
 
+@cache
 def find_nvcc() -> str | None:
     """The CUDA compiler; None where there is none, or where the architectures asked for leave Hopper out."""
     wanted = re.split(r"[\s;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
@@ -30,7 +33,15 @@ def find_nvcc() -> str | None:
         return None
     home = os.environ.get("CUDA_HOME")
     candidates = [shutil.which("nvcc", path=f"{home}/bin")] if home else [shutil.which("nvcc")]
-    return next(filter(None, [*candidates, shutil.which("nvcc", path="/usr/local/cuda/bin")]), None)
+    nvcc = next(filter(None, [*candidates, shutil.which("nvcc", path="/usr/local/cuda/bin")]), None)
+    if nvcc is None:
+        return None
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = tuple(map(int, re.search(r"release (\d+)\.(\d+)", version).groups()))
+    if release < OLDEST:
+        print(f"{nvcc} is of CUDA {release[0]}.{release[1]}: sedetect._cuda needs 12.5 and is left out; set CUDA_HOME")
+        return None
+    return nvcc
 
 
 class Build(BuildExtension):
@@ -49,7 +60,7 @@ class Build(BuildExtension):
         includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
         flags = ["-O3", "-std=c++17", "-lineinfo", "-gencode=arch=compute_90a,code=sm_90a"]
         flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
-        headers = max(path.stat().st_mtime for pattern in ("*.h", "*.cuh") for path in CUDA.glob(pattern))
+        headers = max(path.stat().st_mtime for path in (*CUDA.glob("*.h"), *CUDA.glob("*.cuh"), Path("setup.py")))
 
         def compile(source: Path) -> str:
             made = objects / f"{source.stem}.o"

@@ -1,8 +1,8 @@
 """Combine: the routing-weighted sum of a token's k expert outputs, in float32. y (S, H) -> (T, H).
 
-Every row of y passes through here once, in a kernel that waits for memory, so that its statistics can be taken here: the
-sum of squares, and the largest |y| with the part of the row that holds it. Where in that part it stands is looked up by a
-second kernel, which takes the rows in sorted order, so that what it reads and writes lies together.
+Every row of y passes through here once, in a kernel that waits for memory, so that its statistics can be taken here:
+the sum of squares, and the largest |y| with the part of the row that holds it. Where in that part it stands is looked
+up by a second kernel, which takes the rows in sorted order, so that what it reads and writes lies together.
 """
 
 import torch
@@ -52,7 +52,7 @@ def _combine(
     Row,  # (S,) int32
     Offsets,  # (E + 1,) int64
     Out,  # (T, H) - output
-    Best, Part, Sqnorm,  # (S,) - output, or None: bits of each row's largest |y| as float32, the part of it that holds it
+    Best, Part, Sqnorm,  # (S,) - output, or None: bits of each row's largest |y| as float32, the part with it
     tokens,
     EXPERTS: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, PART: tl.constexpr,

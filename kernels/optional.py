@@ -36,7 +36,7 @@ def update_coactivation_torch(state, top_k_index: torch.Tensor, gates: torch.Ten
     """Counted tokens routed to both experts (E, E), in place; the diagonal counts the tokens of one expert."""
     experts = state.num_experts
     used = rows.counted[:, None] & (gates != 0) & (top_k_index >= 0) & (top_k_index < experts)
-    chosen = torch.zeros(len(gates), experts + 1, device=gates.device)
+    chosen = torch.zeros(len(gates), experts + 1, dtype=torch.float32, device=gates.device)
     chosen.scatter_(1, torch.where(used, top_k_index, experts), 1.0)
     # float32 products of 0 and 1 are exact below 2^24 tokens a call.
     state.coactivation += (chosen[:, :-1].T @ chosen[:, :-1]).to(torch.int64)

@@ -101,7 +101,7 @@ class CpuBackend(TorchBackend):
     def experts(self, x, plan, gate_up, gate_up_bias, gate, down, down_bias, transposed, gates):
         if not isinstance(down, torch.Tensor):
             return super().experts(x, plan, gate_up, gate_up_bias, gate, down, down_bias, transposed, gates)
-        out = torch.zeros(len(x), down.shape[2 if transposed else 1])
+        out = torch.zeros(len(x), down.shape[2 if transposed else 1], dtype=torch.float32)
         stats = RowStats.empty(len(plan.order))
         limit = math.inf if gate.limit is None else gate.limit
         spec = (gate.activation, gate.gated, gate.interleaved, limit, gate.slope, gate.shift)
@@ -132,7 +132,7 @@ def choose_backend(
 
     Without a call: the backend that serves calls of a layer, where nothing about them stands against it.
 
-    stored: the dtype of weights that are quantized. Raises SedetectError for an unknown name.
+    Raises SedetectError for an unknown name.
     """
     check_backend(wanted)
     why = None

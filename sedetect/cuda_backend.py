@@ -1,8 +1,8 @@
 """The CUDA backend: the kernels of csrc/cuda, for Hopper GPUs.
 
-Plan, both GEMMs and the update of the statistics are its own. The row kernels (combine and row statistics) are Triton's,
-which wait for memory and nothing else. Addresses go to sedetect._cuda, which knows nothing of torch; a stage is one call
-of it, because at small T the host is what takes the time.
+Plan, both GEMMs and the update of the statistics are its own. The row kernels (combine and row statistics) are
+Triton's, which wait for memory and nothing else. Addresses go to sedetect._cuda, which knows nothing of torch; a stage
+is one call of it, because at small T the host is what takes the time.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import torch
 from sedetect.call import Call
 from sedetect.kernels import tiles
 from sedetect.kernels.combine import combine
-from sedetect.kernels.gate import ACTIVATIONS, Gate
+from sedetect.kernels.gate import Gate
 from sedetect.kernels.plan import Plan, Schedule
 from sedetect.kernels.row_scan import row_stats
 from sedetect.triton_backend import TritonBackend, on
@@ -23,13 +23,13 @@ _cuda = None
 if importlib.util.find_spec("sedetect._cuda") is not None:
     from sedetect import _cuda
 
-# Average rows of an expert from which on it is chosen by itself; with fewer the weights' traffic decides, and the Triton
-# kernels, whose tiles are smaller, are as fast.
+# Average rows of an expert from which on it is chosen by itself; with fewer the weights' traffic decides, and the
+# Triton kernels, whose tiles are smaller, are as fast.
 MIN_ROWS = 96
 
 # csrc/cuda/stages.h and grouped_gemm.h
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS, start=1)}
+_ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4}
 _NO_GATE = (0, False, math.inf, 1.0, 0.0)
 
 
@@ -43,7 +43,10 @@ class CudaBackend(TritonBackend):
         if device.type != "cuda":
             return f"it serves CUDA tensors, these are on {device}"
         if _cuda is None:
-            return "sedetect was installed without nvcc, so that sedetect._cuda is not there"
+            return (
+                "sedetect._cuda is not built; install sedetect again where nvcc of CUDA 12.5 or later is found, and with "
+                "9.0 in TORCH_CUDA_ARCH_LIST if that is set"
+            )
         if _capability(device) != (9, 0):
             return "it is for GPUs of compute capability 9.0, this one has {}.{}".format(*_capability(device))
         if dtype not in (torch.bfloat16, torch.float16):
@@ -69,8 +72,8 @@ class CudaBackend(TritonBackend):
         counts = torch.empty(blocks * (num_experts + 1), dtype=torch.int32, device=device)
         with on(device):
             _cuda.plan(
-                index.data_ptr(), index.dtype == torch.int32, order.data_ptr(), offsets.data_ptr(), _addresses(schedule),
-                counts.data_ptr(), slots, num_experts, processors, _stream(device),
+                index.data_ptr(), index.dtype == torch.int32, order.data_ptr(), offsets.data_ptr(),
+                _addresses(schedule), counts.data_ptr(), slots, num_experts, processors, _stream(device),
             )  # fmt: skip
         return Plan(order, offsets, top_k_index.shape[1], schedule)
 
@@ -124,11 +127,12 @@ class CudaBackend(TritonBackend):
         """As sedetect.kernels.gate_up.gate_up."""
         x = _aligned(x.to(weight.dtype))
         experts, columns, hidden = weight.shape
+        _check_sizes("gate_up", x, weight, hidden, plan)
         slots, gated = len(plan.order), gate is not None and gate.gated
         width = columns // 2 if gated else columns
         h, found = x.new_empty(slots, width), None
         if parts:
-            found = torch.empty(_cuda.column_tiles(width, gated), slots, device=x.device)
+            found = x.new_empty(_cuda.column_tiles(width, gated), slots, dtype=torch.float32)
         if slots:
             schedule = plan.schedule
             _cuda.gate_up(
@@ -141,6 +145,7 @@ class CudaBackend(TritonBackend):
 
     def _down(self, h, plan, weight) -> torch.Tensor:
         experts, hidden, width = weight.shape
+        _check_sizes("down", h, weight, width, plan)
         slots, schedule = len(plan.order), plan.schedule
         y = h.new_empty(slots, hidden)
         if slots:
@@ -150,6 +155,15 @@ class CudaBackend(TritonBackend):
                 tiles.limits(h.device).processors, _stream(h.device),
             )  # fmt: skip
         return y
+
+
+def _check_sizes(name: str, x: torch.Tensor, weight: torch.Tensor, width: int, plan: Plan) -> None:
+    """The kernels take their sizes from the weight alone."""
+    if x.shape[1] != width or len(weight) != plan.num_experts:
+        raise ValueError(
+            f"{name}: rows of {x.shape[1]} and a weight {tuple(weight.shape)} do not fit a plan of {plan.num_experts} "
+            "experts"
+        )
 
 
 def _call_refusal(call: Call, dtype: torch.dtype) -> str | None:

@@ -55,7 +55,8 @@ def moe_mlp(
     """The routed experts of one layer: out[t] = sum_j g[t, j] * down_e(gate(gate_up_e(x[t]))), e = top_k_index[t, j].
 
     Args:
-        x: (T, H); or (T, k, H), an input of its own for every slot. top_k_index: (T, k) int; indices outside [0, E) are no expert. top_k_weights: (T, k), the g.
+        x: (T, H); or (T, k, H), an input of its own for every slot.
+        top_k_index: (T, k) int; indices outside [0, E) are no expert. top_k_weights: (T, k), the g.
         gate_up: (E, 2I, H), or (E, H, 2I) when transposed; (E, I, H) for experts without a gate; None where x is the
             input of down already.
         down: (E, H, I), or (E, I, H) when transposed. Biases: (E, 2I), (E, H). QuantizedWeights are not transposed.
@@ -71,7 +72,9 @@ def moe_mlp(
     call = _call(top_k_index.numel(), gate_up, down, gate, (gate_up_bias, down_bias), transposed)
     chosen = _choose(x.device, down.dtype, backend, call, served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
-    _check(state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
+    _check(x.device, state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
+    if x.dim() == 3 and x.shape[1] != top_k_index.shape[1]:
+        raise ValueError(f"x is {tuple(x.shape)}, the routing {tuple(top_k_index.shape)}: give an input for every slot")
     plan = chosen.plan(top_k_index, down.shape[0])
     stacked = all(isinstance(weight, (torch.Tensor, QuantizedWeights)) for weight in (gate_up, down))
     fused = call.gate is not None and stacked and x.dim() == 2
@@ -127,7 +130,7 @@ def every_expert(
     plan = every_plan(len(x), experts, x.device)
     h = _hidden(chosen, x, plan, gate_up, gate_up_bias, gate, transposed)
     y, _ = chosen.down(h, plan, down, down_bias, transposed)
-    return y.view(experts, len(x), -1)
+    return y.view(experts, len(x), y.shape[1])
 
 
 @torch.no_grad()
@@ -153,7 +156,7 @@ def moe_modules(
     experts, intermediate, dtype = sizes
     chosen = _choose(x.device, dtype, backend, Call(top_k_index.numel(), experts), served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
-    _check(state, experts, len(x), rows, top_k_index.shape, top_k_weights.shape)
+    _check(x.device, state, experts, len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, experts)
     gathered = x[plan.order // plan.top_k]
     result, y = (x.new_zeros(gathered.shape, dtype=dtype) for _ in range(2))
@@ -194,7 +197,7 @@ def down_stats(
     call = Call(len(h), weight.shape[0], (weight,), transposed, () if bias is None else (bias,))
     chosen = _choose(h.device, weight.dtype, backend, call, served)
     rows = Rows.unmapped(len(gates), h.device) if rows is None else rows
-    _check(state, weight.shape[0], len(gates), rows, gates.shape, (len(h) // plan.top_k, plan.top_k))
+    _check(h.device, state, weight.shape[0], len(gates), rows, gates.shape, (len(h) // plan.top_k, plan.top_k))
     y, stats = chosen.down(h, plan, weight, bias, transposed)
     _finish(chosen, state, y, h, stats, plan, gates, rows)
     return y
@@ -230,7 +233,7 @@ def output_stats(
     """Statistics of a down_proj output y (T, H) computed elsewhere from x (T, I): one expert, routing weight 1."""
     chosen = _choose(y.device, y.dtype, backend, Call(len(y), 1), served)
     rows = Rows.unmapped(len(y), y.device) if rows is None else rows
-    _check(state, 1, len(y), rows, y.shape[:1], x.shape[:1])
+    _check(y.device, state, 1, len(y), rows, y.shape[:1], x.shape[:1])
     plan, gates = single_plan(len(y), y.device), torch.ones(len(y), 1, device=y.device)
     _finish(chosen, state, y, x, chosen.row_stats(y, x), plan, gates, rows)
 
@@ -251,11 +254,23 @@ def _choose(
 
 
 def _check(
-    state: BankStats, experts: int, tokens: int, rows: Rows, routing: Sequence[int], other: Sequence[int]
+    device: torch.device,
+    state: BankStats,
+    experts: int,
+    tokens: int,
+    rows: Rows,
+    routing: Sequence[int],
+    other: Sequence[int],
 ) -> None:
-    """Raise ValueError where shapes do not belong together: kernels read by pointer."""
+    """Raise ValueError where shapes, devices or layouts do not belong together: kernels read by pointer."""
     if state.num_experts != experts:
         raise ValueError(f"state is of {state.num_experts} experts, the weights are of {experts}")
+    for name, tensor in (("state", state.counts), ("rows", rows.counted)):
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {device}; move it there with .to({str(device)!r})")
+    for tensor in rows.tensors():
+        if not tensor.is_contiguous():
+            raise ValueError("rows: its tensors must be contiguous; build it from .contiguous() ones")
     if tuple(routing) != tuple(other) or routing[0] != tokens or len(rows.counted) != tokens:
         shapes = f"{tuple(routing)} and {tuple(other)}"
         raise ValueError(

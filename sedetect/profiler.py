@@ -152,7 +152,7 @@ class Profile:
         for bank in self._banks:
             if not bank.served:
                 notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
-            elif bank.backend is None and (why := missing_fast_path(bank.state.counts.device, self._model.dtype)):
+            elif bank.backend is None and "cuda" not in bank.served and (why := missing_fast_path(bank.state.counts.device, self._model.dtype)):
                 notes.add(why)
             if bank.here is not None:
                 ranks = dist.get_world_size(bank.group)

@@ -113,13 +113,13 @@ class BankStats:
         )
         if channels is not None:
             hidden, intermediate = channels
-            state.channel_max = torch.zeros(e, hidden, device=device)
-            state.in_channel_max = torch.zeros(e, intermediate, device=device)
+            state.channel_max = torch.zeros(e, hidden, dtype=torch.float32, device=device)
+            state.in_channel_max = torch.zeros(e, intermediate, dtype=torch.float32, device=device)
             state.in_channel_sq = torch.zeros(e, intermediate, dtype=torch.float64, device=device)
         if coactivation:
             state.coactivation = torch.zeros(e, e, dtype=torch.int64, device=device)
         if first_rows:
-            state.published_max = torch.zeros(e, device=device)
+            state.published_max = torch.zeros(e, dtype=torch.float32, device=device)
         return state
 
     def kept(self) -> list[torch.Tensor]:

@@ -28,7 +28,7 @@ SHAPES = [
 
 
 def run(backend: str, dtype: torch.dtype, shape: tuple[int, ...], fused: bool) -> None:
-    # A gate that is not fused computes on rows of no expert too, whose values nobody reads: initcheck would tell of them.
+    # A gate that is not fused computes on rows of no expert too, whose values nobody reads; initcheck tells of them.
     call = make_call(shape, dtype, 1, sentinels=fused)
     moved = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
     how = {} if fused else {"gate": swiglu}

@@ -40,6 +40,8 @@ SHAPES = [
     (515, 1, 2, 264, 64),  # several tiles of one expert
     (515, 8, 16, 520, 264),
     (600, 10, 16, 512, 256),
+    (700, 8, 16, 1032, 520),  # more tiles than blocks: epilogues run while the next tile is multiplied
+    (150, 2, 2, 4160, 2056),  # large matrices: three stages
 ]
 
 
@@ -75,7 +77,7 @@ def test_the_module_is_built_where_nvcc_is():
 def test_the_module_loads_without_a_driver():
     if importlib.util.find_spec("sedetect._cuda") is None:
         pytest.skip("sedetect._cuda is not built")
-    code = "from sedetect import _cuda; print(_cuda.TILE_ROWS, _cuda.column_tiles(768, True), _cuda.column_tiles(257, False))"
+    code = "from sedetect import _cuda as c; print(c.TILE_ROWS, c.column_tiles(768, True), c.column_tiles(257, False))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout.split() == ["128", "6", "2"], run.stderr[-2000:]
 
@@ -224,7 +226,7 @@ def test_update_keeps_the_best_in_order(backend, experts, values, hot):
 
 @ON_HOPPER
 def test_update_of_many_rows_of_distinct_values(backend):
-    """One expert with 100,000 rows, in ascending order: every tile has rows that enter. The sums are the same bits twice."""
+    """One expert with 100,000 rows, in ascending order: every tile has rows that enter. Sums are the same bits twice."""
     generator = torch.Generator().manual_seed(0)
     tokens = 100_000
     index, gates, rows = random_call(generator, tokens, 1, False)
@@ -253,14 +255,14 @@ def test_what_it_cannot_serve_goes_to_triton_with_the_reason(backend):
         "transposed": make_call((40, 2, 4, 64, 32), torch.bfloat16, 2, transposed=True),
         "interleaved": plain | {"gate": interleaved},
         "multiples of 8": make_call((40, 2, 4, 60, 32), torch.bfloat16, 2),
-        "float32": make_call((40, 2, 4, 64, 32), torch.float32, 2),
+        "no kernel for torch.float32": make_call((40, 2, 4, 64, 32), torch.float32, 2),
+        "not contiguous": plain | {"down": plain["down"].transpose(1, 2).contiguous().transpose(1, 2)},
         "16-byte": plain | {"down": crooked},
     }
     for reason, call in cases.items():
         served = []
-        ops.moe_mlp(
-            **on_device(call), state=BankStats.empty(4, DEVICE), backend="cuda", served=lambda *note: served.append(note)
-        )
+        note = lambda *what: served.append(what)  # noqa: E731
+        ops.moe_mlp(**on_device(call), state=BankStats.empty(4, DEVICE), backend="cuda", served=note)
         (name, why), = served
         assert name == "triton" and reason in why
     weight = QuantizedWeights(plain["down"].to(torch.float8_e4m3fn), torch.ones(4, 1, 1), (64, 64), torch.bfloat16)

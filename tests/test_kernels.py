@@ -428,3 +428,41 @@ def test_counts_and_sums_of_extreme_rows(backend):
     assert state.counts[0].tolist() == counts
     assert state.sums[0].tolist() == pytest.approx(sums, rel=1e-5)
     assert state.in_channel_sq[0].tolist() == pytest.approx(squares.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_dtype_does_not_matter(backend):
+    """Many scripts set it to load a model; buffers and counts must stay what they are."""
+    call, rows = make_call((300, 4, 8, 64, 32), torch.bfloat16, 3), make_rows(300, 1)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            state = BankStats.empty(8, channels=(64, 32), coactivation=True, first_rows=True)
+            plain = BankStats.empty(8)
+            out = [ops.moe_mlp(**call, state=one, rows=rows, backend=backend) for one in (state, plain)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append((state, plain, out))
+    (state, plain, out), (other_state, other_plain, other_out) = results
+    assert state.equal(other_state, 0) and plain.equal(other_plain, 0)
+    assert all(torch.equal(a, b) for a, b in zip(out, other_out))
+
+
+def test_tensors_that_kernels_could_not_read():
+    call = make_call((4, 2, 4, 16, 8), torch.float32, 0)
+    rows = make_rows(8, 1)
+    sliced = Rows(*(t[::2] for t in rows.tensors()))
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.moe_mlp(**call, state=BankStats.empty(4), rows=sliced)
+    with pytest.raises(ValueError, match="state is on meta, x on cpu"):
+        ops.moe_mlp(**call, state=BankStats.empty(4, "meta"))
+    deep = call | {"x": call["x"][:, None].expand(4, 3, 16)}
+    with pytest.raises(ValueError, match="an input for every slot"):
+        ops.moe_mlp(**deep, state=BankStats.empty(4))
+
+
+def test_every_expert_of_no_tokens():
+    call = make_call((4, 2, 4, 16, 8), torch.float32, 0)
+    y = ops.every_expert(call["x"][:0], call["gate_up"], call["down"], call["gate"])
+    assert y.shape == (4, 0, 16)

@@ -1,6 +1,6 @@
 // Plan: a stable counting sort of the routing in one cooperative launch. Each block counts its slots by expert, all
-// wait for each other, then each finds where its slots go from the counts of all blocks. No atomics: the same order
-// every time.
+// wait for each other, then each finds where its slots go from the counts of all blocks. No atomic decides a place: the
+// same order every time.
 #include "check.h"
 #include "stages.h"
 

@@ -3,11 +3,14 @@
 import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from transformers.modeling_utils import str_to_torch_dtype
+from transformers.utils import is_kernels_available
 
 from sedetect.checkpoint import choose_device, choose_dtype, read_header, shards_of
 
@@ -29,28 +32,58 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def weight_bytes(folder: str | Path, dtype: str | torch.dtype = "auto", dequantized: bool = False) -> int:
+def dequantized_here() -> set[str]:
+    """Ways of storing weights ("fp8", "mxfp4") of which transformers makes 16-bit ones when it loads them here.
+
+    "fp8" where there is no GPU, or one below compute capability 8.9; "mxfp4" without the package kernels.
+    """
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    fp8, mxfp4 = capability < (8, 9), not is_kernels_available()
+    return {name for name, gone in (("fp8", fp8), ("mxfp4", mxfp4)) if gone}
+
+
+def weight_bytes(
+    folder: str | Path, dtype: str | torch.dtype = "auto", dequantized: Collection[str] = frozenset()
+) -> int:
     """Bytes of a checkpoint folder's weights in memory, floating-point ones in dtype; from the files' headers alone.
 
-    dequantized: 8-bit floats take 16 bits, which is what transformers makes of them without a GPU. Raises SedetectError
-    as check_checkpoint does.
+    dequantized: what is stored in these ways ("fp8", "mxfp4") takes 16 bits a value instead. Raises SedetectError as
+    check_checkpoint does.
     """
     dtype, total = choose_dtype(dtype), 0
+    entries: dict[str, dict[str, Any]] = {}
     for shard in shards_of(Path(folder)):
-        for name, entry in json.loads(read_header(shard)).items():
-            if name != "__metadata__":
-                stored = str_to_torch_dtype.get(entry["dtype"])
-                cast = dtype != "auto" and stored is not None and stored.is_floating_point
-                start, end = entry["data_offsets"]
-                wide = 2 if dequantized and entry["dtype"].startswith("F8_E") else 1
-                total += math.prod(entry["shape"]) * dtype.itemsize if cast else (end - start) * wide
+        entries |= json.loads(read_header(shard))
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        stored = str_to_torch_dtype.get(entry["dtype"])
+        way, packed = _quantized(name, entries)
+        values, wide = math.prod(entry["shape"]) * packed, way in dequantized
+        if dtype != "auto" and (wide or stored is not None and stored.is_floating_point):
+            total += values * dtype.itemsize
+        else:
+            start, end = entry["data_offsets"]
+            total += 2 * values if wide else end - start
     return total
+
+
+def _quantized(name: str, entries: dict[str, dict[str, Any]]) -> tuple[str | None, int]:
+    """How the values of a tensor are quantized (None: not), and how many of them an element holds."""
+    dtype = entries[name]["dtype"]
+    if dtype.startswith("F8_E"):
+        return "fp8", 1
+    if dtype == "U8" and name.endswith("_blocks"):
+        return "mxfp4", 2
+    scales = (f"{name}_scale_inv", f"{name.removesuffix('weight')}scale")
+    if dtype == "I8" and any(entries.get(scale, {}).get("dtype") == "F8_E8M0" for scale in scales):
+        return "fp8", 2  # FP4, which the quantizer of FP8 loads
+    return None, 1
 
 
 def too_large(folder: str | Path, device: str | torch.device | None, dtype: str | torch.dtype = "auto") -> str | None:
     """Why a checkpoint folder's weights do not fit the device's free memory, as one line; None where they do."""
     device = choose_device(device)
-    needed, free = weight_bytes(folder, dtype, dequantized=not torch.cuda.is_available()), free_memory(device)
+    needed, free = weight_bytes(folder, dtype, dequantized_here()), free_memory(device)
     if needed <= WEIGHTS_SHARE * free:
         return None
     return f"{size(needed)} of weights do not fit the {size(free)} free on {device}: streaming them layer by layer"

@@ -23,10 +23,12 @@ from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, digest
 from sedetect.tracking import TrackedModel
 from sedetect.version import __version__
 
-# Of a config: says nothing of what the model computes, or changes with the release or the options that read it.
+# Of a config: says nothing of what the model computes, or changes with the release or the options that read it. So does
+# quantization_config, which goes where transformers dequantizes; how weights are stored is in their own digest.
 _VOLATILE = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "return_dict",
     "output_attentions", "output_hidden_states", "output_router_logits", "distributed_config",
+    "quantization_config",
 }  # fmt: skip
 
 

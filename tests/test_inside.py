@@ -265,12 +265,18 @@ def test_refusals(folder, checkpoints, tmp_path):
     assert "--pairs -1: must be at least 0" in refused("analyze", "weights", TINY, "--pairs", -1)
     assert "--texts '': gives no token" in refused("analyze", "routing", TINY, *SHORT, "--texts", "")
     assert "backend 'x' does not exist" in refused("analyze", "outputs", TINY, *SHORT, "--backend", "x")
-    other = ("analyze", "weights", checkpoints["mixtral"], "--pairs", 0, "--stats", out)
-    assert "statistics of another model (tiny-moe)" in refused(*other)
+    (tmp_path / "stats.safetensors").write_bytes((out / "stats.safetensors").read_bytes())
+    another = f"{tmp_path}: statistics of another model (tiny-moe); give those of mixtral with --stats"
+    assert another in refused("analyze", "routing", checkpoints["mixtral"], *SHORT, "-o", tmp_path)
+    assert not file_of(tmp_path, "routing").exists()
+    assert another in refused("analyze", "weights", checkpoints["mixtral"], "--pairs", 0, "-o", tmp_path)
+    assert Analysis.load(file_of(tmp_path, "weights"), "weights").model == "mixtral"  # what was computed is kept
+    file_of(tmp_path, "weights").unlink()
+    with mock.patch("sedetect.cli.inside.analyze_weights", lambda *_, **__: pytest.fail("worked")):
+        assert "no such statistics file" in refused("analyze", "weights", TINY, "--stats", tmp_path / "none")
     with mock.patch.dict(sys.modules, {"sklearn": None}):
         assert "pip install 'sedetect[analysis]'" in refused("analyze", "weights", TINY)
     result = Analysis.load(file_of(out, "routing"), "routing")
     result.digest = "another"
-    (tmp_path / "stats.safetensors").write_bytes((out / "stats.safetensors").read_bytes())
     result.save(tmp_path)
     assert "routing-analysis.safetensors: is of model another" in refused("report", tmp_path)

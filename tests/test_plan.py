@@ -47,7 +47,7 @@ def test_counted_from_headers_alone(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
-def test_fp8_as_a_gpu_holds_it(tmp_path, name):
+def test_fp8_as_a_gpu_holds_it(tmp_path, monkeypatch, name):
     """With or without one: what is stored in 8 bits stays so, its scales beside it."""
     plain = plan_without_reading(save_random(CONFIGS[name](), tmp_path, dtype=torch.bfloat16))
     assert (plain.dtype, plain.held) == (torch.bfloat16, torch.bfloat16)
@@ -63,8 +63,14 @@ def test_fp8_as_a_gpu_holds_it(tmp_path, name):
     assert plan.weights(plan.held) == plan.rest_bytes + sum(plan.layer_memory)
     assert plan.streamed(plan.held) == plan.rest_bytes + 3 * max(plan.layer_memory)
     assert plan.weights(torch.bfloat16) == 2 * plan.parameters
-    shown = run("plan", tmp_path)
-    assert shown.code == 0 and re.search(r"float8_e4m3fn \(default\) .*\n bfloat16 .*\n float32 ", shown.out)
+    size = r" +\S+ [kM]?B" * 2
+    for dequantized, rows in (
+        (set(), (rf"float8_e4m3fn \(default\){size} +fits", rf"bfloat16{size} +fits")),
+        ({"fp8"}, (rf"float8_e4m3fn{size} +-", rf"bfloat16 \(default\){size} +fits")),  # no GPU that takes it
+    ):
+        monkeypatch.setattr("sedetect.cli.plan.dequantized_here", lambda dequantized=dequantized: dequantized)
+        shown = run("plan", tmp_path)
+        assert shown.code == 0 and re.search(rf"{rows[0]} *\n {rows[1]} *\n float32 ", shown.out), shown.out
 
 
 def test_bandwidth_is_measured_on_a_bounded_sample():

@@ -36,8 +36,10 @@ from sedetect.errors import SedetectError
 from sedetect.expert_matrices import expert_matrices
 from sedetect.kernels.dequantize import QuantizedWeights, dequantize
 from sedetect.ops import Gate
+from sedetect.profiler import model_digest
 from sedetect.quantized import linear_weight, serve_linears
 from sedetect.ranking import Place
+from sedetect.streaming_weights import open_streamed
 from sedetect.triton_backend import TritonBackend
 
 DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda")
@@ -406,6 +408,15 @@ def mxfp4_file(weights):
             back = torch.stack([dequantize(v, s, None, weight.dtype) for v, s in zip(value, scale)])
             plain[name] = back.transpose(1, 2).contiguous()
     return stored, plain
+
+
+@pytest.mark.parametrize("checkpoint", ["fp8", "mxfp4"], indirect=True)
+def test_one_digest_however_it_is_opened(checkpoint):
+    """Dequantized by transformers or not: statistics are of the model that analyses and ablations then open."""
+    folder, plain = checkpoint
+    opened = [load_model(folder), open_streamed(folder, weights=False).model, open_streamed(folder).model]
+    digests = {model_digest(model) for model in opened}
+    assert len(digests) == 1 and digests.isdisjoint({model_digest(load_model(plain))})
 
 
 @pytest.mark.parametrize("checkpoint", ["fp8", "mxfp4"], indirect=True)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig
 import sedetect
 from sedetect import SedetectError
 from sedetect.checkpoint import load_model
-from sedetect.fit import free_memory, too_large, weight_bytes
+from sedetect.fit import dequantized_here, free_memory, too_large, weight_bytes
 from sedetect.staging import StoredTensor
 from sedetect.streaming import check_layers
 from sedetect.streaming_weights import StreamedModel, open_streamed
@@ -124,7 +124,7 @@ def test_fp8(tmp_path, name, device):
     streamed = sedetect.profile_model(folder, TEXTS, **SHORT, device=device, stream=True)
     for bank, state in streamed.stats.banks.items():
         assert state.equal(resident.stats.banks[bank], sums_rtol=1e-12 if device == "cuda" else 0.0), bank
-    headers = weight_bytes(folder), weight_bytes(folder, dequantized=True)
+    headers = weight_bytes(folder), weight_bytes(folder, dequantized={"fp8"})
     assert headers[0] < headers[1] and abs(headers[1] - weights) < 0.05 * weights  # scales are left over
     names = {key for layer in open_streamed(folder, device="cpu", weights=False).stored for key in layer}
     assert sum(key.endswith("_scale_inv") for key in names) > 40
@@ -154,6 +154,39 @@ def test_chosen_where_the_weights_do_not_fit(checkpoint, monkeypatch):
     with pytest.warns(UserWarning, match="of weights do not fit the .* free on cpu: streaming them layer by layer"):
         assert sedetect.profile_model(folder, TEXTS, device="cpu", **SHORT).streamed.layers == 3
     assert sedetect.profile_model(folder, TEXTS, device="cpu", stream=False, **SHORT).streamed is None
+
+
+def test_packed_weights_take_what_they_stand_for(tmp_path, monkeypatch):
+    """FP4 and MXFP4: two values to a byte, sixteen bits each where transformers dequantizes them."""
+    scale = torch.zeros(8, 1, dtype=torch.uint8)
+    stored = {
+        "a.weight": torch.zeros(8, 16, dtype=torch.int8), "a.scale": scale.view(torch.float8_e8m0fnu),
+        "b.down_proj_blocks": torch.zeros(8, 1, 16, dtype=torch.uint8), "b.down_proj_scales": scale.clone(),
+        "c.weight": torch.zeros(8, 16, dtype=torch.int8), "c.weight_scale": torch.ones(8, 1),  # INT8
+    }  # fmt: skip
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_oss"}')
+    as_stored = sum(tensor.nbytes for tensor in stored.values())
+    assert weight_bytes(tmp_path) == as_stored
+    assert weight_bytes(tmp_path, dequantized={"fp8"}) == as_stored + 3 * 128 + 8
+    assert weight_bytes(tmp_path, dequantized={"mxfp4"}) == as_stored + 3 * 128
+    assert weight_bytes(tmp_path, "float32", {"mxfp4"}) == weight_bytes(tmp_path, "float32") + 7 * 128
+    both = weight_bytes(tmp_path, dequantized={"fp8", "mxfp4"})
+    monkeypatch.setattr("sedetect.fit.dequantized_here", lambda: {"fp8", "mxfp4"})
+    for free, fits in ((both, False), (2 * both, True)):
+        monkeypatch.setattr("sedetect.fit.free_memory", lambda device, free=free: free)
+        assert (too_large(tmp_path, "cpu") is None) == fits
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernels", "expected"),
+    [(None, False, {"fp8", "mxfp4"}), ((8, 6), True, {"fp8"}), ((8, 9), False, {"mxfp4"}), ((9, 0), True, set())],
+)
+def test_what_transformers_dequantizes(monkeypatch, capability, kernels, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr("sedetect.fit.is_kernels_available", lambda: kernels)
+    assert dequantized_here() == expected
 
 
 def test_free_memory_in_a_container(tmp_path, monkeypatch):

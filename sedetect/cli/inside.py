@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -34,15 +34,25 @@ from sedetect.cli.shared import (
 from sedetect.errors import SedetectError
 from sedetect.output_analysis import analyze_outputs
 from sedetect.pipeline import calibration_windows, open_model
+from sedetect.profiler import model_digest, model_name
+from sedetect.ranking import Ranking
 from sedetect.routing_analysis import analyze_routing
+from sedetect.stats import ModelStats
 from sedetect.weight_analysis import analyze_weights
 
 DEFAULT_TEXT = "As an open source alternative to"  # the published analysis's
 _TEXT_LAYERS = 8  # that a table by token shows
+_Known = tuple[Path, ModelStats, Ranking]  # statistics to mark experts by, and where they lie
 
 Layers = Annotated[str | None, typer.Option(help="numbers of layers: 0,5,10-12 (default: all with experts)")]
-Texts = Annotated[list[str] | None, typer.Option(help="a short text to show token by token; may be repeated")]
-Stats = Annotated[Path | None, typer.Option(help="statistics of this model, to mark its super experts (default: DIR)")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(help=f"a short text to show token by token; may be repeated (default: '{DEFAULT_TEXT}')"),
+]
+Stats = Annotated[
+    Path | None,
+    typer.Option(help="statistics of this model, to mark its super experts (default: those in the folder of -o)"),
+]
 Figures = Annotated[bool, typer.Option("--figures", help="with -o: pictures of every layer, as PNG and SVG")]
 
 
@@ -63,7 +73,7 @@ def weights_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """How alike the experts of MODEL are in their weights, layer by layer, without running it."""
-    _check(output, figures)
+    known = _check(stats, output, figures)
     with progress_bar("layers") as bar:
         task = bar.add_task("reading", total=None)
         result = analyze_weights(
@@ -77,7 +87,7 @@ def weights_command(
             trust_remote_code=trust_remote_code,
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )
-    _finish(result, stats, output, figures)
+    _finish(result, known, output, figures)
 
 
 @analyze.command("outputs")
@@ -101,13 +111,10 @@ def outputs_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """All experts of MODEL on all tokens: how alike their outputs are, and whether its routers choose large ones."""
-    _check(output, figures)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    options |= {"trust_remote_code": trust_remote_code}
-    cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": chat_template}
+    known = _check(stats, output, figures)
     run = partial(analyze_outputs, layers=parse_layers(layers), batch_size=batch_size, backend=backend)
-    result = _over_text(run, model, options, texts, data, cut)
-    _finish(result, stats, output, figures)
+    cut, how = (data, tokens, seq_len, chat_template), (device, dtype, revision, attn, trust_remote_code)
+    _finish(_over_text(run, model, known, texts, *cut, *how), known, output, figures)
 
 
 @analyze.command("routing")
@@ -130,23 +137,34 @@ def routing_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Which experts MODEL chooses: their load in every layer and domain, together with whom, and token by token."""
-    _check(output, figures)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    options |= {"trust_remote_code": trust_remote_code}
-    cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": chat_template}
+    known = _check(stats, output, figures)
     run = partial(analyze_routing, layers=parse_layers(layers), batch_size=batch_size)
-    result = _over_text(run, model, options, texts, data, cut)
-    _finish(result, stats, output, figures)
+    cut, how = (data, tokens, seq_len, chat_template), (device, dtype, revision, attn, trust_remote_code)
+    _finish(_over_text(run, model, known, texts, *cut, *how), known, output, figures)
 
 
-def _check(output: Path | None, figures: bool) -> None:
-    """Fail before the work, not after it."""
+def _check(stats: Path | None, output: Path | None, figures: bool) -> _Known | None:
+    """Fail before the work, not after it. Gives the statistics to mark experts by: those of the folder of results where
+    none are named."""
     if output is not None:
         check_writable(output)
     elif figures:
         raise SedetectError("--figures: there is no folder for them; give one with -o DIR")
     if figures:
         _write_figures()
+    if stats is None and output is not None and (output / "stats.safetensors").is_file():
+        stats = output
+    return None if stats is None else (stats, *load_ranked(stats))
+
+
+def _check_model(known: _Known | None, name: str, digest: str) -> None:
+    """Raise SedetectError for statistics of another model."""
+    if known is not None and known[1].header.digest != digest:
+        stats, state, _ = known
+        raise SedetectError(
+            f"{stats}: statistics of another model ({state.header.model}); give those of {name} with --stats, or "
+            "another folder with -o"
+        )
 
 
 def _write_figures() -> Callable[..., int]:
@@ -160,15 +178,27 @@ def _write_figures() -> Callable[..., int]:
 def _over_text(
     run: Callable[..., Analysis],
     model: str,
-    options: dict[str, Any],
+    known: _Known | None,
     texts: list[str] | None,
     data: str | None,
-    cut: dict[str, Any],
+    tokens: int,
+    seq_len: int,
+    chat_template: bool,
+    device: str | None,
+    dtype: str,
+    revision: str | None,
+    attn: str | None,
+    trust_remote_code: bool,
 ) -> Analysis:
     """Load a model, cut the text, and run an analysis over both."""
-    loaded, tokenizer, notes = open_model(model, **options)
+    loaded, tokenizer, notes = open_model(
+        model, device=device, dtype=dtype, revision=revision, attn=attn, trust_remote_code=trust_remote_code
+    )
+    _check_model(known, model_name(loaded), model_digest(loaded))
     short = read_texts(tokenizer, [DEFAULT_TEXT] if texts is None else texts)
-    calibration = calibration_windows(loaded, tokenizer, data, **cut)
+    calibration = calibration_windows(
+        loaded, tokenizer, data, tokens=tokens, seq_len=seq_len, seed=None, chat_template=chat_template
+    )
     with progress_bar() as bar:
         task = bar.add_task("running", total=calibration.used)
         result = run(
@@ -181,11 +211,14 @@ def _over_text(
     return result
 
 
-def _finish(result: Analysis, stats: Path | None, output: Path | None, figures: bool) -> None:
-    """Print the tables, and write what there is a folder for."""
-    marked = _marked(result, stats, output)
-    layers = layers_table(result)
+def _finish(result: Analysis, known: _Known | None, output: Path | None, figures: bool) -> None:
+    """Write what there is a folder for, before anything can be refused, and print the tables."""
     print_line(f"{result.model}: {result.kind}", "bold")
+    if output is not None:
+        print_line(f"written to {result.save(output)}")
+    _check_model(known, result.model, result.digest)
+    marked = {} if known is None else marked_experts(known[2])
+    layers = layers_table(result)
     _print_cells(layers)
     print_line(layers.text)
     for title, cells in standings_tables(result, marked).items():
@@ -195,8 +228,6 @@ def _finish(result: Analysis, stats: Path | None, output: Path | None, figures: 
         _print_tokens(result, set(marked))
     for note in result.notes:
         print_line(f"note: {note}")
-    if output is not None:
-        print_line(f"written to {result.save(output)}")
     if figures:
         with progress_bar("pictures") as bar:
             task = bar.add_task("figures", total=None)
@@ -204,18 +235,6 @@ def _finish(result: Analysis, stats: Path | None, output: Path | None, figures: 
                 result, marked, output / "figures", lambda n, of: bar.update(task, completed=n, total=of)
             )
         print_line(f"{count} pictures as PNG and SVG in {output / 'figures'}")
-
-
-def _marked(result: Analysis, stats: Path | None, output: Path | None) -> dict[str, str]:
-    """What marked_experts says of the statistics; of those in the folder of results where none are given."""
-    if stats is None:
-        if output is None or not (output / "stats.safetensors").is_file():
-            return {}
-        stats = output
-    state, ranking = load_ranked(stats)
-    if state.header.digest != result.digest:
-        raise SedetectError(f"{stats}: statistics of another model ({state.header.model}); profile {result.model}")
-    return marked_experts(ranking)
 
 
 def _print_cells(cells: Cells) -> None:

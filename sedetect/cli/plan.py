@@ -6,7 +6,7 @@ from rich.table import Table
 
 from sedetect.checkpoint import choose_device
 from sedetect.cli.shared import Device, Dtype, Model, Tokens, TrustRemoteCode, app, print_line, print_whole
-from sedetect.fit import WEIGHTS_SHARE, free_memory, size
+from sedetect.fit import WEIGHTS_SHARE, dequantized_here, free_memory, size
 from sedetect.plan import Plan, make_plan, measure_read
 
 
@@ -43,15 +43,19 @@ def _experts(plan: Plan) -> str:
 
 def _print_memory(plan: Plan, device: torch.device) -> None:
     free = free_memory(device)
+    way = "mxfp4" if plan.held == torch.uint8 else "fp8"
+    default = plan.dtype if plan.held != plan.dtype and way in dequantized_here() else plan.held
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("precision", no_wrap=True)
     for column in ("weights", "streamed", f"on {device}, {size(free)} free"):
         table.add_column(column, justify="right", no_wrap=True)
-    for dtype in dict.fromkeys((plan.held, torch.bfloat16, torch.float32)):
+    for dtype in dict.fromkeys((plan.held, default, torch.bfloat16, torch.float32)):
         weights, streamed = plan.weights(dtype), plan.streamed(dtype)
         fits = "fits" if weights <= WEIGHTS_SHARE * free else "streamed" if streamed <= WEIGHTS_SHARE * free else "no"
+        if dtype == plan.held != default:
+            fits = "-"  # transformers dequantizes it here
         name = str(dtype).removeprefix("torch.")
-        table.add_row(f"{name} (default)" if dtype == plan.held else name, size(weights), size(streamed), fits)
+        table.add_row(f"{name} (default)" if dtype == default else name, size(weights), size(streamed), fits)
     print_whole(table)
 
 

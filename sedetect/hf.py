@@ -346,7 +346,8 @@ def gate_of(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     weight = module.down_proj
     device = "cpu" if weight.is_meta else weight.device
     # The type of the activations is not known before they come where weights are quantized: 16 bits is the strictest.
-    dtype = torch.bfloat16 if isinstance(weight, QuantizedWeights) else weight.dtype
+    quantized = isinstance(weight, QuantizedWeights) or weight.dtype is None  # as a list of modules says it
+    dtype = torch.bfloat16 if quantized else weight.dtype
     return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), dtype, device) or own
 
 

@@ -328,16 +328,21 @@ def packed(linear):
     return stored
 
 
-@pytest.mark.parametrize("kind", [packed, in_fp8])
-def test_quantized_linears_in_a_list_of_experts(kind):
-    """Remote code whose experts' linears a quantizer replaced: each expert computes itself, and its output is read."""
+def listed_twins(kind):
+    """Remote code whose experts' linears became what kind makes of them, and the same with what these stand for."""
     plain = as_remote_code(random_model("qwen3_moe"), MixtralBlock, "proj")
     stored = copy.deepcopy(plain)
     for (_, twin), module in zip(list(plain.named_modules()), list(stored.modules())):
         if type(module).__name__ == "Expert":
             for name in ("gate_proj", "up_proj", "down_proj"):
                 setattr(module, name, kind(getattr(twin, name)))
-    plain, stored = plain.to(DEVICE), stored.to(DEVICE)
+    return plain.to(DEVICE), stored.to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", [packed, in_fp8])
+def test_quantized_linears_in_a_list_of_experts(kind):
+    """Remote code whose experts' linears a quantizer replaced: each expert computes itself, and its output is read."""
+    plain, stored = listed_twins(kind)
     before = snapshot(stored)
     (expected, logits), (stats, own) = profiled(plain, None), profiled(stored, None)
     assert snapshot(stored) == before

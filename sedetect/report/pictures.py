@@ -180,6 +180,8 @@ def _outputs_of(
     for place, token in enumerate(tokens):
         text = f"Cosine of the outputs of two experts {where} for token {token}."
         yield _square(f"{name}-token-{place}-cosine", layer, arrays["text.cosine"][place], marked, text)
+        if "text.states" not in arrays:
+            continue
         states = arrays["text.states"][place].t()
         kept = weight_analysis.kept_neurons(len(states), _NEURONS)
         text = f"Intermediate states act(W_gate x) of every expert {where} for token {token}"

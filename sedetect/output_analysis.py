@@ -29,6 +29,8 @@ from sedetect.analysis import (
     new_analysis,
     off_diagonal,
     standing,
+    text_settings,
+    to_others,
 )
 from sedetect.backends import check_backend
 from sedetect.calibration import Windows, batches
@@ -77,10 +79,7 @@ def analyze_outputs(
     check_eval(model)
     groups = groups_of(hf.find_banks(model), layers)
     result = new_analysis("outputs", model)
-    result.settings = {
-        "domains": {domain: windows.ids.numel() for domain, windows in domains.items()},
-        "texts": [text.to_dict() for text in texts],
-    }
+    result.settings = text_settings(domains, texts)
     with ExitStack() as stack:
         stack.callback(serve_linears(model)[0])
         watch = stack.enter_context(RouterWatch(model, [group.routed for group in groups]))
@@ -365,10 +364,8 @@ def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
     if not layer.arrays:
         return {}
     arrays, experts = layer.arrays, layer.experts
-    part = arrays["cosine"][:experts, :experts].double()
-    others = (part.sum(1) - part.diagonal()) / max(experts - 1, 1)
     return {
         "mean norm": standing(arrays["norm_mean"][:experts], expert),
         "largest norm": standing(arrays["norm_max"][:experts], expert),
-        "cosine to others": standing(others, expert),
+        "cosine to others": standing(to_others(arrays["cosine"], experts), expert),
     }

@@ -100,7 +100,8 @@ class Bank:
 
     def compute(self, state: BankStats, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
         """The module's result, from (x, top_k_index, top_k_weights) where it is routed, else from (x,)."""
-        return _compute_experts(self, state, rows, *inputs) if self.routed else _compute_down(self, state, rows, *inputs)
+        compute = _compute_experts if self.routed else _compute_down
+        return compute(self, state, rows, *inputs)
 
     def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of the result of an x of this dtype."""
@@ -427,8 +428,9 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:
         same = whole and getattr(parallel, "ep_size", parallel.tp_size) == parallel.tp_size  # rows on every rank
         if not same or getattr(parallel, "ep_implementation", "auto") not in ("auto", "all_reduce"):
             raise SedetectError(
-                f"{path} ({name}): its ranks send each other rows, or hold experts in a form that does not tell which; "
-                "load the model unquantized with DistributedConfig(tp_size=N, ep_size=N), or on one device"
+                f"{path} ({name}): its ranks send each other rows, or hold experts in a form (quantized, for example) "
+                "that does not tell which; load the model unquantized with DistributedConfig(tp_size=N, ep_size=N), or "
+                "on one device"
             )
     if weight.dtype not in _FLOATS and not isinstance(experts, ListedExperts):  # which compute themselves
         raise SedetectError(

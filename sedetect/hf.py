@@ -4,7 +4,8 @@ transformers 5 sends every experts module through an experts interface, looked u
 every call. We register one name, and attach by giving each experts module its own copy of its config that carries that
 name and the function to call: the model's config, and any other model built from it, never change. The down_proj of a
 shared expert or dense MLP is substituted by a module that holds the same parameters. attach returns what restores every
-object that was there. Experts outside the interface have adapters (sedetect.adapters) that are attached in the same way.
+object that was there. Experts outside the interface have adapters (sedetect.adapters) that are attached in the same
+way.
 """
 
 import copy

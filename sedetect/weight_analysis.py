@@ -117,8 +117,8 @@ def vector_similarity(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def match_neurons(first: torch.Tensor, second: torch.Tensor) -> Matching:
-    """Put the neurons of the second matrix (I, H) in the order in which the sum of their cosines with those of the first
-    is largest (Hungarian algorithm)."""
+    """Put the neurons of the second matrix (I, H) in the order in which the sum of their cosines with those of the
+    first is largest (Hungarian algorithm)."""
     from scipy.optimize import linear_sum_assignment
     from scipy.stats import kendalltau
 
@@ -352,9 +352,9 @@ def analyze_weights(
 
 
 def summarize(layer: LayerArrays) -> dict[str, dict[str, float]]:
-    """What the arrays of a layer come to, {number: {matrix: value}}: means over the pairs of routed experts of similarity
-    and neuron_similarity, over the matched pairs of unmatched, matched and tau; chance and r2. Without what was not
-    taken."""
+    """What the arrays of a layer come to, {number: {matrix: value}}: means over the pairs of routed experts of
+    similarity and neuron_similarity, over the matched pairs of unmatched, matched and tau; chance and r2. Without what
+    was not taken."""
     found: dict[str, dict[str, float]] = {}
     for name in (name for name in NAMES if f"{name}.similarity" in layer.arrays):
         for field in ("similarity", "neuron_similarity"):

@@ -3,8 +3,8 @@
     python benchmarks/bench_pruning.py
 
 Prunes a checkpoint at 12.5, 25 and 50 % by several saliencies, loads each result with AutoModelForCausalLM, and prints
-its perplexity on text that the saliencies were not taken from; the last line is the same as JSON. The first half of each
-domain's windows is profiled, the second half evaluated; --text evaluates another folder of texts instead.
+its perplexity on text that the saliencies were not taken from; the last line is the same as JSON. The first half of
+each domain's windows is profiled, the second half evaluated; --text evaluates another folder of texts instead.
 """
 
 import argparse

@@ -6,8 +6,8 @@
 Every run builds a random model of Qwen3-30B-A3B's shape with 4 layers on each GPU, and profiles the same batches on the
 first GPU alone and on all of them, in turns. Speed-up is of the seconds in forwards and statistics, the slowest rank's;
 merging comes after, and is in the other column. Counts, maxima and kept rows must be equal to the bit, sums to 1e-12:
-else the exit code is 1. --checkpoint FOLDER (one that bench_streaming.py --keep left) is profiled with --stream as well,
-from a cold page cache, to see how often the host reads a byte. The last line is all of it as JSON.
+else the exit code is 1. --checkpoint FOLDER (one that bench_streaming.py --keep left) is profiled with --stream as
+well, from a cold page cache, to see how often the host reads a byte. The last line is all of it as JSON.
 """
 
 import argparse
@@ -138,7 +138,9 @@ def main() -> int:
             cells.append(f"{read[0]:.2f}, {read[1]:.2f}")
         table.add_row(str(result["ranks"]), *cells)
     Console(width=120).print(table)
-    wrong = [f"{r['ranks']} ranks: {d}" for r in results for d in r["differences"] + r.get("streamed", r)["differences"]]
+    wrong = [
+        f"{r['ranks']} ranks: {d}" for r in results for d in r["differences"] + r.get("streamed", r)["differences"]
+    ]
     for where in wrong:
         print(f"FAILED: {where} differs from one rank's", file=sys.stderr)
     print(json.dumps({"benchmark": "ranks", "sequences": options.sequences, "equal": not wrong, "results": results}))

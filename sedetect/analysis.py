@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sedetect import hf
-from sedetect.calibration import prefix_ids
+from sedetect.calibration import Windows, prefix_ids
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic
 from sedetect.profiler import model_digest, model_name
@@ -98,6 +98,14 @@ def new_analysis(kind: str, model: nn.Module) -> Analysis:
     """An empty one of a live model."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return Analysis(kind, model_name(model), model_digest(model), dtype)
+
+
+def text_settings(domains: dict[str, Windows], texts: Sequence["Text"]) -> dict[str, Any]:
+    """What an analysis over text remembers of it: tokens by domain, and the short texts whole."""
+    return {
+        "domains": {domain: windows.ids.numel() for domain, windows in domains.items()},
+        "texts": [text.to_dict() for text in texts],
+    }
 
 
 def check_eval(model: nn.Module) -> None:
@@ -189,6 +197,12 @@ def standing(values: torch.Tensor, expert: int) -> Standing:
     """Where one expert stands in values (E,)."""
     median = float(values.double().quantile(0.5))
     return Standing(float(values[expert]), median, 1 + int((values > values[expert]).sum()))
+
+
+def to_others(matrix: torch.Tensor, experts: int) -> torch.Tensor:
+    """(E,): the mean of each row of the first E of (N, N), the diagonal left out."""
+    part = matrix[:experts, :experts].double()
+    return (part.sum(1) - part.diagonal()) / max(experts - 1, 1)
 
 
 def off_diagonal(matrix: torch.Tensor, count: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from sedetect import output_analysis, routing_analysis, weight_analysis
 from sedetect.analysis import Analysis, LayerArrays, Standing
 from sedetect.ranking import Ranking
-from sedetect.routing_analysis import distance, effective, lift
+from sedetect.routing_analysis import distance, effective, lift, router_spread
 from sedetect.stats import BankId
 from sedetect.tables import FEW_ROWS
 
@@ -76,8 +76,9 @@ def _weights(result: Analysis) -> Cells:
     if chance:
         text += f" Matched with random ones, matrices reach {min(chance):.2f} to {max(chance):.2f}."
     if "r2" in shown:
-        means = {name: fmean(of["r2"][name] for of in summaries.values() if "r2" in of) for name in matrices}
-        text += f" R2, mean of the layers: {', '.join(f'{name} {value:.2f}' for name, value in means.items())}."
+        known = {name: [of["r2"][name] for of in summaries.values() if "r2" in of] for name in matrices}
+        means = [f"{name} {_two(_finite_mean(values))}" for name, values in known.items()]
+        text += f" R2, mean of the layers: {', '.join(means)}."
     return Cells(["layer", *shown.values()], rows, text)
 
 
@@ -105,15 +106,14 @@ def _routing(result: Analysis) -> Cells:
         busiest = int(load.sum(0).argmax())
         pairs = lift(together, tokens).masked_fill(together < FEW_ROWS, torch.nan).nan_to_num(nan=-1)
         i, j = divmod(int(pairs.argmax()), layer.experts)
-        known = layer.arrays["entropy"].nan_to_num().double() * layer.arrays["tokens"]
-        entropy = float(known.sum() / tokens) if not layer.arrays["entropy"].isnan().all() else None
+        spread = router_spread(layer)
         rows.append(
             [
                 layer_name(bank),
                 f"E{busiest}",
                 f"{int(load[:, busiest].sum()) / tokens:.1%}",
                 f"{effective(load.sum(0)):.1f} of {layer.experts}",
-                "-" if entropy is None else f"{math.exp(entropy):.1f}",
+                "-" if spread is None else f"{spread:.1f}",
                 *(f"{value:.0%}" for value in distance(load).tolist()),
                 *((f"E{i} E{j}", f"{float(pairs[i, j]):.2g}") if pairs[i, j] > 0 else ("-", "-")),
             ]
@@ -137,8 +137,14 @@ def _shown(names: dict[str, str], summaries: dict[BankId, dict]) -> dict[str, st
 
 
 def _two(value: float) -> str:
-    """Two decimals, and no minus before a zero."""
-    return f"{round(value, 2) + 0.0:.2f}"
+    """Two decimals, and no minus before a zero; - for what is not known."""
+    return f"{round(value, 2) + 0.0:.2f}" if math.isfinite(value) else "-"
+
+
+def _finite_mean(values: list[float]) -> float:
+    """The mean of those that are known; NaN of none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else math.nan
 
 
 def _three(value: float | None) -> str:

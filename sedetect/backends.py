@@ -146,7 +146,7 @@ def choose_backend(
 
 
 def missing_fast_path(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a GPU's layers of this dtype are not served by the cuda backend; None where they are, and on other devices."""
+    """Why the cuda backend does not serve a GPU's layers of this dtype; None where it does, and on other devices."""
     reason = BACKENDS["cuda"].refusal(device, dtype) if device.type == "cuda" else None
     return reason and f"the cuda backend served nothing: {reason}"
 

@@ -149,8 +149,8 @@ def load_model(
             model = model.to(device)
     if method == "mxfp4" and _quantization(model.config) is None:
         warnings.warn(
-            f"{name}: transformers dequantized its MXFP4 experts, as it does without a GPU or the package kernels: the same "
-            "numbers in four times the memory; where that is too much, pip install kernels on a GPU",
+            f"{name}: transformers dequantized its MXFP4 experts, as it does without a GPU or the package kernels: the "
+            "same numbers in four times the memory; where that is too much, pip install kernels on a GPU",
             stacklevel=2,
         )
     serve_quantized(model)  # for good: without kernels its own forwards would raise

@@ -4,7 +4,8 @@ transformers 5 sends every experts module through an experts interface, looked u
 every call. We register one name, and attach by giving each experts module its own copy of its config that carries that
 name and the function to call: the model's config, and any other model built from it, never change. The down_proj of a
 shared expert or dense MLP is substituted by a module that holds the same parameters. attach returns what restores every
-object that was there. Experts outside the interface have adapters (sedetect.adapters) that are attached in the same way.
+object that was there. Experts outside the interface have adapters (sedetect.adapters) that are attached in the same
+way.
 """
 
 import copy
@@ -100,7 +101,8 @@ class Bank:
 
     def compute(self, state: BankStats, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
         """The module's result, from (x, top_k_index, top_k_weights) where it is routed, else from (x,)."""
-        return _compute_experts(self, state, rows, *inputs) if self.routed else _compute_down(self, state, rows, *inputs)
+        compute = _compute_experts if self.routed else _compute_down
+        return compute(self, state, rows, *inputs)
 
     def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of the result of an x of this dtype."""
@@ -346,7 +348,8 @@ def gate_of(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     weight = module.down_proj
     device = "cpu" if weight.is_meta else weight.device
     # The type of the activations is not known before they come where weights are quantized: 16 bits is the strictest.
-    dtype = torch.bfloat16 if isinstance(weight, QuantizedWeights) else weight.dtype
+    quantized = isinstance(weight, QuantizedWeights) or weight.dtype is None  # as a list of modules says it
+    dtype = torch.bfloat16 if quantized else weight.dtype
     return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), dtype, device) or own
 
 
@@ -426,8 +429,9 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:
         same = whole and getattr(parallel, "ep_size", parallel.tp_size) == parallel.tp_size  # rows on every rank
         if not same or getattr(parallel, "ep_implementation", "auto") not in ("auto", "all_reduce"):
             raise SedetectError(
-                f"{path} ({name}): its ranks send each other rows, or hold experts in a form that does not tell which; "
-                "load the model unquantized with DistributedConfig(tp_size=N, ep_size=N), or on one device"
+                f"{path} ({name}): its ranks send each other rows, or hold experts in a form (quantized, for example) "
+                "that does not tell which; load the model unquantized with DistributedConfig(tp_size=N, ep_size=N), or "
+                "on one device"
             )
     if weight.dtype not in _FLOATS and not isinstance(experts, ListedExperts):  # which compute themselves
         raise SedetectError(

@@ -53,13 +53,18 @@ class _Listed:
 
 
 class _ListedBiases:
-    """Their biases, likewise."""
+    """Their biases, likewise; zeros for a linear without one."""
 
     def __init__(self, linears: list[list[nn.Module]]):
-        self._linears = linears
+        self._linears, like = linears, _Listed(linears)
+        self._options = {"dtype": like.dtype or torch.float32, "device": like.device}
 
     def __getitem__(self, expert: int) -> torch.Tensor:
-        return torch.cat([one.bias for one in self._linears[expert]])
+        of = self._linears[expert]
+        biases = (getattr(one, "bias", None) for one in of)
+        return torch.cat(
+            [torch.zeros(one.out_features, **self._options) if b is None else b for one, b in zip(of, biases)]
+        )
 
 
 class ListedExperts(Adapter):
@@ -73,7 +78,8 @@ class ListedExperts(Adapter):
         self.down_name = next(name for name in EXPERT_DOWN_NAMES if is_linear(getattr(first, name, None)))
         self.up_names = next((names for names in _UP_NAMES if all(hasattr(first, n) for n in names)), ())
         self.has_gate = len(self.up_names) == 2
-        self.has_bias = getattr(getattr(first, self.down_name), "bias", None) is not None
+        linears = (getattr(first, name) for name in (*self.up_names, self.down_name))
+        self.has_bias = any(getattr(linear, "bias", None) is not None for linear in linears)
 
     @property
     def experts(self) -> list[nn.Module]:
@@ -105,22 +111,24 @@ class ListedExperts(Adapter):
         return next(getattr(self.experts[0], name) for name in names if hasattr(self.experts[0], name))(x)
 
     def compute(self, x, top_k_index, top_k_weights, state, **how):
-        experts, down = self.experts, self.down_proj
-
-        def run(expert: int, rows_of_expert: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            linear, heard = getattr(experts[expert], self.down_name), []
-            own = forward_of(linear)
-
-            def forward(h: torch.Tensor) -> torch.Tensor:
-                heard.append((own(h), h))
-                return heard[0][0]
-
-            with _forward(linear, forward):
-                out = experts[expert](rows_of_expert)
-            return (out, *heard[0])
-
+        down, run = self.down_proj, partial(self.run_expert, self.experts)
         sizes = (down.shape[0], down.shape[2], down.dtype or x.dtype)
         return ops.moe_modules(x, top_k_index, top_k_weights, run, sizes, state, **how)
+
+    def run_expert(
+        self, experts: list[nn.Module], expert: int, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One of these experts on x (N, H): its result, and the output (N, H) and input (N, I) of its down_proj."""
+        linear, heard = getattr(experts[expert], self.down_name), []
+        own = forward_of(linear)
+
+        def forward(h: torch.Tensor) -> torch.Tensor:
+            heard.append((own(h), h))
+            return heard[0][0]
+
+        with _forward(linear, forward):
+            out = experts[expert](x)
+        return (out, *heard[0])
 
 
 class SwitchTransformersExperts(ListedExperts):

@@ -29,11 +29,14 @@ from sedetect.analysis import (
     new_analysis,
     off_diagonal,
     standing,
+    text_settings,
+    to_others,
 )
 from sedetect.backends import check_backend
 from sedetect.calibration import Windows, batches
+from sedetect.errors import SedetectError
 from sedetect.expert_matrices import gate_states
-from sedetect.layers import expert_output, run_tokens
+from sedetect.layers import run_tokens
 from sedetect.listed import ListedExperts
 from sedetect.quantized import serve_linears
 from sedetect.routers import RouterWatch
@@ -68,7 +71,7 @@ def analyze_outputs(
         text.cosine (T, N, N), text.norm (T, N)
         text.score (T, E): softmax of the router's logits; text.index (T, k) int64, text.weight (T, k): its choice
         text.states (T, E, I): act(W_gate x), before the product with W_up x
-        rank_counts and text.score are missing where no router is found.
+        rank_counts and text.score are missing where no router is found, text.states where weights cannot be read.
     Raises:
         SedetectError: for a layer without experts, a model in training mode, and what find_banks refuses.
     """
@@ -76,10 +79,7 @@ def analyze_outputs(
     check_eval(model)
     groups = groups_of(hf.find_banks(model), layers)
     result = new_analysis("outputs", model)
-    result.settings = {
-        "domains": {domain: windows.ids.numel() for domain, windows in domains.items()},
-        "texts": [text.to_dict() for text in texts],
-    }
+    result.settings = text_settings(domains, texts)
     with ExitStack() as stack:
         stack.callback(serve_linears(model)[0])
         watch = stack.enter_context(RouterWatch(model, [group.routed for group in groups]))
@@ -120,6 +120,7 @@ class _Observer:
         self._logits: torch.Tensor | None = None
         self._members: list[str] = Group(group.routed).members
         self._length, self._keep, self._lost, self._uneven = 0, False, False, False
+        self._stateless: str | None = None
 
     def calls(self) -> list[tuple[hf.Bank, Callable[..., torch.Tensor]]]:
         shared = [
@@ -196,7 +197,8 @@ class _Observer:
         """(E, T, H) of the routed experts."""
         module = self.group.routed.module
         if self._gate is None:  # modules in a list
-            return torch.stack([expert_output(module, x, e) for e in range(self.group.routed.experts)])
+            experts = module.experts
+            return torch.stack([module.run_expert(experts, e, x)[1] for e in range(len(experts))])
         up = "gate_up_proj" if module.has_gate else "up_proj"
         return ops.every_expert(
             x,
@@ -214,7 +216,10 @@ class _Observer:
     ) -> None:
         products, norms = _products(y)
         found = {"cosine": _cosines(products, norms), "norm": norms, "index": chosen, "weight": weights.float()}
-        found["states"] = gate_states(self.group.routed, x).transpose(0, 1)
+        try:
+            found["states"] = gate_states(self.group.routed, x).transpose(0, 1)
+        except SedetectError as error:  # nothing else here reads the weights of modules in a list
+            self._stateless = str(error)
         if logits is not None:
             found["score"] = logits.softmax(-1)[:, : self.group.routed.experts]
         self._kept.append({f"text.{name}": array.cpu() for name, array in found.items()})
@@ -233,6 +238,8 @@ class _Observer:
             found.append(f"{bank.id}: no router found beside its experts, so their scores are not known")
         if texts and self._lost:
             found.append(f"{bank.id}: regroups its tokens; those of the texts are not told apart")
+        if self._stateless is not None:
+            found.append(f"{bank.id}: intermediate states of the texts are not known: {self._stateless}")
         if self._uneven:
             found.append(f"{bank.id}: calls with other shared experts than the first one are left out")
         if self._sums is None:
@@ -357,10 +364,8 @@ def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
     if not layer.arrays:
         return {}
     arrays, experts = layer.arrays, layer.experts
-    part = arrays["cosine"][:experts, :experts].double()
-    others = (part.sum(1) - part.diagonal()) / max(experts - 1, 1)
     return {
         "mean norm": standing(arrays["norm_mean"][:experts], expert),
         "largest norm": standing(arrays["norm_max"][:experts], expert),
-        "cosine to others": standing(others, expert),
+        "cosine to others": standing(to_others(arrays["cosine"], experts), expert),
     }

@@ -23,6 +23,7 @@ from sedetect.analysis import (
     groups_of,
     new_analysis,
     standing,
+    text_settings,
 )
 from sedetect.calibration import Windows, batches
 from sedetect.layers import run_tokens
@@ -62,10 +63,7 @@ def analyze_routing(
     check_eval(model)
     groups = groups_of(hf.find_banks(model), layers)
     result = new_analysis("routing", model)
-    result.settings = {
-        "domains": {domain: windows.ids.numel() for domain, windows in domains.items()},
-        "texts": [text.to_dict() for text in texts],
-    }
+    result.settings = text_settings(domains, texts)
     counters = [_Counter(group.routed, len(domains)) for group in groups]
     with ExitStack() as stack:
         stack.callback(serve_linears(model)[0])
@@ -97,6 +95,13 @@ def effective(load: torch.Tensor) -> float:
     """How many experts a load (E,) spreads over: exp of its entropy; as many as carry it, where they do so evenly."""
     share = load.double() / load.sum().clamp(min=1)
     return float(torch.special.entr(share).sum().exp())
+
+
+def router_spread(layer: LayerArrays) -> float | None:
+    """Over how many experts a token's routing probabilities spread on average: exp of their entropy, mean over all
+    tokens; None where that of a domain is not known."""
+    entropy, tokens = layer.arrays["entropy"].double(), layer.arrays["tokens"]
+    return None if entropy.isnan().any() else float(((entropy * tokens).sum() / tokens.sum()).exp())
 
 
 def distance(load: torch.Tensor) -> torch.Tensor:

@@ -353,8 +353,8 @@ def _cached_length(cache: Any) -> int | None:
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """To a GPU without waiting for what it computes.
 
-    Not so to the host, which would read the copy before it is made, nor out of pinned memory, which the caller may write
-    to before it is copied; any other is copied before this returns.
+    Not so to the host, which would read the copy before it is made, nor out of pinned memory, which the caller may
+    write to before it is copied; any other is copied before this returns.
     """
     return tensor.to(device, non_blocking=device.type == "cuda" and not tensor.is_pinned())
 

@@ -172,7 +172,7 @@ class Staging:
 
 
 def use_device(device: torch.device) -> None:
-    """Let this thread work with one GPU alone; by itself it would set up the first one too, in some hundred MB of it."""
+    """Let this thread work with one GPU alone; by itself it would set up the first one too, in some 100 MB of it."""
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
 

@@ -220,7 +220,7 @@ def _resolve(
         h = expert_hidden(module, x[row : row + 1], number)[0]
         weight = module.down_proj[number]
         weight = weight[:, channel] if module.is_transposed else weight[channel]
-        bias = module.down_proj_bias[number, channel] if module.has_bias else None
+        bias = module.down_proj_bias[number][channel] if module.has_bias else None
     else:
         gate, h = 1.0, x[row]
         weight, bias = _linear_row(bank, module, channel)

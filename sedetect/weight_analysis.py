@@ -23,7 +23,17 @@ import torch
 from torch import nn
 
 from sedetect import hf
-from sedetect.analysis import Analysis, Group, LayerArrays, Standing, groups_of, new_analysis, off_diagonal, standing
+from sedetect.analysis import (
+    Analysis,
+    Group,
+    LayerArrays,
+    Standing,
+    groups_of,
+    new_analysis,
+    off_diagonal,
+    standing,
+    to_others,
+)
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import NAMES, expert_matrices
 from sedetect.profiler import model_name
@@ -107,8 +117,8 @@ def vector_similarity(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def match_neurons(first: torch.Tensor, second: torch.Tensor) -> Matching:
-    """Put the neurons of the second matrix (I, H) in the order in which the sum of their cosines with those of the first
-    is largest (Hungarian algorithm)."""
+    """Put the neurons of the second matrix (I, H) in the order in which the sum of their cosines with those of the
+    first is largest (Hungarian algorithm)."""
     from scipy.optimize import linear_sum_assignment
     from scipy.stats import kendalltau
 
@@ -223,7 +233,7 @@ def analyze_group(
     Returns:
         for every matrix M of "gate", "up" and "down" (float32 unless it says otherwise):
         M.similarity, M.neuron_similarity (N, N): of whole matrices, of mean neurons
-        M.norm, M.peak (N,): Frobenius norm, and largest |weight|
+        M.norm, M.peak (N,): Frobenius norm, and largest |weight|; NaN for an expert without that matrix
         M.scores (N, 3), M.explained (3,), M.stray (N,) bool: projection of whole matrices, and those in no cluster
         M.neuron_scores (N, 64, 3), M.neuron_explained (3,): projection of neurons
         M.matched, M.unmatched, M.tau (P,): of the pairs; M.chance (1,): similarity of the first of the matrices and a
@@ -246,10 +256,9 @@ def analyze_group(
         means = neuron_means([s for s, fits in zip(stacks, wide) if fits])
         found[f"{name}.neuron_similarity"] = _spread(vector_similarity(means), wide, stacks)
         flat = [matrix for stack in stacks for matrix in stack]
-        found[f"{name}.norm"] = torch.stack([matrix.double().norm() for matrix in flat])
-        found[f"{name}.peak"] = torch.stack(
-            [matrix.abs().amax() if matrix.numel() else matrix.sum() for matrix in flat]
-        )
+        unknown = torch.tensor(torch.nan, dtype=torch.float64, device=flat[0].device)
+        sizes = [(m.double().norm(), m.abs().amax().double()) if m.numel() else (unknown, unknown) for m in flat]
+        found[f"{name}.norm"], found[f"{name}.peak"] = map(torch.stack, zip(*sizes))
         projection = project_matrices([s for s, fits in zip(stacks, whole) if fits])
         found[f"{name}.scores"] = _spread_rows(projection.scores, whole, stacks)
         found[f"{name}.explained"] = projection.explained
@@ -343,9 +352,9 @@ def analyze_weights(
 
 
 def summarize(layer: LayerArrays) -> dict[str, dict[str, float]]:
-    """What the arrays of a layer come to, {number: {matrix: value}}: means over the pairs of routed experts of similarity
-    and neuron_similarity, over the matched pairs of unmatched, matched and tau; chance and r2. Without what was not
-    taken."""
+    """What the arrays of a layer come to, {number: {matrix: value}}: means over the pairs of routed experts of
+    similarity and neuron_similarity, over the matched pairs of unmatched, matched and tau; chance and r2. Without what
+    was not taken."""
     found: dict[str, dict[str, float]] = {}
     for name in (name for name in NAMES if f"{name}.similarity" in layer.arrays):
         for field in ("similarity", "neuron_similarity"):
@@ -366,18 +375,12 @@ def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
         found[f"|{name}|"] = standing(layer.arrays[f"{name}.norm"][: layer.experts], expert)
         found[f"largest of {name}"] = standing(layer.arrays[f"{name}.peak"][: layer.experts], expert)
         for field, label in (("similarity", name), ("neuron_similarity", f"{name} neurons")):
-            found[f"{label} to others"] = standing(_to_others(layer.arrays[f"{name}.{field}"], layer.experts), expert)
+            found[f"{label} to others"] = standing(to_others(layer.arrays[f"{name}.{field}"], layer.experts), expert)
     if "router.norm" in layer.arrays:
         found["|gate embedding|"] = standing(layer.arrays["router.norm"], expert)
-        similar = _to_others(layer.arrays["router.similarity"], layer.experts)
+        similar = to_others(layer.arrays["router.similarity"], layer.experts)
         found["gate embedding to others"] = standing(similar, expert)
     return found
-
-
-def _to_others(matrix: torch.Tensor, experts: int) -> torch.Tensor:
-    """(E,): the mean of each row of the first E, the diagonal left out."""
-    part = matrix[:experts, :experts].double()
-    return (part.sum(1) - part.diagonal()) / max(experts - 1, 1)
 
 
 def draw_pairs(matrices: list[dict[str, torch.Tensor]], number: int) -> list[tuple[int, int]]:

@@ -96,7 +96,7 @@ def run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def reference(
     name: str, model: nn.Module, inputs: dict[str, torch.Tensor], ids: torch.Tensor, backend: str | None
 ) -> Reference:
-    """Loop over what the experts modules and down projections of the model are given: run eagerly, or while profiled."""
+    """Loop over what the model's experts modules and down projections are given: run eagerly, or while profiled."""
     calls, exact = [], model.dtype == torch.float32
     with (eagerly(model) if exact else sedetect.profile(model, backend=backend)), hooks() as add:
         for path, module in model.named_modules():

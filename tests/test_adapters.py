@@ -12,6 +12,8 @@ from torch import nn
 import sedetect
 from sedetect.ablation import ablate
 from sedetect.errors import SedetectError
+from sedetect.expert_matrices import gate_states
+from sedetect.layers import expert_output
 
 NAMES = {"w": ("w1", "w3", "w2"), "proj": ("gate_proj", "up_proj", "down_proj")}
 
@@ -115,6 +117,22 @@ def as_remote_code(model, block_class, names):
         router.weight = layer.mlp.gate.weight
         layer.mlp = Unpacked(block_class(experts, router, layer.mlp.gate.top_k, NoShared(hidden)))
     return model.eval()
+
+
+@pytest.mark.parametrize("biased", [["gate_proj"], ["gate_proj", "up_proj"], ["down_proj"]])
+def test_biases_of_some_of_the_linears(biased):
+    model = as_remote_code(random_model("qwen3_moe"), MixtralBlock, "proj")
+    for expert in (module for module in model.modules() if isinstance(module, Expert)):
+        for linear in (getattr(expert, name) for name in biased):
+            linear.bias = nn.Parameter(torch.randn(linear.out_features))
+    bank = sedetect.hf.find_banks(model)[0]
+    experts, x = model.model.layers[0].mlp.block.experts, torch.randn(5, bank.hidden)
+    with torch.no_grad():
+        states = gate_states(bank, x)
+        for number in (0, len(experts) - 1):
+            own = experts[number]
+            torch.testing.assert_close(expert_output(bank.module, x, number), own(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(states[number], F.silu(own.gate_proj(x)), rtol=1e-4, atol=1e-5)
 
 
 class NoShared(nn.Module):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from models import TINY
 
 import sedetect
 from sedetect.stats import ModelStats
@@ -43,7 +44,7 @@ def test_streaming_and_ranks(tmp_path):
 def test_a_bit_that_differs_is_noticed(tmp_path):
     from shapes import differences
 
-    stats = sedetect.profile_model("tests/data/tiny-moe", tokens=256, seq_len=64, device="cpu").stats
+    stats = sedetect.profile_model(TINY, tokens=256, seq_len=64, device="cpu").stats
     stats.save(tmp_path / "stats.safetensors")
     for field, change in {"counts": 1, "outliers": 1, "sums": 1.0}.items():
         other = ModelStats.load(tmp_path / "stats.safetensors")

@@ -536,7 +536,7 @@ BAD_INPUT = {
     "no window": (lambda c: None, ["--seq-len", 1], ["--seq-len 1: ", "at least 2"]),
     "window beyond the model": (lambda c: None, ["--seq-len", 257], ["--seq-len 257: ", "256 positions"]),
     "negative seed": (lambda c: None, ["--seed", -1], ["--seed -1: ", "at least 0"]),
-    "backend": (lambda c: None, ["--backend", "nonsense"], ["backend 'nonsense' ", "cpu, torch"]),
+    "backend": (lambda c: None, ["--backend", "nonsense"], ["backend 'nonsense' ", "cpu, cuda, triton, torch"]),
     "dtype": (lambda c: None, ["--dtype", "nonsense"], ["--dtype nonsense: ", "float32"]),
     "integer dtype": (lambda c: None, ["--dtype", "int8"], ["--dtype int8: ", "float32"]),
     "device": (lambda c: None, ["--device", "nonsense"], ["--device nonsense: ", "use cpu"]),

@@ -162,7 +162,8 @@ def test_experts(name, shape, dtype):
     call = make_call(shape, dtype, sum(shape), bias=name == "mxfp4", sentinels=True)
     reference, backend = dict(call), TritonBackend()
     for one in ("gate_up", "down"):
-        call[one], reference[one] = quantized(one == "down" and name == "fp8-halves" and "fp8" or name, call[one], dtype)
+        kind = "fp8" if one == "down" and name == "fp8-halves" else name
+        call[one], reference[one] = quantized(kind, call[one], dtype)
     expected = loop_over_slots(reference, swiglu if gate == Gate() else gpt_oss)
     call = {n: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for n, value in call.items()}
     rows = make_rows(shape[0], 1).to(DEVICE)

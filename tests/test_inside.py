@@ -226,6 +226,27 @@ def test_empty_and_odd_layers_are_drawn():
     Inside(list(pictures.values()), page=True).all()
 
 
+def test_what_is_not_known_is_a_dash():
+    """An R2 without spread, a domain without entropy: the same in tables and pictures."""
+    weights = Analysis("weights", "m", "d", "float32", {"pairs": 0, "against": None})
+    for number, r2 in enumerate((math.nan, 0.5)):
+        arrays = {f"gate.{name}": torch.eye(2) for name in ("similarity", "neuron_similarity")}
+        arrays["gate.r2"] = torch.tensor([r2])
+        weights.layers[BankId("decoder", number, "routed")] = LayerArrays(2, ["a", "b"], arrays)
+    cells = layers_table(weights)
+    assert [row[cells.columns.index("R2")] for row in cells.rows] == ["-", "0.50"]
+    assert cells.text.endswith("R2, mean of the layers: gate 0.50.")
+    routing = Analysis("routing", "m", "d", "float32", {"domains": {"a": 4, "b": 4}, "texts": []})
+    for number, entropy in enumerate((math.nan, 0.5)):
+        arrays = {"load": torch.full((2, 2), 4), "tokens": torch.tensor([4, 4]), "coactivation": torch.full((2, 2), 8)}
+        arrays |= {"weight": torch.ones(2), "entropy": torch.tensor([0.5, entropy])}
+        routing.layers[BankId("decoder", number, "routed")] = LayerArrays(2, ["a", "b"], arrays)
+    cells = layers_table(routing)
+    assert [row[cells.columns.index("router")] for row in cells.rows] == ["-", f"{math.exp(0.5):.1f}"]
+    lines = next(p for p in pictures_of(routing, {}, page=True) if p.name == "routing-effective")
+    assert [r["row"] for r in lines.data[lines.name] if r["series"] == "router of a token"] == ["L1"]
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Five layouts with tiny-moe's tokenizer."""

@@ -8,7 +8,7 @@ from dense_reference import listen
 from families import FAMILIES, tiny_model
 from models import TINY, random_model, snapshot
 from test_adapters import DeepseekBlock, MixtralBlock, as_remote_code
-from test_quantized import twins
+from test_quantized import in_fp8, listed_twins, packed, twins
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sedetect import hf, ops
@@ -20,6 +20,7 @@ from sedetect.kernels.gate import Gate
 from sedetect.layers import run_tokens
 from sedetect.output_analysis import OutputSums, analyze_outputs, standings, summarize
 from sedetect.pipeline import calibration_windows
+from sedetect.report.pictures import pictures_of
 from sedetect.routing_analysis import analyze_routing
 from sedetect.stacked import Adapter
 from sedetect.stats import BankId
@@ -290,6 +291,21 @@ def test_quantized_experts_as_what_they_stand_for():
     for ours, bank in zip(hf.find_banks(stored), hf.find_banks(plain), strict=True):
         for name, matrix in expert_matrices(plain, bank).items():
             close(expert_matrices(stored, ours)[name].float(), matrix.float().numpy(), 1e-2)
+
+
+@pytest.mark.parametrize("kind", [packed, in_fp8])
+def test_quantized_experts_in_a_list(kind):
+    """They run by themselves: only the states ask for weights, and are left out where these cannot be read."""
+    plain, stored = listed_twins(kind)
+    plain, stored = (analyze_outputs(m, windows_of(random_ids()), texts=[text_of(random_ids()[0])])
+                     for m in (plain, stored))  # fmt: skip
+    same_arrays(stored, plain)
+    for bank, layer in stored.layers.items():
+        missing = {"text.states"} if kind is packed else set()
+        assert plain.layers[bank].arrays.keys() - layer.arrays.keys() == missing
+        noted = [note for note in stored.notes if f"{bank}: intermediate states" in note]
+        assert len(noted) == len(missing) and all("PackedLinear: weights in this form" in note for note in noted)
+    assert pictures_of(stored, {}, page=False)
 
 
 def same_arrays(one: Analysis, other: Analysis) -> None:

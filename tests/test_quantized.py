@@ -1,6 +1,7 @@
 """Checkpoints stored in FP8, packed FP4 and MXFP4: measured as the same model with the weights these stand for.
 
-The modules are built as transformers' quantizers build them, and filled here: on a CPU its loader would dequantize them.
+The modules are built as transformers' quantizers build them, and filled here: on a CPU its loader would dequantize
+them.
 """
 
 import copy
@@ -283,7 +284,8 @@ def test_mxfp4_that_was_not_loaded_and_in_an_order_that_is_not_known():
 
 
 def test_what_has_no_kernel_is_refused_and_served_by_another():
-    experts = QuantizedWeights(torch.empty(4, 16, 16, dtype=torch.float8_e5m2), torch.ones(4, 1, 1), None, torch.float32)
+    weights = torch.empty(4, 16, 16, dtype=torch.float8_e5m2)
+    experts = QuantizedWeights(weights, torch.ones(4, 1, 1), None, torch.float32)
     reason = TritonBackend().refusal(DEVICE, torch.float32, Call(8, 4, [experts]))
     assert reason == "the weights are quantized in a form that it has no kernel for"
     _, stored = twins("fp8")
@@ -328,16 +330,21 @@ def packed(linear):
     return stored
 
 
-@pytest.mark.parametrize("kind", [packed, in_fp8])
-def test_quantized_linears_in_a_list_of_experts(kind):
-    """Remote code whose experts' linears a quantizer replaced: each expert computes itself, and its output is read."""
+def listed_twins(kind):
+    """Remote code whose experts' linears became what kind makes of them, and the same with what these stand for."""
     plain = as_remote_code(random_model("qwen3_moe"), MixtralBlock, "proj")
     stored = copy.deepcopy(plain)
     for (_, twin), module in zip(list(plain.named_modules()), list(stored.modules())):
         if type(module).__name__ == "Expert":
             for name in ("gate_proj", "up_proj", "down_proj"):
                 setattr(module, name, kind(getattr(twin, name)))
-    plain, stored = plain.to(DEVICE), stored.to(DEVICE)
+    return plain.to(DEVICE), stored.to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", [packed, in_fp8])
+def test_quantized_linears_in_a_list_of_experts(kind):
+    """Remote code whose experts' linears a quantizer replaced: each expert computes itself, and its output is read."""
+    plain, stored = listed_twins(kind)
     before = snapshot(stored)
     (expected, logits), (stats, own) = profiled(plain, None), profiled(stored, None)
     assert snapshot(stored) == before

@@ -297,7 +297,8 @@ def test_damage_is_found_before_a_weight_is_read(checkpoint, tmp_path, monkeypat
         (
             GlmMoeDsaConfig,
             {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
-             "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 1},
+             "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+             "first_k_dense_replace": 1},
             "its layers hand on more than hidden states",
         ),
         (

@@ -20,6 +20,7 @@ from sedetect.expert_matrices import expert_matrices, gate_states
 from sedetect.routers import find_router
 from sedetect.stats import BankId
 from sedetect.weight_analysis import (
+    analyze_group,
     analyze_weights,
     kept_neurons,
     match_neurons,
@@ -103,6 +104,18 @@ def check_layer(family, tensors, result, bank):
             found["pairs"].tolist(), *(found[f"{name}.{array}"] for array in ("matched", "unmatched", "tau"))
         ):
             check_matching(every[i], every[j], float(matched), float(unmatched), float(tau))
+
+
+def test_a_matrix_that_an_expert_does_not_have():
+    """A dense MLP without a gate beside experts with one: nothing is known of its gate, which is not a gate of zeros."""
+    routed = {name: torch.randn(3, 8, 4) for name in ("gate", "up", "down")}
+    dense = {name: torch.randn(1, 8, 4) for name in ("up", "down")}
+    found = analyze_group([routed, dense], None, [])
+    for name in routed:
+        known = torch.tensor([True] * 3 + [name in dense])
+        for what in ("norm", "peak"):
+            assert torch.equal(found[f"{name}.{what}"].isfinite(), known), (name, what)
+    close(found["up.norm"][3], dense["up"].norm())
 
 
 def check_matching(a, b, matched, unmatched, tau):

@@ -13,7 +13,7 @@ from sedetect.analysis import Analysis, LayerArrays
 from sedetect.analysis_tables import layer_name
 from sedetect.expert_matrices import NAMES
 from sedetect.report.data import Records
-from sedetect.routing_analysis import effective, lift
+from sedetect.routing_analysis import effective, lift, router_spread
 from sedetect.stats import BankId
 
 _CELLS = 8192  # of a grid that a page shows
@@ -26,8 +26,8 @@ _LAYER = re.compile(r"^(.*\.)?L\d+")
 class Picture:
     """One chart over lists of records.
 
-    form     "lines" (row, series, value), "grid" (x, y, value; mx, my: whether the column or the row is marked; a verdict
-             where cells are marked one by one) or "points" (x, y, name, verdict, stray)
+    form     "lines" (row, series, value), "grid" (x, y, value; mx, my: whether the column or the row is marked; a
+             verdict where cells are marked one by one) or "points" (x, y, name, verdict, stray)
     text     what it shows, in words
     x, y, value    titles
     columns, rows  the labels of the axes, in order (lines: columns alone)
@@ -106,9 +106,8 @@ def _routing(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
     values = {}
     for bank, layer in result.layers.items():
         values[bank] = {"load": effective(layer.arrays["load"].sum(0))}
-        if not layer.arrays["entropy"].isnan().any():
-            entropy = (layer.arrays["entropy"].double() * layer.arrays["tokens"]).sum() / layer.arrays["tokens"].sum()
-            values[bank]["router of a token"] = math.exp(float(entropy))
+        if (spread := router_spread(layer)) is not None:
+            values[bank]["router of a token"] = spread
     text = "Experts over which the load of a layer spreads, and over which the routing probabilities of a token do."
     yield _lines("routing-effective", result, marked, values, "effective experts", text)
     yield _load(result, marked)
@@ -180,6 +179,8 @@ def _outputs_of(
     for place, token in enumerate(tokens):
         text = f"Cosine of the outputs of two experts {where} for token {token}."
         yield _square(f"{name}-token-{place}-cosine", layer, arrays["text.cosine"][place], marked, text)
+        if "text.states" not in arrays:
+            continue
         states = arrays["text.states"][place].t()
         kept = weight_analysis.kept_neurons(len(states), _NEURONS)
         text = f"Intermediate states act(W_gate x) of every expert {where} for token {token}"

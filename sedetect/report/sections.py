@@ -22,7 +22,8 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         f"{'' if s == 'decoder' else s + ' '}layers below {limit}" for s, limit in ranking.layer_limits.items()
     )
     anchors = {"experts": "Experts", "evidence": "Evidence", "residual": "Residual stream", "ablation": "Without them",
-               "traces": "When they fire", "inside": "Inside the layers", "details": "Details", "run": "What was run"}  # fmt: skip
+               "traces": "When they fire", "inside": "Inside the layers", "details": "Details",
+               "run": "What was run"}  # fmt: skip
     for name in ("residual", "ablation", "traces", "inside"):
         if not getattr(evidence, "analyses" if name == "inside" else name):
             del anchors[name]

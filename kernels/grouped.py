@@ -6,6 +6,7 @@ share a block of its weights while it is in L2.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -147,7 +148,9 @@ def choose_tile(
     if isinstance(weight, QuantizedWeights):
         # Neighbours along the transposed side of the product meet in shared memory, in float32.
         scratch = 4 if interleaved else None
-        return choose(QUANTIZED, rows, weight.dtype, width, device, 0.5 if weight.packed else 1.0, scratch)
+        tile = choose(QUANTIZED, rows, weight.dtype, width, device, 0.5 if weight.packed else 1.0, scratch)
+        # What no copy engine brings is staged as it stands in registers, wider than it is stored.
+        return tile if _copyable(weight.stored) else replace(tile, stages=min(tile.stages, 2))
     return choose(gemm, rows, weight.dtype, width, device)
 
 

@@ -164,14 +164,13 @@ def _precedes(value, sequence, position, channel, value2, sequence2, position2, 
 
 @triton.jit
 def _offer(
-    row, taken,  # rows of a block, and those the list is for
+    row, value, taken,  # rows of a block, bits of their |peak|, and those the list is for
     Last,  # the last record that the list keeps
     source, Peak, Channel, Order, Sequence, Position,
     Heads, Numbers, Offers,  # of this block: largest value offered, -1 for none; how many; rows (ROWS,) - output
     ONE: tl.constexpr, TOP_K: tl.constexpr,
 ):  # fmt: skip
     """Offer the rows that stand before the last record of a list; if it keeps ONE, only those of the largest value."""
-    value = _value_bits(tl.load(Peak + row, mask=taken, other=0))
     least = tl.load(Last + _VALUE).to(tl.int32)
     enters = taken & (value > least)
     # Equals are rare, except in experts that give the same everywhere, such as zero: those must not enter every time.
@@ -215,18 +214,24 @@ def _update_blocks(
         slot = tl.load(Order + row, mask=inside, other=0)
         token = slot // TOP_K
         gate = tl.load(Gates + slot, mask=inside, other=0).to(tl.float32)
+        # Rows are read whether they count or not, so that no load waits to hear of it.
         counted = inside & (gate != 0) & (tl.load(Counted + token, mask=inside, other=0) != 0)
         first = counted & (tl.load(First + token, mask=inside, other=0) != 0)
-        nonfinite = tl.load(Nonfinite + row, mask=counted, other=0)
+        nonfinite = tl.where(counted, tl.load(Nonfinite + row, mask=inside, other=0), 0)
+        over_fp16 = tl.where(counted, tl.load(OverFp16 + row, mask=inside, other=0), 0)
+        over_fp8 = tl.where(counted, tl.load(OverFp8 + row, mask=inside, other=0), 0)
+        squares = tl.load(Sqnorm + row, mask=inside, other=0)
+        peak = _value_bits(tl.load(Peak + row, mask=inside, other=0))
+        in_peak = _value_bits(tl.load(InPeak + row, mask=inside, other=0))
         at = Counts + block
         tl.store(at, tl.sum(counted.to(tl.int64), 0))
         tl.store(at + blocks, tl.sum(first.to(tl.int64), 0))
         tl.store(at + 2 * blocks, tl.sum(nonfinite.to(tl.int64), 0))
-        tl.store(at + 3 * blocks, tl.sum(tl.load(OverFp16 + row, mask=counted, other=0).to(tl.int64), 0))
-        tl.store(at + 4 * blocks, tl.sum(tl.load(OverFp8 + row, mask=counted, other=0).to(tl.int64), 0))
+        tl.store(at + 3 * blocks, tl.sum(over_fp16.to(tl.int64), 0))
+        tl.store(at + 4 * blocks, tl.sum(over_fp8.to(tl.int64), 0))
 
         summed = counted & (nonfinite == 0) & (_value_bits(gate) < _INF)
-        squares = tl.load(Sqnorm + row, mask=summed, other=0)
+        squares = tl.where(summed, squares, 0.0)
         gate64 = tl.where(summed, gate, 0.0).to(tl.float64)
         norm = tl.sqrt_rn(squares).to(tl.float64)
         at = Sums + block
@@ -237,33 +242,27 @@ def _update_blocks(
         tl.store(at + 4 * blocks, tl.sum(gate64 * norm, 0))
 
         _offer(
-            row, counted & (first == 0), Outliers + (expert * KEPT + KEPT - 1) * _COLUMNS,
+            row, peak, counted & (first == 0), Outliers + (expert * KEPT + KEPT - 1) * _COLUMNS,
             source, Peak, Channel, Order, Sequence, Position,
             Heads + block, Numbers + block, Offers + block * ROWS, KEPT == 1, TOP_K,
         )  # fmt: skip
         block += blocks
         _offer(
-            row, first, FirstOutliers + (expert * FIRST_KEPT + FIRST_KEPT - 1) * _COLUMNS,
+            row, peak, first, FirstOutliers + (expert * FIRST_KEPT + FIRST_KEPT - 1) * _COLUMNS,
             source, Peak, Channel, Order, Sequence, Position,
             Heads + block, Numbers + block, Offers + block * ROWS, FIRST_KEPT == 1, TOP_K,
         )  # fmt: skip
         block += blocks
         _offer(
-            row, counted, InMax + (expert * IN_KEPT + IN_KEPT - 1) * _COLUMNS,
+            row, in_peak, counted, InMax + (expert * IN_KEPT + IN_KEPT - 1) * _COLUMNS,
             source, InPeak, InChannel, Order, Sequence, Position,
             Heads + block, Numbers + block, Offers + block * ROWS, IN_KEPT == 1, TOP_K,
         )  # fmt: skip
 
 
 @triton.jit
-def _pair(a, b, SLOTS: tl.constexpr):
-    """a and b (SLOTS,) as one tensor, in turns."""
-    return tl.join(a, b).reshape(2 * SLOTS)
-
-
-@triton.jit
 def _pick(values, rank, SLOTS: tl.constexpr):
-    """The values at ranks 0 to SLOTS - 1, in order."""
+    """The values at ranks 0 to SLOTS - 1, in order; 0 for a rank that none has."""
     slot = tl.arange(0, SLOTS)
     return tl.sum(tl.where(rank[None, :] == slot[:, None], values[None, :], 0), 1)
 
@@ -285,41 +284,20 @@ def _sign_bit(x):
     return tl.where(_value_bits(x) > _INF, 0, sign << 31)
 
 
-@triton.jit(do_not_specialize=["blocks", "source"])
-def _update_experts(
-    Peak, Channel, InPeak, InChannel,  # of RowStats, (S,) each
-    Order,  # (S,) int64
-    Offsets,  # (E + 1,) int64
-    Gates,  # (T, k)
-    Sequence, Position, Token,  # of Rows, (T,) each
-    Counts, Sums, Heads, Numbers, Offers,  # as _update_blocks left them
-    StateCounts, StateSums, Outliers, FirstOutliers, InMax,  # BankStats - in place
-    blocks, source,
-    NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOP_K: tl.constexpr,
-    KEPT: tl.constexpr, FIRST_KEPT: tl.constexpr, IN_KEPT: tl.constexpr, SLOTS: tl.constexpr,
+@triton.jit
+def _enter(
+    Peak, Channel, InPeak, InChannel, Order, Gates, Sequence, Position, Token,  # as _update_experts
+    Heads, Numbers, Offers,  # of the list
+    Outliers, FirstOutliers, InMax,
+    first_block, end_block, source, expert, which,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOP_K: tl.constexpr,
+    KEPT: tl.constexpr, FIRST_KEPT: tl.constexpr, IN_KEPT: tl.constexpr, SLOTS: tl.constexpr, NEW: tl.constexpr,
 ):  # fmt: skip
-    expert, which = tl.program_id(0), tl.program_id(1)
-    bins = tl.arange(0, BINS)
-    first = tl.load(Offsets + bins, mask=bins < NUM_EXPERTS, other=0)
-    end = tl.load(Offsets + bins + 1, mask=bins < NUM_EXPERTS, other=0)
-    needed = (end - first + ROWS - 1) // ROWS
-    first_block = tl.sum(tl.where(bins < expert, needed, 0), 0).to(tl.int32)
-    end_block = first_block + tl.sum(tl.where(bins == expert, needed, 0), 0).to(tl.int32)
-    if which == 0:
-        for i in tl.static_range(5):
-            count = _total(Counts + i * blocks, blocks, first_block, end_block, BLOCKS)
-            tl.store(StateCounts + expert * 5 + i, tl.load(StateCounts + expert * 5 + i) + count)
-            total = _total(Sums + i * blocks, blocks, first_block, end_block, BLOCKS)
-            tl.store(StateSums + expert * 5 + i, tl.load(StateSums + expert * 5 + i) + total)
-
-    # The list of this program: outliers, first_outliers or in_max.
+    """Merge what an expert's blocks offer into one of its lists."""
     kept = tl.where(which == 0, KEPT, tl.where(which == 1, FIRST_KEPT, IN_KEPT))
     Records = tl.where(which == 0, Outliers, tl.where(which == 1, FirstOutliers, InMax)) + expert * kept * _COLUMNS
     Peak = tl.where(which == 2, InPeak, Peak)
     Channel = tl.where(which == 2, InChannel, Channel)
-    Heads += which * blocks
-    Numbers += which * blocks
-    Offers += which * blocks * ROWS
     slot = tl.arange(0, SLOTS)
     value, sequence, position, channel = _kept_key(Records + slot * _COLUMNS, slot < kept)
     # What each slot will hold: a sorted row, or the record of slot -1 - origin.
@@ -329,40 +307,41 @@ def _update_experts(
     for start in range(first_block, end_block, BLOCKS):
         some = start + tl.arange(0, BLOCKS)
         heads = tl.load(Heads + some, mask=some < end_block, other=-1)
-        # In a settled state hardly any block offers anything.
-        if (tl.max(heads, 0) >= 0) & (tl.max(heads, 0) >= least):
-            for block in range(start, tl.minimum(start + BLOCKS, end_block)):
-                if tl.load(Heads + block) >= least:
-                    number = tl.load(Numbers + block)
-                    for some_offers in range(0, number, SLOTS):
-                        at = some_offers + slot
-                        offered = at < number
-                        row = tl.load(Offers + block * ROWS + at, mask=offered, other=0).to(tl.int64)
-                        new_value, new_sequence, new_position, new_channel = _record_key(
-                            row, offered, source, Peak, Channel, Order, Sequence, Position, TOP_K
-                        )
-                        if (tl.max(new_value, 0) >> 32) >= least:
-                            values = _pair(value, new_value, SLOTS)
-                            sequences = _pair(sequence, new_sequence, SLOTS)
-                            positions = _pair(position, new_position, SLOTS)
-                            channels = _pair(channel, new_channel, SLOTS)
-                            origins = _pair(origin, row, SLOTS)
-                            # Of equals the kept one stays, then the row that came first: offers are in row order.
-                            places = (channels << 32) | _pair(slot, slot + SLOTS, SLOTS)
-                            before = _precedes(
-                                values[None, :], sequences[None, :], positions[None, :], places[None, :],
-                                values[:, None], sequences[:, None], positions[:, None], places[:, None],
-                            )  # fmt: skip
-                            rank = tl.sum(before.to(tl.int32), 1)
-                            stays = slot < kept
-                            origin = _pick(origins, rank, SLOTS)
-                            # Slots beyond those of the list hold empty records.
-                            value = tl.where(stays, _pick(values, rank, SLOTS), -1 << 32)
-                            sequence = _pick(sequences, rank, SLOTS)
-                            position = _pick(positions, rank, SLOTS)
-                            channel = _pick(channels, rank, SLOTS)
-                            least = tl.min(tl.where(stays, value, 2**62), 0) >> 32
-                            entered = 1
+        numbers = tl.load(Numbers + some, mask=(heads >= 0) & (heads >= least), other=0)
+        after = tl.cumsum(numbers, 0)
+        total = tl.sum(numbers, 0)
+        # What the blocks offer, one after another: mostly few rows of several blocks.
+        for first_offer in range(0, total, NEW):
+            at = first_offer + tl.arange(0, NEW)
+            offered = at < total
+            block = tl.minimum(tl.sum((after[None, :] <= at[:, None]).to(tl.int32), 1), BLOCKS - 1)
+            offer = (start + block) * ROWS + at - tl.gather(after - numbers, block, 0)
+            row = tl.load(Offers + offer, mask=offered, other=0).to(tl.int64)
+            new_value, new_sequence, new_position, new_channel = _record_key(
+                row, offered, source, Peak, Channel, Order, Sequence, Position, TOP_K
+            )
+            if (tl.max(new_value, 0) >> 32) >= least:
+                # Of equals the kept one stays, then the row that came first: offers are in row order.
+                before_kept = _precedes(
+                    new_value[None, :], new_sequence[None, :], new_position[None, :], new_channel[None, :],
+                    value[:, None], sequence[:, None], position[:, None], channel[:, None],
+                )  # fmt: skip
+                place = (new_channel << 32) | at
+                before_new = _precedes(
+                    new_value[:, None], new_sequence[:, None], new_position[:, None], place[:, None],
+                    new_value[None, :], new_sequence[None, :], new_position[None, :], place[None, :],
+                )  # fmt: skip
+                rank = slot + tl.sum(before_kept.to(tl.int32), 1)
+                new_rank = tl.sum((before_kept == 0).to(tl.int32), 0) + tl.sum(before_new.to(tl.int32), 0)
+                stays = slot < kept
+                origin = _pick(origin, rank, SLOTS) + _pick(row, new_rank, SLOTS)
+                # Slots beyond those of the list hold empty records.
+                value = tl.where(stays, _pick(value, rank, SLOTS) + _pick(new_value, new_rank, SLOTS), -1 << 32)
+                sequence = _pick(sequence, rank, SLOTS) + _pick(new_sequence, new_rank, SLOTS)
+                position = _pick(position, rank, SLOTS) + _pick(new_position, new_rank, SLOTS)
+                channel = _pick(channel, rank, SLOTS) + _pick(new_channel, new_rank, SLOTS)
+                least = tl.min(tl.where(stays, value, 2**62), 0) >> 32
+                entered = 1
     if entered > 0:
         stays = slot < kept
         old, new = stays & (origin < 0), stays & (origin >= 0)
@@ -395,6 +374,49 @@ def _update_experts(
         tl.store(To + _GATE, gate_bits, mask=stays)
         tl.store(To + _IN_VALUE, in_bits, mask=stays)
         tl.store(To + _IN_CHANNEL, in_channel, mask=stays)
+
+
+@triton.jit(do_not_specialize=["blocks", "source"])
+def _update_experts(
+    Peak, Channel, InPeak, InChannel,  # of RowStats, (S,) each
+    Order,  # (S,) int64
+    Offsets,  # (E + 1,) int64
+    Gates,  # (T, k)
+    Sequence, Position, Token,  # of Rows, (T,) each
+    Counts, Sums, Heads, Numbers, Offers,  # as _update_blocks left them
+    StateCounts, StateSums, Outliers, FirstOutliers, InMax,  # BankStats - in place
+    blocks, source,
+    NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOP_K: tl.constexpr,
+    KEPT: tl.constexpr, FIRST_KEPT: tl.constexpr, IN_KEPT: tl.constexpr, SLOTS: tl.constexpr, NEW: tl.constexpr,
+):  # fmt: skip
+    expert, which = tl.program_id(0), tl.program_id(1)
+    bins = tl.arange(0, BINS)
+    first = tl.load(Offsets + bins, mask=bins < NUM_EXPERTS, other=0)
+    end = tl.load(Offsets + bins + 1, mask=bins < NUM_EXPERTS, other=0)
+    needed = (end - first + ROWS - 1) // ROWS
+    first_block = tl.sum(tl.where(bins < expert, needed, 0), 0).to(tl.int32)
+    end_block = first_block + tl.sum(tl.where(bins == expert, needed, 0), 0).to(tl.int32)
+    if (which == 0) & (first_block < end_block):
+        for i in tl.static_range(5):
+            count = _total(Counts + i * blocks, blocks, first_block, end_block, BLOCKS)
+            tl.store(StateCounts + expert * 5 + i, tl.load(StateCounts + expert * 5 + i) + count)
+            total = _total(Sums + i * blocks, blocks, first_block, end_block, BLOCKS)
+            tl.store(StateSums + expert * 5 + i, tl.load(StateSums + expert * 5 + i) + total)
+
+    # The list of this program: outliers, first_outliers or in_max.
+    Heads += which * blocks
+    offered = -1
+    for start in range(first_block, end_block, BLOCKS):
+        some = start + tl.arange(0, BLOCKS)
+        offered = tl.maximum(offered, tl.max(tl.load(Heads + some, mask=some < end_block, other=-1), 0))
+    # In a settled state hardly any block offers anything.
+    if offered >= 0:
+        _enter(
+            Peak, Channel, InPeak, InChannel, Order, Gates, Sequence, Position, Token,
+            Heads, Numbers + which * blocks, Offers + which * blocks * ROWS, Outliers, FirstOutliers, InMax,
+            first_block, end_block, source, expert, which,
+            ROWS, BLOCKS, TOP_K, KEPT, FIRST_KEPT, IN_KEPT, SLOTS, NEW,
+        )  # fmt: skip
 
 
 def update(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
@@ -432,7 +454,7 @@ def update(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: Rows) 
         counts, sums, heads, numbers, offers,
         state.counts, state.sums, *records,
         blocks, rows.source,
-        **constants, BLOCKS=64, SLOTS=triton.next_power_of_2(max(kept)),
+        **constants, BLOCKS=64, SLOTS=triton.next_power_of_2(max(kept)), NEW=16,
         # So that the programs of all experts run at once; what spills is needed only where there is much to merge.
         maxnreg=128,
     )  # fmt: skip

@@ -41,7 +41,7 @@ SHAPES = [
     (515, 8, 16, 520, 264),
     (600, 10, 16, 512, 256),
     (700, 8, 16, 1032, 520),  # more tiles than blocks: epilogues run while the next tile is multiplied
-    (150, 2, 2, 4160, 2056),  # large matrices: three stages
+    (30, 2, 2, 4160, 2056),  # large matrices: three stages
 ]
 
 
@@ -129,6 +129,15 @@ def test_moe_mlp(backend, dtype, shape, variant):
     out = moe_mlp(call, BankStats.empty(shape[2], DEVICE), make_rows(shape[0], 1))
     assert out.dtype == dtype
     assert_close(f"moe_mlp {shape=} {dtype=}", out.cpu(), loop_over_slots(call), dtype)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_input_of_another_type_than_the_weights(backend, dtype):
+    call = make_call((90, 2, 4, 48, 24), torch.bfloat16, 3)
+    out = moe_mlp(call | {"x": call["x"].to(dtype)}, BankStats.empty(4, DEVICE))
+    assert out.dtype == dtype
+    assert_close(f"{dtype}", out.cpu(), loop_over_slots(call), torch.bfloat16)
 
 
 @ON_HOPPER

@@ -124,6 +124,11 @@ __device__ Entry entry_of_record(const int64_t* record, int origin) {
           int(record[kChannel]), origin};
 }
 
+// The last of the records that a list of an expert keeps.
+__device__ const int64_t* last_record(const Update& u, int list, int expert) {
+  return u.records[list] + (int64_t(expert + 1) * u.kept[list] - 1) * kColumns;
+}
+
 __device__ void reduce_tile(const Update& u, const Scratch& scratch, int index) {
   __shared__ double warp_sums[kWarps][8];
   __shared__ int warp_counts[kWarps][5], warp_heads[kWarps][kLists];
@@ -133,18 +138,26 @@ __device__ void reduce_tile(const Update& u, const Scratch& scratch, int index) 
   const bool inside = threadIdx.x < u.schedule.rows && row < int(u.offsets[expert + 1]);
   if (threadIdx.x == 0 && start == int(u.offsets[expert])) scratch.first_tile[expert] = index;
 
+  // All that a row needs is read before any of it is looked at, so that no load waits to hear whether the row counts.
   float gate = 0, squares = 0;
-  int flags = 0, counts[5] = {};
+  int flags = 0, counts[5] = {}, values[kLists] = {}, least[kLists];
+#pragma unroll
+  for (int list = 0; list < kLists; ++list) least[list] = int(last_record(u, list, expert)[kValue]);
   if (inside) {
     const int slot = int(u.order[row]), token = slot / u.top_k;
+    counts[2] = u.stats.nonfinite[row], counts[3] = u.stats.over_fp16[row], counts[4] = u.stats.over_fp8[row];
+    squares = u.stats.sqnorm[row];
+#pragma unroll
+    for (int list = 0; list < kLists; ++list) values[list] = value_bits(peaks(u, list)[row]);
     gate = load_gate(u.gates, u.gates_type, slot);
-    if (gate != 0 && u.counted[token]) flags = u.first[token] ? kCounted | kFirst : kCounted;
+    const bool counted = u.counted[token], first = u.first[token];
+    if (gate != 0 && counted) flags = first ? kCounted | kFirst : kCounted;
     scratch.flags[row] = uint8_t(flags);
-    if (flags != 0) {
-      counts[0] = 1, counts[1] = (flags & kFirst) != 0;
-      counts[2] = u.stats.nonfinite[row], counts[3] = u.stats.over_fp16[row], counts[4] = u.stats.over_fp8[row];
-      squares = u.stats.sqnorm[row];
-    }
+  }
+  if (flags != 0) {
+    counts[0] = 1, counts[1] = (flags & kFirst) != 0;
+  } else {
+    counts[2] = counts[3] = counts[4] = 0;
   }
   double sums[8] = {};
   if (flags != 0 && counts[2] == 0 && isfinite(gate)) {
@@ -156,12 +169,12 @@ __device__ void reduce_tile(const Update& u, const Scratch& scratch, int index) 
   for (int list = 0; list < kLists; ++list) {
     int head = -1;
     if (belongs(list, flags)) {
-      const int64_t* last = u.records[list] + (int64_t(expert + 1) * u.kept[list] - 1) * kColumns;
-      const int value = value_bits(peaks(u, list)[row]), least = int(last[kValue]);
+      const int value = values[list];
       // Equals are rare, except in experts that give the same everywhere, such as zero: those must not enter every
       // time.
       const bool enters =
-          value > least || (value == least && precedes(entry_of_row(u, list, row, value), entry_of_record(last, -1)));
+          value > least[list] || (value == least[list] && precedes(entry_of_row(u, list, row, value),
+                                                                   entry_of_record(last_record(u, list, expert), -1)));
       if (enters) head = value;
     }
     head = __reduce_max_sync(kAll, head);

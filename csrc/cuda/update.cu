@@ -58,6 +58,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 8;     // on a multiprocessor
 constexpr int kLists = 3;      // outliers, first_outliers, in_max
 constexpr int kPending = 256;  // rows that wait to be merged into a list
+constexpr int kAtOnce = 4;     // rows that a thread looks at together
 constexpr int64_t kLastSource = 0x7FFFFFFF;
 
 // Columns of a record; must agree with RECORD in kernels/records.py.
@@ -233,15 +234,21 @@ __device__ void add_totals(const Update& u, const Tile* tiles, int number, int e
   }
 }
 
-// A list of kept records while rows enter it: slots [0, kept) are the list in order, then come rows that wait.
+// A list of kept records while rows enter it: slots [0, kept) are the list in order, then come rows that wait, of which
+// only the value and the row are known yet.
 struct List {
   Entry entries[kMaxKept + kPending], merged[kMaxKept];
   int waiting;
   int tiles[kThreads], tiles_number;
 };
 
-__device__ void merge_waiting(List& list, int kept) {
-  const int number = kept + list.waiting;
+__device__ void merge_waiting(const Update& u, int which, List& list) {
+  const int kept = u.kept[which], number = kept + list.waiting;
+  for (int i = kept + threadIdx.x; i < number; i += kThreads) {
+    const Entry& entry = list.entries[i];
+    list.entries[i] = entry_of_row(u, which, entry.origin, int(entry.key >> 32));
+  }
+  __syncthreads();
   for (int i = threadIdx.x; i < number; i += kThreads) {
     const Entry entry = list.entries[i];
     int rank = 0;
@@ -310,25 +317,28 @@ __device__ void enter_rows(const Update& u, const Scratch& scratch, int first_ti
     }
     __syncthreads();
     const int found = list.tiles_number * rows;
-    for (int some = 0; some < found; some += kThreads) {
-      const int i = some + threadIdx.x;
-      if (i < found) {
-        const int row = u.schedule.tiles[2 * list.tiles[i / rows] + 1] + i % rows;
-        if (row < end && belongs(which, scratch.flags[row])) {
-          const int value = value_bits(peaks(u, which)[row]);
-          if (value >= bound && value >= int(list.entries[kept - 1].key >> 32)) {
-            const Entry entry = entry_of_row(u, which, row, value);
-            if (precedes(entry, list.entries[kept - 1])) list.entries[kept + atomicAdd(&list.waiting, 1)] = entry;
-          }
-        }
+    const auto row_of = [&](int i) { return u.schedule.tiles[2 * list.tiles[i / rows] + 1] + i % rows; };
+    for (int some = threadIdx.x; some - int(threadIdx.x) < found; some += kAtOnce * kThreads) {
+      int values[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int i = some + n * kThreads, row = i < found ? row_of(i) : end;
+        values[n] = row < end && belongs(which, scratch.flags[row]) ? value_bits(peaks(u, which)[row]) : -1;
       }
-      __syncthreads();
-      const bool full = list.waiting > kPending - kThreads;
-      __syncthreads();
-      if (full) merge_waiting(list, kept);
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        if (values[n] >= bound && values[n] >= int(list.entries[kept - 1].key >> 32)) {
+          const int64_t key = int64_t(values[n]) << 32;
+          list.entries[kept + atomicAdd(&list.waiting, 1)] = {key, 0, 0, 0, row_of(some + n * kThreads)};
+        }
+        __syncthreads();
+        const bool full = list.waiting > kPending - kThreads;
+        __syncthreads();
+        if (full) merge_waiting(u, which, list);
+      }
     }
   }
-  if (list.waiting > 0) merge_waiting(list, kept);
+  if (list.waiting > 0) merge_waiting(u, which, list);
   write_records(u, list, which, records);
 }
 

@@ -256,7 +256,7 @@ def check(
     model = tiny_model(name, family).to(device, dtype)
     kept = set(model._keep_in_fp32_modules_strict or ()) - set(family.not_in_float32)
     for path, parameter in model.named_parameters():  # as from_pretrained does
-        parameter.data = parameter.data.float() if any(name in path for name in kept) else parameter.data
+        parameter.data = parameter.data.float() if any(part in path for part in kept) else parameter.data
     inputs = inputs_of(family, model)
     if family.refused is not None:
         check_refused(family, model)

@@ -14,12 +14,14 @@ import argparse
 import multiprocessing
 import re
 import sys
+import traceback
 import warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import loops
 import torch
@@ -56,6 +58,8 @@ class Seen:
     channel: int = -1
     position: int = -1
     token: int = -1
+    # (position, token id) -> largest |y| of each channel, of all rows that are there
+    outputs: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
 
     def add(self, y: torch.Tensor, h: torch.Tensor, gate: float, position: int, token: int) -> None:
         y, h = y.float(), h.float()
@@ -68,6 +72,23 @@ class Seen:
         self.in_max = max(self.in_max, float(h.abs().max()))
         if peak > self.out_max:
             self.out_max, self.channel, self.position, self.token = peak, int(y.abs().argmax()), position, token
+        before = self.outputs.get((position, token))
+        self.outputs[position, token] = y.abs() if before is None else torch.maximum(before, y.abs())
+
+    def without_places(self) -> "Seen":
+        """The same, of a stack whose rows are not mapped."""
+        outputs = {(-1, -1): torch.stack([*self.outputs.values()]).amax(0)} if self.outputs else {}
+        return replace(self, first_rows=0, position=-1, token=-1, outputs=outputs)
+
+    def check_place(self, what: str, channel: int, position: int, token: int, dtype: torch.dtype) -> None:
+        """The place of the largest |y|. In 16 bits nearly equal ones may change places: one as large within RTOL."""
+        there = self.outputs.get((position, token))
+        if dtype == torch.float32:
+            right = (channel, position, token) == (self.channel, self.position, self.token)
+        else:
+            right = there is not None and float(there[channel]) >= (1 - RTOL[dtype]) * self.out_max
+        holds = "no row" if there is None else f"|y| = {float(there[channel])}"
+        assert right, f"{what}: {(channel, position, token)}, which holds {holds}, expected {self}"
 
 
 @dataclass
@@ -191,17 +212,14 @@ def expected_banks(family: Family) -> list[BankId]:
 
 
 def check_statistics(stats: ModelStats, expected: Reference, dtype: torch.dtype) -> None:
-    places = []
     for bank, state in stats.banks.items():
         seen = expected.seen[stats.header.banks[str(bank)].module]
         assert seen, f"{bank}: {stats.header.banks[str(bank)].module} never ran in the eager model"
         peak = state.peak()
         in_max = state.in_max[:, 0, 0].clamp(min=0).to(torch.int32).view(torch.float32)
         for expert in range(state.num_experts):
-            one = seen[expert]
+            one = seen[expert] if bank.stack == "decoder" else seen[expert].without_places()
             where = f"{bank} expert {expert}"
-            if bank.stack != "decoder":  # whose rows are not mapped
-                one.first_rows, one.position, one.token = 0, -1, -1
             assert int(state.rows[expert]) == one.rows, f"{where}: {int(state.rows[expert])} rows, not {one.rows}"
             assert int(state.first_rows[expert]) == one.first_rows, f"{where}: {one.first_rows} first rows"
             for name in ("gate_sum", "norm_sum", "gate_norm_sum", "out_max"):
@@ -209,10 +227,7 @@ def check_statistics(stats: ModelStats, expected: Reference, dtype: torch.dtype)
             close(f"{where} in_max", float(in_max[expert]), one.in_max, dtype)
             if one.rows:
                 found = peak[expert].tolist()
-                place = dict(zip(("channel", "position", "token"), (found[2], found[5], found[6])))
-                places.append(place == {n: getattr(one, n) for n in place})
-                assert places[-1] or dtype != torch.float32, f"{where}: {place}, expected {one}"
-    assert sum(places) >= 0.8 * len(places), f"{sum(places)} of {len(places)} largest rows where they were expected"
+                one.check_place(where, found[2], found[5], found[6], dtype)
 
 
 def close(what: str, mine: float, reference: float, dtype: torch.dtype) -> None:
@@ -239,9 +254,9 @@ def check(
     """Raise AssertionError, or SedetectError, where the profile of this family's tiny model is not right."""
     family = FAMILIES[name]
     model = tiny_model(name, family).to(device, dtype)
-    for kept in model._keep_in_fp32_modules_strict or ():  # as from_pretrained does
-        for path, parameter in model.named_parameters():
-            parameter.data = parameter.data.float() if kept in path else parameter.data
+    kept = set(model._keep_in_fp32_modules_strict or ()) - set(family.not_in_float32)
+    for path, parameter in model.named_parameters():  # as from_pretrained does
+        parameter.data = parameter.data.float() if any(part in path for part in kept) else parameter.data
     inputs = inputs_of(family, model)
     if family.refused is not None:
         check_refused(family, model)
@@ -339,10 +354,7 @@ def check_planted(name, model, inputs, ids, stats, backend) -> None:
     without = prof.stats.banks[bank]
     assert int(without.rows[expert]) == 0, f"{one}: {int(without.rows[expert])} rows when ablated"
     assert int(without.rows.sum()) == int(stats.banks[bank].rows.sum() - stats.banks[bank].rows[expert])
-    place = (one.channel, one.position, one.token_id)
-    assert place == (expected.channel, expected.position, expected.token), (
-        f"planted {one}: {place}, expected {expected}"
-    )
+    expected.check_place(f"planted {one}", one.channel, one.position, one.token_id, model.dtype)
 
 
 @torch.no_grad()
@@ -388,7 +400,15 @@ def attempt(name: str, device: str, backend: str | None, dtype: str) -> Result:
     try:
         return check(name, device, backend, getattr(torch, dtype))
     except Exception as error:
-        return Result(name, result=f"{type(error).__name__}: {error}")
+        foreseen = isinstance(error, AssertionError) and str(error)
+        return Result(name, result=f"{type(error).__name__}: {error}" + ("" if foreseen else f" ({raised_at(error)})"))
+
+
+def raised_at(error: Exception) -> str:
+    """File and line of the innermost frame outside torch, whose own says little."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(torch.__file__).parent not in Path(frame.filename).parents]
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno}"
 
 
 def uncovered() -> list[str]:

@@ -1,8 +1,10 @@
 """Every MoE architecture of the installed transformers, by the checks of conformance.py."""
 
+import re
+
 import pytest
 import torch
-from conformance import attempt, available, check
+from conformance import Seen, attempt, available, check
 from families import FAMILIES, Family, discover, tiny_model
 
 from sedetect.hf import find_banks, layers_per_stack
@@ -13,7 +15,7 @@ def test_family(name):
     check(name)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v4", "gpt_oss", "llama4"])
 def test_in_bfloat16(name):
     check(name, dtype=torch.bfloat16)
 
@@ -23,6 +25,26 @@ def test_a_bank_that_another_backend_served_fails():
     assert line.result == "ok" and line.backends == "torch"
     line = attempt("qwen3_moe", "cpu", "cuda", "bfloat16")
     assert line.result == "AssertionError: decoder.0.routed is served by ['cpu'], not cuda"
+
+
+def test_an_error_that_nothing_foresaw_says_where():
+    line = attempt("no_such_family", "cpu", None, "float32")
+    assert re.fullmatch(r"KeyError: 'no_such_family' \(conformance.py:\d+\)", line.result)
+
+
+def test_place_of_the_largest_output():
+    """In float32 the first of the largest; in bfloat16 any that is as large within the tolerance, of this expert's."""
+    seen = Seen()
+    for y, position in (([1.0, -100.0], 3), ([96.0, 2.0], 5), ([94.0, 2.0], 6)):
+        seen.add(torch.tensor(y), torch.ones(1), 1.0, position, 7)
+    seen.check_place("first", 1, 3, 7, torch.float32)
+    seen.check_place("first", 1, 3, 7, torch.bfloat16)
+    seen.check_place("second", 0, 5, 7, torch.bfloat16)
+    seen.without_places().check_place("unmapped", 0, -1, -1, torch.bfloat16)
+    wrong = [(0, 5, 7, torch.float32), (0, 6, 7), (1, 5, 7), (1, 3, 8), (1, -1, -1)]
+    for channel, position, token, *dtype in wrong:
+        with pytest.raises(AssertionError, match="wrong: .*, which holds "):
+            seen.check_place("wrong", channel, position, token, *(dtype or [torch.bfloat16]))
 
 
 def test_every_class_behind_the_interface_is_in_a_model_that_is_checked():

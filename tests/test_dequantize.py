@@ -25,6 +25,7 @@ GPT_OSS = Gate(interleaved=True, limit=7.0, slope=1.702, shift=1.0)
 # T, k, E, H, I; packed values take an even H and I.
 if interpreter.INTERPRETED:
     SHAPES = [
+        (1, 1, 1, 8, 8),  # so few elements that the rounding of each shows
         (7, 2, 3, 36, 18),  # dimensions that divide nothing: no copy engine
         (36, 4, 4, 160, 96),  # tiles of 64 rows, a tail in every dimension
         (200, 1, 1, 192, 128),  # tiles of 128 rows
@@ -157,20 +158,26 @@ def test_exponents():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts(name, shape, dtype):
-    """Fused and general, biased and not, against float64 with the dequantized weights; statistics of what is stored."""
+    """Fused and general, biased and not, with the dequantized weights; statistics of what is stored.
+
+    Against float64, the general path with z and the module's own gate in the model's dtype, as the module has them: in
+    bfloat16 gpt_oss rounds five times, and an output of 8 elements is off by up to 1.4e-2 (RMS) in one call of 200.
+    """
     gate = GPT_OSS if name == "mxfp4" else Gate()
     call = make_call(shape, dtype, sum(shape), bias=name == "mxfp4", sentinels=True)
     reference, backend = dict(call), TritonBackend()
     for one in ("gate_up", "down"):
         kind = "fp8" if one == "down" and name == "fp8-halves" else name
         call[one], reference[one] = quantized(kind, call[one], dtype)
-    expected = loop_over_slots(reference, swiglu if gate == Gate() else gpt_oss)
+    own = swiglu if gate == Gate() else gpt_oss
+    expected = {gate: own, own: lambda z: own(z.to(dtype)).double()}
+    expected = {wanted: loop_over_slots(reference, exact) for wanted, exact in expected.items()}
     call = {n: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for n, value in call.items()}
     rows = make_rows(shape[0], 1).to(DEVICE)
-    for wanted in (gate, swiglu if gate == Gate() else gpt_oss):
+    for wanted in expected:
         state = BankStats.empty(shape[2], DEVICE)
         out = ops.moe_mlp(**call | {"gate": wanted}, state=state, rows=rows, backend="triton")
-        assert_close(f"{name} {shape=} {dtype=}", out.cpu(), expected, dtype)
+        assert_close(f"{name} {shape=} {dtype=} {wanted}", out.cpu(), expected[wanted], dtype)
     routing = plan(call["top_k_index"], shape[2])
     h, _ = gate_up(call["x"], routing, call["gate_up"], call["gate_up_bias"], gate=gate)
     y, stats = backend.down(h, routing, call["down"], call["down_bias"], False)

@@ -7,7 +7,10 @@ Every run builds a random model of Qwen3-30B-A3B's shape with 4 layers on each G
 first GPU alone and on all of them, in turns. Speed-up is of the seconds in forwards and statistics, the slowest rank's;
 merging comes after, and is in the other column. Counts, maxima and kept rows must be equal to the bit, sums to 1e-12:
 else the exit code is 1. --checkpoint FOLDER (one that bench_streaming.py --keep left) is profiled with --stream as
-well, from a cold page cache, to see how often the host reads a byte. The last line is all of it as JSON.
+well, from a cold page cache, to see how often the host reads a byte. Every run is told on stderr as soon as it is
+done, and each number of ranks on a line of JSON; the last line is all of it.
+
+A text is tokenised once for all runs: at a million tokens that takes the CPU longer than the forwards take a GPU.
 """
 
 import argparse
@@ -17,8 +20,10 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -27,11 +32,14 @@ from rich.table import Table
 from shapes import QWEN3, SMALL, TOKENIZER, differences, drop_cache, from_disk, texts
 from timing import machine
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen3MoeConfig
 
 import sedetect
+from sedetect import calibration
 from sedetect.checkpoint import load_tokenizer
 from sedetect.ranks import Ranks, join
+
+BEGUN = time.perf_counter()
 
 
 def random_model(small: bool, device: str) -> nn.Module:
@@ -42,18 +50,39 @@ def random_model(small: bool, device: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
+def tokenised_once() -> AbstractContextManager:
+    """Texts that come again, while the context lasts, are not tokenised again."""
+    tokenise, known = calibration._tokenise, {}
+
+    def remember(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[list[int]]:
+        key = (tokenizer.name_or_path, *documents)
+        if key not in known:
+            known[key] = tokenise(tokenizer, documents)
+        return known[key]
+
+    return patch.object(calibration, "_tokenise", remember)
+
+
+def tell(ranks: Ranks, what: str) -> None:
+    if ranks.rank == 0:
+        print(f"{ranks.count} ranks, {time.perf_counter() - BEGUN:.0f} s: {what}", file=sys.stderr, flush=True)
+
+
 def worker(options: argparse.Namespace) -> None:
     """What every rank runs; the first prints its result as JSON."""
-    with join() as ranks:
+    with join() as ranks, tokenised_once():
+        tell(ranks, "together")
         device = ranks.device(options.device)
         model, tokenizer = random_model(options.small, device), load_tokenizer(TOKENIZER)
+        tell(ranks, "model made")
         length, batch = (32, 4) if options.small else (2048, 4)
         settings = {"seq_len": length, "batch_size": batch, "tokenizer": tokenizer, "backend": options.backend}
         measure = partial(sedetect.profile_model, model, texts(options.sequences * length), **settings)
         run = {"tokens": options.sequences * length}
         measure(tokens=2 * batch * length)  # whatever is made at first use
+        tell(ranks, "warmed up")
         one, several, wall, found = [], [], {"one": [], "all": []}, []
-        for _ in range(options.rounds):
+        for number in range(options.rounds):
             dist.barrier()
             start = time.perf_counter()
             alone = measure(**run) if ranks.rank == 0 else None
@@ -65,7 +94,10 @@ def worker(options: argparse.Namespace) -> None:
             if together is not None:
                 one.append(alone.seconds)
                 several.append(together.seconds)
-                found += differences(together.domains, alone.domains)
+                differing = differences(together.domains, alone.domains)
+                found += differing
+                took = f"{one[-1]:.3f} s alone, {several[-1]:.3f} s together"
+                tell(ranks, f"round {number + 1}: {took}, {len(differing)} banks differ")
         result = {"ranks": ranks.count, "one": one, "all": several, "wall": wall, "differences": found}
         result["machine"] = machine("cuda" if device.startswith("cuda") else "cpu")
         if options.checkpoint is not None:
@@ -94,6 +126,7 @@ def streamed(options: argparse.Namespace, ranks: Ranks, device: str) -> dict:
         took = None if result is None else result.streamed.compute + result.streamed.wait
         dist.all_gather_object(each, (from_disk() - before, took))
         fetched[name], seconds[name], results[name] = sum(count for count, _ in each), each[0][1], result
+        tell(ranks, f"streamed by {name}: {each[0][1]:.3f} s, {fetched[name] / 1e9:.3g} GB from disk")
     stored = sum(file.stat().st_size for file in options.checkpoint.glob("*.safetensors"))
     found = [] if ranks.rank else differences(results["all"].domains, results["one"].domains)
     return {"seconds": seconds, "from_disk": fetched, "checkpoint_bytes": stored, "differences": found}
@@ -122,6 +155,7 @@ def main() -> int:
             print(f"{count} ranks: exit code {done.returncode}", file=sys.stderr)
             return 1
         results.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(results[-1]), flush=True)
 
     table = Table(title=f"{options.sequences} windows, median of {options.rounds} rounds: seconds")
     for column in ("ranks", "one", "all", "speed-up", "with merging", "streamed: speed-up", "bytes read / stored"):

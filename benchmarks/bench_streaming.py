@@ -12,7 +12,11 @@ Writes a random checkpoint of Qwen3-30B-A3B's shape with 8 layers and profiles i
     streamed     again, for its time per layer, beside max(read + copy, compute) and max(load, compute)
 
 with the files dropped from the page cache before every run whose reading is timed. The last line is all of it as JSON.
-The exit code is 1 where results differ or (not --small) memory or time per layer is more than it should be.
+The exit code is 1 where results differ or (not --small) memory or time per layer is more than it should be: GPU memory
+that tensors take (what torch reserves beyond that is printed) and RSS above three layers, embeddings, lm_head and hidden
+states; all layers but the first together above 1.15 of their max(read + copy, compute). That is what the work takes at
+the least where reading and copying one layer do not overlap. They do, and conversion comes on top: load has both, and
+max(load, compute) is printed beside it, but what load loses is lost in streaming as well, so it would hide a slow load.
 """
 
 import argparse
@@ -276,8 +280,8 @@ def main() -> int:
     again, clock = run()
     failures += [f"two streamed runs differ in {where}" for where in differences(again, first.domains)]
     layer = [after - before for before, after in zip(clock.freed, clock.freed[1:])]  # the first has nothing to overlap
-    strict = sum(layer) / sum(max(read[n] + copy[n], compute[n]) for n in layers[1:])
-    ratio = sum(layer) / sum(max(load[n], compute[n]) for n in layers[1:])
+    ratio = sum(layer) / sum(max(read[n] + copy[n], compute[n]) for n in layers[1:])
+    of_load = sum(layer) / sum(max(load[n], compute[n]) for n in layers[1:])
 
     equal = not failures
     if not options.small:
@@ -285,7 +289,7 @@ def main() -> int:
             if memory.get(name, 0) > limit:
                 failures.append(f"peak of {name} {memory[name]:,} bytes above the start, over {limit:,}")
         if ratio > SLACK:
-            failures.append(f"a layer takes {ratio:.2f} of max(load, compute), more than {SLACK}")
+            failures.append(f"a layer takes {ratio:.2f} of max(read + copy, compute), more than {SLACK}")
     if not options.keep:
         shutil.rmtree(options.folder)
     result = {
@@ -308,8 +312,8 @@ def main() -> int:
             "read": read, "copy": copy, "load": load, "compute": compute, "streamed": layer,
             "write": written, "all": time.perf_counter() - begun,
         },
-        "of_max_read_copy_compute": strict,
-        "of_max_load_compute": ratio,
+        "of_max_read_copy_compute": ratio,
+        "of_max_load_compute": of_load,
         "equal": equal,
         "failures": failures,
     }  # fmt: skip

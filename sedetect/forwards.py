@@ -1,6 +1,7 @@
 """Another forward for a module, for a while."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,16 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
     previous = vars(module).get(slot)
     setattr(module, slot, forward)
     return partial(delattr, module, slot) if previous is None else partial(setattr, module, slot, previous)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """replace_forward while the context lasts."""
+    undo = replace_forward(module, forward)
+    try:
+        yield
+    finally:
+        undo()
 
 
 def _slot(module: nn.Module) -> str:

@@ -27,6 +27,7 @@ from transformers.integrations.moe import ExpertsInterface
 from sedetect import compiled, ops
 from sedetect.adapters import NOT_MLPS, REFUSED, adapt
 from sedetect.errors import SedetectError
+from sedetect.forwards import forward_of, replaced_forward
 from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
 from sedetect.kernels.update import Rows
@@ -190,12 +191,19 @@ def _compute_experts(
 
 
 def _compute_down(bank: Bank, state: BankStats, rows: Rows, x: torch.Tensor) -> torch.Tensor:
-    """A plain nn.Linear is computed by our op; anything else (quantized, offloaded) computes itself and is read."""
+    """A plain nn.Linear is computed by our op; anything else (quantized, split) computes itself and is read."""
     original, flat = bank.module, x.reshape(-1, x.shape[-1])
     how = {"rows": rows, "backend": bank.backend, "served": bank.note}
     if _is_plain_linear(original):
-        y = ops.linear_stats(flat, original.weight, original.bias, state, **how)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            y = ops.linear_stats(x.reshape(-1, x.shape[-1]), original.weight, original.bias, state, **how)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+
+        if not hasattr(original, "_hf_hook"):
+            return forward(x)
+        with replaced_forward(original, forward):  # the same kernel, inside the hooks that bring an offloaded weight
+            return original(x)
     y = original(x)
     weight = getattr(original, "weight", None)
     if isinstance(weight, DTensor) and any(p.is_shard(1) for p in weight.placements):
@@ -407,9 +415,11 @@ def _experts(model: nn.Module, path: str, module: nn.Module) -> Iterator[nn.Modu
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    hooked = hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks
-    plain = type(module) is nn.Linear and "forward" not in module.__dict__ and not hooked
-    return plain and module.weight.dtype in _FLOATS
+    """Whether it computes what nn.Linear does, within accelerate's hooks or without."""
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    own = getattr(forward_of(module), "__func__", None)
+    return own is nn.Linear.forward and module.weight.dtype in _FLOATS
 
 
 def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:

@@ -5,8 +5,8 @@ probe has shown that the block is understood.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from sedetect import ops
 from sedetect.errors import SedetectError
-from sedetect.forwards import forward_of, replace_forward
+from sedetect.forwards import forward_of, replaced_forward
 from sedetect.quantized import linear_weight, serve_linears
 from sedetect.stacked import Adapter
 
@@ -126,7 +126,7 @@ class ListedExperts(Adapter):
             heard.append((own(h), h))
             return heard[0][0]
 
-        with _forward(linear, forward):
+        with replaced_forward(linear, forward):
             out = experts[expert](x)
         return (out, *heard[0])
 
@@ -190,9 +190,9 @@ class ListedBlock(ListedExperts):
 
         with ExitStack() as stack:
             for expert in self.experts:
-                stack.enter_context(_forward(expert, torch.zeros_like))
+                stack.enter_context(replaced_forward(expert, torch.zeros_like))
             for router in self._routers:
-                stack.enter_context(_forward(router, partial(listen, forward_of(router))))
+                stack.enter_context(replaced_forward(router, partial(listen, forward_of(router))))
             return own_forward(*args, **kwargs), heard
 
     @torch.no_grad()
@@ -265,13 +265,3 @@ def is_linear(module: Any) -> bool:
 
 def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for a module while the context lasts."""
-    undo = replace_forward(module, forward)
-    try:
-        yield
-    finally:
-        undo()

@@ -7,6 +7,7 @@ from accelerate.hooks import attach_execution_device_hook
 from conformance import inputs_of, run
 from conformance import profile as profile_of
 from families import FAMILIES, tiny_model
+from interpreter import INTERPRETED
 from models import CONFIGS, TINY, random_model
 from test_adapters import DeepseekBlock, MixtralBlock, as_remote_code
 from test_profile import token_ids
@@ -97,6 +98,21 @@ def test_an_ablation_inside_a_profile_of_an_offloaded_model():
     assert torch.equal(runs[0][0], runs[1][0])
     assert_equal(runs[1][1], runs[0][1])
     assert int(runs[0][1].banks[bank].rows[1]) == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hooks_leave_the_kernels_as_they_are(name):
+    """Those of Triton round otherwise than a module's own forward does."""
+    device = torch.device("cpu" if INTERPRETED else "cuda")
+    model, hooked = (random_model(name).to(device) for _ in range(2))
+    cpu_offload(hooked, execution_device=device)
+    runs, inputs = [], {"input_ids": token_ids(1, 6).to(device)}
+    for each in (model, hooked):
+        stats = profile_of(each, inputs, "triton")
+        assert all(bank.backends == ["triton"] for bank in stats.header.banks.values())
+        runs.append(stats)
+    assert torch.equal(runs[1].output, runs[0].output)
+    assert_equal(runs[1], runs[0])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -242,7 +242,8 @@ def test_command_line(checkpoint, data, expected, tmp_path, monkeypatch):
     assert_results(tmp_path, expected)
     monkeypatch.setattr("sedetect.fit.free_memory", lambda device: 100_000)
     chosen = run(*(word for word in command if word != "--stream"))
-    assert chosen.code == 0 and "of weights do not fit the 100 kB free on cpu" in chosen.err
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert chosen.code == 0 and f"of weights do not fit the 100 kB free on {device}" in chosen.err
     assert "streamed 6 layers: " in chosen.out
     assert_results(tmp_path, expected)
 

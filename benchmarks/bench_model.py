@@ -2,6 +2,7 @@
 
     python benchmarks/bench_model.py                   CUDA
     python benchmarks/bench_model.py --device cpu
+    python benchmarks/bench_model.py --models qwen3 --backend triton
 
 Runs whole forwards and prints a table; the last line is the same as JSON. Models: tests/data/tiny-moe, and with random
 weights on CUDA a slice of Qwen3-30B-A3B (--layers, 4 by default) in bfloat16, on the CPU a small Qwen3-MoE. Variants:
@@ -9,7 +10,7 @@ weights on CUDA a slice of Qwen3-30B-A3B (--layers, 4 by default) in bfloat16, o
     eager, grouped_mm, batched_mm   transformers' experts implementations, unprofiled
     hooks                           transformers' eager loop with abs-max and argmax of every expert's down_proj input
                                     and output, kept on the device: what a tool that hooks every expert does, at best
-    sedetect                        under sedetect.profile, every default statistic
+    sedetect                        under sedetect.profile, every default statistic, by the fastest backend or --backend
 
 batched_mm copies the weights of every routed row; above 1 GB per layer it is left out (it was 13 to 24 times slower).
 On CUDA the forwards are those of the decoder without its head (which would hold 20 GB of logits), and seconds per layer
@@ -35,6 +36,7 @@ import sedetect
 
 TINY = Path(__file__).parents[1] / "tests/data/tiny-moe"
 BATCHED_LIMIT = 1e9  # bytes
+MODELS = ("tiny-moe", "qwen3")
 
 
 def hooked_experts(module: nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -82,7 +84,8 @@ def qwen3_slice(layers: int, device: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def bench(name: str, make: Callable[[], nn.Module], batch: int, length: int, rounds: int, device: str) -> dict:
+def bench(name: str, make: Callable[[], nn.Module], batch: int, length: int, args: argparse.Namespace) -> dict:
+    device = args.device
     model, measured = make(), make()  # two copies: one stays under its profile, as in a calibration
     if device == "cuda":
         model, measured = model.model, measured.model
@@ -105,9 +108,9 @@ def bench(name: str, make: Callable[[], nn.Module], batch: int, length: int, rou
     variants = {n: plain(n) for n in ("eager", "grouped_mm", "batched_mm")} | {"hooks": plain("hooked")}
     if copied > BATCHED_LIMIT:
         del variants["batched_mm"]
-    with sedetect.profile(measured) as prof:
+    with sedetect.profile(measured, backend=args.backend) as prof:
         variants["sedetect"] = lambda: measured(input_ids=ids, use_cache=False)
-        seconds = interleaved(variants, rounds, device)
+        seconds = interleaved(variants, args.rounds, device)
     backends = {b for bank in prof.stats.header.banks.values() for b in bank.backends}
     fastest = min(s["median"] for n, s in seconds.items() if n not in ("hooks", "sedetect"))
     return {
@@ -127,19 +130,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--backend")
     parser.add_argument("--layers", type=int, default=4, help="of the slice of Qwen3-30B-A3B (CUDA)")
     args = parser.parse_args()
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for batch, length in ((8, 512), (1, 64)):
-            make = partial(trained_model, dtype, args.device)
-            results.append(bench("tiny-moe", make, batch, length, args.rounds, args.device))
-        for batch, length in ((4, 512), (1, 64)) if args.device == "cpu" else ():
-            make = partial(random_model, dtype, args.device)
-            results.append(bench("qwen3-moe-4x1024x64", make, batch, length, args.rounds, args.device))
-    if args.device == "cuda":
+    results, dtypes = [], (torch.float32, torch.bfloat16)
+    if "tiny-moe" in args.models:
+        for dtype in dtypes:
+            for batch, length in ((8, 512), (1, 64)):
+                results.append(bench("tiny-moe", partial(trained_model, dtype, args.device), batch, length, args))
+    if "qwen3" in args.models and args.device == "cpu":
+        for dtype in dtypes:
+            for batch, length in ((4, 512), (1, 64)):
+                make = partial(random_model, dtype, args.device)
+                results.append(bench("qwen3-moe-4x1024x64", make, batch, length, args))
+    elif "qwen3" in args.models:
         make = partial(qwen3_slice, args.layers, args.device)
-        results.append(bench(f"qwen3-30b-a3b, {args.layers} layers", make, 32, 2048, args.rounds, args.device))
+        results.append(bench(f"qwen3-30b-a3b, {args.layers} layers", make, 32, 2048, args))
 
     table = Table(title=f"whole forwards, {args.device}: median seconds (x fastest unprofiled)")
     names = ("eager", "grouped_mm", "batched_mm", "hooks", "sedetect")

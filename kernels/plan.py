@@ -206,11 +206,12 @@ def _schedule(
 def _shape(schedule: Schedule, slots: int, experts: int) -> tuple[int, dict[str, int]]:
     """(programs, constants) of the kernels that write a schedule: every program writes some of its tiles."""
     bins = triton.next_power_of_2(experts + 1)
-    grid = triton.cdiv(slots, tiles.SLOTS)
+    block = min(tiles.SLOTS, max(32, triton.next_power_of_2(slots)))  # one-token batches compare few pairs
+    grid = triton.cdiv(slots, block)
     per_program = triton.next_power_of_2(triton.cdiv(len(schedule.tiles), grid))
     if per_program > 64:
         per_program, grid = 64, max(grid, triton.cdiv(len(schedule.tiles), 64))
-    constants = {"BLOCK": tiles.SLOTS, "BINS": bins, "ROWS": schedule.rows, "PER_PROGRAM": per_program}
+    constants = {"BLOCK": block, "BINS": bins, "ROWS": schedule.rows, "PER_PROGRAM": per_program}
     return grid, constants | {"NUM_EXPERTS": experts}
 
 
@@ -224,7 +225,7 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> Plan:
     if slots == 0:
         return Plan(order, offsets.zero_(), top_k_index.shape[1], schedule)
     grid, constants = _shape(schedule, slots, num_experts)
-    blocks = triton.cdiv(slots, tiles.SLOTS)
+    blocks = triton.cdiv(slots, constants["BLOCK"])
     counts = totals = None
     if blocks > 1:
         counts = torch.empty((num_experts + 1, blocks), dtype=torch.int32, device=device)

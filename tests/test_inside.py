@@ -134,7 +134,7 @@ def test_pictures_draw_the_arrays(results, marked):
         columns, rows = pictures[name].columns, pictures[name].rows
         assert len({(r["x"], r["y"]) for r in records}) == len(records)
         drawn = {(rows.index(r["y"]), columns.index(r["x"])): r["value"] for r in records}
-        size = table.numel() - (0 if diagonal else len(table)) - int(table.isnan().sum() if diagonal else 0)
+        size = table.numel() - (0 if diagonal else len(table)) - int(table.isnan().sum())
         assert len(drawn) == size
         for (i, j), value in drawn.items():
             assert value == pytest.approx(float(table[i, j]), rel=1e-3, abs=1e-9)
@@ -142,6 +142,13 @@ def test_pictures_draw_the_arrays(results, marked):
     grid("weights-L1-gate-embeddings", arrays["weights"]["router.similarity"], False)
     grid("weights-L1-down-matrices", arrays["weights"]["down.similarity"], False)
     grid("weights-L1-up-neurons", arrays["weights"]["up.neuron_similarity"], False)
+    for name in ("matched", "tau"):
+        table = torch.full((32, 32), torch.nan).fill_diagonal_(1)
+        for (i, j), value in zip(arrays["weights"]["pairs"].tolist(), arrays["weights"][f"up.{name}"].tolist()):
+            table[i, j] = table[j, i] = value
+        drawn = len(pictures[f"weights-L1-up-{name}"].data[f"weights-L1-up-{name}"])
+        assert drawn == 2 * len(arrays["weights"]["pairs"]) == 64
+        grid(f"weights-L1-up-{name}", table, False)
     grid("outputs-L1-cosine", arrays["outputs"]["cosine"], False)
     grid("outputs-L1-angular", arrays["outputs"]["angular"], False)
     grid("outputs-L1-text-norms", arrays["outputs"]["text.norm"], True)

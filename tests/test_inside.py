@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -103,6 +104,18 @@ def test_every_picture_marks_the_super_expert(results, marked):
                 colour = "var(--super)" if page else LIGHT["super"]
                 if ("-L1-" in chart.name and "ranks" not in chart.name) or chart.name == "routing-load":
                     assert colour in json.dumps(chart.spec), chart.name
+
+
+def test_without_matched_pairs_there_is_no_picture_of_them(results, marked):
+    """Nor one of nothing but the super expert's mark."""
+    kept = {name: t for name, t in results["weights"].layers[ONE].arrays.items() if name.rpartition(".")[2] not in (
+        "matched", "unmatched", "tau", "chance")}  # fmt: skip
+    without = replace(results["weights"], layers={ONE: LayerArrays(32, results["weights"].layers[ONE].members, kept)})
+    kept["pairs"] = kept["pairs"][:0]
+    names = {picture.name for picture in pictures_of(without, marked, page=False)}
+    whole = {p.name for p in pictures_of(results["weights"], marked, page=False) if "L9" not in p.name}
+    of_layer = {f"weights-L1-{m}-{what}" for m in ("gate", "up", "down") for what in ("matched", "tau")}
+    assert whole - names == {"weights-matched", *of_layer}
 
 
 def test_only_experts_are_marked(results, marked):

@@ -52,7 +52,7 @@ def pictures_of(result: Analysis, marked: dict[str, str], *, page: bool) -> list
     """The pictures of an analysis; for a page, those of all layers together, and of the first layer with a super expert
     (or the first), as far as they are small enough. marked: name -> verdict."""
     whole = {"weights": _weights, "outputs": _outputs, "routing": _routing}[result.kind]
-    found = [picture for picture in whole(result, marked) if any(picture.data.values())]
+    found = [picture for picture in whole(result, marked) if picture.data[picture.name]]
     of_layer = {"weights": _weights_of, "outputs": _outputs_of, "routing": _routing_of}[result.kind]
     for bank in _for_page(result, marked) if page else result.layers:
         layer = result.layers[bank]

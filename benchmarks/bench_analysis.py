@@ -6,8 +6,10 @@
 Prints two tables, and the last line is the same as JSON. Weights of one layer:
 
     loop       every pair of experts by torch.nn.functional.cosine_similarity in the weights' precision, as the
-               published notebooks have it (whose similarities are off by that precision)
-    sedetect   one Gram matrix per matrix (S1), mean neurons (S2), the router's regression on them (S5)
+               published notebooks have it (whose similarities are off by that precision, and which bring each to the
+               host by itself)
+    gemm       all pairs in one product of float32 rows, as one would write it with care
+    sedetect   one Gram matrix per matrix (S1), mean neurons (S2), and also the router's regression on them (S5)
 
 Outputs of all experts on all tokens, with mean cosines, norms, and the counts of router rank by norm rank:
 
@@ -16,7 +18,7 @@ Outputs of all experts on all tokens, with mean cosines, norms, and the counts o
     torch, ...  sedetect.output_analysis: tokens in chunks, by the stages of that backend; angular similarities too
 
 memory is what a run takes at most beyond the layer itself. The variants' results are compared: difference is the
-largest between mean cosines and those of the loop.
+largest from a cosine of the loop (outputs: a mean cosine).
 """
 
 import argparse
@@ -61,11 +63,15 @@ def make_layer(experts: int, hidden: int, intermediate: int, tokens: int, top_k:
     return Layer(gate_up, down, random(experts, hidden, std=0.02), random(tokens, hidden, std=1), top_k)
 
 
-def weights_loop(layer: Layer) -> dict[str, torch.Tensor]:
+def weights_plain(layer: Layer, together: bool) -> dict[str, torch.Tensor]:
     found = {}
     for name, stack in layer.matrices().items():
-        flat, means = [m.flatten() for m in stack], [m.mean(0) for m in stack]
-        for field, vectors in (("similarity", flat), ("neurons", means)):
+        for field in ("similarity", "neurons"):
+            if together:
+                unit = F.normalize(stack.flatten(1).float() if field == "similarity" else stack.float().mean(1), dim=1)
+                found[f"{name}.{field}"] = unit @ unit.t()
+                continue
+            vectors = [m.flatten() if field == "similarity" else m.mean(0) for m in stack]
             table = torch.ones(len(stack), len(stack), device=stack.device)
             for i in range(len(stack)):
                 for j in range(i):
@@ -84,15 +90,14 @@ def weights_sedetect(layer: Layer) -> dict[str, torch.Tensor]:
     return found
 
 
-def outputs_loop(layer: Layer, together: bool) -> torch.Tensor:
+def outputs_plain(layer: Layer, together: bool) -> torch.Tensor:
     """(E, E) mean cosines; norms and rank counts are taken too."""
-    outputs = []
-    for up, down in zip(layer.gate_up, layer.down):
+    experts = len(layer.down)
+    y = layer.x.new_empty(experts, *layer.x.shape)  # (E, T, H)
+    for expert, (up, down) in enumerate(zip(layer.gate_up, layer.down)):
         gate, value = F.linear(layer.x, up).chunk(2, dim=-1)
-        outputs.append(F.linear(F.silu(gate) * value, down))
-    y = torch.stack(outputs)  # (E, T, H)
-    experts = len(y)
-    norms = y.float().norm(dim=-1).t()
+        y[expert] = F.linear(F.silu(gate) * value, down)
+    norms = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32).t()
     count_ranks(F.linear(layer.x, layer.router).float(), norms)
     if together:
         found = torch.zeros(experts, experts, device=y.device)
@@ -124,34 +129,35 @@ def outputs_sedetect(layer: Layer, backend: str) -> torch.Tensor:
     return sums.arrays()["cosine"]
 
 
-def peak(run: Callable[[], object], device: str) -> float | None:
+def peak(run: Callable[[], object], device: str) -> tuple[object, int | None]:
+    """Its result, and the bytes it took at most."""
     if device != "cuda":
-        return None
+        return run(), None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() - before
+    result = run()
+    return result, torch.cuda.max_memory_allocated() - before
 
 
 def compare(
     title: str, variants: dict[str, Callable[[], object]], rounds: int, device: str, console: Console
 ) -> list[dict]:
-    memory = {name: peak(run, device) for name, run in variants.items()}
+    own = {name: peak(run, device) for name, run in variants.items()}
     seconds = interleaved(variants, rounds, device)
     first = next(iter(variants))
     table = Table(title=title)
     for column in ("variant", "median ms", "quartiles", f"of {first}", "memory MB", "difference"):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    own = variants[first]()
     results = []
     for name, took in seconds.items():
-        differs = difference(own, variants[name]())
+        result, memory = own[name]
+        differs = difference(own[first][0], result)
         ms = [took[key] * 1e3 for key in ("median", "low", "high")]
-        used = "-" if memory[name] is None else f"{memory[name] / 1e6:.0f}"
+        used = "-" if memory is None else f"{memory / 1e6:.0f}"
         relative = took["median"] / seconds[first]["median"]
         table.add_row(name, f"{ms[0]:.1f}", f"{ms[1]:.1f} to {ms[2]:.1f}", f"{relative:.3f}", used, f"{differs:.1e}")
-        results.append({"variant": name, "seconds": took, "memory": memory[name], "difference": differs})
+        results.append({"variant": name, "seconds": took, "memory": memory, "difference": differs})
     console.print(table)
     return results
 
@@ -174,10 +180,14 @@ def main() -> None:
     layer = make_layer(*shape, args.device)
     console = Console(width=120)
     names = dict(zip(("experts", "hidden", "intermediate", "tokens", "top_k"), shape))
-    weights = {"loop": lambda: weights_loop(layer), "sedetect": lambda: weights_sedetect(layer)}
+    weights = {
+        "loop": lambda: weights_plain(layer, together=False),
+        "gemm": lambda: weights_plain(layer, together=True),
+        "sedetect": lambda: weights_sedetect(layer),
+    }
     outputs: dict[str, Callable[[], object]] = {
-        "loop": lambda: outputs_loop(layer, together=False),
-        "loop+bmm": lambda: outputs_loop(layer, together=True),
+        "loop": lambda: outputs_plain(layer, together=False),
+        "loop+bmm": lambda: outputs_plain(layer, together=True),
     }
     for backend in ("torch", "triton", "cuda", "cpu"):
         if backend in BACKENDS and BACKENDS[backend].refusal(layer.x.device, layer.x.dtype) is None:

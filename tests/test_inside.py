@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -105,6 +106,18 @@ def test_every_picture_marks_the_super_expert(results, marked):
                     assert colour in json.dumps(chart.spec), chart.name
 
 
+def test_without_matched_pairs_there_is_no_picture_of_them(results, marked):
+    """Nor one of nothing but the super expert's mark."""
+    kept = {name: t for name, t in results["weights"].layers[ONE].arrays.items() if name.rpartition(".")[2] not in (
+        "matched", "unmatched", "tau", "chance")}  # fmt: skip
+    without = replace(results["weights"], layers={ONE: LayerArrays(32, results["weights"].layers[ONE].members, kept)})
+    kept["pairs"] = kept["pairs"][:0]
+    names = {picture.name for picture in pictures_of(without, marked, page=False)}
+    whole = {p.name for p in pictures_of(results["weights"], marked, page=False) if "L9" not in p.name}
+    of_layer = {f"weights-L1-{m}-{what}" for m in ("gate", "up", "down") for what in ("matched", "tau")}
+    assert whole - names == {"weights-matched", *of_layer}
+
+
 def test_only_experts_are_marked(results, marked):
     """A neuron or a token of the super expert's number is none."""
     pictures = pictures_of(results["outputs"], marked, page=False)
@@ -134,7 +147,7 @@ def test_pictures_draw_the_arrays(results, marked):
         columns, rows = pictures[name].columns, pictures[name].rows
         assert len({(r["x"], r["y"]) for r in records}) == len(records)
         drawn = {(rows.index(r["y"]), columns.index(r["x"])): r["value"] for r in records}
-        size = table.numel() - (0 if diagonal else len(table)) - int(table.isnan().sum() if diagonal else 0)
+        size = table.numel() - (0 if diagonal else len(table)) - int(table.isnan().sum())
         assert len(drawn) == size
         for (i, j), value in drawn.items():
             assert value == pytest.approx(float(table[i, j]), rel=1e-3, abs=1e-9)
@@ -142,6 +155,13 @@ def test_pictures_draw_the_arrays(results, marked):
     grid("weights-L1-gate-embeddings", arrays["weights"]["router.similarity"], False)
     grid("weights-L1-down-matrices", arrays["weights"]["down.similarity"], False)
     grid("weights-L1-up-neurons", arrays["weights"]["up.neuron_similarity"], False)
+    for name in ("matched", "tau"):
+        table = torch.full((32, 32), torch.nan).fill_diagonal_(1)
+        for (i, j), value in zip(arrays["weights"]["pairs"].tolist(), arrays["weights"][f"up.{name}"].tolist()):
+            table[i, j] = table[j, i] = value
+        drawn = len(pictures[f"weights-L1-up-{name}"].data[f"weights-L1-up-{name}"])
+        assert drawn == 2 * len(arrays["weights"]["pairs"]) == 64
+        grid(f"weights-L1-up-{name}", table, False)
     grid("outputs-L1-cosine", arrays["outputs"]["cosine"], False)
     grid("outputs-L1-angular", arrays["outputs"]["angular"], False)
     grid("outputs-L1-text-norms", arrays["outputs"]["text.norm"], True)

@@ -52,7 +52,7 @@ def pictures_of(result: Analysis, marked: dict[str, str], *, page: bool) -> list
     """The pictures of an analysis; for a page, those of all layers together, and of the first layer with a super expert
     (or the first), as far as they are small enough. marked: name -> verdict."""
     whole = {"weights": _weights, "outputs": _outputs, "routing": _routing}[result.kind]
-    found = [picture for picture in whole(result, marked) if any(picture.data.values())]
+    found = [picture for picture in whole(result, marked) if picture.data[picture.name]]
     of_layer = {"weights": _weights_of, "outputs": _outputs_of, "routing": _routing_of}[result.kind]
     for bank in _for_page(result, marked) if page else result.layers:
         layer = result.layers[bank]
@@ -148,6 +148,12 @@ def _weights_of(
         scores, shares = layer.arrays[f"{one}.neuron_scores"], layer.arrays[f"{one}.neuron_explained"]
         text = f"First two principal components of the {one} neurons {where}, up to {scores.shape[1]} of each expert."
         yield _points(f"{name}-{one}-neuron-projection", scores, shares, layer, marked, text)
+        if not len(layer.arrays["pairs"]):
+            continue
+        for array, value, what in (("matched", "cosine", "Cosine of the matrices"), ("tau", "tau", "Kendall's tau")):
+            text = f"{what} after matching the {one} neurons of two experts {where}; blank: not matched."
+            table = _of_pairs(layer, layer.arrays[f"{one}.{array}"])
+            yield _square(f"{name}-{one}-{array}", layer, table, marked, text, value)
 
 
 def _outputs_of(
@@ -246,6 +252,14 @@ def _square(
     return _grid(
         name, table.clone().fill_diagonal_(torch.nan), labels, labels, _marks(layer, marked), text, "expert", value
     )
+
+
+def _of_pairs(layer: LayerArrays, values: torch.Tensor) -> torch.Tensor:
+    """(N, N) of the values (P,) of the pairs, NaN for all others."""
+    first, second = layer.arrays["pairs"].unbind(1)
+    table = values.new_full((len(layer.members), len(layer.members)), torch.nan)
+    table[first, second] = table[second, first] = values
+    return table
 
 
 def _by_token(name, table, labels, tokens, layer, marked, text, value) -> Picture:

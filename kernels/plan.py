@@ -206,7 +206,7 @@ def _schedule(
 def _shape(schedule: Schedule, slots: int, experts: int) -> tuple[int, dict[str, int]]:
     """(programs, constants) of the kernels that write a schedule: every program writes some of its tiles."""
     bins = triton.next_power_of_2(experts + 1)
-    block = min(tiles.SLOTS, max(32, triton.next_power_of_2(slots)))  # one-token batches compare few pairs
+    block = min(tiles.SLOTS, max(tiles.PAIRED, triton.next_power_of_2(slots)))  # one token compares few pairs
     grid = triton.cdiv(slots, block)
     per_program = triton.next_power_of_2(triton.cdiv(len(schedule.tiles), grid))
     if per_program > 64:
@@ -237,7 +237,7 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> Plan:
         index, counts, totals,
         order, offsets, schedule.row, schedule.tiles, schedule.count,
         slots, blocks,
-        **constants, PAIRED=32, num_warps=8,
+        **constants, PAIRED=tiles.PAIRED, num_warps=8,
     )  # fmt: skip
     return Plan(order, offsets, top_k_index.shape[1], schedule)
 

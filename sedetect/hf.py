@@ -418,6 +418,8 @@ def _is_plain_linear(module: nn.Module) -> bool:
     """Whether it computes what nn.Linear does, within accelerate's hooks or without."""
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return False
+    if hasattr(module, "_hf_hook") and getattr(module.forward, "__wrapped__", None) is not module._old_forward:
+        return False  # replaced after the hooks had wrapped it
     own = getattr(forward_of(module), "__func__", None)
     return own is nn.Linear.forward and module.weight.dtype in _FLOATS
 

@@ -79,6 +79,21 @@ def test_a_list_of_experts_whose_layers_have_hooks(block):
     assert_equal(runs[1][1], runs[0][1])
 
 
+def test_a_down_proj_that_was_replaced_after_its_hooks_came():
+    """What runs is what is measured, though the hooks still hold nn.Linear's own forward."""
+    family = FAMILIES["qwen2_moe"]
+    model = tiny_model("qwen2_moe", family)
+    inputs = inputs_of(family, model)
+    attach_execution_device_hook(model, "cpu")
+    down = model.model.layers[0].mlp.shared_expert.down_proj
+    down.forward = lambda x: 2 * torch.nn.functional.linear(x, down.weight)
+    doubled = profile_of(model, inputs, None)
+    expected = profile_of(tiny_model("qwen2_moe", family), inputs, None)
+    bank = ("decoder", 0, "shared")
+    assert torch.equal(doubled.banks[bank].out_max, 2 * expected.banks[bank].out_max)
+    assert torch.equal(doubled.banks[bank].rows, expected.banks[bank].rows)
+
+
 def hook_all(model) -> None:
     attach_execution_device_hook(model, "cpu")
     assert sum(hasattr(module, "_hf_hook") for module in model.modules()) > 60

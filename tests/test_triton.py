@@ -233,10 +233,13 @@ def assert_same_state(mine: BankStats, reference: BankStats) -> None:
             assert torch.equal(a.cpu(), b.cpu()), field.name
 
 
+@pytest.mark.parametrize("block", [tiles.UPDATE_ROWS, 2])
 @pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("values", [1, 3, 1000])
-def test_update_keeps_the_best_in_order(experts, values):
-    """Several blocks of one expert, ties everywhere, ids that do not ascend, several sources: the reference's bits."""
+def test_update_keeps_the_best_in_order(monkeypatch, experts, values, block):
+    """Several blocks of one expert, and so many that they are looked through in parts; ties everywhere, ids that do not
+    ascend, several sources: the reference's bits."""
+    monkeypatch.setattr(tiles, "UPDATE_ROWS", block)
     generator = torch.Generator().manual_seed(values)
     mine, reference = BankStats.empty(experts, DEVICE), BankStats.empty(experts)
     for call, tokens in enumerate((30, 300, 1, 170)):

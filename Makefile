@@ -1,5 +1,5 @@
 # make profile   create the environment, install, and profile the bundled checkpoint
-# make test      create the environment, install, and run the tests
+# make test      create the environment, install, and run the tests (PYTEST: options for pytest)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,8 +8,9 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c c
 profile: $(VENV)/installed
 	$(VENV)/bin/sedetect profile tests/data/tiny-moe -o out/tiny-moe
 
+# A process for each core, with one thread.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 $(PYTEST)
 
 # Without build isolation: the extension must be built against the torch it will run with.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)

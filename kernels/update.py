@@ -454,7 +454,7 @@ def update(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: Rows) 
         counts, sums, heads, numbers, offers,
         state.counts, state.sums, *records,
         blocks, rows.source,
-        **constants, BLOCKS=64, SLOTS=triton.next_power_of_2(max(kept)), NEW=16,
+        **constants, BLOCKS=64, SLOTS=triton.next_power_of_2(max(kept)), NEW=tiles.NEW_RECORDS,
         # So that the programs of all experts run at once; what spills is needed only where there is much to merge.
         maxnreg=128,
     )  # fmt: skip

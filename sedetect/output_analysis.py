@@ -244,6 +244,8 @@ class _Observer:
             found.append(f"{bank.id}: calls with other shared experts than the first one are left out")
         if self._sums is None:
             found.append(f"{bank.id}: never ran")
+        elif lost := self._sums.left_out():
+            found.append(f"{bank.id}: an expert gives NaN or Inf on {lost:,} of {self._sums.seen:,} tokens, left out")
         return found
 
 
@@ -263,7 +265,7 @@ class OutputSums:
 
         self._cosine, self._angular = zeros(members, members), zeros(members, members)
         self._norm, self._largest = zeros(members), zeros(members, dtype=torch.float32)
-        self._tokens, self._scored = zeros(1, dtype=torch.int64), False
+        self._tokens, self._scored, self.seen = zeros(1, dtype=torch.int64), False, 0
         self._chosen = zeros(experts + 1, dtype=torch.int64)
         self._ranks = zeros(experts * experts, dtype=torch.int64)
 
@@ -272,6 +274,7 @@ class OutputSums:
 
         Tokens with a NaN or Inf in an output count nowhere. Does not wait for the device.
         """
+        self.seen += y.shape[1]
         products, norms = _products(y)
         finite = products.isfinite().flatten(1).all(1)
         products = torch.where(finite[:, None, None], products, 0)
@@ -294,6 +297,10 @@ class OutputSums:
             pair = _ranks(logits) * self.experts + rank
             counted = finite[:, None].expand(pair.shape).long()
             self._ranks.index_add_(0, pair.flatten(), counted.flatten())
+
+    def left_out(self) -> int:
+        """How many of the tokens seen count nowhere."""
+        return self.seen - int(self._tokens)
 
     def arrays(self) -> dict[str, torch.Tensor]:
         """As analyze_outputs returns them."""

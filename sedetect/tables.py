@@ -1,5 +1,7 @@
 """What a person reads of a profile: the table of super experts, the coverage line, and super_experts.json."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -14,6 +16,7 @@ from sedetect.stream import Residual
 
 FEW_ROWS = 32  # an expert that saw fewer has no maximum to speak of
 _SHOWN = 12
+_OF_A_BANK = re.compile(r"(\w+\.\d+\.\w+): (.*)", re.DOTALL)
 _STYLES = {"super": "bold green", "outlier": "yellow", "unsupported": "dim"}
 
 
@@ -98,8 +101,18 @@ def print_run(console: Console, stats: ModelStats, seconds: float | None = None)
         f"backend {', '.join(served) or 'none'}",
     )
     _line(console, coverage(stats))
-    for note in header.notes:
+    for note in folded(header.notes):
         _line(console, f"note: {note}")
+
+
+def folded(notes: Sequence[str]) -> list[str]:
+    """The notes, where several banks say the same as one."""
+    by_text: dict[str, list[str]] = {}
+    for note in notes:
+        bank, text = found.groups() if (found := _OF_A_BANK.fullmatch(note)) else ("", note)
+        by_text.setdefault(text, []).append(bank)
+    heads = [bank + (f" and {len(more)} more" if more else "") for bank, *more in by_text.values()]
+    return [f"{head}: {text}" if head else text for head, text in zip(heads, by_text)]
 
 
 def coverage(stats: ModelStats) -> str:
@@ -112,7 +125,8 @@ def coverage(stats: ModelStats) -> str:
     unseen, few = sum(n == 0 for n in rows), sum(0 < n < FEW_ROWS for n in rows)
     text = f"coverage: {len(rows)} routed experts saw {min(rows):,} to {max(rows):,} rows"
     if unseen or few:
-        return f"{text}; {unseen} saw none, {few} fewer than {FEW_ROWS}: calibrate on more tokens before trusting them"
+        text += f"; {unseen} saw none, {few} others fewer than {FEW_ROWS}"
+        return f"{text}: calibrate on more tokens before trusting them"
     return f"{text}, none fewer than {FEW_ROWS}"
 
 

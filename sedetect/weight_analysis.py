@@ -308,8 +308,8 @@ def analyze_weights(
     Returns:
         an Analysis of the kind "weights"; the arrays of a layer are those of analyze_group.
     Raises:
-        SedetectError: for what load_model refuses, a layer without experts, weights that cannot be read, and a dense
-            model whose MLPs have another width.
+        SedetectError: for what load_model refuses, a layer without experts, weights that cannot be read or are not
+            finite, and a dense model whose MLPs have another width.
     """
     check_installed()
     if pairs < 0:
@@ -337,6 +337,7 @@ def analyze_weights(
             if dense is not None and (other := dense.matrices(group.routed, streamed.device)) is not None:
                 matrices.append(other)
                 members.append("F")
+            _check_finite(path, members, matrices)
             router = find_router(streamed.model, group.routed)
             weight = None if router is None else router.weight
             chosen = draw_pairs(matrices, pairs)
@@ -349,6 +350,20 @@ def analyze_weights(
         streamed.free(number)
     result.notes = sorted(seen)
     return result
+
+
+def _check_finite(path: str, members: list[str], matrices: list[dict[str, torch.Tensor]]) -> None:
+    first = 0
+    for of in matrices:
+        for name, stack in of.items():
+            finite = stack.flatten(1).isfinite().all(1)
+            if not finite.all():
+                member = members[first + int(finite.long().argmin())]
+                raise SedetectError(
+                    f"{path}: {name} of {member} holds NaN or Inf, which has no similarity to anything; mend the "
+                    "checkpoint, or name the other layers (--layers)"
+                )
+        first += len(of["down"])
 
 
 def summarize(layer: LayerArrays) -> dict[str, dict[str, float]]:

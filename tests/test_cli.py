@@ -31,6 +31,7 @@ import sedetect
 from sedetect import ModelStats, SedetectError, SuperExpert, cli
 from sedetect.checkpoint import load_tokenizer
 from sedetect.stats import BankId
+from sedetect.tables import folded
 
 DOMAINS = ["english", "chinese", "mathematics", "code"]
 INDEX = "model.safetensors.index.json"
@@ -115,8 +116,13 @@ def assert_coverage(out: str, stats: ModelStats) -> None:
     """The coverage line, against the row counts of the file."""
     rows = torch.cat([state.rows for state in stats.banks.values()])
     unseen, few = int((rows == 0).sum()), int(((rows > 0) & (rows < 32)).sum())
-    end = f"; {unseen} saw none, {few} fewer than 32: " if unseen or few else ", none fewer than 32\n"
+    end = f"; {unseen} saw none, {few} others fewer than 32: " if unseen or few else ", none fewer than 32\n"
     assert f"coverage: {len(rows)} routed experts saw {rows.min():,} to {rows.max():,} rows{end}" in out
+
+
+def test_what_several_banks_note_is_said_once():
+    notes = ["decoder.0.routed: why", "another", "decoder.1.shared: why", "decoder.2.routed: other"]
+    assert folded(notes) == ["decoder.0.routed and 1 more: why", "another", "decoder.2.routed: other"]
 
 
 @pytest.fixture(scope="module")

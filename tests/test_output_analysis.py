@@ -255,6 +255,7 @@ def test_tokens_that_are_not_finite_count_nowhere():
     broken.add(y, chosen, logits)
     for name, array in clean.arrays().items():
         torch.testing.assert_close(broken.arrays()[name], array)
+    assert (clean.left_out(), broken.left_out()) == (0, 1)
     assert int(broken.arrays()["tokens"]) == 3 and int(broken.arrays()["chosen_ranks"].sum()) == 2
     zero = OutputSums(3, 3, torch.device("cpu"))
     zero.add(torch.zeros(3, 2, 5), chosen[:2], None)

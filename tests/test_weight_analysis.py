@@ -348,6 +348,16 @@ def test_the_file(tiny, tmp_path):
         Analysis.load(path, "weights")
 
 
+def test_weights_that_are_not_finite(tmp_path):
+    model = tiny_model("qwen3_moe", FAMILIES["qwen3_moe"])
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3, 0, 1] = torch.inf
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SedetectError, match=r"layers\.1: down of L1E3 holds NaN or Inf.*--layers"):
+        analyze_weights(tmp_path, pairs=0, device="cpu")
+    assert len(analyze_weights(tmp_path, pairs=0, device="cpu", layers=[0, 2]).layers) == 2
+
+
 def test_layers_option():
     assert parse_layers(None) is None and parse_layers("3, 0,5-7") == [0, 3, 5, 6, 7]
     for text in ("", "a", "3-1", "1-", "-2"):

@@ -271,6 +271,8 @@ def _choice(layer: LayerArrays, token: int, marked: set[str]) -> str:
 
 def _largest(layer: LayerArrays, token: int, marked: set[str]) -> str:
     norms = layer.arrays["text.norm"][token, : layer.experts]
+    if not norms.isfinite().all():
+        return "- (NaN or Inf)"
     largest, chosen = int(norms.argmax()), _chosen(layer, token)
     place = chosen.index(largest) + 1 if largest in chosen else "-"
     return f"{largest}{'*' * (layer.members[largest] in marked)} {float(norms[largest]):.3g} {place}"

@@ -238,7 +238,8 @@ def _show(result: ModelProfile, output: Path | None) -> None:
             write_json(output / "residual.json", result.residual.to_dict())
     print_ranking(console, ranking, result.tokenizer, result.residual)
     print_domains(console, {name: rank(stats, residual=result.residual) for name, stats in result.domains.items()})
-    print_run(console, result.stats, result.seconds)
+    resumed = result.streamed is not None and result.streamed.resumed > 0
+    print_run(console, result.stats, None if resumed else result.seconds)  # those are not all layers' seconds
     if result.streamed is not None:
         console.print(_streamed(result.streamed), markup=False, highlight=False, soft_wrap=True)
     if result.rounds:

@@ -272,8 +272,8 @@ def _rank_counts(name: str, counts: torch.Tensor, where: str) -> Picture:
     text = (
         f"How often an expert of each rank by router logit has each rank by norm, {where}; {len(counts)}: the largest."
     )
-    picture = _grid(name, share, labels, labels, {}, text, "rank of the logit", "share")
-    picture.x = "rank of the norm"
+    picture = _grid(name, share, labels, labels, {}, text, f"rank of the logit ({len(counts)}: largest)", "share")
+    picture.x = f"rank of the norm ({len(counts)}: largest)"
     return picture
 
 

@@ -31,7 +31,6 @@ import sedetect
 from sedetect import ModelStats, SedetectError, SuperExpert, cli
 from sedetect.checkpoint import load_tokenizer
 from sedetect.stats import BankId
-from sedetect.tables import folded
 
 DOMAINS = ["english", "chinese", "mathematics", "code"]
 INDEX = "model.safetensors.index.json"
@@ -118,11 +117,6 @@ def assert_coverage(out: str, stats: ModelStats) -> None:
     unseen, few = int((rows == 0).sum()), int(((rows > 0) & (rows < 32)).sum())
     end = f"; {unseen} saw none, {few} others fewer than 32: " if unseen or few else ", none fewer than 32\n"
     assert f"coverage: {len(rows)} routed experts saw {rows.min():,} to {rows.max():,} rows{end}" in out
-
-
-def test_what_several_banks_note_is_said_once():
-    notes = ["decoder.0.routed: why", "another", "decoder.1.shared: why", "decoder.2.routed: other"]
-    assert folded(notes) == ["decoder.0.routed and 1 more: why", "another", "decoder.2.routed: other"]
 
 
 @pytest.fixture(scope="module")

@@ -348,10 +348,11 @@ def test_the_file(tiny, tmp_path):
         Analysis.load(path, "weights")
 
 
-def test_weights_that_are_not_finite(tmp_path):
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_weights_that_are_not_finite(tmp_path, value):
     model = tiny_model("qwen3_moe", FAMILIES["qwen3_moe"])
     with torch.no_grad():
-        model.model.layers[1].mlp.experts.down_proj[3, 0, 1] = torch.inf
+        model.model.layers[1].mlp.experts.down_proj[3, 0, 1] = value
     model.save_pretrained(tmp_path)
     with pytest.raises(SedetectError, match=r"layers\.1: down of L1E3 holds NaN or Inf.*--layers"):
         analyze_weights(tmp_path, pairs=0, device="cpu")

@@ -69,7 +69,7 @@ def assert_same_stats(mine: RowStats, reference: RowStats, rows: int) -> None:
     assert torch.allclose(mine.sqnorm[:rows][finite], reference.sqnorm[:rows][finite], rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (300, 4, 70, 8, 8)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (25, 2, 5, 8, 8), (50, 2, 5, 8, 8), (300, 4, 70, 8, 8)], ids=str)
 @pytest.mark.parametrize("skew", [False, True])
 def test_plan(shape, skew):
     index = make_call(shape, torch.float32, 3, skew=skew, sentinels=True)["top_k_index"].to(DEVICE)

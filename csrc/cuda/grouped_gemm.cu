@@ -285,6 +285,8 @@ __device__ __forceinline__ void load(const Arguments& arguments, const CUtensorM
         const bool there = at < arguments.inner;
 #pragma unroll
         for (int i = 0; i < kTileRows / 16; ++i) {
+          // What a row beyond the end is multiplied with goes nowhere.
+          if (tile.first + row + 16 * i >= tile.end) break;
           const T* source = x + static_cast<int64_t>(token[i]) * arguments.inner + (there ? at : 0);
           copy_16(shared.stage_a(ring.stage) + target + i * 2048, source, there);
         }

@@ -1,8 +1,7 @@
 """Combine: the routing-weighted sum of a token's k expert outputs, in float32. y (S, H) -> (T, H).
 
 Every row of y passes through here once, in a kernel that waits for memory, so that its statistics can be taken here:
-the sum of squares, and the largest |y| with the part of the row that holds it. Where in that part it stands is looked
-up by a second kernel, which takes the rows in sorted order, so that what it reads and writes lies together.
+the sum of squares, and the largest |y| with the part of the row that holds it.
 """
 
 import torch
@@ -11,17 +10,8 @@ import triton.language as tl
 
 from sedetect.kernels import tiles
 from sedetect.kernels.plan import Plan, scheduled
-from sedetect.kernels.row_scan import (
-    first_part,
-    magnitude,
-    read_peak,
-    row_counts,
-    row_peak,
-    row_squares,
-    some_in_row,
-    some_to_count,
-)
-from sedetect.kernels.row_stats import RowStats
+from sedetect.kernels.row_scan import row_peak, row_squares
+from sedetect.kernels.row_stats import RowParts
 
 
 def combine_torch(y: torch.Tensor, plan: Plan, gates: torch.Tensor) -> torch.Tensor:
@@ -77,50 +67,6 @@ def _combine(
     )
 
 
-@triton.jit(do_not_specialize=["slots"])
-def _find_peaks(
-    Y,  # (S, H)
-    X,  # (S, WIDTH), the input of down
-    InParts,  # (IN_PARTS, S) float32, of X
-    Offsets,  # (E + 1,) int64
-    Peak, Channel,  # (S,) - in place: from what _combine left to what RowStats means
-    Nonfinite, OverFp16, OverFp8, InPeak, InChannel,  # RowStats, (S,) each - output
-    slots,
-    EXPERTS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
-    IN_PARTS: tl.constexpr, IN_PARTS_BLOCK: tl.constexpr, IN_PART: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    kept = row < tl.load(Offsets + EXPERTS)
-    best = tl.load(Peak + row, mask=kept, other=0).to(tl.int32, bitcast=True)
-    peak, channel = read_peak(Y, row, kept, best, tl.load(Channel + row, mask=kept, other=0), H, PART)
-    in_part = tl.arange(0, IN_PARTS_BLOCK)[None, :]
-    in_at = InParts + in_part.to(tl.int64) * slots + row[:, None]
-    in_best, in_part = first_part(magnitude(tl.load(in_at, mask=(in_part < IN_PARTS) & kept[:, None], other=0)))
-    in_peak, in_channel = read_peak(X, row, kept, in_best, in_part, WIDTH, IN_PART)
-    nonfinite = tl.zeros((BLOCK,), tl.int32)
-    over_fp16 = tl.zeros((BLOCK,), tl.int32)
-    over_fp8 = tl.zeros((BLOCK,), tl.int32)
-    # Hardly any row has something to count: those that do are read again.
-    if some_to_count(best):
-        for start in range(0, H, BLOCK_H):
-            column = start + tl.arange(0, BLOCK_H)[None, :]
-            read = (column < H) & (kept & some_in_row(best))[:, None]
-            more = row_counts(tl.load(Y + row[:, None] * H + column, mask=read, other=0))
-            nonfinite += more[0]
-            over_fp16 += more[1]
-            over_fp8 += more[2]
-    # Every thread has read what Peak and Channel held.
-    tl.debug_barrier()
-    tl.store(Peak + row, peak, mask=kept)
-    tl.store(Channel + row, channel, mask=kept)
-    tl.store(Nonfinite + row, nonfinite, mask=kept)
-    tl.store(OverFp16 + row, over_fp16, mask=kept)
-    tl.store(OverFp8 + row, over_fp8, mask=kept)
-    tl.store(InPeak + row, in_peak, mask=kept)
-    tl.store(InChannel + row, in_channel, mask=kept)
-
-
 def combine(
     y: torch.Tensor,
     plan: Plan,
@@ -128,7 +74,7 @@ def combine(
     dtype: torch.dtype = torch.float32,
     h: torch.Tensor | None = None,
     in_parts: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, RowStats | None]:
+) -> tuple[torch.Tensor, RowParts | None]:
     """combine_torch, rounded to dtype; with h (S, I) and in_parts, both of gate_up, also the statistics of the rows.
 
     Statistics of rows of no expert are undefined.
@@ -136,28 +82,16 @@ def combine(
     plan, y, gates = scheduled(plan), y.contiguous(), gates.contiguous()
     tokens, hidden = len(gates), y.shape[1]
     out = torch.empty(tokens, hidden, dtype=dtype, device=y.device)
-    stats = None if h is None else RowStats.empty(len(y), y.device)
+    found = None if h is None else RowParts.empty(y, h, in_parts)
     if tokens:
         # The statistics of a row need the whole row in one program.
         rows, block = tiles.row_block(hidden, whole=h is not None)
-        part = tiles.part(block, y.dtype)
         _combine[(triton.cdiv(tokens, rows), triton.cdiv(hidden, block))](
             y, gates, plan.schedule.row, plan.offsets, out,
-            *(3 * [None] if stats is None else (stats.peak, stats.channel, stats.sqnorm)),
+            *(3 * [None] if found is None else (found.best, found.part, found.sqnorm)),
             tokens,
-            EXPERTS=plan.num_experts, H=hidden, TOP_K=plan.top_k, BLOCK_T=rows, BLOCK_H=block, PART=part,
+            EXPERTS=plan.num_experts, H=hidden, TOP_K=plan.top_k, BLOCK_T=rows, BLOCK_H=block,
+            PART=None if found is None else found.y_width,
             num_warps=tiles.row_warps(rows * block, whole=h is not None),
         )  # fmt: skip
-        if stats is not None:
-            width, parts = h.shape[1], len(in_parts)
-            _find_peaks[(triton.cdiv(len(y), tiles.PEAK_ROWS),)](
-                y, h, in_parts, plan.offsets,
-                stats.peak, stats.channel, stats.nonfinite, stats.over_fp16, stats.over_fp8,
-                stats.in_peak, stats.in_channel,
-                len(y),
-                EXPERTS=plan.num_experts, H=hidden, WIDTH=width, PART=part,
-                IN_PARTS=parts, IN_PARTS_BLOCK=triton.next_power_of_2(parts),
-                IN_PART=triton.next_power_of_2(triton.cdiv(width, parts)),
-                BLOCK=tiles.PEAK_ROWS, BLOCK_H=128,
-            )  # fmt: skip
-    return out, stats
+    return out, found

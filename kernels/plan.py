@@ -20,6 +20,7 @@ class Schedule:
     rows   sorted rows of a tile; a tile belongs to one expert
     tiles  (max_tiles, 2) int32: expert and first sorted row of each tile, in the order of the experts
     count  (1,) int32: how many tiles there are
+    arrived  (E, 3) int32, only from the cuda backend: zeros, counters of its update, which leaves them so
 
     Example: that of Plan with 2 rows to a tile
         row      [2, 0, 3, 5, 1, 4]
@@ -31,6 +32,7 @@ class Schedule:
     rows: int
     tiles: torch.Tensor
     count: torch.Tensor
+    arrived: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, slots: int, experts: int, device: torch.device, rows: int | None = None) -> "Schedule":

@@ -1,8 +1,8 @@
 """Row scan: the largest element of a row and what else the statistics need, inside a kernel.
 
 Which element is the largest is found in two steps, because an index beside every element costs more than the search:
-the largest |value| of every part of the row (one maximum an element), and then where it stands in the first part that
-has it, by reading that part again.
+the largest |value| of every part of the row (one maximum an element), and later, for rows that enter a list of kept
+records (kernels/update.py), where it stands in the first part that has it, by reading that part again.
 
 Magnitudes are held as the bits of |value| as float32, which order as integers do; every NaN as ABOVE_INF.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from sedetect.kernels import tiles
 from sedetect.kernels.records import INF_BITS, NAN_BITS
-from sedetect.kernels.row_stats import FP8_MAX, FP16_MAX, RowStats
+from sedetect.kernels.row_stats import FP8_MAX, FP16_MAX, RowParts
 
 
 def _bits(x: float) -> tl.constexpr:
@@ -65,17 +65,41 @@ def first_part(
 
 
 @triton.jit
+def stored_parts(
+    Parts,  # (PARTS, S) float32: largest |value| of each
+    row, kept,  # (rows,) each
+    slots,  # S
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """(best, part) of each row, as row_peak gives."""
+    AT_ONCE: tl.constexpr = 8  # loads that wait together
+    best, first = tl.full(row.shape, -1, tl.int32), tl.zeros(row.shape, tl.int32)
+    at = Parts + row
+    for start in range(0, PARTS, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            bits = magnitude(tl.load(at, mask=kept & (start + i < PARTS), other=0))
+            first = tl.where(bits > best, start + i, first)
+            best = tl.maximum(bits, best)
+            at += slots
+    return best, first
+
+
+@triton.jit
 def read_peak(
     X,  # (S, WIDTH)
     row, kept, best, part,  # (rows,) each
     WIDTH: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """(value float32, signed, a NaN positive; channel int32), both (rows,): the first of the largest in that part."""
-    column = part[:, None] * PART + tl.arange(0, PART)[None, :]
-    x = tl.load(X + row[:, None] * WIDTH + column, mask=kept[:, None] & (column < WIDTH), other=0).to(tl.float32)
-    # Zeros beyond the row stand behind those inside.
-    found = tl.where(magnitude(x) == best[:, None], (column << 1) | (x.to(tl.int32, bitcast=True) < 0), _NOWHERE)
-    found = tl.min(found, 1)
+    COLUMNS: tl.constexpr = PART if PART < 16 else 16
+    best = tl.minimum(best, ABOVE_INF)
+    found = tl.full(row.shape, _NOWHERE, tl.int32)
+    for start in range(0, PART, COLUMNS):
+        column = part[:, None] * PART + start + tl.arange(0, COLUMNS)[None, :]
+        x = tl.load(X + row[:, None] * WIDTH + column, mask=kept[:, None] & (column < WIDTH), other=0).to(tl.float32)
+        # Zeros beyond the row stand behind those inside.
+        here = tl.where(magnitude(x) == best[:, None], (column << 1) | (x.to(tl.int32, bitcast=True) < 0), _NOWHERE)
+        found = tl.minimum(found, tl.min(here, 1))
     value = tl.where(best > _INF, _NAN, best | (found << 31))
     return value.to(tl.float32, bitcast=True), found >> 1
 
@@ -98,26 +122,22 @@ def row_counts(x):
 
 
 @triton.jit
-def some_in_row(best):
+def some_to_count(best):
     """Whether row_counts would find anything in each row, whose largest magnitudes these are."""
     return best > _FP8_MAX_BITS
 
 
-@triton.jit
-def some_to_count(best):
-    """Whether row_counts would find anything in any of the rows."""
-    return tl.max(best, 0) > _FP8_MAX_BITS
-
-
 @triton.jit(do_not_specialize=["rows"])
-def _row_stats(
+def _row_parts(
     Y,  # (S, H)
     X,  # (S, WIDTH)
-    Peak, Channel, Sqnorm, Nonfinite, OverFp16, OverFp8, InPeak, InChannel,  # RowStats, (S,) each - output
+    Best, Part, Sqnorm,  # RowParts, (S,) each - output
+    InParts,  # RowParts, (IN_PARTS, S) - output
     Offsets,  # (E + 1,) int64 or None: rows from Offsets[EXPERTS] on are of no expert and left alone
     rows,
     EXPERTS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_X: tl.constexpr, PART: tl.constexpr, IN_PART: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_X: tl.constexpr,
+    PART: tl.constexpr, IN_PARTS: tl.constexpr, IN_PART: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     column, in_column = tl.arange(0, BLOCK_H)[None, :], tl.arange(0, BLOCK_X)[None, :]
@@ -128,36 +148,29 @@ def _row_stats(
     y = tl.load(Y + row[:, None] * H + column, mask=(column < H) & kept[:, None], other=0)
     x = tl.load(X + row[:, None] * WIDTH + in_column, mask=(in_column < WIDTH) & kept[:, None], other=0)
     best, part = row_peak(y, BLOCK_H, PART)
-    in_best, in_part = row_peak(x, BLOCK_X, IN_PART)
-    nonfinite = tl.zeros((BLOCK_S,), tl.int32)
-    over_fp16 = tl.zeros((BLOCK_S,), tl.int32)
-    over_fp8 = tl.zeros((BLOCK_S,), tl.int32)
-    if some_to_count(best):
-        nonfinite, over_fp16, over_fp8 = row_counts(y)
-    peak, channel = read_peak(Y, row, kept, best, part, H, PART)
-    in_peak, in_channel = read_peak(X, row, kept, in_best, in_part, WIDTH, IN_PART)
-    tl.store(Peak + row, peak, mask=kept)
-    tl.store(Channel + row, channel, mask=kept)
+    tl.store(Best + row, best.to(tl.float32, bitcast=True), mask=kept)
+    tl.store(Part + row, part, mask=kept)
     tl.store(Sqnorm + row, row_squares(y), mask=kept)
-    tl.store(Nonfinite + row, nonfinite, mask=kept)
-    tl.store(OverFp16 + row, over_fp16, mask=kept)
-    tl.store(OverFp8 + row, over_fp8, mask=kept)
-    tl.store(InPeak + row, in_peak, mask=kept)
-    tl.store(InChannel + row, in_channel, mask=kept)
+    in_part = tl.arange(0, BLOCK_X // IN_PART)[None, :]
+    largest_of_parts = largest(x.reshape(BLOCK_S, BLOCK_X // IN_PART, IN_PART), 2)
+    at = InParts + in_part.to(tl.int64) * rows + row[:, None]
+    tl.store(at, largest_of_parts, mask=(in_part < IN_PARTS) & kept[:, None])
 
 
-def row_stats(y: torch.Tensor, h: torch.Tensor, offsets: torch.Tensor | None = None) -> RowStats:
-    """row_stats_torch in one pass; with offsets (E + 1,), the statistics of rows of no expert are left undefined."""
+def row_parts(y: torch.Tensor, h: torch.Tensor, offsets: torch.Tensor | None = None) -> RowParts:
+    """RowParts of y and h in one pass; with offsets (E + 1,), those of rows of no expert are left undefined."""
     y, h = y.contiguous(), h.contiguous()
-    stats = RowStats.empty(len(y), y.device)
+    y_block, h_block = (triton.next_power_of_2(t.shape[1]) for t in (y, h))
+    in_part = min(h_block, 128)
+    in_parts = triton.cdiv(h.shape[1], in_part)
+    found = RowParts.empty(y, h, y.new_empty(in_parts, len(y), dtype=torch.float32))
     if len(y):
         rows, block = tiles.row_block(max(y.shape[1], h.shape[1]), whole=True)
-        y_block, h_block = (triton.next_power_of_2(t.shape[1]) for t in (y, h))
-        _row_stats[(triton.cdiv(len(y), rows),)](
-            y, h, *stats.tensors(), offsets, len(y),
+        _row_parts[(triton.cdiv(len(y), rows),)](
+            y, h, found.best, found.part, found.sqnorm, found.in_parts, offsets, len(y),
             EXPERTS=0 if offsets is None else len(offsets) - 1, H=y.shape[1], WIDTH=h.shape[1],
             BLOCK_S=rows, BLOCK_H=y_block, BLOCK_X=h_block,
-            PART=tiles.part(y_block, y.dtype), IN_PART=tiles.part(h_block, h.dtype),
+            PART=found.y_width, IN_PARTS=in_parts, IN_PART=in_part,
             num_warps=tiles.row_warps(rows * block),
         )  # fmt: skip
-    return stats
+    return found

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+import triton
 
+from sedetect.kernels import tiles
 from sedetect.kernels.records import INF_BITS, float_bits
 
 FP16_MAX = 65504.0  # largest finite float16
@@ -39,6 +41,50 @@ class RowStats:
 
     def tensors(self) -> list[torch.Tensor]:
         return list(vars(self).values())
+
+    def resolved(self) -> "RowStats":
+        return self
+
+
+@dataclass
+class RowParts:
+    """What the GPU kernels find of every row, on the way to RowStats: how large the largest elements are, and which part
+    of the row has them. Where in the part is looked up, and what of a row is NaN or too large is counted, only for the
+    few rows of which anybody wants to know.
+
+    best      (S,) float32: largest |y| of a row; NaN if it has one
+    part      (S,) int32: the first part of y with it; parts are y_width columns wide
+    sqnorm    (S,) float32: as in RowStats
+    in_parts  (P, S) float32: largest |h| of every part of a row; parts are h_width columns wide
+    y         (S, H), h (S, I): the rows themselves
+    """
+
+    best: torch.Tensor
+    part: torch.Tensor
+    sqnorm: torch.Tensor
+    in_parts: torch.Tensor
+    y: torch.Tensor
+    h: torch.Tensor
+
+    @classmethod
+    def empty(cls, y: torch.Tensor, h: torch.Tensor, in_parts: torch.Tensor) -> "RowParts":
+        """best, part and sqnorm uninitialised, for a kernel to fill."""
+        best, part, sqnorm = (y.new_empty(len(y), dtype=dtype) for dtype in (torch.float32, torch.int32, torch.float32))
+        return cls(best, part, sqnorm, in_parts, y, h)
+
+    @property
+    def y_width(self) -> int:
+        return tiles.part(triton.next_power_of_2(self.y.shape[1]), self.y.dtype)
+
+    @property
+    def h_width(self) -> int:
+        return triton.next_power_of_2(triton.cdiv(self.h.shape[1], len(self.in_parts)))
+
+    def resolved(self) -> RowStats:
+        """The statistics of all rows, by torch."""
+        stats = row_stats_torch(self.y, self.h)
+        stats.sqnorm = self.sqnorm
+        return stats
 
 
 def row_stats_torch(y: torch.Tensor, h: torch.Tensor) -> RowStats:

@@ -28,7 +28,6 @@ import triton
 GROUP = 16  # row tiles that pass over a weight block together, while it is in L2
 SLOTS = 256  # slots that one program of plan sorts, comparing all with PAIRED of them at a time
 PAIRED = 32
-PEAK_ROWS = 32  # sorted rows whose peaks one program looks up
 UPDATE_ROWS = 128  # sorted rows of one expert that one program of update reduces
 NEW_RECORDS = 16  # rows that are merged into a list together
 ROW_ELEMENTS = 2048  # of a program of combine and row_stats

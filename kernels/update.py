@@ -12,7 +12,8 @@ import triton.language as tl
 from sedetect.kernels import tiles
 from sedetect.kernels.plan import Plan
 from sedetect.kernels.records import COLUMN, INF_BITS, NAN_BITS, RECORD, float_bits, sort_records
-from sedetect.kernels.row_stats import RowStats
+from sedetect.kernels.row_scan import read_peak, row_counts, some_to_count, stored_parts
+from sedetect.kernels.row_stats import RowParts, RowStats
 
 _LAST_SOURCE = tl.constexpr(2**31 - 1)
 _INF, _NAN, _COLUMNS = tl.constexpr(INF_BITS), tl.constexpr(NAN_BITS), tl.constexpr(len(RECORD))
@@ -130,15 +131,34 @@ def _value_bits(x):
 
 
 @triton.jit
-def _record_key(row, mask, source, Peak, Channel, Order, Sequence, Position, TOP_K: tl.constexpr):
+def _y_peak(
+    row, mask, Best, Part, Y,  # rows (N,), and of RowParts
+    H: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """(peak, channel) of rows, as RowStats has them."""
+    best = tl.load(Best + row, mask=mask, other=0).to(tl.int32, bitcast=True)
+    return read_peak(Y, row, mask, best, tl.load(Part + row, mask=mask, other=0), H, PART)
+
+
+@triton.jit
+def _h_peak(
+    row, mask, InParts, X, slots,  # rows (N,), and of RowParts
+    WIDTH: tl.constexpr, IN_PARTS: tl.constexpr, IN_PART: tl.constexpr,
+):  # fmt: skip
+    """(in_peak, in_channel) of rows, as RowStats has them."""
+    best, part = stored_parts(InParts, row, mask, slots, IN_PARTS)
+    return read_peak(X, row, mask, best, part, WIDTH, IN_PART)
+
+
+@triton.jit
+def _record_key(row, mask, value, channel, source, Order, Sequence, Position, TOP_K: tl.constexpr):
     """(value and source, sequence, position, channel) of rows, which order records; the first descending."""
     token = tl.load(Order + row, mask=mask, other=0) // TOP_K
-    value = _value_bits(tl.load(Peak + row, mask=mask, other=0)).to(tl.int64)
     return (
-        (tl.where(mask, value, -1) << 32) | (-source + _LAST_SOURCE),
+        (tl.where(mask, value.to(tl.int64), -1) << 32) | (-source + _LAST_SOURCE),
         tl.load(Sequence + token, mask=mask, other=0),
         tl.load(Position + token, mask=mask, other=0),
-        tl.load(Channel + row, mask=mask, other=0).to(tl.int64),
+        tl.where(mask, channel, 0).to(tl.int64),
     )
 
 
@@ -164,11 +184,11 @@ def _precedes(value, sequence, position, channel, value2, sequence2, position2, 
 
 @triton.jit
 def _offer(
-    row, value, taken,  # rows of a block, bits of their |peak|, and those the list is for
+    row, value, part, taken,  # rows of a block, bits of their |peak|, its part, and the rows that the list is for
     Last,  # the last record that the list keeps
-    source, Peak, Channel, Order, Sequence, Position,
+    source, X, Order, Sequence, Position,  # X: y or h
     Heads, Numbers, Offers,  # of this block: largest value offered, -1 for none; how many; rows (ROWS,) - output
-    ONE: tl.constexpr, TOP_K: tl.constexpr,
+    ONE: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Offer the rows that stand before the last record of a list; if it keeps ONE, only those of the largest value."""
     least = tl.load(Last + _VALUE).to(tl.int32)
@@ -176,8 +196,9 @@ def _offer(
     # Equals are rare, except in experts that give the same everywhere, such as zero: those must not enter every time.
     equals = taken & (value == least)
     if tl.max(equals.to(tl.int32), 0) > 0:
+        _, channel = read_peak(X, row, equals, value, part, WIDTH, PART)
         key, sequence, position, channel = _record_key(
-            row, equals, source, Peak, Channel, Order, Sequence, Position, TOP_K
+            row, equals, value, channel, source, Order, Sequence, Position, TOP_K
         )
         last, last_sequence, last_position, last_channel = _kept_key(Last, True)
         enters |= equals & _precedes(key, sequence, position, channel, last, last_sequence, last_position, last_channel)
@@ -190,9 +211,9 @@ def _offer(
     tl.store(Offers + tl.cumsum(number, 0) - 1, row.to(tl.int32), mask=enters)
 
 
-@triton.jit(do_not_specialize=["blocks", "source"])
+@triton.jit(do_not_specialize=["slots", "blocks", "source"])
 def _update_blocks(
-    Peak, Channel, Sqnorm, Nonfinite, OverFp16, OverFp8, InPeak, InChannel,  # RowStats, (S,) each
+    Best, Part, Sqnorm, InParts, Y, X,  # RowParts
     Order,  # (S,) int64
     Offsets,  # (E + 1,) int64
     Gates,  # (T, k)
@@ -202,9 +223,10 @@ def _update_blocks(
     Sums,  # (5, blocks) float64 - output
     Heads, Numbers,  # (3, blocks) int32 - output; as in _offer, for each list
     Offers,  # (3, blocks, ROWS) int32 - output
-    blocks, source,
+    slots, blocks, source,
     NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, TOP_K: tl.constexpr,
     KEPT: tl.constexpr, FIRST_KEPT: tl.constexpr, IN_KEPT: tl.constexpr,
+    H: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, IN_PARTS: tl.constexpr, IN_PART: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     expert, start, end = _block_of(Offsets, block, NUM_EXPERTS, BINS, ROWS)
@@ -217,12 +239,24 @@ def _update_blocks(
         # Rows are read whether they count or not, so that no load waits to hear of it.
         counted = inside & (gate != 0) & (tl.load(Counted + token, mask=inside, other=0) != 0)
         first = counted & (tl.load(First + token, mask=inside, other=0) != 0)
-        nonfinite = tl.where(counted, tl.load(Nonfinite + row, mask=inside, other=0), 0)
-        over_fp16 = tl.where(counted, tl.load(OverFp16 + row, mask=inside, other=0), 0)
-        over_fp8 = tl.where(counted, tl.load(OverFp8 + row, mask=inside, other=0), 0)
         squares = tl.load(Sqnorm + row, mask=inside, other=0)
-        peak = _value_bits(tl.load(Peak + row, mask=inside, other=0))
-        in_peak = _value_bits(tl.load(InPeak + row, mask=inside, other=0))
+        peak = _value_bits(tl.load(Best + row, mask=inside, other=0))
+        part = tl.load(Part + row, mask=inside, other=0)
+        in_peak, in_part = stored_parts(InParts, row, inside, slots, IN_PARTS)
+        in_peak = tl.where(in_peak > _INF, _NAN, in_peak)
+        nonfinite = tl.zeros((ROWS,), tl.int32)
+        over_fp16 = tl.zeros((ROWS,), tl.int32)
+        over_fp8 = tl.zeros((ROWS,), tl.int32)
+        # Hardly any row has something to count: those that do are read again.
+        some = counted & some_to_count(peak)
+        if tl.max(some.to(tl.int32), 0) > 0:
+            for first_column in range(0, H, 32):
+                column = first_column + tl.arange(0, 32)[None, :]
+                read = (column < H) & some[:, None]
+                more = row_counts(tl.load(Y + row[:, None] * H + column, mask=read, other=0))
+                nonfinite += more[0]
+                over_fp16 += more[1]
+                over_fp8 += more[2]
         at = Counts + block
         tl.store(at, tl.sum(counted.to(tl.int64), 0))
         tl.store(at + blocks, tl.sum(first.to(tl.int64), 0))
@@ -242,21 +276,21 @@ def _update_blocks(
         tl.store(at + 4 * blocks, tl.sum(gate64 * norm, 0))
 
         _offer(
-            row, peak, counted & (first == 0), Outliers + (expert * KEPT + KEPT - 1) * _COLUMNS,
-            source, Peak, Channel, Order, Sequence, Position,
-            Heads + block, Numbers + block, Offers + block * ROWS, KEPT == 1, TOP_K,
+            row, peak, part, counted & (first == 0), Outliers + (expert * KEPT + KEPT - 1) * _COLUMNS,
+            source, Y, Order, Sequence, Position,
+            Heads + block, Numbers + block, Offers + block * ROWS, KEPT == 1, TOP_K, H, PART,
         )  # fmt: skip
         block += blocks
         _offer(
-            row, peak, first, FirstOutliers + (expert * FIRST_KEPT + FIRST_KEPT - 1) * _COLUMNS,
-            source, Peak, Channel, Order, Sequence, Position,
-            Heads + block, Numbers + block, Offers + block * ROWS, FIRST_KEPT == 1, TOP_K,
+            row, peak, part, first, FirstOutliers + (expert * FIRST_KEPT + FIRST_KEPT - 1) * _COLUMNS,
+            source, Y, Order, Sequence, Position,
+            Heads + block, Numbers + block, Offers + block * ROWS, FIRST_KEPT == 1, TOP_K, H, PART,
         )  # fmt: skip
         block += blocks
         _offer(
-            row, in_peak, counted, InMax + (expert * IN_KEPT + IN_KEPT - 1) * _COLUMNS,
-            source, InPeak, InChannel, Order, Sequence, Position,
-            Heads + block, Numbers + block, Offers + block * ROWS, IN_KEPT == 1, TOP_K,
+            row, in_peak, in_part, counted, InMax + (expert * IN_KEPT + IN_KEPT - 1) * _COLUMNS,
+            source, X, Order, Sequence, Position,
+            Heads + block, Numbers + block, Offers + block * ROWS, IN_KEPT == 1, TOP_K, WIDTH, IN_PART,
         )  # fmt: skip
 
 
@@ -286,18 +320,17 @@ def _sign_bit(x):
 
 @triton.jit
 def _enter(
-    Peak, Channel, InPeak, InChannel, Order, Gates, Sequence, Position, Token,  # as _update_experts
+    Best, Part, InParts, Y, X, Order, Gates, Sequence, Position, Token,  # as _update_experts
     Heads, Numbers, Offers,  # of the list
     Outliers, FirstOutliers, InMax,
-    first_block, end_block, source, expert, which,
+    first_block, end_block, slots, source, expert, which,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOP_K: tl.constexpr,
     KEPT: tl.constexpr, FIRST_KEPT: tl.constexpr, IN_KEPT: tl.constexpr, SLOTS: tl.constexpr, NEW: tl.constexpr,
+    H: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, IN_PARTS: tl.constexpr, IN_PART: tl.constexpr,
 ):  # fmt: skip
     """Merge what an expert's blocks offer into one of its lists."""
     kept = tl.where(which == 0, KEPT, tl.where(which == 1, FIRST_KEPT, IN_KEPT))
     Records = tl.where(which == 0, Outliers, tl.where(which == 1, FirstOutliers, InMax)) + expert * kept * _COLUMNS
-    Peak = tl.where(which == 2, InPeak, Peak)
-    Channel = tl.where(which == 2, InChannel, Channel)
     slot = tl.arange(0, SLOTS)
     value, sequence, position, channel = _kept_key(Records + slot * _COLUMNS, slot < kept)
     # What each slot will hold: a sorted row, or the record of slot -1 - origin.
@@ -317,8 +350,12 @@ def _enter(
             block = tl.minimum(tl.sum((after[None, :] <= at[:, None]).to(tl.int32), 1), BLOCKS - 1)
             offer = (start + block) * ROWS + at - tl.gather(after - numbers, block, 0)
             row = tl.load(Offers + offer, mask=offered, other=0).to(tl.int64)
+            if which == 2:
+                peak, channel_of_peak = _h_peak(row, offered, InParts, X, slots, WIDTH, IN_PARTS, IN_PART)
+            else:
+                peak, channel_of_peak = _y_peak(row, offered, Best, Part, Y, H, PART)
             new_value, new_sequence, new_position, new_channel = _record_key(
-                row, offered, source, Peak, Channel, Order, Sequence, Position, TOP_K
+                row, offered, _value_bits(peak), channel_of_peak, source, Order, Sequence, Position, TOP_K
             )
             if (tl.max(new_value, 0) >> 32) >= least:
                 # Of equals the kept one stays, then the row that came first: offers are in row order.
@@ -350,8 +387,12 @@ def _enter(
         routed = tl.load(Order + row, mask=new, other=0)
         token = routed // TOP_K
         gate = tl.load(Gates + routed, mask=new, other=0).to(tl.float32)
-        in_peak = tl.load(InPeak + row, mask=new, other=0)
-        negative = (tl.load(Peak + row, mask=new, other=0) < 0).to(tl.int64)
+        in_peak, in_channel = _h_peak(row, new, InParts, X, slots, WIDTH, IN_PARTS, IN_PART)
+        if which == 2:
+            peak = in_peak
+        else:
+            peak, _ = _y_peak(row, new, Best, Part, Y, H, PART)
+        negative = (peak < 0).to(tl.int64)
         sign = tl.where(old, tl.load(From + _SIGN, mask=old, other=0), negative)
         token_id = tl.load(Token + token, mask=new, other=0)
         token_id = tl.where(old, tl.load(From + _TOKEN, mask=old, other=0), token_id)
@@ -359,8 +400,7 @@ def _enter(
         gate_bits = tl.where(old, tl.load(From + _GATE, mask=old, other=0), gate_bits)
         in_bits = _value_bits(in_peak).to(tl.int64) | _sign_bit(in_peak)
         in_bits = tl.where(old, tl.load(From + _IN_VALUE, mask=old, other=0), in_bits)
-        in_channel = tl.load(InChannel + row, mask=new, other=0).to(tl.int64)
-        in_channel = tl.where(old, tl.load(From + _IN_CHANNEL, mask=old, other=0), in_channel)
+        in_channel = tl.where(old, tl.load(From + _IN_CHANNEL, mask=old, other=0), in_channel.to(tl.int64))
         # Every thread has read the old records before any writes a new one.
         tl.debug_barrier()
         To = Records + slot * _COLUMNS
@@ -376,18 +416,19 @@ def _enter(
         tl.store(To + _IN_CHANNEL, in_channel, mask=stays)
 
 
-@triton.jit(do_not_specialize=["blocks", "source"])
+@triton.jit(do_not_specialize=["slots", "blocks", "source"])
 def _update_experts(
-    Peak, Channel, InPeak, InChannel,  # of RowStats, (S,) each
+    Best, Part, InParts, Y, X,  # of RowParts
     Order,  # (S,) int64
     Offsets,  # (E + 1,) int64
     Gates,  # (T, k)
     Sequence, Position, Token,  # of Rows, (T,) each
     Counts, Sums, Heads, Numbers, Offers,  # as _update_blocks left them
     StateCounts, StateSums, Outliers, FirstOutliers, InMax,  # BankStats - in place
-    blocks, source,
+    slots, blocks, source,
     NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOP_K: tl.constexpr,
     KEPT: tl.constexpr, FIRST_KEPT: tl.constexpr, IN_KEPT: tl.constexpr, SLOTS: tl.constexpr, NEW: tl.constexpr,
+    H: tl.constexpr, PART: tl.constexpr, WIDTH: tl.constexpr, IN_PARTS: tl.constexpr, IN_PART: tl.constexpr,
 ):  # fmt: skip
     expert, which = tl.program_id(0), tl.program_id(1)
     bins = tl.arange(0, BINS)
@@ -412,17 +453,17 @@ def _update_experts(
     # In a settled state hardly any block offers anything.
     if offered >= 0:
         _enter(
-            Peak, Channel, InPeak, InChannel, Order, Gates, Sequence, Position, Token,
+            Best, Part, InParts, Y, X, Order, Gates, Sequence, Position, Token,
             Heads, Numbers + which * blocks, Offers + which * blocks * ROWS, Outliers, FirstOutliers, InMax,
-            first_block, end_block, source, expert, which,
-            ROWS, BLOCKS, TOP_K, KEPT, FIRST_KEPT, IN_KEPT, SLOTS, NEW,
+            first_block, end_block, slots, source, expert, which,
+            ROWS, BLOCKS, TOP_K, KEPT, FIRST_KEPT, IN_KEPT, SLOTS, NEW, H, PART, WIDTH, IN_PARTS, IN_PART,
         )  # fmt: skip
 
 
-def update(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
+def update(state, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
     """update_torch on the device, in place and in a fixed order: blocks of rows of one expert, then its blocks.
 
-    A block offers only rows that reach the last record kept, so in a settled state there is nothing to merge.
+    found is what update_torch takes as statistics, before it is resolved. A block offers only rows that reach the last record kept, so in a settled state there is nothing to merge.
     """
     slots, experts, device = len(plan.order), plan.num_experts, plan.order.device
     if slots == 0:
@@ -439,21 +480,23 @@ def update(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: Rows) 
     constants = {
         "NUM_EXPERTS": experts, "BINS": triton.next_power_of_2(experts), "ROWS": tiles.UPDATE_ROWS,
         "TOP_K": plan.top_k, "KEPT": kept[0], "FIRST_KEPT": kept[1], "IN_KEPT": kept[2],
+        "H": found.y.shape[1], "PART": found.y_width,
+        "WIDTH": found.h.shape[1], "IN_PARTS": len(found.in_parts), "IN_PART": found.h_width,
     }  # fmt: skip
     _update_blocks[(blocks,)](
-        *stats.tensors(), plan.order, plan.offsets, gates,
+        found.best, found.part, found.sqnorm, found.in_parts, found.y, found.h, plan.order, plan.offsets, gates,
         rows.counted, rows.first, rows.sequence, rows.position,
         *records,
         counts, sums, heads, numbers, offers,
-        blocks, rows.source,
+        slots, blocks, rows.source,
         **constants,
     )  # fmt: skip
     _update_experts[(experts, len(records))](
-        stats.peak, stats.channel, stats.in_peak, stats.in_channel, plan.order, plan.offsets, gates,
+        found.best, found.part, found.in_parts, found.y, found.h, plan.order, plan.offsets, gates,
         rows.sequence, rows.position, rows.token,
         counts, sums, heads, numbers, offers,
         state.counts, state.sums, *records,
-        blocks, rows.source,
+        slots, blocks, rows.source,
         **constants, BLOCKS=64, SLOTS=triton.next_power_of_2(max(kept)), NEW=tiles.NEW_RECORDS,
         # So that the programs of all experts run at once; what spills is needed only where there is much to merge.
         maxnreg=128,

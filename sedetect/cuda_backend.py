@@ -7,6 +7,7 @@ is one call of it, because at small T the host is what takes the time.
 
 import importlib.util
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -16,7 +17,8 @@ from sedetect.kernels import tiles
 from sedetect.kernels.combine import combine
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.plan import Plan, Schedule
-from sedetect.kernels.row_scan import row_stats
+from sedetect.kernels.row_scan import row_parts
+from sedetect.kernels.row_stats import RowParts
 from sedetect.triton_backend import TritonBackend, on
 
 _cuda = None
@@ -64,7 +66,7 @@ class CudaBackend(TritonBackend):
         slots, device = index.numel(), index.device
         order = torch.empty(slots, dtype=torch.int64, device=device)
         offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=device)
-        schedule = Schedule.empty(slots, num_experts, device, _cuda.TILE_ROWS)
+        schedule = _empty_schedule(slots, num_experts, device)
         if slots == 0:
             return Plan(order, offsets.zero_(), top_k_index.shape[1], schedule)
         processors = tiles.limits(device).processors
@@ -85,7 +87,7 @@ class CudaBackend(TritonBackend):
         with on(h.device):
             h = _aligned(h.to(weight.dtype))
             y = self._down(h, self._scheduled(plan), weight)
-            return y, row_stats(y, h, plan.offsets)
+            return y, row_parts(y, h, plan.offsets)
 
     def experts(self, x, plan, gate_up, gate_up_bias, gate, down, down_bias, transposed, gates, statistics=True):
         with on(x.device):
@@ -94,30 +96,29 @@ class CudaBackend(TritonBackend):
             y = self._down(h, plan, down)
             return combine(y, plan, gates, x.dtype, *((h, in_parts) if statistics else ()))
 
-    def update(self, state, stats, plan, gates, rows):
-        slots, experts, device = len(plan.order), plan.num_experts, plan.order.device
+    def update(self, state, found, plan, gates, rows):
+        slots, device = len(plan.order), plan.order.device
         if slots == 0:
             return
         with on(device):
             plan, gates = self._scheduled(plan), _gates(gates)
             schedule, records = plan.schedule, (state.outliers, state.first_outliers, state.in_max)
-            size = _cuda.update_scratch(slots, experts, len(schedule.tiles))
-            scratch = torch.empty(size, dtype=torch.uint8, device=device)
+            most = len(schedule.tiles)
+            scratch = torch.empty(_cuda.update_scratch(most), dtype=torch.uint8, device=device)
             _cuda.update(
-                [t.data_ptr() for t in stats.tensors()], plan.order.data_ptr(), plan.offsets.data_ptr(),
-                _addresses(schedule), gates.data_ptr(), _TYPES[gates.dtype], [t.data_ptr() for t in rows.tensors()],
+                _row_parts(found), plan.order.data_ptr(), plan.offsets.data_ptr(), _addresses(schedule),
+                gates.data_ptr(), _TYPES[gates.dtype], [t.data_ptr() for t in rows.tensors()],
                 state.counts.data_ptr(), state.sums.data_ptr(),
                 [t.data_ptr() for t in records], [t.shape[1] for t in records],
-                scratch.data_ptr(), slots, plan.top_k, experts, len(schedule.tiles), rows.source,
-                tiles.limits(device).processors, _stream(device),
+                scratch.data_ptr(), slots, plan.top_k, most, rows.source, _stream(device),
             )  # fmt: skip
 
     def _scheduled(self, plan: Plan) -> Plan:
-        """The plan with a schedule of the GEMMs' tiles, made here where the plan came from elsewhere."""
-        if plan.schedule is not None and plan.schedule.rows == _cuda.TILE_ROWS:
+        """The plan with a schedule of this backend, made here where the plan came from elsewhere."""
+        if plan.schedule is not None and plan.schedule.arrived is not None:
             return plan
         slots, device = len(plan.order), plan.order.device
-        schedule = Schedule.empty(slots, plan.num_experts, device, _cuda.TILE_ROWS)
+        schedule = _empty_schedule(slots, plan.num_experts, device)
         if slots:
             where = (plan.order.data_ptr(), plan.offsets.data_ptr(), slots, plan.num_experts)
             _cuda.schedule(*where, _addresses(schedule), _stream(device))
@@ -210,8 +211,21 @@ def _gates(gates: torch.Tensor) -> torch.Tensor:
     return (gates if gates.dtype in _TYPES else gates.float()).contiguous()
 
 
-def _addresses(schedule: Schedule) -> tuple[int, int, int, int]:
-    return schedule.row.data_ptr(), schedule.tiles.data_ptr(), schedule.count.data_ptr(), schedule.rows
+def _empty_schedule(slots: int, experts: int, device: torch.device) -> Schedule:
+    schedule = Schedule.empty(slots, experts, device, _cuda.TILE_ROWS)
+    return replace(schedule, arrived=torch.empty(experts, 3, dtype=torch.int32, device=device))
+
+
+def _addresses(schedule: Schedule) -> tuple[int, int, int, int, int]:
+    tensors = (schedule.row, schedule.tiles, schedule.count, schedule.arrived)
+    return *(t.data_ptr() for t in tensors), schedule.rows
+
+
+def _row_parts(found: RowParts) -> tuple[list[int], list[int]]:
+    y, h = found.y, found.h
+    tensors = (found.best, found.part, found.sqnorm, found.in_parts, y, h)
+    widths = (y.shape[1], h.shape[1], found.y_width, found.h_width, len(found.in_parts))
+    return [t.data_ptr() for t in tensors], [_TYPES[y.dtype], _TYPES[h.dtype], *widths]
 
 
 def _stream(device: torch.device) -> int:

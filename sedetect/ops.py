@@ -16,7 +16,7 @@ from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch, update_published_torch
 from sedetect.kernels.plan import Plan, every_plan, single_plan
-from sedetect.kernels.row_stats import RowStats
+from sedetect.kernels.row_stats import RowParts, RowStats
 from sedetect.kernels.update import Rows
 from sedetect.stats import BankStats
 
@@ -283,7 +283,7 @@ def _finish(
     state: BankStats,
     y: torch.Tensor,
     h: torch.Tensor,
-    stats: RowStats,
+    stats: RowStats | RowParts,
     plan: Plan,
     gates: torch.Tensor,
     rows: Rows,
@@ -291,7 +291,7 @@ def _finish(
     _update_channels(state, y, h, plan, gates, rows)
     chosen.update(state, stats, plan, gates, rows)
     if state.published_max is not None:
-        update_published_torch(state, stats, plan, gates, rows)
+        update_published_torch(state, stats.resolved(), plan, gates, rows)
 
 
 def _update_channels(state, y, h, plan, gates, rows) -> None:

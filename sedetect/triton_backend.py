@@ -13,7 +13,7 @@ from sedetect.kernels.combine import combine
 from sedetect.kernels.down import down
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan, scheduled
-from sedetect.kernels.row_scan import row_stats
+from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.update import update
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
@@ -55,7 +55,7 @@ class TritonBackend:
         with on(h.device):
             h = h.to(weight.dtype)
             y = down(h, plan, weight, bias, transposed)
-            return y, row_stats(y, h, plan.offsets)
+            return y, row_parts(y, h, plan.offsets)
 
     def experts(
         self, x, plan, gate_up_weight, gate_up_bias, gate, down_weight, down_bias, transposed, gates, statistics=True
@@ -69,7 +69,7 @@ class TritonBackend:
 
     def row_stats(self, y, h):
         with on(y.device):
-            return row_stats(y, h)
+            return row_parts(y, h)
 
     def combine(self, y, plan, gates):
         with on(y.device):

@@ -26,7 +26,7 @@ from sedetect.kernels.down import down
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan, scheduled
-from sedetect.kernels.row_scan import row_stats
+from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.update import Rows, update
 from sedetect.stats import BankStats
 
@@ -88,7 +88,7 @@ def launch_everything(dtype: torch.dtype, tokens: int, gates: list[Gate]) -> Non
     down(h, routing, empty(experts, intermediate, hidden), empty(experts, hidden), True)
     combine(y, routing, weights, dtype)
     combine(y, routing, weights, dtype, h, parts)
-    stats = row_stats(y, h, routing.offsets)
+    stats = row_parts(y, h, routing.offsets)
     update(BankStats.empty(experts), stats, routing, weights, Rows.unmapped(tokens, "cpu"))
 
 

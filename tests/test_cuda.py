@@ -11,7 +11,13 @@ import interpreter  # noqa: F401  before triton
 import pytest
 import torch
 from test_kernels import GATES, assert_close, loop_over_slots, make_call, make_rows, swiglu
-from test_triton import assert_equal_bits, assert_same_state, assert_same_stats, random_stats
+from test_triton import (
+    assert_equal_bits,
+    assert_parts_of,
+    assert_same_state,
+    check_update_of_special_rows,
+    random_rows,
+)
 
 from sedetect import ops
 from sedetect.backends import BACKENDS, choose_backend
@@ -19,7 +25,8 @@ from sedetect.call import Call
 from sedetect.cuda_backend import MIN_ROWS, CudaBackend
 from sedetect.kernels.gate_up import gate_up_torch
 from sedetect.kernels.plan import Plan, plan_torch
-from sedetect.kernels.row_stats import RowStats, row_stats_torch
+from sedetect.kernels.row_scan import row_parts
+from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.update import Rows, update_torch
 from sedetect.quantized import QuantizedWeights
 from sedetect.stats import BankStats
@@ -172,10 +179,10 @@ def test_statistics_are_those_of_the_stored_output(backend, dtype, gated, shape)
     y = backend._down(h, plan, call["down"])
     routed = int(plan.offsets[-1])
     reference = row_stats_torch(y, h)
-    assert_same_stats(stats, reference, routed)
+    assert_parts_of(stats, y, h, routed)
     general, general_stats = backend.down(h, plan, call["down"], None, False)
     assert_equal_bits("y", general[:routed].view(torch.int16), y[:routed].view(torch.int16))
-    assert_same_stats(general_stats, reference, routed)
+    assert_parts_of(general_stats, y, h, routed)
     again, unmeasured = backend.experts(call["x"], plan, *weights, statistics=False)
     assert_equal_bits("out", again.view(torch.int16), out.view(torch.int16))
     assert unmeasured is None
@@ -212,10 +219,11 @@ def random_call(
 
 
 @ON_HOPPER
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 @pytest.mark.parametrize("experts", [1, 3, 200])
-@pytest.mark.parametrize("values", [1, 3, 1000])
+@pytest.mark.parametrize("values", [1, 3, 200])
 @pytest.mark.parametrize("hot", [False, True])
-def test_update_keeps_the_best_in_order(backend, experts, values, hot):
+def test_update_keeps_the_best_in_order(backend, experts, values, hot, dtype):
     """Several tiles of one expert, ties everywhere, ids that do not ascend, several sources: the reference's bits."""
     generator = torch.Generator().manual_seed(values)
     mine, reference = BankStats.empty(experts, DEVICE), BankStats.empty(experts)
@@ -225,30 +233,35 @@ def test_update_keeps_the_best_in_order(backend, experts, values, hot):
         if call == 3:
             rows = Rows.unmapped(tokens, "cpu")
         plan = plan_torch(index, experts)
-        stats = random_stats(index.numel(), generator, values)
-        update_torch(reference, stats, plan, gates, rows)
+        y, h = random_rows(index.numel(), generator, values, dtype)
+        update_torch(reference, row_stats_torch(y, h), plan, gates, rows)
         moved = Plan(plan.order.to(DEVICE), plan.offsets.to(DEVICE), plan.top_k)
-        on_gpu = RowStats(*(t.to(DEVICE) for t in stats.tensors()))
-        backend.update(mine, on_gpu, moved, gates.to(DEVICE), rows.to(DEVICE))
+        backend.update(mine, row_parts(y.to(DEVICE), h.to(DEVICE)), moved, gates.to(DEVICE), rows.to(DEVICE))
         assert_same_state(mine, reference)
 
 
 @ON_HOPPER
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("width", [1, 15, 65, 300])
+def test_update_looks_places_up_and_counts(backend, dtype, width):
+    check_update_of_special_rows(backend.update, DEVICE, dtype, width)
+
+
+@ON_HOPPER
 def test_update_of_many_rows_of_distinct_values(backend):
-    """One expert with 100,000 rows, in ascending order: every tile has rows that enter. Sums are the same bits twice."""
+    """One expert with 58,000 rows, in ascending order: every tile has rows that enter. Sums are the same bits twice."""
     generator = torch.Generator().manual_seed(0)
-    tokens = 100_000
+    tokens = 58_000
     index, gates, rows = random_call(generator, tokens, 1, False)
-    plan, stats = plan_torch(index, 1), random_stats(tokens, generator, 3)
-    stats.peak = torch.linspace(-1, 7, tokens)
-    stats.in_peak = -stats.peak
+    plan = plan_torch(index, 1)
+    y = (torch.arange(tokens) - 12_000.0)[:, None]  # norms are exact, as in random_rows
     reference, states = BankStats.empty(1), []
-    update_torch(reference, stats, plan, gates, rows)
-    on_gpu = RowStats(*(t.to(DEVICE) for t in stats.tensors()))
+    update_torch(reference, row_stats_torch(y, -y), plan, gates, rows)
+    found = row_parts(y.to(DEVICE), -y.to(DEVICE))
     for _ in range(2):
         states.append(BankStats.empty(1, DEVICE))
         moved = Plan(plan.order.to(DEVICE), plan.offsets.to(DEVICE), 1)
-        backend.update(states[-1], on_gpu, moved, gates.to(DEVICE), rows.to(DEVICE))
+        backend.update(states[-1], found, moved, gates.to(DEVICE), rows.to(DEVICE))
     assert_same_state(states[0], reference)
     assert torch.equal(states[0].sums.view(torch.int64), states[1].sums.view(torch.int64))
 

@@ -21,16 +21,21 @@ T* at(Address address) {
 
 cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-RowStats stats_of(const std::array<Address, 8>& s) {
-  return {at<float>(s[0]),   at<int32_t>(s[1]), at<float>(s[2]), at<int32_t>(s[3]),
-          at<int32_t>(s[4]), at<int32_t>(s[5]), at<float>(s[6]), at<int32_t>(s[7])};
+// (best, part, sqnorm, in_parts, y, h), (y_type, h_type, hidden, intermediate, y_width, h_width, in_parts_number)
+using RowsArguments = std::tuple<std::array<Address, 6>, std::array<int, 7>>;
+
+RowParts rows_of(const RowsArguments& rows) {
+  const auto& [a, n] = rows;
+  return {at<float>(a[0]), at<int32_t>(a[1]), at<float>(a[2]), at<float>(a[3]), at<void>(a[4]), at<void>(a[5]),
+          Type(n[0]),      Type(n[1]),        n[2],            n[3],            n[4],           n[5],           n[6]};
 }
 
-// (row, tiles, count, rows)
-using ScheduleArguments = std::tuple<Address, Address, Address, int>;
+// (row, tiles, count, arrived, rows)
+using ScheduleArguments = std::tuple<Address, Address, Address, Address, int>;
 
-Schedule schedule_of(const ScheduleArguments& s) {
-  return {at<int32_t>(std::get<0>(s)), at<int32_t>(std::get<1>(s)), at<int32_t>(std::get<2>(s)), std::get<3>(s)};
+Schedule schedule_of(const ScheduleArguments& schedule) {
+  const auto [row, tiles, count, arrived, rows] = schedule;
+  return {at<int32_t>(row), at<int32_t>(tiles), at<int32_t>(count), at<int32_t>(arrived), rows};
 }
 
 // (activation, gated, limit, slope, shift)
@@ -79,11 +84,11 @@ PYBIND11_MODULE(_cuda, m) {
   });
 
   m.def("update",
-        [](const std::array<Address, 8>& stats, Address order, Address offsets, const ScheduleArguments& schedule,
+        [](const RowsArguments& found, Address order, Address offsets, const ScheduleArguments& schedule,
            Address gates, int gates_type, const std::array<Address, 5>& rows, Address counts, Address sums,
            const std::array<Address, 3>& records, const std::array<int, 3>& kept, Address scratch, int slots, int top_k,
-           int experts, int max_tiles, int source, int processors, Address stream) {
-          update({stats_of(stats),
+           int max_tiles, int source, Address stream) {
+          update({rows_of(found),
                   at<int64_t>(order),
                   at<int64_t>(offsets),
                   schedule_of(schedule),
@@ -101,10 +106,8 @@ PYBIND11_MODULE(_cuda, m) {
                   at<void>(scratch),
                   slots,
                   top_k,
-                  experts,
                   max_tiles,
-                  source,
-                  processors},
+                  source},
                  stream_of(stream));
         });
 }

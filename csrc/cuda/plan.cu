@@ -83,7 +83,7 @@ __device__ void scan_bins(const Bins& bins, int rows) {
   }
 }
 
-__device__ void write_tiles(const Bins& bins, const Schedule& schedule) {
+__device__ void write_schedule(const Bins& bins, const Schedule& schedule) {
   const int total = bins.tile_end[bins.count - 1];
   for (int tile = blockIdx.x * kThreads + threadIdx.x; tile < total; tile += gridDim.x * kThreads) {
     int low = 0, high = bins.count - 1;  // the first bin whose tiles end after this one
@@ -98,7 +98,10 @@ __device__ void write_tiles(const Bins& bins, const Schedule& schedule) {
     const int2 value{low, bins.first[low] + (tile - before) * schedule.rows};
     reinterpret_cast<int2*>(schedule.tiles)[tile] = value;
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) *schedule.count = total;
+  if (blockIdx.x == 0) {
+    if (threadIdx.x == 0) *schedule.count = total;
+    for (int i = threadIdx.x; i < kLists * (bins.count - 1); i += kThreads) schedule.arrived[i] = 0;
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) plan_kernel(Plan plan, int per_block) {
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(Plan plan, int per_block
   if (blockIdx.x == 0) {
     for (int bin = threadIdx.x; bin < bins.count; bin += kThreads) plan.offsets[bin] = bins.first[bin];
   }
-  write_tiles(bins, plan.schedule);
+  write_schedule(bins, plan.schedule);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -176,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   scan_bins(bins, schedule.rows);
-  write_tiles(bins, schedule);
+  write_schedule(bins, schedule);
 }
 
 template <typename Kernel>

@@ -12,12 +12,16 @@ namespace sedetect::cuda {
 // Must agree with sedetect/cuda_backend.py.
 enum class Type : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
+// The lists of kept records of an expert.
+enum KeptList { kOutliers, kFirstOutliers, kInMax, kLists };
+
 // kernels/plan.py's Plan and Schedule.
 struct Schedule {
-  int32_t* row;    // (S,): sorted row of each slot
-  int32_t* tiles;  // (max_tiles, 2): expert and first sorted row
-  int32_t* count;  // (1,)
-  int rows;        // sorted rows of a tile
+  int32_t* row;      // (S,): sorted row of each slot
+  int32_t* tiles;    // (max_tiles, 2): expert and first sorted row
+  int32_t* count;    // (1,)
+  int32_t* arrived;  // (E, kLists): zeros, which update leaves as zeros
+  int rows;          // sorted rows of a tile
 };
 
 struct Plan {
@@ -40,19 +44,21 @@ void plan(const Plan& arguments, cudaStream_t stream);
 void schedule(const int64_t* order, const int64_t* offsets, int slots, int experts, const Schedule& result,
               cudaStream_t stream);
 
-// kernels/row_stats.py's RowStats, (S,) each.
-struct RowStats {
-  float* peak;
-  int32_t* channel;
-  float* sqnorm;
-  int32_t *nonfinite, *over_fp16, *over_fp8;
-  float* in_peak;
-  int32_t* in_channel;
+// kernels/row_stats.py's RowParts.
+struct RowParts {
+  const float* best;      // (S,)
+  const int32_t* part;    // (S,)
+  const float* sqnorm;    // (S,)
+  const float* in_parts;  // (in_parts_number, S)
+  const void *y, *h;      // (S, hidden) of y_type, (S, intermediate) of h_type
+  Type y_type, h_type;
+  int hidden, intermediate;
+  int y_width, h_width, in_parts_number;
 };
 
 // Merge the row statistics of one call into the tables of a BankStats, in place: kernels/update.py.
 struct Update {
-  RowStats stats;
+  RowParts rows;
   const int64_t *order, *offsets;
   Schedule schedule;
   const void* gates;  // (T, k) of gates_type
@@ -61,13 +67,13 @@ struct Update {
   const int64_t *sequence, *position, *token;  // (T,)
   int64_t* counts;                             // (E, 5)
   double* sums;                                // (E, 5)
-  int64_t* records[3];                         // outliers, first_outliers, in_max: (E, kept, 10)
-  int kept[3];
+  int64_t* records[kLists];                    // (E, kept, 10)
+  int kept[kLists];
   void* scratch;  // update_scratch bytes
-  int slots, top_k, experts, max_tiles, source, processors;
+  int slots, top_k, max_tiles, source;
 };
 
-int64_t update_scratch(int slots, int experts, int max_tiles);
+int64_t update_scratch(int max_tiles);
 constexpr int kMaxKept = 64;
 
 void update(const Update& arguments, cudaStream_t stream);

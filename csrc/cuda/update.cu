@@ -1,13 +1,15 @@
-// Update: the row statistics of one experts call, merged into the bank's tables in one cooperative launch.
+// Update: the row statistics of one experts call, merged into the bank's tables in one launch.
 //
-// First every tile of rows of one expert is reduced: counts, float64 sums, and per list of kept records the largest
-// value that stands before the last record kept (its head). Then, when all tiles are done, one block per expert and
-// list adds up its tiles in their order and takes what enters. In a settled state no head is there, and nothing is left
-// to do.
+// A block for every tile of rows of one expert and every list of kept records finds the rows of the tile that stand
+// before the last record kept; those of the first list also add up counts and float64 sums. Whichever block of an expert
+// and list is the last to be done goes on: it adds up the expert's tiles in their order and merges the rows that were
+// found. In a settled state there are none.
+//
+// Where in a row its largest element stands is looked up only for those rows, by a warp for each, and only rows whose
+// largest says so are read for what they have to count.
 #include "check.h"
 #include "stages.h"
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -22,15 +24,24 @@ constexpr unsigned kAll = 0xFFFFFFFFu;
 constexpr int kNanBits = 0x7FC00000;
 constexpr int kInfBits = 0x7F800000;
 
-// A routing weight as float32.
-__device__ float load_gate(const void* gates, Type type, int slot) {
+// Bits of the largest finite values of float16 and float8_e4m3fn: 65504 and 448.
+constexpr int kFp16MaxBits = 0x477FE000;
+constexpr int kFp8MaxBits = 0x43E00000;
+
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float to_float(__half x) { return __half2float(x); }
+
+// work(values with their type).
+template <typename Work>
+__device__ auto with_type(const void* values, Type type, const Work& work) {
   switch (type) {
     case Type::kBFloat16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(gates)[slot]);
+      return work(static_cast<const __nv_bfloat16*>(values));
     case Type::kFloat16:
-      return __half2float(static_cast<const __half*>(gates)[slot]);
+      return work(static_cast<const __half*>(values));
     default:
-      return static_cast<const float*>(gates)[slot];
+      return work(static_cast<const float*>(values));
   }
 }
 
@@ -55,48 +66,49 @@ __device__ V reduce_warp(V (&values)[K], int lane, const Join& join) {
 
 constexpr int kThreads = 128;  // and the most rows of a tile
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocks = 8;     // on a multiprocessor
-constexpr int kLists = 3;      // outliers, first_outliers, in_max
 constexpr int kPending = 256;  // rows that wait to be merged into a list
-constexpr int kAtOnce = 4;     // rows that a thread looks at together
 constexpr int64_t kLastSource = 0x7FFFFFFF;
 
 // Columns of a record; must agree with RECORD in kernels/records.py.
 enum Column { kValue, kSign, kChannel, kSource, kSequence, kPosition, kToken, kGate, kInValue, kInChannel, kColumns };
-enum Flag : uint8_t { kCounted = 1, kFirst = 2 };
 
-struct Tile {
+// What the tiles of all experts leave for the last block.
+struct Totals {
   double sums[5];
   int counts[5];
-  int heads[kLists];  // -1: none of its rows enters
 };
 
-// Scratch of one launch.
-struct Scratch {
-  Tile* tiles;      // (max_tiles,)
-  int* first_tile;  // (E,), of experts that have rows
-  uint8_t* flags;   // (S,)
-
-  __device__ explicit Scratch(const Update& u)
-      : tiles(static_cast<Tile*>(u.scratch)),
-        first_tile(reinterpret_cast<int*>(tiles + u.max_tiles)),
-        flags(reinterpret_cast<uint8_t*>(first_tile + u.experts)) {}
+// Rows of a tile that enter a list. head: the largest of their values, -1 if there are none.
+struct Found {
+  int head, number;
 };
 
 // What records are ordered by: value and source in one key, descending, then the rest, ascending. Of equals those kept
 // stand first, in their order (origin = slot - kept), then the rows of this call in theirs (origin = row).
 struct Entry {
   int64_t key, sequence, position;
-  int channel, origin;
+  int place, origin;  // channel << 1 | sign bit
 };
 
 __device__ bool precedes(const Entry& a, const Entry& b) {
   if (a.key != b.key) return a.key > b.key;
   if (a.sequence != b.sequence) return a.sequence < b.sequence;
   if (a.position != b.position) return a.position < b.position;
-  if (a.channel != b.channel) return a.channel < b.channel;
+  if (a.place >> 1 != b.place >> 1) return a.place >> 1 < b.place >> 1;
   return a.origin < b.origin;
 }
+
+// Scratch of one launch, in this order.
+struct Scratch {
+  Totals* totals;  // (max_tiles,)
+  Found* found;    // (kLists, max_tiles)
+  Entry* offers;   // (kLists, max_tiles, kThreads)
+
+  __device__ explicit Scratch(const Update& u)
+      : totals(static_cast<Totals*>(u.scratch)),
+        found(reinterpret_cast<Found*>(totals + u.max_tiles)),
+        offers(reinterpret_cast<Entry*>(found + kLists * u.max_tiles)) {}
+};
 
 // Bits of |x|; every NaN becomes kNanBits.
 __device__ int value_bits(float x) {
@@ -107,79 +119,173 @@ __device__ int value_bits(float x) {
 // Bits of x as records hold them.
 __device__ int64_t float_bits(float x) { return isnan(x) ? int64_t(kNanBits) : int64_t(__float_as_uint(x)); }
 
-__device__ const float* peaks(const Update& u, int list) { return list == 2 ? u.stats.in_peak : u.stats.peak; }
-__device__ const int* channels(const Update& u, int list) { return list == 2 ? u.stats.in_channel : u.stats.channel; }
-
-__device__ bool belongs(int list, int flags) {
-  return list == 0 ? flags == kCounted : list == 1 ? (flags & kFirst) != 0 : (flags & kCounted) != 0;
+__device__ float gate_of(const Update& u, int slot) {
+  return with_type(u.gates, u.gates_type, [&](const auto* gates) { return to_float(gates[slot]); });
 }
 
-__device__ Entry entry_of_row(const Update& u, int list, int row, int value) {
-  const int token = int(u.order[row]) / u.top_k;
-  return {int64_t(value) << 32 | (kLastSource - u.source), u.sequence[token], u.position[token], channels(u, list)[row],
-          row};
+// Value bits of the largest element of a row, and the first part that has it.
+struct Part {
+  int value, part;
+};
+
+// That of h.
+__device__ Part largest_part(const RowParts& r, int row, int slots) {
+  constexpr int kAtOnce = 8;  // loads that wait together
+  Part best{-1, 0};
+  for (int start = 0; start < r.in_parts_number; start += kAtOnce) {
+    int values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      values[i] = start + i < r.in_parts_number ? value_bits(r.in_parts[int64_t(start + i) * slots + row]) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (values[i] > best.value) best = {values[i], start + i};
+    }
+  }
+  return best;
+}
+
+// The same by a warp.
+__device__ Part largest_part_by_warp(const RowParts& r, int row, int slots) {
+  Part best{-1, 0};
+  for (int part = threadIdx.x % 32; part < r.in_parts_number; part += 32) {
+    const int value = value_bits(r.in_parts[int64_t(part) * slots + row]);
+    if (value > best.value) best = {value, part};
+  }
+  const int value = __reduce_max_sync(kAll, best.value);
+  return {value, int(__reduce_min_sync(kAll, best.value == value ? unsigned(best.part) : ~0u))};
+}
+
+// Place (channel << 1 | sign bit, that of a NaN 0) of the first element of this size in a part of a row, by a warp. There
+// is one.
+template <typename T>
+__device__ int find_by_warp(const T* x, int columns, Part part, int width) {
+  constexpr int kOfLane = 4;
+  const int end = min((part.part + 1) * width, columns);
+  for (int start = part.part * width; start < end; start += 32 * kOfLane) {
+    const int mine = start + threadIdx.x % 32 * kOfLane;
+    T values[kOfLane];
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) values[i] = mine + i < end ? x[mine + i] : T(0.f);
+    int place = -1;
+#pragma unroll
+    for (int i = kOfLane - 1; i >= 0; --i) {
+      const float value = to_float(values[i]);
+      if (mine + i < end && value_bits(value) == part.value) {
+        place = (mine + i) << 1 | (part.value <= kInfBits && __float_as_int(value) < 0);
+      }
+    }
+    const unsigned having = __ballot_sync(kAll, place >= 0);
+    if (having != 0) return __shfl_sync(kAll, place, __ffs(having) - 1);
+  }
+  return part.part * width << 1;
+}
+
+__device__ int find_in_y(const RowParts& r, int row, Part part) {
+  return with_type(r.y, r.y_type, [&](const auto* y) {
+    return find_by_warp(y + int64_t(row) * r.hidden, r.hidden, part, r.y_width);
+  });
+}
+
+__device__ int find_in_h(const RowParts& r, int row, Part part) {
+  return with_type(r.h, r.h_type, [&](const auto* h) {
+    return find_by_warp(h + int64_t(row) * r.intermediate, r.intermediate, part, r.h_width);
+  });
 }
 
 __device__ Entry entry_of_record(const int64_t* record, int origin) {
   return {record[kValue] * (int64_t(1) << 32) + (kLastSource - record[kSource]), record[kSequence], record[kPosition],
-          int(record[kChannel]), origin};
+          int(record[kChannel]) << 1, origin};
 }
 
-// The last of the records that a list of an expert keeps.
-__device__ const int64_t* last_record(const Update& u, int list, int expert) {
-  return u.records[list] + (int64_t(expert + 1) * u.kept[list] - 1) * kColumns;
-}
+// Where a row stands in the block's order of those that have something: the sum of `number` over the threads before, and
+// over all. Needs all threads.
+struct Place {
+  int before, total;
+};
 
-__device__ void reduce_tile(const Update& u, const Scratch& scratch, int index) {
-  __shared__ double warp_sums[kWarps][8];
-  __shared__ int warp_counts[kWarps][5], warp_heads[kWarps][kLists];
+__device__ Place place(int number) {
+  __shared__ int of_warp[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int expert = u.schedule.tiles[2 * index], start = u.schedule.tiles[2 * index + 1];
-  const int row = start + threadIdx.x;
-  const bool inside = threadIdx.x < u.schedule.rows && row < int(u.offsets[expert + 1]);
-  if (threadIdx.x == 0 && start == int(u.offsets[expert])) scratch.first_tile[expert] = index;
+  int sum = number;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(kAll, sum, offset);
+    if (lane >= offset) sum += other;
+  }
+  if (lane == 31) of_warp[warp] = sum;
+  __syncthreads();
+  Place result{sum - number, 0};
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < warp) result.before += of_warp[i];
+    result.total += of_warp[i];
+  }
+  __syncthreads();
+  return result;
+}
 
-  // All that a row needs is read before any of it is looked at, so that no load waits to hear whether the row counts.
-  float gate = 0, squares = 0;
-  int flags = 0, counts[5] = {}, values[kLists] = {}, least[kLists];
+// The number of NaN and Inf, of finite elements beyond float16, and of those beyond float8 of a row, by a warp.
+template <typename T>
+__device__ void count_by_warp(const T* x, int columns, int (&counts)[3]) {
+  constexpr int kAtOnce = 16;  // loads that wait together
+  int found[3] = {};
+  for (int start = threadIdx.x % 32; start < columns; start += 32 * kAtOnce) {
+    T values[kAtOnce];
 #pragma unroll
-  for (int list = 0; list < kLists; ++list) least[list] = int(last_record(u, list, expert)[kValue]);
-  if (inside) {
-    const int slot = int(u.order[row]), token = slot / u.top_k;
-    counts[2] = u.stats.nonfinite[row], counts[3] = u.stats.over_fp16[row], counts[4] = u.stats.over_fp8[row];
-    squares = u.stats.sqnorm[row];
+    for (int i = 0; i < kAtOnce; ++i) values[i] = start + 32 * i < columns ? x[start + 32 * i] : T(0.f);
 #pragma unroll
-    for (int list = 0; list < kLists; ++list) values[list] = value_bits(peaks(u, list)[row]);
-    gate = load_gate(u.gates, u.gates_type, slot);
-    const bool counted = u.counted[token], first = u.first[token];
-    if (gate != 0 && counted) flags = first ? kCounted | kFirst : kCounted;
-    scratch.flags[row] = uint8_t(flags);
-  }
-  if (flags != 0) {
-    counts[0] = 1, counts[1] = (flags & kFirst) != 0;
-  } else {
-    counts[2] = counts[3] = counts[4] = 0;
-  }
-  double sums[8] = {};
-  if (flags != 0 && counts[2] == 0 && isfinite(gate)) {
-    const double norm = __fsqrt_rn(squares);
-    sums[0] = gate, sums[1] = flags & kFirst ? double(gate) : 0., sums[2] = norm, sums[3] = squares,
-    sums[4] = gate * norm;
-  }
-#pragma unroll
-  for (int list = 0; list < kLists; ++list) {
-    int head = -1;
-    if (belongs(list, flags)) {
-      const int value = values[list];
-      // Equals are rare, except in experts that give the same everywhere, such as zero: those must not enter every
-      // time.
-      const bool enters =
-          value > least[list] || (value == least[list] && precedes(entry_of_row(u, list, row, value),
-                                                                   entry_of_record(last_record(u, list, expert), -1)));
-      if (enters) head = value;
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int bits = value_bits(to_float(values[i]));
+      found[0] += bits >= kInfBits;
+      found[1] += bits > kFp16MaxBits && bits < kInfBits;
+      found[2] += bits > kFp8MaxBits && bits < kInfBits;
     }
-    head = __reduce_max_sync(kAll, head);
-    if (lane == 0) warp_heads[warp][list] = head;
+  }
+#pragma unroll
+  for (int i = 0; i < 3; ++i) counts[i] = __reduce_add_sync(kAll, found[i]);
+}
+
+// count_by_warp of the y of the threads' rows where it is wanted. Needs all threads.
+__device__ void count_elements(const RowParts& r, int row, bool wanted, int (&counts)[3]) {
+  __shared__ int rows[kThreads], found[kThreads][3];
+  const Place at = place(wanted);
+  if (at.total == 0) return;
+  if (wanted) rows[at.before] = row;
+  __syncthreads();
+  for (int i = threadIdx.x / 32; i < at.total; i += kWarps) {
+    int of_row[3];
+    with_type(r.y, r.y_type,
+              [&](const auto* y) { count_by_warp(y + int64_t(rows[i]) * r.hidden, r.hidden, of_row); });
+    if (threadIdx.x % 32 == 0) found[i][0] = of_row[0], found[i][1] = of_row[1], found[i][2] = of_row[2];
+  }
+  __syncthreads();
+  if (wanted) {
+    for (int i = 0; i < 3; ++i) counts[i] = found[at.before][i];
+  }
+}
+
+// The largest of the threads' values. Needs all threads.
+__device__ int largest(int value) {
+  __shared__ int of_warp[kWarps];
+  value = __reduce_max_sync(kAll, value);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+  __syncthreads();
+  for (int i = 0; i < kWarps; ++i) value = max(value, of_warp[i]);
+  __syncthreads();
+  return value;
+}
+
+// Counts and sums of a tile's rows.
+__device__ void add_rows(const Update& u, Totals& result, bool counted, bool first, float gate, float squares,
+                         const int (&elements)[3]) {
+  __shared__ double warp_sums[kWarps][8];
+  __shared__ int warp_counts[kWarps][5];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int counts[5] = {counted, first, elements[0], elements[1], elements[2]};
+  double sums[8] = {};
+  if (counted && elements[0] == 0 && isfinite(gate)) {
+    const double norm = __fsqrt_rn(squares);
+    sums[0] = gate, sums[1] = first ? double(gate) : 0., sums[2] = norm, sums[3] = squares, sums[4] = gate * norm;
   }
 #pragma unroll
   for (int i = 0; i < 5; ++i) {
@@ -189,7 +295,6 @@ __device__ void reduce_tile(const Update& u, const Scratch& scratch, int index) 
   const double sum = reduce_warp(sums, lane, [](double a, double b) { return a + b; });
   if (lane % 4 == 0) warp_sums[warp][lane / 4] = sum;
   __syncthreads();
-  Tile& tile = scratch.tiles[index];
   if (threadIdx.x < 5) {
     double sum = 0;
     int count = 0;
@@ -197,19 +302,75 @@ __device__ void reduce_tile(const Update& u, const Scratch& scratch, int index) 
       sum += warp_sums[i][threadIdx.x];
       count += warp_counts[i][threadIdx.x];
     }
-    tile.sums[threadIdx.x] = sum;
-    tile.counts[threadIdx.x] = count;
+    result.sums[threadIdx.x] = sum;
+    result.counts[threadIdx.x] = count;
   }
-  if (threadIdx.x < kLists) {
-    int head = -1;
-    for (int i = 0; i < kWarps; ++i) head = max(head, warp_heads[i][threadIdx.x]);
-    tile.heads[threadIdx.x] = head;
+}
+
+// A tile of rows of one expert, first_row to end, for one list.
+__device__ void reduce_tile(const Update& u, const Scratch& scratch, int index, int list, int expert, int first_row,
+                            int end) {
+  const int row = first_row + threadIdx.x;
+  const bool inside = threadIdx.x < u.schedule.rows && row < end;
+  const int64_t* record = u.records[list] + (int64_t(expert + 1) * u.kept[list] - 1) * kColumns;
+  // All that a row needs is read before any of it is looked at, so that no load waits to hear whether the row counts.
+  const Entry last = entry_of_record(record, -1);
+  float gate = 0, squares = 0;
+  Part part{-1, 0};
+  Entry mine{};
+  bool counted = false, first = false;
+  if (inside) {
+    const int slot = int(u.order[row]), token = slot / u.top_k;
+    part = list == kInMax ? largest_part(u.rows, row, u.slots) : Part{value_bits(u.rows.best[row]), u.rows.part[row]};
+    squares = list == kOutliers ? u.rows.sqnorm[row] : 0;
+    gate = gate_of(u, slot);
+    counted = u.counted[token], first = u.first[token];
+    mine = {int64_t(part.value) << 32 | (kLastSource - u.source), u.sequence[token], u.position[token], 0, row};
+  }
+  counted = counted && gate != 0;
+  first = first && counted;
+  if (list == kOutliers) {
+    int elements[3] = {};
+    count_elements(u.rows, row, counted && part.value > kFp8MaxBits, elements);
+    add_rows(u, scratch.totals[index], counted, first, gate, squares, elements);
+  }
+  const bool taken = list == kOutliers ? counted && !first : list == kFirstOutliers ? first : counted;
+  // Equals are rare, except in experts that give the same everywhere, such as zero: those must not enter every time, and
+  // are looked up only where the channel decides.
+  mine.place = last.place;
+  const bool same = mine.key == last.key && mine.sequence == last.sequence && mine.position == last.position;
+  bool enters = taken && (precedes(mine, last) || same);
+  for (unsigned left = __ballot_sync(kAll, enters); left != 0; left &= left - 1) {
+    const int owner = __ffs(left) - 1, its_row = __shfl_sync(kAll, row, owner);
+    const Part its{__shfl_sync(kAll, part.value, owner), __shfl_sync(kAll, part.part, owner)};
+    const int place = list == kInMax ? find_in_h(u.rows, its_row, its) : find_in_y(u.rows, its_row, its);
+    if (int(threadIdx.x % 32) == owner) mine.place = place;
+  }
+  enters = enters && precedes(mine, last);
+  const Place before = place(enters);
+  const int64_t at = int64_t(list) * u.max_tiles + index;
+  if (enters) scratch.offers[at * kThreads + before.before] = mine;
+  const int head = largest(enters ? part.value : -1);
+  if (threadIdx.x == 0) scratch.found[at] = {head, before.total};
+}
+
+// Whether this block is the last of its expert and list; if so, it sees what the others wrote. Needs all threads.
+__device__ bool is_last(int32_t* arrived, int blocks) {
+  __shared__ bool last;
+  __syncthreads();
+  if (blocks == 1) return true;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(arrived, 1) == blocks - 1;
+    if (last) *arrived = 0;  // as the next launch must find it
+    __threadfence();
   }
   __syncthreads();
+  return last;
 }
 
 // Adds the counts and sums of an expert's tiles to the state, in a fixed order.
-__device__ void add_totals(const Update& u, const Tile* tiles, int number, int expert) {
+__device__ void add_totals(const Update& u, const Totals* tiles, int number, int expert) {
   __shared__ double warp_totals[kWarps][16];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   double totals[16] = {};  // the counts too: float64 holds them exactly
@@ -234,21 +395,15 @@ __device__ void add_totals(const Update& u, const Tile* tiles, int number, int e
   }
 }
 
-// A list of kept records while rows enter it: slots [0, kept) are the list in order, then come rows that wait, of which
-// only the value and the row are known yet.
+// A list of kept records while rows enter it: slots [0, kept) are the list in order, then come rows that wait.
 struct List {
   Entry entries[kMaxKept + kPending], merged[kMaxKept];
   int waiting;
-  int tiles[kThreads], tiles_number;
+  int tiles[kThreads], ends[kThreads];  // tiles that offer rows, and the number of rows up to and with each
 };
 
-__device__ void merge_waiting(const Update& u, int which, List& list) {
-  const int kept = u.kept[which], number = kept + list.waiting;
-  for (int i = kept + threadIdx.x; i < number; i += kThreads) {
-    const Entry& entry = list.entries[i];
-    list.entries[i] = entry_of_row(u, which, entry.origin, int(entry.key >> 32));
-  }
-  __syncthreads();
+__device__ void merge_waiting(List& list, int kept) {
+  const int number = kept + list.waiting;
   for (int i = threadIdx.x; i < number; i += kThreads) {
     const Entry entry = list.entries[i];
     int rank = 0;
@@ -263,35 +418,52 @@ __device__ void merge_waiting(const Update& u, int which, List& list) {
 
 // Writes the list back: records that moved, and new ones.
 __device__ void write_records(const Update& u, const List& list, int which, int64_t* records) {
+  __shared__ int in_values[kMaxKept], in_places[kMaxKept];
   const int kept = u.kept[which];
+  for (int slot = threadIdx.x / 32; slot < kept; slot += kWarps) {
+    const Entry& entry = list.entries[slot];
+    if (entry.origin < 0) continue;
+    Part in{int(entry.key >> 32), 0};
+    int place = entry.place;
+    if (which != kInMax) {
+      in = largest_part_by_warp(u.rows, entry.origin, u.slots);
+      place = find_in_h(u.rows, entry.origin, in);
+    }
+    if (threadIdx.x % 32 == 0) in_values[slot] = in.value, in_places[slot] = place;
+  }
   int64_t record[kColumns];
   if (threadIdx.x < kept) {
     const Entry& entry = list.entries[threadIdx.x];
     if (entry.origin < 0) {
+#pragma unroll
       for (int i = 0; i < kColumns; ++i) record[i] = records[(entry.origin + kept) * kColumns + i];
     } else {
-      const int row = entry.origin, slot = int(u.order[row]);
+      const int slot = int(u.order[entry.origin]);
       record[kValue] = entry.key >> 32;
-      record[kSign] = peaks(u, which)[row] < 0;
-      record[kChannel] = entry.channel;
+      record[kSign] = entry.key >> 32 != 0 && entry.place & 1;
+      record[kChannel] = entry.place >> 1;
       record[kSource] = u.source;
       record[kSequence] = entry.sequence;
       record[kPosition] = entry.position;
       record[kToken] = u.token[slot / u.top_k];
-      record[kGate] = float_bits(load_gate(u.gates, u.gates_type, slot));
-      record[kInValue] = float_bits(u.stats.in_peak[row]);
-      record[kInChannel] = u.stats.in_channel[row];
+      record[kGate] = float_bits(gate_of(u, slot));
     }
   }
   __syncthreads();  // all old records are read before any new one is written
   if (threadIdx.x < kept) {
+    if (list.entries[threadIdx.x].origin >= 0) {
+      record[kInValue] = int64_t(in_values[threadIdx.x]) | int64_t(in_places[threadIdx.x] & 1) << 31;
+      record[kInChannel] = in_places[threadIdx.x] >> 1;
+    }
+#pragma unroll
     for (int i = 0; i < kColumns; ++i) records[threadIdx.x * kColumns + i] = record[i];
   }
 }
 
-// Lets the rows of an expert enter one of its lists. head: the largest of the thread's share of the tiles' heads.
-__device__ void enter_rows(const Update& u, const Scratch& scratch, int first_tile, int number, int end, int which,
-                           int head, int64_t* records) {
+// Lets the rows that an expert's tiles found enter one of its lists. head: the largest of the thread's share of the
+// tiles' heads.
+__device__ void enter_rows(const Update& u, const Scratch& scratch, int first_tile, int number, int which, int head,
+                           int64_t* records) {
   __shared__ List list;
   const int kept = u.kept[which];
   if (threadIdx.x < kept) {
@@ -300,94 +472,87 @@ __device__ void enter_rows(const Update& u, const Scratch& scratch, int first_ti
   if (threadIdx.x == 0) list.waiting = 0;
   // As many rows as the list keeps reach the kept-th largest head: what is below it cannot stay.
   int bound = 0;
-  if (__syncthreads_count(head >= 0) >= kept) {
+  if (kept == 1) {
+    bound = largest(head);
+  } else if (__syncthreads_count(head >= 0) >= kept) {
     for (int bit = 30; bit >= 0; --bit) {
       const int higher = bound | 1 << bit;
       if (__syncthreads_count(head >= higher) >= kept) bound = higher;
     }
   }
-  const int rows = u.schedule.rows;
   for (int start = 0; start < number; start += kThreads) {
-    if (threadIdx.x == 0) list.tiles_number = 0;
-    __syncthreads();
-    const int tile = first_tile + start + threadIdx.x;
+    const int64_t tile = int64_t(which) * u.max_tiles + first_tile + start + threadIdx.x;
     const int least = max(bound, int(list.entries[kept - 1].key >> 32));
-    if (start + int(threadIdx.x) < number && scratch.tiles[tile].heads[which] >= least) {
-      list.tiles[atomicAdd(&list.tiles_number, 1)] = tile;  // entries have an order of their own
+    int offered = 0;
+    if (start + int(threadIdx.x) < number) {
+      const Found found = scratch.found[tile];
+      if (found.head >= least) offered = found.number;
+    }
+    const Place rows = place(offered);
+    const Place tiles = place(offered > 0);
+    if (offered > 0) {
+      list.tiles[tiles.before] = first_tile + start + threadIdx.x;
+      list.ends[tiles.before] = rows.before + offered;
     }
     __syncthreads();
-    const int found = list.tiles_number * rows;
-    const auto row_of = [&](int i) { return u.schedule.tiles[2 * list.tiles[i / rows] + 1] + i % rows; };
-    for (int some = threadIdx.x; some - int(threadIdx.x) < found; some += kAtOnce * kThreads) {
-      int values[kAtOnce];
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        const int i = some + n * kThreads, row = i < found ? row_of(i) : end;
-        values[n] = row < end && belongs(which, scratch.flags[row]) ? value_bits(peaks(u, which)[row]) : -1;
-      }
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        if (values[n] >= bound && values[n] >= int(list.entries[kept - 1].key >> 32)) {
-          const int64_t key = int64_t(values[n]) << 32;
-          list.entries[kept + atomicAdd(&list.waiting, 1)] = {key, 0, 0, 0, row_of(some + n * kThreads)};
+    for (int some = 0; some < rows.total; some += kThreads) {
+      const int i = some + threadIdx.x;
+      if (i < rows.total) {
+        int low = 0, high = tiles.total - 1;  // the first tile that ends after i
+        while (low < high) {
+          const int middle = (low + high) / 2;
+          if (list.ends[middle] > i)
+            high = middle;
+          else
+            low = middle + 1;
         }
-        __syncthreads();
-        const bool full = list.waiting > kPending - kThreads;
-        __syncthreads();
-        if (full) merge_waiting(u, which, list);
+        const int64_t at = int64_t(which) * u.max_tiles + list.tiles[low];
+        const Entry offer = scratch.offers[at * kThreads + i - (low == 0 ? 0 : list.ends[low - 1])];
+        if (int(offer.key >> 32) >= bound && precedes(offer, list.entries[kept - 1])) {
+          list.entries[kept + atomicAdd(&list.waiting, 1)] = offer;
+        }
       }
+      __syncthreads();
+      const bool full = list.waiting > kPending - kThreads;
+      __syncthreads();
+      if (full) merge_waiting(list, kept);
     }
   }
-  if (list.waiting > 0) merge_waiting(u, which, list);
+  if (list.waiting > 0) merge_waiting(list, kept);
   write_records(u, list, which, records);
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) update_kernel(const Update u) {
+__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Update u) {
   const Scratch scratch(u);
-  const int number = *u.schedule.count;
-  for (int tile = blockIdx.x; tile < number; tile += gridDim.x) reduce_tile(u, scratch, tile);
-  cooperative_groups::this_grid().sync();
+  const int index = blockIdx.x, list = blockIdx.y;
+  if (index >= *u.schedule.count) return;
+  const int2 tile = reinterpret_cast<const int2*>(u.schedule.tiles)[index];
+  const int expert = tile.x, begin = int(u.offsets[expert]), end = int(u.offsets[expert + 1]);
+  const int first_tile = index - (tile.y - begin) / u.schedule.rows;
+  const int tiles = (end - begin + u.schedule.rows - 1) / u.schedule.rows;
+  reduce_tile(u, scratch, index, list, expert, tile.y, end);
+  if (!is_last(u.schedule.arrived + expert * kLists + list, tiles)) return;
 
-  for (int item = blockIdx.x; item < u.experts * kLists; item += gridDim.x) {
-    const int expert = item / kLists, which = item % kLists;
-    const int begin = int(u.offsets[expert]), end = int(u.offsets[expert + 1]);
-    if (begin == end) continue;
-    const int first_tile = scratch.first_tile[expert], tiles = (end - begin + u.schedule.rows - 1) / u.schedule.rows;
-    if (which == 0) add_totals(u, scratch.tiles + first_tile, tiles, expert);
-    int head = -1;
-    for (int i = threadIdx.x; i < tiles; i += kThreads) head = max(head, scratch.tiles[first_tile + i].heads[which]);
-    if (__syncthreads_or(head >= 0)) {
-      enter_rows(u, scratch, first_tile, tiles, end, which, head,
-                 u.records[which] + int64_t(expert) * u.kept[which] * kColumns);
-    }
-    __syncthreads();
+  if (list == kOutliers) add_totals(u, scratch.totals + first_tile, tiles, expert);
+  int head = -1;
+  for (int i = threadIdx.x; i < tiles; i += kThreads) {
+    head = max(head, scratch.found[int64_t(list) * u.max_tiles + first_tile + i].head);
   }
-}
-
-// Blocks of update_kernel that run at once: all of them must, to wait for each other.
-int resident_blocks(int processors) {
-  static const int of_processor = [] {
-    int blocks = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, update_kernel, kThreads, 0),
-          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    return blocks;
-  }();
-  return of_processor * processors;
+  if (__syncthreads_or(head >= 0)) {
+    enter_rows(u, scratch, first_tile, tiles, list, head,
+               u.records[list] + int64_t(expert) * u.kept[list] * kColumns);
+  }
 }
 
 }  // namespace
 
-int64_t update_scratch(int slots, int experts, int max_tiles) {
-  return int64_t(max_tiles) * sizeof(Tile) + int64_t(experts) * sizeof(int) + slots;
+int64_t update_scratch(int max_tiles) {
+  return max_tiles * int64_t(sizeof(Totals) + kLists * (sizeof(Found) + kThreads * sizeof(Entry)));
 }
 
-void update(const Update& arguments, cudaStream_t stream) {
-  Update update = arguments;
-  const int wanted = std::max(update.max_tiles, update.experts * kLists);
-  const int blocks = std::min(wanted, resident_blocks(update.processors));
-  void* parameters[] = {&update};
-  check(cudaLaunchCooperativeKernel(update_kernel, dim3(blocks), dim3(kThreads), parameters, 0, stream),
-        "launch of update");
+void update(const Update& update, cudaStream_t stream) {
+  update_kernel<<<dim3(update.max_tiles, kLists), kThreads, 0, stream>>>(update);
+  check(cudaGetLastError(), "launch of update");
 }
 
 }  // namespace sedetect::cuda

@@ -20,7 +20,10 @@ class Schedule:
     rows   sorted rows of a tile; a tile belongs to one expert
     tiles  (max_tiles, 2) int32: expert and first sorted row of each tile, in the order of the experts
     count  (1,) int32: how many tiles there are
-    arrived  (E, 3) int32, only from the cuda backend: zeros, counters of its update, which leaves them so
+    arrived  None, but of the cuda backend (E, 3) int32: zeros, counters of its update, which leaves them so
+
+    Of the cuda backend, tiles is (max_tiles, 4): also the end of the expert's rows and the number of the tile among the
+    expert's; the expert of a tile that is not in use is -1.
 
     Example: that of Plan with 2 rows to a tile
         row      [2, 0, 3, 5, 1, 4]
@@ -35,9 +38,9 @@ class Schedule:
     arrived: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, slots: int, experts: int, device: torch.device, rows: int | None = None) -> "Schedule":
-        """Uninitialised, for a kernel to fill. rows: None for the Triton GEMMs' choice."""
-        rows = tiles.tile_rows(slots, experts) if rows is None else rows
+    def empty(cls, slots: int, experts: int, device: torch.device) -> "Schedule":
+        """Uninitialised, for a kernel to fill."""
+        rows = tiles.tile_rows(slots, experts)
         most = tiles.max_tiles(slots, experts, rows)
         row, table, count = (torch.empty(n, dtype=torch.int32, device=device) for n in (slots, 2 * most, 1))
         return cls(row, rows, table.view(most, 2), count)

@@ -7,7 +7,6 @@ is one call of it, because at small T the host is what takes the time.
 
 import importlib.util
 import math
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -103,14 +102,13 @@ class CudaBackend(TritonBackend):
         with on(device):
             plan, gates = self._scheduled(plan), _gates(gates)
             schedule, records = plan.schedule, (state.outliers, state.first_outliers, state.in_max)
-            most = len(schedule.tiles)
-            scratch = torch.empty(_cuda.update_scratch(most), dtype=torch.uint8, device=device)
+            scratch = torch.empty(_cuda.update_scratch(len(schedule.tiles)), dtype=torch.uint8, device=device)
             _cuda.update(
-                _row_parts(found), plan.order.data_ptr(), plan.offsets.data_ptr(), _addresses(schedule),
+                _row_parts(found), plan.order.data_ptr(), _addresses(schedule),
                 gates.data_ptr(), _TYPES[gates.dtype], [t.data_ptr() for t in rows.tensors()],
                 state.counts.data_ptr(), state.sums.data_ptr(),
                 [t.data_ptr() for t in records], [t.shape[1] for t in records],
-                scratch.data_ptr(), slots, plan.top_k, most, rows.source, _stream(device),
+                scratch.data_ptr(), slots, plan.top_k, rows.source, _stream(device),
             )  # fmt: skip
 
     def _scheduled(self, plan: Plan) -> Plan:
@@ -137,7 +135,7 @@ class CudaBackend(TritonBackend):
         if slots:
             schedule = plan.schedule
             _cuda.gate_up(
-                x.data_ptr(), weight.data_ptr(), plan.order.data_ptr(), plan.offsets.data_ptr(),
+                x.data_ptr(), weight.data_ptr(), plan.order.data_ptr(),
                 schedule.tiles.data_ptr(), schedule.count.data_ptr(), h.data_ptr(), found.data_ptr() if parts else 0,
                 _gate(gate), _TYPES[x.dtype], slots, plan.top_k, experts, hidden, width,
                 tiles.limits(x.device).processors, _stream(x.device),
@@ -151,7 +149,7 @@ class CudaBackend(TritonBackend):
         y = h.new_empty(slots, hidden)
         if slots:
             _cuda.down(
-                h.data_ptr(), weight.data_ptr(), plan.offsets.data_ptr(), schedule.tiles.data_ptr(),
+                h.data_ptr(), weight.data_ptr(), schedule.tiles.data_ptr(),
                 schedule.count.data_ptr(), y.data_ptr(), _TYPES[h.dtype], slots, experts, hidden, width,
                 tiles.limits(h.device).processors, _stream(h.device),
             )  # fmt: skip
@@ -212,13 +210,15 @@ def _gates(gates: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_schedule(slots: int, experts: int, device: torch.device) -> Schedule:
-    schedule = Schedule.empty(slots, experts, device, _cuda.TILE_ROWS)
-    return replace(schedule, arrived=torch.empty(experts, 3, dtype=torch.int32, device=device))
+    most = tiles.max_tiles(slots, experts, _cuda.TILE_ROWS)
+    sizes = ((slots,), (most, 4), (1,), (experts, 3))
+    row, table, count, arrived = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
+    return Schedule(row, _cuda.TILE_ROWS, table, count, arrived)
 
 
-def _addresses(schedule: Schedule) -> tuple[int, int, int, int, int]:
+def _addresses(schedule: Schedule) -> tuple[int, ...]:
     tensors = (schedule.row, schedule.tiles, schedule.count, schedule.arrived)
-    return *(t.data_ptr() for t in tensors), schedule.rows
+    return *(t.data_ptr() for t in tensors), schedule.rows, len(schedule.tiles)
 
 
 def _row_parts(found: RowParts) -> tuple[list[int], list[int]]:

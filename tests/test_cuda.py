@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import interpreter  # noqa: F401  before triton
 import pytest
@@ -115,16 +116,18 @@ def test_plan(backend, slots, experts, skew, dtype):
     mine, reference = backend.plan(index.to(DEVICE), experts), plan_torch(index, experts)
     again = backend._scheduled(Plan(mine.order, mine.offsets, 1))
     expected = [
-        [e, first]
-        for e in range(experts)
-        for first in range(int(reference.offsets[e]), int(reference.offsets[e + 1]), 128)
+        [e, first, end, number]
+        for e, (start, end) in enumerate(pairwise(reference.offsets.tolist()))
+        for number, first in enumerate(range(start, end, 128))
     ]
     row = torch.empty(slots, dtype=torch.int64).scatter_(0, reference.order, torch.arange(slots))
     for plan in (mine, again):
         assert torch.equal(plan.order.cpu(), reference.order) and torch.equal(plan.offsets.cpu(), reference.offsets)
         assert torch.equal(plan.schedule.row.cpu().long(), row)
         assert plan.schedule.rows == 128
-        assert plan.schedule.tiles[: int(plan.schedule.count)].tolist() == expected
+        count = int(plan.schedule.count)
+        assert plan.schedule.tiles[:count].tolist() == expected and (plan.schedule.tiles[count:, 0] == -1).all()
+        assert (plan.schedule.arrived == 0).all()
 
 
 @ON_HOPPER

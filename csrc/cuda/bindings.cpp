@@ -26,16 +26,27 @@ using RowsArguments = std::tuple<std::array<Address, 6>, std::array<int, 7>>;
 
 RowParts rows_of(const RowsArguments& rows) {
   const auto& [a, n] = rows;
-  return {at<float>(a[0]), at<int32_t>(a[1]), at<float>(a[2]), at<float>(a[3]), at<void>(a[4]), at<void>(a[5]),
-          Type(n[0]),      Type(n[1]),        n[2],            n[3],            n[4],           n[5],           n[6]};
+  return {at<float>(a[0]),
+          at<int32_t>(a[1]),
+          at<float>(a[2]),
+          at<float>(a[3]),
+          at<void>(a[4]),
+          at<void>(a[5]),
+          Type(n[0]),
+          Type(n[1]),
+          n[2],
+          n[3],
+          n[4],
+          n[5],
+          n[6]};
 }
 
-// (row, tiles, count, arrived, rows)
-using ScheduleArguments = std::tuple<Address, Address, Address, Address, int>;
+// (row, tiles, count, arrived, rows, max_tiles)
+using ScheduleArguments = std::tuple<Address, Address, Address, Address, int, int>;
 
 Schedule schedule_of(const ScheduleArguments& schedule) {
-  const auto [row, tiles, count, arrived, rows] = schedule;
-  return {at<int32_t>(row), at<int32_t>(tiles), at<int32_t>(count), at<int32_t>(arrived), rows};
+  const auto [row, tiles, count, arrived, rows, max_tiles] = schedule;
+  return {at<int32_t>(row), at<int4>(tiles), at<int32_t>(count), at<int32_t>(arrived), rows, max_tiles};
 }
 
 // (activation, gated, limit, slope, shift)
@@ -67,30 +78,28 @@ PYBIND11_MODULE(_cuda, m) {
           schedule(at<int64_t>(order), at<int64_t>(offsets), slots, experts, schedule_of(result), stream_of(stream));
         });
 
-  m.def("gate_up", [](Address x, Address weight, Address order, Address offsets, Address tiles, Address count,
-                      Address h, Address parts, const GateArguments& gate, int type, int slots, int top_k, int experts,
-                      int hidden, int width, int processors, Address stream) {
-    grouped_gemm_gate_up({at<void>(x), at<void>(weight), at<int64_t>(order), at<int64_t>(offsets), at<int32_t>(tiles),
-                          at<int32_t>(count), at<void>(h), at<float>(parts), gate_of(gate), Type(type), slots, top_k,
-                          experts, hidden, width, processors},
-                         stream_of(stream));
+  m.def("gate_up", [](Address x, Address weight, Address order, Address tiles, Address count, Address h, Address parts,
+                      const GateArguments& gate, int type, int slots, int top_k, int experts, int hidden, int width,
+                      int processors, Address stream) {
+    grouped_gemm_gate_up(
+        {at<void>(x), at<void>(weight), at<int64_t>(order), at<int4>(tiles), at<int32_t>(count), at<void>(h),
+         at<float>(parts), gate_of(gate), Type(type), slots, top_k, experts, hidden, width, processors},
+        stream_of(stream));
   });
 
-  m.def("down", [](Address h, Address weight, Address offsets, Address tiles, Address count, Address y, int type,
-                   int slots, int experts, int hidden, int width, int processors, Address stream) {
-    grouped_gemm_down({at<void>(h), at<void>(weight), at<int64_t>(offsets), at<int32_t>(tiles), at<int32_t>(count),
-                       at<void>(y), Type(type), slots, experts, hidden, width, processors},
+  m.def("down", [](Address h, Address weight, Address tiles, Address count, Address y, int type, int slots, int experts,
+                   int hidden, int width, int processors, Address stream) {
+    grouped_gemm_down({at<void>(h), at<void>(weight), at<int4>(tiles), at<int32_t>(count), at<void>(y), Type(type),
+                       slots, experts, hidden, width, processors},
                       stream_of(stream));
   });
 
   m.def("update",
-        [](const RowsArguments& found, Address order, Address offsets, const ScheduleArguments& schedule,
-           Address gates, int gates_type, const std::array<Address, 5>& rows, Address counts, Address sums,
-           const std::array<Address, 3>& records, const std::array<int, 3>& kept, Address scratch, int slots, int top_k,
-           int max_tiles, int source, Address stream) {
+        [](const RowsArguments& found, Address order, const ScheduleArguments& schedule, Address gates, int gates_type,
+           const std::array<Address, 5>& rows, Address counts, Address sums, const std::array<Address, 3>& records,
+           const std::array<int, 3>& kept, Address scratch, int slots, int top_k, int source, Address stream) {
           update({rows_of(found),
                   at<int64_t>(order),
-                  at<int64_t>(offsets),
                   schedule_of(schedule),
                   at<void>(gates),
                   Type(gates_type),
@@ -106,7 +115,6 @@ PYBIND11_MODULE(_cuda, m) {
                   at<void>(scratch),
                   slots,
                   top_k,
-                  max_tiles,
                   source},
                  stream_of(stream));
         });

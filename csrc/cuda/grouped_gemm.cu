@@ -28,8 +28,9 @@ constexpr int kThreads = 3 * 128;
 constexpr int kSharedBytes = 1024 + kMaxStages * (kBytesA + kBytesB);
 
 struct Arguments {
-  const int64_t *order, *offsets;
-  const int32_t *tiles, *count;
+  const int64_t* order;
+  const int4* tiles;
+  const int32_t* count;
   const void* x;  // rows of gate_up, by token
   void* out;      // (S, width)
   float* parts;
@@ -48,8 +49,8 @@ struct Tile {
     const int group = index / (kGroup * column_tiles) * kGroup;
     const int size = min(row_tiles - group, kGroup);
     const int within = index % (kGroup * column_tiles);
-    const int2 tile = __ldg(reinterpret_cast<const int2*>(arguments.tiles) + group + within % size);
-    return {tile.x, tile.y, static_cast<int>(__ldg(arguments.offsets + tile.x + 1)), within / size * kBlock};
+    const TileOf tile(__ldg(arguments.tiles + group + within % size));
+    return {tile.expert, tile.first, tile.end, within / size * kBlock};
   }
 };
 
@@ -439,8 +440,19 @@ int stages_for(int columns, int inner) { return int64_t{2} * columns * inner > (
 
 void grouped_gemm_gate_up(const GateUp& a, cudaStream_t stream) {
   const int columns = a.gate.gated ? 2 * a.width : a.width;
-  const Arguments arguments{a.order, a.offsets, a.tiles,  a.count, a.x,     a.h,     a.parts,
-                            a.gate,  columns,   a.hidden, a.width, a.slots, a.top_k, stages_for(columns, a.hidden)};
+  const Arguments arguments{a.order,
+                            a.tiles,
+                            a.count,
+                            a.x,
+                            a.h,
+                            a.parts,
+                            a.gate,
+                            columns,
+                            a.hidden,
+                            a.width,
+                            a.slots,
+                            a.top_k,
+                            stages_for(columns, a.hidden)};
   // A gated tile holds the same channels of gate and up.
   const int box = a.gate.gated ? kColumns / 2 : kColumns;
   const CUtensorMap weights = tensor_map(a.weight, static_cast<int64_t>(a.experts) * columns, a.hidden, box, a.type);
@@ -452,8 +464,19 @@ void grouped_gemm_gate_up(const GateUp& a, cudaStream_t stream) {
 }
 
 void grouped_gemm_down(const Down& a, cudaStream_t stream) {
-  const Arguments arguments{nullptr, a.offsets, a.tiles, a.count,  nullptr, a.y, nullptr,
-                            {},      a.hidden,  a.width, a.hidden, a.slots, 1,   stages_for(a.hidden, a.width)};
+  const Arguments arguments{nullptr,
+                            a.tiles,
+                            a.count,
+                            nullptr,
+                            a.y,
+                            nullptr,
+                            {},
+                            a.hidden,
+                            a.width,
+                            a.hidden,
+                            a.slots,
+                            1,
+                            stages_for(a.hidden, a.width)};
   const CUtensorMap rows = tensor_map(a.h, a.slots, a.width, kTileRows, a.type);
   const CUtensorMap weights =
       tensor_map(a.weight, static_cast<int64_t>(a.experts) * a.hidden, a.width, kColumns, a.type);

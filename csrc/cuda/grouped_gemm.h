@@ -22,11 +22,11 @@ struct Gate {
 
 // h[r] = gate(W[e(r)] @ x[order[r] / k]), z = W x rounded to type as in the model, then the gate in float32.
 struct GateUp {
-  const void* x;           // (tokens, hidden)
-  const void* weight;      // (E, 2 * width, hidden); (E, width, hidden) if not gated
-  const int64_t* order;    // (S,)
-  const int64_t* offsets;  // (E + 1,)
-  const int32_t *tiles, *count;
+  const void* x;         // (tokens, hidden)
+  const void* weight;    // (E, 2 * width, hidden); (E, width, hidden) if not gated
+  const int64_t* order;  // (S,)
+  const int4* tiles;     // Schedule's
+  const int32_t* count;
   void* h;  // (S, width) - output
   // (column_tiles(width, gated), S) - output, or null: the largest |h| that a column tile holds of a row, NaN if it
   // holds one.
@@ -38,10 +38,10 @@ struct GateUp {
 
 // y[r] = W[e(r)] @ h[r].
 struct Down {
-  const void* h;           // (S, width)
-  const void* weight;      // (E, hidden, width)
-  const int64_t* offsets;  // (E + 1,)
-  const int32_t *tiles, *count;
+  const void* h;       // (S, width)
+  const void* weight;  // (E, hidden, width)
+  const int4* tiles;   // Schedule's
+  const int32_t* count;
   void* y;  // (S, hidden) - output
   Type type;
   int slots, experts, hidden, width, processors;

@@ -85,7 +85,11 @@ __device__ void scan_bins(const Bins& bins, int rows) {
 
 __device__ void write_schedule(const Bins& bins, const Schedule& schedule) {
   const int total = bins.tile_end[bins.count - 1];
-  for (int tile = blockIdx.x * kThreads + threadIdx.x; tile < total; tile += gridDim.x * kThreads) {
+  for (int tile = blockIdx.x * kThreads + threadIdx.x; tile < schedule.max_tiles; tile += gridDim.x * kThreads) {
+    if (tile >= total) {
+      schedule.tiles[tile] = {-1, 0, 0, 0};
+      continue;
+    }
     int low = 0, high = bins.count - 1;  // the first bin whose tiles end after this one
     while (low < high) {
       const int middle = (low + high) / 2;
@@ -94,9 +98,8 @@ __device__ void write_schedule(const Bins& bins, const Schedule& schedule) {
       else
         low = middle + 1;
     }
-    const int before = low == 0 ? 0 : bins.tile_end[low - 1];
-    const int2 value{low, bins.first[low] + (tile - before) * schedule.rows};
-    reinterpret_cast<int2*>(schedule.tiles)[tile] = value;
+    const int number = tile - (low == 0 ? 0 : bins.tile_end[low - 1]), first = bins.first[low];
+    schedule.tiles[tile] = {low, first + number * schedule.rows, first + bins.total[low], number};
   }
   if (blockIdx.x == 0) {
     if (threadIdx.x == 0) *schedule.count = total;

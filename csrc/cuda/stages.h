@@ -18,10 +18,19 @@ enum KeptList { kOutliers, kFirstOutliers, kInMax, kLists };
 // kernels/plan.py's Plan and Schedule.
 struct Schedule {
   int32_t* row;      // (S,): sorted row of each slot
-  int32_t* tiles;    // (max_tiles, 2): expert and first sorted row
-  int32_t* count;    // (1,)
+  int4* tiles;       // (max_tiles,)
+  int32_t* count;    // (1,): tiles that are in use
   int32_t* arrived;  // (E, kLists): zeros, which update leaves as zeros
   int rows;          // sorted rows of a tile
+  int max_tiles;
+};
+
+// What a tile holds: the expert, its first sorted row, the end of the expert's rows, and which of the expert's tiles it
+// is. The expert of a tile that is not in use is -1.
+struct TileOf {
+  int expert, first, end, number;
+
+  __device__ explicit TileOf(const int4& tile) : expert(tile.x), first(tile.y), end(tile.z), number(tile.w) {}
 };
 
 struct Plan {
@@ -59,7 +68,7 @@ struct RowParts {
 // Merge the row statistics of one call into the tables of a BankStats, in place: kernels/update.py.
 struct Update {
   RowParts rows;
-  const int64_t *order, *offsets;
+  const int64_t* order;
   Schedule schedule;
   const void* gates;  // (T, k) of gates_type
   Type gates_type;
@@ -70,7 +79,7 @@ struct Update {
   int64_t* records[kLists];                    // (E, kept, 10)
   int kept[kLists];
   void* scratch;  // update_scratch bytes
-  int slots, top_k, max_tiles, source;
+  int slots, top_k, source;
 };
 
 int64_t update_scratch(int max_tiles);

@@ -1,9 +1,9 @@
 // Update: the row statistics of one experts call, merged into the bank's tables in one launch.
 //
 // A block for every tile of rows of one expert and every list of kept records finds the rows of the tile that stand
-// before the last record kept; those of the first list also add up counts and float64 sums. Whichever block of an expert
-// and list is the last to be done goes on: it adds up the expert's tiles in their order and merges the rows that were
-// found. In a settled state there are none.
+// before the last record kept; those of one list also add up counts and float64 sums. Whichever block of an
+// expert and list is the last to be done goes on: it adds up the expert's tiles in their order and merges the rows that
+// were found. In a settled state there are none.
 //
 // Where in a row its largest element stands is looked up only for those rows, by a warp for each, and only rows whose
 // largest says so are read for what they have to count.
@@ -18,6 +18,8 @@
 namespace sedetect::cuda {
 namespace {
 
+// The code is kept small (loops that are not unrolled, functions that are not inlined): in a model it has left the
+// caches whenever it is called, and fetching it was most of the time that it took.
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
 // Must agree with kernels/records.py.
@@ -45,25 +47,6 @@ __device__ auto with_type(const void* values, Type type, const Work& work) {
   }
 }
 
-// Reduces K values of every lane over the warp with K + 1 or so shuffles instead of 5 K: a lane gives away half of what
-// it still has at every step. Returns the result of value lane / (32 / K).
-template <int K, typename V, typename Join>
-__device__ V reduce_warp(V (&values)[K], int lane, const Join& join) {
-  int offset = 16;
-#pragma unroll
-  for (int half = K / 2; half >= 1; half /= 2) {
-    const bool upper = lane & offset;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const V given = upper ? values[i] : values[i + half], kept = upper ? values[i + half] : values[i];
-      values[i] = join(kept, __shfl_xor_sync(kAll, given, offset));
-    }
-    offset /= 2;
-  }
-  for (; offset >= 1; offset /= 2) values[0] = join(values[0], __shfl_xor_sync(kAll, values[0], offset));
-  return values[0];
-}
-
 constexpr int kThreads = 128;  // and the most rows of a tile
 constexpr int kWarps = kThreads / 32;
 constexpr int kPending = 256;  // rows that wait to be merged into a list
@@ -72,10 +55,11 @@ constexpr int64_t kLastSource = 0x7FFFFFFF;
 // Columns of a record; must agree with RECORD in kernels/records.py.
 enum Column { kValue, kSign, kChannel, kSource, kSequence, kPosition, kToken, kGate, kInValue, kInChannel, kColumns };
 
-// What the tiles of all experts leave for the last block.
+// Sums and counts of a tile's rows, as BankStats has them; float64 holds the counts exactly.
+constexpr int kTotals = 10;
+constexpr int kAddsUp = kFirstOutliers;  // whose blocks add them up: they have the fewest rows to enter
 struct Totals {
-  double sums[5];
-  int counts[5];
+  double values[kTotals];
 };
 
 // Rows of a tile that enter a list. head: the largest of their values, -1 if there are none.
@@ -106,8 +90,8 @@ struct Scratch {
 
   __device__ explicit Scratch(const Update& u)
       : totals(static_cast<Totals*>(u.scratch)),
-        found(reinterpret_cast<Found*>(totals + u.max_tiles)),
-        offers(reinterpret_cast<Entry*>(found + kLists * u.max_tiles)) {}
+        found(reinterpret_cast<Found*>(totals + u.schedule.max_tiles)),
+        offers(reinterpret_cast<Entry*>(found + kLists * u.schedule.max_tiles)) {}
 };
 
 // Bits of |x|; every NaN becomes kNanBits.
@@ -132,6 +116,7 @@ struct Part {
 __device__ Part largest_part(const RowParts& r, int row, int slots) {
   constexpr int kAtOnce = 8;  // loads that wait together
   Part best{-1, 0};
+#pragma unroll 1
   for (int start = 0; start < r.in_parts_number; start += kAtOnce) {
     int values[kAtOnce];
 #pragma unroll
@@ -149,6 +134,7 @@ __device__ Part largest_part(const RowParts& r, int row, int slots) {
 // The same by a warp.
 __device__ Part largest_part_by_warp(const RowParts& r, int row, int slots) {
   Part best{-1, 0};
+#pragma unroll 1
   for (int part = threadIdx.x % 32; part < r.in_parts_number; part += 32) {
     const int value = value_bits(r.in_parts[int64_t(part) * slots + row]);
     if (value > best.value) best = {value, part};
@@ -157,10 +143,10 @@ __device__ Part largest_part_by_warp(const RowParts& r, int row, int slots) {
   return {value, int(__reduce_min_sync(kAll, best.value == value ? unsigned(best.part) : ~0u))};
 }
 
-// Place (channel << 1 | sign bit, that of a NaN 0) of the first element of this size in a part of a row, by a warp. There
-// is one.
+// Place (channel << 1 | sign bit, that of a NaN 0) of the first element of this size in a part of a row, by a warp.
+// There is one.
 template <typename T>
-__device__ int find_by_warp(const T* x, int columns, Part part, int width) {
+__device__ __noinline__ int find_by_warp(const T* x, int columns, Part part, int width) {
   constexpr int kOfLane = 4;
   const int end = min((part.part + 1) * width, columns);
   for (int start = part.part * width; start < end; start += 32 * kOfLane) {
@@ -183,9 +169,8 @@ __device__ int find_by_warp(const T* x, int columns, Part part, int width) {
 }
 
 __device__ int find_in_y(const RowParts& r, int row, Part part) {
-  return with_type(r.y, r.y_type, [&](const auto* y) {
-    return find_by_warp(y + int64_t(row) * r.hidden, r.hidden, part, r.y_width);
-  });
+  return with_type(r.y, r.y_type,
+                   [&](const auto* y) { return find_by_warp(y + int64_t(row) * r.hidden, r.hidden, part, r.y_width); });
 }
 
 __device__ int find_in_h(const RowParts& r, int row, Part part) {
@@ -199,13 +184,13 @@ __device__ Entry entry_of_record(const int64_t* record, int origin) {
           int(record[kChannel]) << 1, origin};
 }
 
-// Where a row stands in the block's order of those that have something: the sum of `number` over the threads before, and
-// over all. Needs all threads.
+// Where a row stands in the block's order of those that have something: the sum of `number` over the threads before,
+// and over all. Needs all threads.
 struct Place {
   int before, total;
 };
 
-__device__ Place place(int number) {
+__device__ __noinline__ Place place(int number) {
   __shared__ int of_warp[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int sum = number;
@@ -226,7 +211,7 @@ __device__ Place place(int number) {
 
 // The number of NaN and Inf, of finite elements beyond float16, and of those beyond float8 of a row, by a warp.
 template <typename T>
-__device__ void count_by_warp(const T* x, int columns, int (&counts)[3]) {
+__device__ __noinline__ void count_by_warp(const T* x, int columns, int (&counts)[3]) {
   constexpr int kAtOnce = 16;  // loads that wait together
   int found[3] = {};
   for (int start = threadIdx.x % 32; start < columns; start += 32 * kAtOnce) {
@@ -252,10 +237,10 @@ __device__ void count_elements(const RowParts& r, int row, bool wanted, int (&co
   if (at.total == 0) return;
   if (wanted) rows[at.before] = row;
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x / 32; i < at.total; i += kWarps) {
     int of_row[3];
-    with_type(r.y, r.y_type,
-              [&](const auto* y) { count_by_warp(y + int64_t(rows[i]) * r.hidden, r.hidden, of_row); });
+    with_type(r.y, r.y_type, [&](const auto* y) { count_by_warp(y + int64_t(rows[i]) * r.hidden, r.hidden, of_row); });
     if (threadIdx.x % 32 == 0) found[i][0] = of_row[0], found[i][1] = of_row[1], found[i][2] = of_row[2];
   }
   __syncthreads();
@@ -265,7 +250,7 @@ __device__ void count_elements(const RowParts& r, int row, bool wanted, int (&co
 }
 
 // The largest of the threads' values. Needs all threads.
-__device__ int largest(int value) {
+__device__ __noinline__ int largest(int value) {
   __shared__ int of_warp[kWarps];
   value = __reduce_max_sync(kAll, value);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
@@ -275,44 +260,47 @@ __device__ int largest(int value) {
   return value;
 }
 
-// Counts and sums of a tile's rows.
-__device__ void add_rows(const Update& u, Totals& result, bool counted, bool first, float gate, float squares,
+// The sum over a warp, in a fixed order, for all lanes.
+__device__ double sum_of_warp(double value) {
+  for (int offset = 16; offset >= 1; offset /= 2) value += __shfl_xor_sync(kAll, value, offset);
+  return value;
+}
+
+// Sums and counts of a tile's rows. Needs all threads.
+using Summands = double[kTotals][kThreads];
+
+__device__ void add_rows(Summands& of_rows, Totals& result, bool counted, bool first, float gate, float squares,
                          const int (&elements)[3]) {
-  __shared__ double warp_sums[kWarps][8];
-  __shared__ int warp_counts[kWarps][5];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int counts[5] = {counted, first, elements[0], elements[1], elements[2]};
-  double sums[8] = {};
-  if (counted && elements[0] == 0 && isfinite(gate)) {
-    const double norm = __fsqrt_rn(squares);
-    sums[0] = gate, sums[1] = first ? double(gate) : 0., sums[2] = norm, sums[3] = squares, sums[4] = gate * norm;
-  }
+  const bool summed = counted && elements[0] == 0 && isfinite(gate);
+  const double weight = summed ? gate : 0., norm = summed ? __fsqrt_rn(squares) : 0.;
+  const double values[kTotals] = {weight,
+                                  first ? weight : 0.,
+                                  norm,
+                                  summed ? squares : 0.,
+                                  weight * norm,
+                                  double(counted),
+                                  double(first),
+                                  double(elements[0]),
+                                  double(elements[1]),
+                                  double(elements[2])};
 #pragma unroll
-  for (int i = 0; i < 5; ++i) {
-    counts[i] = __reduce_add_sync(kAll, counts[i]);
-    if (lane == 0) warp_counts[warp][i] = counts[i];
-  }
-  const double sum = reduce_warp(sums, lane, [](double a, double b) { return a + b; });
-  if (lane % 4 == 0) warp_sums[warp][lane / 4] = sum;
+  for (int i = 0; i < kTotals; ++i) of_rows[i][threadIdx.x] = values[i];
   __syncthreads();
-  if (threadIdx.x < 5) {
+#pragma unroll 1
+  for (int i = threadIdx.x / 32; i < kTotals; i += kWarps) {
     double sum = 0;
-    int count = 0;
-    for (int i = 0; i < kWarps; ++i) {
-      sum += warp_sums[i][threadIdx.x];
-      count += warp_counts[i][threadIdx.x];
-    }
-    result.sums[threadIdx.x] = sum;
-    result.counts[threadIdx.x] = count;
+    for (int row = threadIdx.x % 32; row < kThreads; row += 32) sum += of_rows[i][row];
+    sum = sum_of_warp(sum);
+    if (threadIdx.x % 32 == 0) result.values[i] = sum;
   }
 }
 
-// A tile of rows of one expert, first_row to end, for one list.
-__device__ void reduce_tile(const Update& u, const Scratch& scratch, int index, int list, int expert, int first_row,
-                            int end) {
-  const int row = first_row + threadIdx.x;
-  const bool inside = threadIdx.x < u.schedule.rows && row < end;
-  const int64_t* record = u.records[list] + (int64_t(expert + 1) * u.kept[list] - 1) * kColumns;
+// A tile of rows of one expert, for one list.
+__device__ void reduce_tile(const Update& u, const Scratch& scratch, Summands& summands, int index, int list,
+                            const TileOf& tile) {
+  const int row = tile.first + threadIdx.x;
+  const bool inside = threadIdx.x < u.schedule.rows && row < tile.end;
+  const int64_t* record = u.records[list] + (int64_t(tile.expert + 1) * u.kept[list] - 1) * kColumns;
   // All that a row needs is read before any of it is looked at, so that no load waits to hear whether the row counts.
   const Entry last = entry_of_record(record, -1);
   float gate = 0, squares = 0;
@@ -322,24 +310,25 @@ __device__ void reduce_tile(const Update& u, const Scratch& scratch, int index, 
   if (inside) {
     const int slot = int(u.order[row]), token = slot / u.top_k;
     part = list == kInMax ? largest_part(u.rows, row, u.slots) : Part{value_bits(u.rows.best[row]), u.rows.part[row]};
-    squares = list == kOutliers ? u.rows.sqnorm[row] : 0;
+    squares = list == kAddsUp ? u.rows.sqnorm[row] : 0;
     gate = gate_of(u, slot);
     counted = u.counted[token], first = u.first[token];
     mine = {int64_t(part.value) << 32 | (kLastSource - u.source), u.sequence[token], u.position[token], 0, row};
   }
   counted = counted && gate != 0;
   first = first && counted;
-  if (list == kOutliers) {
+  if (list == kAddsUp) {
     int elements[3] = {};
     count_elements(u.rows, row, counted && part.value > kFp8MaxBits, elements);
-    add_rows(u, scratch.totals[index], counted, first, gate, squares, elements);
+    add_rows(summands, scratch.totals[index], counted, first, gate, squares, elements);
   }
   const bool taken = list == kOutliers ? counted && !first : list == kFirstOutliers ? first : counted;
-  // Equals are rare, except in experts that give the same everywhere, such as zero: those must not enter every time, and
-  // are looked up only where the channel decides.
+  // Equals are rare, except in experts that give the same everywhere, such as zero: those must not enter every time,
+  // and are looked up only where the channel decides.
   mine.place = last.place;
   const bool same = mine.key == last.key && mine.sequence == last.sequence && mine.position == last.position;
   bool enters = taken && (precedes(mine, last) || same);
+#pragma unroll 1
   for (unsigned left = __ballot_sync(kAll, enters); left != 0; left &= left - 1) {
     const int owner = __ffs(left) - 1, its_row = __shfl_sync(kAll, row, owner);
     const Part its{__shfl_sync(kAll, part.value, owner), __shfl_sync(kAll, part.part, owner)};
@@ -348,7 +337,7 @@ __device__ void reduce_tile(const Update& u, const Scratch& scratch, int index, 
   }
   enters = enters && precedes(mine, last);
   const Place before = place(enters);
-  const int64_t at = int64_t(list) * u.max_tiles + index;
+  const int64_t at = int64_t(list) * u.schedule.max_tiles + index;
   if (enters) scratch.offers[at * kThreads + before.before] = mine;
   const int head = largest(enters ? part.value : -1);
   if (threadIdx.x == 0) scratch.found[at] = {head, before.total};
@@ -360,37 +349,28 @@ __device__ bool is_last(int32_t* arrived, int blocks) {
   __syncthreads();
   if (blocks == 1) return true;
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(arrived, 1) == blocks - 1;
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+    last = before == blocks - 1;
     if (last) *arrived = 0;  // as the next launch must find it
-    __threadfence();
   }
   __syncthreads();
   return last;
 }
 
-// Adds the counts and sums of an expert's tiles to the state, in a fixed order.
+// Adds the sums and counts of an expert's tiles to the state, in a fixed order.
 __device__ void add_totals(const Update& u, const Totals* tiles, int number, int expert) {
-  __shared__ double warp_totals[kWarps][16];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  double totals[16] = {};  // the counts too: float64 holds them exactly
-  for (int tile = threadIdx.x; tile < number; tile += kThreads) {
-#pragma unroll
-    for (int i = 0; i < 5; ++i) {
-      totals[i] += tiles[tile].sums[i];
-      totals[5 + i] += tiles[tile].counts[i];
-    }
-  }
-  const double total = reduce_warp(totals, lane, [](double a, double b) { return a + b; });
-  if (lane % 2 == 0) warp_totals[warp][lane / 2] = total;
-  __syncthreads();
-  if (threadIdx.x < 10) {
+#pragma unroll 1
+  for (int i = threadIdx.x / 32; i < kTotals; i += kWarps) {
     double sum = 0;
-    for (int i = 0; i < kWarps; ++i) sum += warp_totals[i][threadIdx.x];
-    if (threadIdx.x < 5) {
-      u.sums[expert * 5 + threadIdx.x] += sum;
+#pragma unroll 1
+    for (int tile = threadIdx.x % 32; tile < number; tile += 32) sum += tiles[tile].values[i];
+    sum = sum_of_warp(sum);
+    if (threadIdx.x % 32 != 0) continue;
+    if (i < 5) {
+      u.sums[expert * 5 + i] += sum;
     } else {
-      u.counts[expert * 5 + threadIdx.x - 5] += int64_t(sum);
+      u.counts[expert * 5 + i - 5] += int64_t(sum);
     }
   }
 }
@@ -402,12 +382,23 @@ struct List {
   int tiles[kThreads], ends[kThreads];  // tiles that offer rows, and the number of rows up to and with each
 };
 
-__device__ void merge_waiting(List& list, int kept) {
+__device__ __noinline__ void merge_waiting(List& list, int kept) {
   const int number = kept + list.waiting;
   for (int i = threadIdx.x; i < number; i += kThreads) {
     const Entry entry = list.entries[i];
-    int rank = 0;
-    for (int j = 0; j < number; ++j) rank += precedes(list.entries[j], entry);
+    int rank = i;
+    if (i >= kept) {
+      rank = 0;  // the number of kept entries before this one, which stand in order
+      for (int high = kept; rank < high;) {
+        const int middle = (rank + high) / 2;
+        if (precedes(list.entries[middle], entry))
+          rank = middle + 1;
+        else
+          high = middle;
+      }
+    }
+#pragma unroll 1
+    for (int j = kept; j < number; ++j) rank += precedes(list.entries[j], entry);
     if (rank < kept) list.merged[rank] = entry;
   }
   __syncthreads();
@@ -420,6 +411,7 @@ __device__ void merge_waiting(List& list, int kept) {
 __device__ void write_records(const Update& u, const List& list, int which, int64_t* records) {
   __shared__ int in_values[kMaxKept], in_places[kMaxKept];
   const int kept = u.kept[which];
+#pragma unroll 1
   for (int slot = threadIdx.x / 32; slot < kept; slot += kWarps) {
     const Entry& entry = list.entries[slot];
     if (entry.origin < 0) continue;
@@ -463,8 +455,7 @@ __device__ void write_records(const Update& u, const List& list, int which, int6
 // Lets the rows that an expert's tiles found enter one of its lists. head: the largest of the thread's share of the
 // tiles' heads.
 __device__ void enter_rows(const Update& u, const Scratch& scratch, int first_tile, int number, int which, int head,
-                           int64_t* records) {
-  __shared__ List list;
+                           List& list, int64_t* records) {
   const int kept = u.kept[which];
   if (threadIdx.x < kept) {
     list.entries[threadIdx.x] = entry_of_record(records + threadIdx.x * kColumns, int(threadIdx.x) - kept);
@@ -475,13 +466,14 @@ __device__ void enter_rows(const Update& u, const Scratch& scratch, int first_ti
   if (kept == 1) {
     bound = largest(head);
   } else if (__syncthreads_count(head >= 0) >= kept) {
+#pragma unroll 1
     for (int bit = 30; bit >= 0; --bit) {
       const int higher = bound | 1 << bit;
       if (__syncthreads_count(head >= higher) >= kept) bound = higher;
     }
   }
   for (int start = 0; start < number; start += kThreads) {
-    const int64_t tile = int64_t(which) * u.max_tiles + first_tile + start + threadIdx.x;
+    const int64_t tile = int64_t(which) * u.schedule.max_tiles + first_tile + start + threadIdx.x;
     const int least = max(bound, int(list.entries[kept - 1].key >> 32));
     int offered = 0;
     if (start + int(threadIdx.x) < number) {
@@ -506,7 +498,7 @@ __device__ void enter_rows(const Update& u, const Scratch& scratch, int first_ti
           else
             low = middle + 1;
         }
-        const int64_t at = int64_t(which) * u.max_tiles + list.tiles[low];
+        const int64_t at = int64_t(which) * u.schedule.max_tiles + list.tiles[low];
         const Entry offer = scratch.offers[at * kThreads + i - (low == 0 ? 0 : list.ends[low - 1])];
         if (int(offer.key >> 32) >= bound && precedes(offer, list.entries[kept - 1])) {
           list.entries[kept + atomicAdd(&list.waiting, 1)] = offer;
@@ -523,24 +515,28 @@ __device__ void enter_rows(const Update& u, const Scratch& scratch, int first_ti
 }
 
 __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Update u) {
+  __shared__ union {
+    Summands summands;
+    List list;
+  } shared;
   const Scratch scratch(u);
   const int index = blockIdx.x, list = blockIdx.y;
-  if (index >= *u.schedule.count) return;
-  const int2 tile = reinterpret_cast<const int2*>(u.schedule.tiles)[index];
-  const int expert = tile.x, begin = int(u.offsets[expert]), end = int(u.offsets[expert + 1]);
-  const int first_tile = index - (tile.y - begin) / u.schedule.rows;
-  const int tiles = (end - begin + u.schedule.rows - 1) / u.schedule.rows;
-  reduce_tile(u, scratch, index, list, expert, tile.y, end);
+  const TileOf tile(u.schedule.tiles[index]);
+  if (tile.expert < 0) return;
+  const int expert = tile.expert, first_tile = index - tile.number;
+  int64_t* records = u.records[list] + int64_t(expert) * u.kept[list] * kColumns;
+  const int tiles = tile.number + (tile.end - tile.first + u.schedule.rows - 1) / u.schedule.rows;
+  reduce_tile(u, scratch, shared.summands, index, list, tile);
   if (!is_last(u.schedule.arrived + expert * kLists + list, tiles)) return;
 
-  if (list == kOutliers) add_totals(u, scratch.totals + first_tile, tiles, expert);
+  if (list == kAddsUp) add_totals(u, scratch.totals + first_tile, tiles, expert);
   int head = -1;
+#pragma unroll 1
   for (int i = threadIdx.x; i < tiles; i += kThreads) {
-    head = max(head, scratch.found[int64_t(list) * u.max_tiles + first_tile + i].head);
+    head = max(head, scratch.found[int64_t(list) * u.schedule.max_tiles + first_tile + i].head);
   }
   if (__syncthreads_or(head >= 0)) {
-    enter_rows(u, scratch, first_tile, tiles, list, head,
-               u.records[list] + int64_t(expert) * u.kept[list] * kColumns);
+    enter_rows(u, scratch, first_tile, tiles, list, head, shared.list, records);
   }
 }
 
@@ -551,7 +547,7 @@ int64_t update_scratch(int max_tiles) {
 }
 
 void update(const Update& update, cudaStream_t stream) {
-  update_kernel<<<dim3(update.max_tiles, kLists), kThreads, 0, stream>>>(update);
+  update_kernel<<<dim3(update.schedule.max_tiles, kLists), kThreads, 0, stream>>>(update);
   check(cudaGetLastError(), "launch of update");
 }
 

@@ -79,7 +79,8 @@ def combine(
 
     Statistics of rows of no expert are undefined.
     """
-    plan, y, gates = scheduled(plan), y.contiguous(), gates.contiguous()
+    plan = scheduled(plan) if plan.schedule is None else plan  # any backend's gives the rows of slots
+    y, gates = y.contiguous(), gates.contiguous()
     tokens, hidden = len(gates), y.shape[1]
     out = torch.empty(tokens, hidden, dtype=dtype, device=y.device)
     found = None if h is None else RowParts.empty(y, h, in_parts)

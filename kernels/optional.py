@@ -8,7 +8,6 @@ import torch
 
 from sedetect.kernels.plan import Plan
 from sedetect.kernels.records import bits_float, float_bits
-from sedetect.kernels.row_stats import RowStats
 from sedetect.kernels.update import Rows
 
 
@@ -42,7 +41,7 @@ def update_coactivation_torch(state, top_k_index: torch.Tensor, gates: torch.Ten
     state.coactivation += (chosen[:, :-1].T @ chosen[:, :-1]).to(torch.int64)
 
 
-def update_published_torch(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
+def update_published_torch(state, best: torch.Tensor, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
     """What the published tool records of each expert, max|y| of the first row it is given (E,), in place.
 
     ZunhaiSu/Super-Experts-Profilling (573aead) hooks the down_proj of each expert and reads output[0], one sequence per
@@ -54,7 +53,7 @@ def update_published_torch(state, stats: RowStats, plan: Plan, gates: torch.Tens
     Example: tokens 0, 1, 2 choose (a, b), (b, a), (b, c): the first row of a is token 0, of b token 1, of c token 2.
 
     Args:
-        stats: of the S sorted rows.
+        best: (S,) largest |y| of the sorted rows.
         gates: (T, k) routing weights; slot j of a token is its j-th choice, as the router orders them.
     """
     slots, tokens = plan.order, len(gates)
@@ -72,7 +71,7 @@ def update_published_torch(state, stats: RowStats, plan: Plan, gates: torch.Tens
     leads = torch.ones_like(counted)
     leads[1:] = (expert[1:] != expert[:-1]) | (sequence[1:] != sequence[:-1])
     # As integers, which order NaN above Inf.
-    bits = torch.where(leads, float_bits(stats.peak.abs())[order], 0)
+    bits = torch.where(leads, float_bits(best)[order], 0)
     largest = torch.zeros(plan.num_experts + 1, dtype=torch.int64, device=bits.device)
     largest.scatter_reduce_(0, expert, bits, "amax")
     state.published_max.copy_(torch.maximum(state.published_max, bits_float(largest[:-1])))

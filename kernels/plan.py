@@ -248,8 +248,9 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> Plan:
 
 
 def scheduled(plan: Plan) -> Plan:
-    """The plan with its schedule, which is made here where the plan came from elsewhere (single_plan, plan_torch)."""
-    if plan.schedule is not None:
+    """The plan with the schedule of the Triton GEMMs, made here where it came from elsewhere: single_plan, plan_torch,
+    the cuda backend."""
+    if plan.schedule is not None and plan.schedule.arrived is None:
         return plan
     slots = len(plan.order)
     schedule = Schedule.empty(slots, plan.num_experts, plan.order.device)

@@ -26,6 +26,7 @@ _INF, _NAN = tl.constexpr(INF_BITS), tl.constexpr(NAN_BITS)
 ABOVE_INF = tl.constexpr(INF_BITS + 1)
 _FP16_MAX_BITS, _FP8_MAX_BITS = _bits(FP16_MAX), _bits(FP8_MAX)
 _NOWHERE = tl.constexpr(2**31 - 1)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -51,14 +52,7 @@ def row_peak(
     BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """(best, part), both (rows,) int32: the largest magnitude of a row and the first part of PART columns with it."""
-    return first_part(magnitude(largest(x.reshape(x.shape[0], BLOCK // PART, PART), 2)))
-
-
-@triton.jit
-def first_part(
-    bits,  # (rows, parts): largest magnitude of each
-):
-    """(best, part) of each row, as row_peak gives."""
+    bits = magnitude(largest(x.reshape(x.shape[0], BLOCK // PART, PART), 2))
     best = tl.max(bits, 1)
     part = tl.arange(0, bits.shape[1])[None, :]
     return best, tl.min(tl.where(bits == best[:, None], part, bits.shape[1]), 1)
@@ -159,7 +153,7 @@ def _row_parts(
 
 def row_parts(y: torch.Tensor, h: torch.Tensor, offsets: torch.Tensor | None = None) -> RowParts:
     """RowParts of y and h in one pass; with offsets (E + 1,), those of rows of no expert are left undefined."""
-    y, h = y.contiguous(), h.contiguous()
+    y, h = ((t if t.dtype in _FLOATS else t.float()).contiguous() for t in (y, h))
     y_block, h_block = (triton.next_power_of_2(t.shape[1]) for t in (y, h))
     in_part = min(h_block, 128)
     in_parts = triton.cdiv(h.shape[1], in_part)

@@ -35,22 +35,24 @@ class RowStats:
     in_channel: torch.Tensor
 
     @classmethod
-    def empty(cls, rows: int, device: torch.device | str = "cpu") -> "RowStats":
-        """Uninitialised, for a kernel to fill."""
-        return cls(*(torch.empty(rows, dtype=dtype, device=device) for dtype in _TYPES))
+    def empty(cls, rows: int) -> "RowStats":
+        """Uninitialised, on the CPU, for csrc/ to fill."""
+        return cls(*(torch.empty(rows, dtype=dtype) for dtype in _TYPES))
 
     def tensors(self) -> list[torch.Tensor]:
         return list(vars(self).values())
 
-    def resolved(self) -> "RowStats":
-        return self
+    @property
+    def best(self) -> torch.Tensor:
+        """(S,) float32: largest |y|."""
+        return self.peak.abs()
 
 
 @dataclass
 class RowParts:
-    """What the GPU kernels find of every row, on the way to RowStats: how large the largest elements are, and which part
-    of the row has them. Where in the part is looked up, and what of a row is NaN or too large is counted, only for the
-    few rows of which anybody wants to know.
+    """What the GPU kernels find of every row, in the place of RowStats: how large its largest elements are, and which
+    part of it has them. Their update looks up where in the part, and counts what is NaN or too large, only for the few
+    rows that enter a list of kept records or have something to count. Until then y and h must stay as they are.
 
     best      (S,) float32: largest |y| of a row; NaN if it has one
     part      (S,) int32: the first part of y with it; parts are y_width columns wide
@@ -79,13 +81,6 @@ class RowParts:
     @property
     def h_width(self) -> int:
         return triton.next_power_of_2(triton.cdiv(self.h.shape[1], len(self.in_parts)))
-
-    def resolved(self) -> RowStats:
-        """The statistics of all rows, by torch."""
-        stats = row_stats_torch(self.y, self.h)
-        stats.sqnorm = self.sqnorm
-        return stats
-
 
 def row_stats_torch(y: torch.Tensor, h: torch.Tensor) -> RowStats:
     """The definition of RowStats for y (S, H) and h (S, I)."""

@@ -30,7 +30,7 @@ SLOTS = 256  # slots that one program of plan sorts, comparing all with PAIRED o
 PAIRED = 32
 UPDATE_ROWS = 128  # sorted rows of one expert that one program of update reduces
 NEW_RECORDS = 16  # rows that are merged into a list together
-ROW_ELEMENTS = 2048  # of a program of combine and row_stats
+ROW_ELEMENTS = 2048  # of a program of combine and row_parts
 
 
 @dataclass(frozen=True)

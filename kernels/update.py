@@ -438,7 +438,8 @@ def _update_experts(
     first_block = tl.sum(tl.where(bins < expert, needed, 0), 0).to(tl.int32)
     end_block = first_block + tl.sum(tl.where(bins == expert, needed, 0), 0).to(tl.int32)
     if (which == 0) & (first_block < end_block):
-        for i in tl.static_range(5):
+        # Loops that are not unrolled: by the time a layer is called again, code must be fetched anew.
+        for i in range(5):
             count = _total(Counts + i * blocks, blocks, first_block, end_block, BLOCKS)
             tl.store(StateCounts + expert * 5 + i, tl.load(StateCounts + expert * 5 + i) + count)
             total = _total(Sums + i * blocks, blocks, first_block, end_block, BLOCKS)
@@ -463,7 +464,7 @@ def _update_experts(
 def update(state, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
     """update_torch on the device, in place and in a fixed order: blocks of rows of one expert, then its blocks.
 
-    found is what update_torch takes as statistics, before it is resolved. A block offers only rows that reach the last record kept, so in a settled state there is nothing to merge.
+    A block offers only rows that stand before the last record kept, so in a settled state there is nothing to merge.
     """
     slots, experts, device = len(plan.order), plan.num_experts, plan.order.device
     if slots == 0:

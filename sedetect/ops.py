@@ -81,16 +81,14 @@ def moe_mlp(
     if fused and post_norm is None and state.channel_max is None:
         weights = (gate_up, gate_up_bias, gate, down, down_bias)
         out, stats = chosen.experts(x, plan, *weights, transposed, top_k_weights)
+        _update(chosen, state, stats, plan, top_k_weights, rows)
     else:
         h = _hidden(chosen, x, plan, gate_up, gate_up_bias, gate, transposed)
         y, stats = chosen.down(h, plan, down, down_bias, transposed)
-        _update_channels(state, y, h, plan, top_k_weights, rows)
+        _finish(chosen, state, y, h, stats, plan, top_k_weights, rows)  # the norm may work in place
         out = chosen.combine(y if post_norm is None else post_norm(y), plan, top_k_weights)
-    chosen.update(state, stats, plan, top_k_weights, rows)
     if state.coactivation is not None:
         update_coactivation_torch(state, top_k_index, top_k_weights, rows)
-    if state.published_max is not None:
-        update_published_torch(state, stats, plan, top_k_weights, rows)
     return out.to(x.dtype)
 
 
@@ -288,15 +286,15 @@ def _finish(
     gates: torch.Tensor,
     rows: Rows,
 ) -> None:
-    _update_channels(state, y, h, plan, gates, rows)
-    chosen.update(state, stats, plan, gates, rows)
-    if state.published_max is not None:
-        update_published_torch(state, stats.resolved(), plan, gates, rows)
-
-
-def _update_channels(state, y, h, plan, gates, rows) -> None:
     if state.channel_max is not None:
         update_channels_torch(state, y, h, plan, gates, rows)
+    _update(chosen, state, stats, plan, gates, rows)
+
+
+def _update(chosen: TorchBackend, state: BankStats, stats: RowStats | RowParts, plan, gates, rows) -> None:
+    chosen.update(state, stats, plan, gates, rows)
+    if state.published_max is not None:
+        update_published_torch(state, stats.best, plan, gates, rows)
 
 
 __all__ = [

@@ -1,6 +1,6 @@
 """The Triton backend: every stage on the GPU, the statistics taken while the experts are computed.
 
-The stages take and give what sedetect.backends.TorchBackend's do.
+The stages take and give what sedetect.backends.TorchBackend's do, but for statistics, which are RowParts.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -75,9 +75,9 @@ class TritonBackend:
         with on(y.device):
             return combine(y, plan, gates)[0]
 
-    def update(self, state, stats, plan, gates, rows):
+    def update(self, state, found, plan, gates, rows):
         with on(gates.device):
-            update(state, stats, plan, gates, rows)
+            update(state, found, plan, gates, rows)
 
 
 def on(device: torch.device) -> AbstractContextManager:

@@ -16,6 +16,7 @@ from test_triton import (
     assert_equal_bits,
     assert_parts_of,
     assert_same_state,
+    check_update,
     check_update_of_special_rows,
     random_rows,
 )
@@ -183,6 +184,8 @@ def test_statistics_are_those_of_the_stored_output(backend, dtype, gated, shape)
     routed = int(plan.offsets[-1])
     reference = row_stats_torch(y, h)
     assert_parts_of(stats, y, h, routed)
+    check_update(backend.update, stats, y, h, plan, call["top_k_weights"])
+    assert (plan.schedule.arrived == 0).all()
     general, general_stats = backend.down(h, plan, call["down"], None, False)
     assert_equal_bits("y", general[:routed].view(torch.int16), y[:routed].view(torch.int16))
     assert_parts_of(general_stats, y, h, routed)
@@ -257,10 +260,13 @@ def test_update_of_many_rows_of_distinct_values(backend):
     tokens = 58_000
     index, gates, rows = random_call(generator, tokens, 1, False)
     plan = plan_torch(index, 1)
-    y = (torch.arange(tokens) - 12_000.0)[:, None]  # norms are exact, as in random_rows
+    y, h = torch.zeros(tokens, 20), torch.zeros(tokens, 300)
+    row = torch.arange(tokens)
+    y[row, row % 20] = row - 12_000.0  # norms are exact, as in random_rows
+    h[row, 7 * row % 300] = 12_000.0 - row
     reference, states = BankStats.empty(1), []
-    update_torch(reference, row_stats_torch(y, -y), plan, gates, rows)
-    found = row_parts(y.to(DEVICE), -y.to(DEVICE))
+    update_torch(reference, row_stats_torch(y, h), plan, gates, rows)
+    found = row_parts(y.to(DEVICE), h.to(DEVICE))
     for _ in range(2):
         states.append(BankStats.empty(1, DEVICE))
         moved = Plan(plan.order.to(DEVICE), plan.offsets.to(DEVICE), 1)
@@ -306,10 +312,13 @@ def test_general_path_and_banks_of_one_expert(backend):
     assert served == 2 * [("cuda", None)]
     assert_same_state(state, reference)
     call = make_call((50, 2, 4, 32, 16), torch.bfloat16, 8)
-    routed = BankStats.empty(4, DEVICE, channels=(32, 16), coactivation=True)
+    routed = BankStats.empty(4, DEVICE, channels=(32, 16), coactivation=True, first_rows=True)
     out = moe_mlp(call | {"gate": swiglu}, routed, make_rows(50, 1))
     assert_close("general", out.cpu(), loop_over_slots(call), torch.bfloat16)
     assert torch.allclose(routed.channel_max.amax(1), routed.out_max)
+    fused = BankStats.empty(4, DEVICE, first_rows=True)
+    moe_mlp(call, fused, make_rows(50, 1))
+    assert torch.allclose(fused.published_max, routed.published_max, rtol=0.02) and fused.published_max.all()
 
 
 @ON_HOPPER

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import interpreter  # before triton
@@ -16,9 +16,10 @@ from sedetect.backends import BACKENDS
 from sedetect.kernels import tiles
 from sedetect.kernels.combine import combine, combine_torch
 from sedetect.kernels.down import down
+from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up, gate_up_torch
 from sedetect.kernels.plan import Plan, plan, plan_torch, scheduled, single_plan
-from sedetect.kernels.records import float_bits
+from sedetect.kernels.records import COLUMN, float_bits
 from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.row_stats import RowParts, row_stats_torch
 from sedetect.kernels.update import Rows, update, update_torch
@@ -26,6 +27,7 @@ from sedetect.stats import BankStats
 from sedetect.triton_backend import TritonBackend
 
 DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda")
+PLACE = [COLUMN[name] for name in ("sign", "channel", "sequence", "position", "token", "in_channel")]
 ON_GPU = pytest.mark.skipif(interpreter.INTERPRETED, reason="needs a GPU")
 
 if interpreter.INTERPRETED:
@@ -130,6 +132,19 @@ def test_fused_gates(dtype, gate, transposed):
     assert_close(f"{gate}", out.cpu(), loop_over_slots(call, GATES[gate]), dtype)
 
 
+def check_update(update, found: RowParts, y: torch.Tensor, h: torch.Tensor, routing: Plan, gates: torch.Tensor) -> None:
+    """Twice, so that the second finds what the first kept: what the definition says of y and h."""
+    rows, experts = make_rows(len(gates), 3), routing.num_experts
+    mine, reference = BankStats.empty(experts, gates.device), BankStats.empty(experts)
+    plain = Plan(routing.order.cpu(), routing.offsets.cpu(), routing.top_k)
+    for _ in range(2):
+        update(mine, found, routing, gates, rows.to(gates.device))
+        update_torch(reference, row_stats_torch(y.cpu(), h.cpu()), plain, gates.cpu(), rows)
+    for name in ("counts", "outliers", "first_outliers", "in_max"):
+        assert torch.equal(getattr(mine, name).cpu(), getattr(reference, name)), name
+    assert torch.allclose(mine.sums.cpu(), reference.sums, rtol=1e-5)  # float32 squares, added in another order
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics_are_those_of_the_stored_output(dtype, shape):
@@ -143,6 +158,7 @@ def test_statistics_are_those_of_the_stored_output(dtype, shape):
     y = down(h, routing, call["down"])
     routed = int(routing.offsets[-1])
     assert_parts_of(stats, y, h, routed)
+    check_update(TritonBackend().update, stats, y, h, routing, call["top_k_weights"])
     general, general_stats = TritonBackend().down(h, routing, call["down"], None, False)
     assert_equal_bits("y", general[:routed], y[:routed])
     assert_parts_of(general_stats, y, h, routed)
@@ -281,14 +297,9 @@ def test_update_looks_places_up_and_counts(dtype, width):
 def check_update_of_special_rows(update, device: torch.device, dtype: torch.dtype, width: int) -> None:
     generator = torch.Generator().manual_seed(width)
     y, h = (special_rows(n, dtype, generator) for n in (width, 341 - width))
-    routing, gates, rows = plan_torch(torch.arange(42)[:, None] % 2, 2), torch.ones(42, 1), make_rows(42, 2)
-    mine, reference = BankStats.empty(2, device), BankStats.empty(2)
-    update_torch(reference, row_stats_torch(y, h), routing, gates, rows)
-    moved = Plan(routing.order.to(device), routing.offsets.to(device), 1)
-    update(mine, row_parts(y.to(device), h.to(device)), moved, gates.to(device), rows.to(device))
-    for name in ("counts", "outliers", "first_outliers", "in_max"):
-        assert torch.equal(getattr(mine, name).cpu(), getattr(reference, name)), name
-    assert torch.allclose(mine.sums.cpu(), reference.sums, rtol=1e-5)  # float32 squares, added in another order
+    routing = plan_torch(torch.arange(42, device=device)[:, None] % 2, 2)
+    y, h = y.to(device), h.to(device)
+    check_update(update, row_parts(y, h), y, h, routing, torch.ones(42, 1, device=device))
 
 
 def test_general_path_and_a_bank_of_one_expert():
@@ -304,6 +315,27 @@ def test_general_path_and_a_bank_of_one_expert():
     out = ops.moe_mlp(**call | {"gate": swiglu}, state=routed, rows=make_rows(20, 1).to(DEVICE), backend="triton")
     assert_close("general", out, ops.moe_mlp(**call, state=BankStats.empty(4, DEVICE), backend="torch"), out.dtype)
     assert torch.allclose(routed.channel_max.amax(1), routed.out_max)
+
+
+@pytest.mark.parametrize("gate", [swiglu, Gate()], ids=["general", "fused"])
+def test_first_rows_and_a_norm_in_place(gate):
+    """What reads the row statistics after the kernels, and what changes the rows after they were measured."""
+    call = on_device(make_call((40, 2, 4, 32, 16), torch.float32, 8)) | {"gate": gate}
+    for norm in (None, lambda y: y.mul_(0.5)):
+        states = {name: BankStats.empty(4, DEVICE, first_rows=True) for name in ("triton", "torch")}
+        for name, state in states.items():
+            ops.moe_mlp(**call, post_norm=norm, state=state, rows=make_rows(40, 1).to(DEVICE), backend=name)
+        mine, reference = states.values()
+        assert torch.allclose(mine.published_max, reference.published_max, rtol=1e-5) and mine.published_max.all()
+        assert torch.equal(mine.outliers[:, :4, PLACE], reference.outliers[:, :4, PLACE])
+
+
+def test_a_plan_of_the_cuda_backend():
+    """Its tiles are of another form: the GEMMs take their own."""
+    routing = plan(torch.tensor([[2, 0], [2, 3], [0, 2]], device=DEVICE), 3)
+    schedule = replace(routing.schedule, tiles=torch.zeros(4, 4), arrived=torch.zeros(3, 3))
+    own = scheduled(replace(routing, schedule=schedule)).schedule
+    assert torch.equal(own.tiles[:2], routing.schedule.tiles[:2]) and own.rows == routing.schedule.rows
 
 
 def test_no_tokens():

@@ -13,8 +13,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
-
 namespace sedetect::cuda {
 namespace {
 
@@ -266,9 +264,9 @@ __device__ double sum_of_warp(double value) {
   return value;
 }
 
-// Sums and counts of a tile's rows. Needs all threads.
 using Summands = double[kTotals][kThreads];
 
+// Sums and counts of a tile's rows. Needs all threads.
 __device__ void add_rows(Summands& of_rows, Totals& result, bool counted, bool first, float gate, float squares,
                          const int (&elements)[3]) {
   const bool summed = counted && elements[0] == 0 && isfinite(gate);

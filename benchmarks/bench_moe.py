@@ -1,7 +1,7 @@
 """How fast is one MoE layer with its statistics, beside transformers, hooks, and what the hardware allows?
 
     python benchmarks/bench_moe.py                              all shapes, T = 1 to 32768 (CUDA)
-    python benchmarks/bench_moe.py --shapes qwen3 --tokens 8192 --stages
+    python benchmarks/bench_moe.py --shapes qwen3 --tokens 8192 --kernels
     python benchmarks/bench_moe.py --device cpu --rounds 2      a small layer, to see that it runs
 
 One experts call in bfloat16 on random data; prints a table, and the last line is the same as JSON. Variants:
@@ -21,8 +21,8 @@ the weights of the experts that are hit, the input and the output.
 Timed by CUDA events with an empty L2 before each variant, without waiting for the device between them (timing.py).
 Variants that took more than 20 ms take part in every third round. Up to 256 tokens a variant runs 8 calls with routings
 of their own, so that weights do not stay in the L2, and is replayed as a CUDA graph where it can be captured (eager and
-hooks wait for the device; a graph's memory was taken before, so it shows as none). Stages are Triton's, each the mean
-of 10 calls in one graph; their weights may stay in the L2 where there are few.
+hooks wait for the device; a graph's memory was taken before, so it shows as none). Kernels are those of ours in a graph
+of the whole call, with an empty L2 before it: the median launch of each.
 
 Why combine takes the statistics of the rows, and not the epilogue of down, which had them as partials for each of its
 column tiles: on an H100, qwen3 at T = 32768, down took 1802 us with them and 1400 without, combine 653 and 414; at
@@ -32,7 +32,10 @@ of combine have become cheaper since.)
 
 import argparse
 import json
+import re
+from collections import defaultdict
 from collections.abc import Callable
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -40,19 +43,15 @@ import torch.nn.functional as F
 from bench_model import hooked_experts
 from rich.console import Console
 from rich.table import Table
-from timing import interleaved, machine
+from timing import FLUSH, interleaved, machine
 from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from sedetect import ops
 from sedetect.cuda_backend import CudaBackend
-from sedetect.kernels.combine import combine
-from sedetect.kernels.down import down
 from sedetect.kernels.gate import Gate
-from sedetect.kernels.gate_up import gate_up
-from sedetect.kernels.plan import plan
-from sedetect.kernels.update import Rows, update
+from sedetect.kernels.update import Rows
 from sedetect.stats import BankStats
 from sedetect.triton_backend import TritonBackend
 
@@ -213,27 +212,6 @@ def make_variants(
     return variants
 
 
-def make_stages(layer: nn.Module, shape: Shape, calls: list[Call], device: str) -> dict[str, Callable[[], object]]:
-    """The stages of ours one by one, for tuning (CUDA)."""
-    x, index, gates = calls[0]
-    weights, gate = (layer.gate_up_proj, layer.down_proj), Gate()
-    state, rows = BankStats.empty(shape.experts, device), Rows.unmapped(len(x), device)
-    routing = plan(index, shape.experts)
-    h, parts = gate_up(x, routing, weights[0], gate=gate, parts=True)
-    y = down(h, routing, weights[1])
-    _, stats = combine(y, routing, gates, x.dtype, h, parts)
-    stages = {
-        "plan": lambda: plan(index, shape.experts),
-        "gate_up": lambda: gate_up(x, routing, weights[0], gate=gate),
-        "gate_up+statistics": lambda: gate_up(x, routing, weights[0], gate=gate, parts=True),
-        "down": lambda: down(h, routing, weights[1]),
-        "combine": lambda: combine(y, routing, gates, x.dtype),
-        "combine+statistics": lambda: combine(y, routing, gates, x.dtype, h, parts),
-        "update": lambda: update(state, stats, routing, gates, rows),
-    }
-    return {name: captured(lambda run=run: [run() for _ in range(10)]) for name, run in stages.items()}
-
-
 def captured(run: Callable[[], object]) -> Callable[[], object]:
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -244,6 +222,22 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def kernel_times(replay: Callable[[], object], rounds: int) -> dict[str, float]:
+    """Microseconds of every kernel in a graph: of its median launch, times how often a replay launches it."""
+    flushed = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(rounds):
+            flushed.zero_()
+            replay()
+        torch.cuda.synchronize()
+    launches = defaultdict(list)
+    for event in profile.events():
+        # The graphs fill nothing: what does empties the L2.
+        if event.device_type == torch.autograd.DeviceType.CUDA and not re.search("fill|memset", event.name, re.I):
+            launches[re.search(r"(\w+(<[^>(]*>)?)(\(|$)", event.name)[1]].append(event.device_time)
+    return {name: median(times) * len(times) / rounds for name, times in launches.items()}
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int | None:
@@ -267,7 +261,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--skew", type=float, default=0.0, help="added to the logit of expert 0")
-    parser.add_argument("--stages", action="store_true", help="also time the stages of ours one by one")
+    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel of ours (CUDA)")
     args = parser.parse_args()
     shapes, tokens_list, names = {name: SHAPES[name] for name in args.shapes}, args.tokens, args.variants
     if args.device == "cpu":
@@ -294,14 +288,16 @@ def main() -> None:
                 variants = make_variants(layer, shape, calls, args.device, set(names))
                 memory = {n: peak_bytes(run, args.device) for n, run in variants.items()}
                 seconds = interleaved(variants, args.rounds, args.device)
-                stages = {}
-                if args.stages and args.device == "cuda":
-                    stages = interleaved(make_stages(layer, shape, calls, args.device), args.rounds, args.device)
+                kernels = {}
+                if args.kernels and args.device == "cuda":
+                    for n in (n for n in variants if n.removesuffix("-off") in OURS):
+                        replay = variants[n] if len(calls) > 1 else captured(variants[n])
+                        times = kernel_times(replay, args.rounds)
+                        kernels[n] = {kernel: t / len(calls) for kernel, t in times.items()}
             for s in seconds.values():
                 s |= {k: s[k] / len(calls) for k in ("median", "low", "high")}
             pairs = [(n, f"{n}-off") for n in OURS if {n, f"{n}-off"} <= set(seconds)]
             shares = {on: seconds[on]["median"] / seconds[off]["median"] - 1 for on, off in pairs}
-            stages = {n: s["median"] / 10 for n, s in stages.items()}
             cells = [str(tokens), f"{floor * 1e3:.3f}"]
             for n in names:
                 s, mb = seconds[n], "" if memory[n] is None else f" {memory[n] / 2**20:.0f}"
@@ -312,19 +308,16 @@ def main() -> None:
                 "shape": name, **shape._asdict(), "tokens": tokens, "floor": floor, "seconds": seconds,
                 "of_floor": {n: s["median"] / floor for n, s in seconds.items()}, "peak_bytes": memory,
                 "statistics_share": shares,
-                "stages": stages,
+                "kernels": kernels,
             })  # fmt: skip
             fewer = {n: s["rounds"] for n, s in seconds.items() if s["rounds"] < args.rounds}
             notes = [f"statistics of {n} {share:+.1%}" for n, share in shares.items()]
             notes += [f"{n} {rounds} rounds of {args.rounds}" for n, rounds in fewer.items()]
             if notes:
                 console.print(f"{name} T={tokens}: {', '.join(notes)}")
-            if stages:
-                flops = 2 * tokens * shape.top_k * shape.hidden * shape.intermediate
-                console.print(f"{name} T={tokens}: " + ", ".join(
-                    f"{n} {t * 1e6:.0f} us" + (f" ({flops * {'gate_up': 2, 'down': 1}[n.split('+')[0]] / t / 1e12:.0f} "
-                    "TFLOP/s)" if n.split("+")[0] in ("gate_up", "down") else "") for n, t in stages.items()
-                ))  # fmt: skip
+            for n, times in kernels.items():
+                each = ", ".join(f"{kernel} {t:.1f}" for kernel, t in times.items())
+                console.print(f"{name} T={tokens} {n}, us: {each}")
             del variants
             if args.device == "cuda":
                 torch.cuda.empty_cache()

@@ -92,7 +92,7 @@ def combine(
             *(3 * [None] if found is None else (found.best, found.part, found.sqnorm)),
             tokens,
             EXPERTS=plan.num_experts, H=hidden, TOP_K=plan.top_k, BLOCK_T=rows, BLOCK_H=block,
-            PART=None if found is None else found.y_width,
+            PART=None if found is None else found.y_part_width,
             num_warps=tiles.row_warps(rows * block, whole=h is not None),
         )  # fmt: skip
     return out, found

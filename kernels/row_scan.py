@@ -164,7 +164,7 @@ def row_parts(y: torch.Tensor, h: torch.Tensor, offsets: torch.Tensor | None = N
             y, h, found.best, found.part, found.sqnorm, found.in_parts, offsets, len(y),
             EXPERTS=0 if offsets is None else len(offsets) - 1, H=y.shape[1], WIDTH=h.shape[1],
             BLOCK_S=rows, BLOCK_H=y_block, BLOCK_X=h_block,
-            PART=found.y_width, IN_PARTS=in_parts, IN_PART=in_part,
+            PART=found.y_part_width, IN_PARTS=in_parts, IN_PART=in_part,
             num_warps=tiles.row_warps(rows * block),
         )  # fmt: skip
     return found

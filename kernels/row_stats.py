@@ -55,9 +55,9 @@ class RowParts:
     rows that enter a list of kept records or have something to count. Until then y and h must stay as they are.
 
     best      (S,) float32: largest |y| of a row; NaN if it has one
-    part      (S,) int32: the first part of y with it; parts are y_width columns wide
+    part      (S,) int32: the first part of y with it; parts are y_part_width columns wide
     sqnorm    (S,) float32: as in RowStats
-    in_parts  (P, S) float32: largest |h| of every part of a row; parts are h_width columns wide
+    in_parts  (P, S) float32: largest |h| of every part of a row; parts are h_part_width columns wide
     y         (S, H), h (S, I): the rows themselves
     """
 
@@ -75,12 +75,13 @@ class RowParts:
         return cls(best, part, sqnorm, in_parts, y, h)
 
     @property
-    def y_width(self) -> int:
+    def y_part_width(self) -> int:
         return tiles.part(triton.next_power_of_2(self.y.shape[1]), self.y.dtype)
 
     @property
-    def h_width(self) -> int:
+    def h_part_width(self) -> int:
         return triton.next_power_of_2(triton.cdiv(self.h.shape[1], len(self.in_parts)))
+
 
 def row_stats_torch(y: torch.Tensor, h: torch.Tensor) -> RowStats:
     """The definition of RowStats for y (S, H) and h (S, I)."""

@@ -12,10 +12,10 @@ are by r = S / E, the average rows per expert:
 Routing is skewed in practice, so a class must also hold when one expert takes half of the rows: a hot expert in small
 tiles re-reads its weights from L2, while large tiles for all would compute mostly padding.
 
-How to choose: change an entry, run benchmarks/bench_moe.py --kernels, and keep it where the median wins by more than the
-spread, with --skew 5 too. m * n bounds the float32 accumulators (128 registers a thread at 128 x 256 with 8 warps);
-stages * (m + n) * k elements must fit the shared memory beside the epilogue's scratch, and fit() cuts the stages to the
-device's limit. tests/compile_triton.py --resources tells registers and spills without a GPU.
+How to choose: change an entry, run benchmarks/bench_moe.py --kernels, and keep it where the median wins by more than
+the spread, with --skew 5 too. m * n bounds the float32 accumulators (128 registers a thread at 128 x 256 with 8
+warps); stages * (m + n) * k elements must fit the shared memory beside the epilogue's scratch, and fit() cuts the
+stages to the device's limit. tests/compile_triton.py --resources tells registers and spills without a GPU.
 """
 
 from dataclasses import dataclass, replace

@@ -481,8 +481,8 @@ def update(state, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) 
     constants = {
         "NUM_EXPERTS": experts, "BINS": triton.next_power_of_2(experts), "ROWS": tiles.UPDATE_ROWS,
         "TOP_K": plan.top_k, "KEPT": kept[0], "FIRST_KEPT": kept[1], "IN_KEPT": kept[2],
-        "H": found.y.shape[1], "PART": found.y_width,
-        "WIDTH": found.h.shape[1], "IN_PARTS": len(found.in_parts), "IN_PART": found.h_width,
+        "H": found.y.shape[1], "PART": found.y_part_width,
+        "WIDTH": found.h.shape[1], "IN_PARTS": len(found.in_parts), "IN_PART": found.h_part_width,
     }  # fmt: skip
     _update_blocks[(blocks,)](
         found.best, found.part, found.sqnorm, found.in_parts, found.y, found.h, plan.order, plan.offsets, gates,

@@ -67,8 +67,8 @@ def assert_parts_of(mine: RowParts, y: torch.Tensor, h: torch.Tensor, rows: int)
     """The first rows of mine are bit for bit what the definition says of y and h."""
     reference = row_stats_torch(y, h)
     assert torch.equal(float_bits(mine.best[:rows]), float_bits(reference.peak[:rows].abs()))
-    assert torch.equal(mine.part[:rows].long(), reference.channel[:rows].long() // mine.y_width)
-    parts = [float_bits(part.float().abs()).amax(1) for part in h[:rows].split(mine.h_width, 1)]
+    assert torch.equal(mine.part[:rows].long(), reference.channel[:rows].long() // mine.y_part_width)
+    parts = [float_bits(part.float().abs()).amax(1) for part in h[:rows].split(mine.h_part_width, 1)]
     assert torch.equal(float_bits(mine.in_parts[:, :rows]), torch.stack(parts))
     finite = reference.nonfinite[:rows] == 0
     # A row's float32 squares are added in another order.

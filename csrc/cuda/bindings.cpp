@@ -21,7 +21,8 @@ T* at(Address address) {
 
 cudaStream_t stream_of(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-// (best, part, sqnorm, in_parts, y, h), (y_type, h_type, hidden, intermediate, y_width, h_width, in_parts_number)
+// (best, part, sqnorm, in_parts, y, h), (y_type, h_type, hidden, intermediate, y_part_width, h_part_width,
+// in_parts_number)
 using RowsArguments = std::tuple<std::array<Address, 6>, std::array<int, 7>>;
 
 RowParts rows_of(const RowsArguments& rows) {

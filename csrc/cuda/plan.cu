@@ -2,6 +2,7 @@
 // wait for each other, then each finds where its slots go from the counts of all blocks. No atomic decides a place: the
 // same order every time.
 #include "check.h"
+#include "search.cuh"
 #include "stages.h"
 
 #include <cooperative_groups.h>
@@ -90,14 +91,7 @@ __device__ void write_schedule(const Bins& bins, const Schedule& schedule) {
       schedule.tiles[tile] = {-1, 0, 0, 0};
       continue;
     }
-    int low = 0, high = bins.count - 1;  // the first bin whose tiles end after this one
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (bins.tile_end[middle] > tile)
-        high = middle;
-      else
-        low = middle + 1;
-    }
+    const int low = first_that_ends_after(bins.tile_end, bins.count, tile);
     const int number = tile - (low == 0 ? 0 : bins.tile_end[low - 1]), first = bins.first[low];
     schedule.tiles[tile] = {low, first + number * schedule.rows, first + bins.total[low], number};
   }

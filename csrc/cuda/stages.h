@@ -62,7 +62,7 @@ struct RowParts {
   const void *y, *h;      // (S, hidden) of y_type, (S, intermediate) of h_type
   Type y_type, h_type;
   int hidden, intermediate;
-  int y_width, h_width, in_parts_number;
+  int y_part_width, h_part_width, in_parts_number;
 };
 
 // Merge the row statistics of one call into the tables of a BankStats, in place: kernels/update.py.

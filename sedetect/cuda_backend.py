@@ -18,6 +18,7 @@ from sedetect.kernels.gate import Gate
 from sedetect.kernels.plan import Plan, Schedule
 from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.row_stats import RowParts
+from sedetect.kernels.sort_rows import sort_rows
 from sedetect.triton_backend import TritonBackend, on
 
 _cuda = None
@@ -27,6 +28,10 @@ if importlib.util.find_spec("sedetect._cuda") is not None:
 # Average rows of an expert from which on it is chosen by itself; with fewer the weights' traffic decides, and the
 # Triton kernels, whose tiles are smaller, are as fast.
 MIN_ROWS = 96
+
+# Columns of gate_up's weights from which on its rows are sorted before it, so that the copy engine loads them: sorting
+# takes as long as 2000 to 8000 columns gain by it (benchmarks/RESULTS.md).
+SORTED_COLUMNS = 8192
 
 # csrc/cuda/stages.h and grouped_gemm.h
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -133,9 +138,11 @@ class CudaBackend(TritonBackend):
         if parts:
             found = x.new_empty(_cuda.column_tiles(width, gated), slots, dtype=torch.float32)
         if slots:
-            schedule = plan.schedule
+            schedule, order = plan.schedule, plan.order.data_ptr()
+            if columns >= SORTED_COLUMNS:
+                x, order = sort_rows(x, plan), 0
             _cuda.gate_up(
-                x.data_ptr(), weight.data_ptr(), plan.order.data_ptr(),
+                x.data_ptr(), weight.data_ptr(), order,
                 schedule.tiles.data_ptr(), schedule.count.data_ptr(), h.data_ptr(), found.data_ptr() if parts else 0,
                 _gate(gate), _TYPES[x.dtype], slots, plan.top_k, experts, hidden, width,
                 tiles.limits(x.device).processors, _stream(x.device),

@@ -27,6 +27,7 @@ from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan, scheduled
 from sedetect.kernels.row_scan import row_parts
+from sedetect.kernels.sort_rows import sort_rows
 from sedetect.kernels.update import Rows, update
 from sedetect.stats import BankStats
 
@@ -84,6 +85,7 @@ def launch_everything(dtype: torch.dtype, tokens: int, gates: list[Gate]) -> Non
         h, parts = gate_up(x, routing, empty(experts, columns, hidden), None, False, gate, parts=True)
     gate_up(x, routing, empty(experts, hidden, 2 * intermediate), empty(experts, 2 * intermediate), True, gates[0])
     gate_up(x, routing, empty(experts, 2 * intermediate, hidden))
+    sort_rows(x, routing)
     y = down(h, routing, empty(experts, hidden, intermediate))
     down(h, routing, empty(experts, intermediate, hidden), empty(experts, hidden), True)
     combine(y, routing, weights, dtype)

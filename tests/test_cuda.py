@@ -21,7 +21,7 @@ from test_triton import (
     random_rows,
 )
 
-from sedetect import ops
+from sedetect import cuda_backend, ops
 from sedetect.backends import BACKENDS, choose_backend
 from sedetect.call import Call
 from sedetect.cuda_backend import MIN_ROWS, CudaBackend
@@ -51,6 +51,7 @@ SHAPES = [
     (600, 10, 16, 512, 256),
     (700, 8, 16, 1032, 520),  # more tiles than blocks: epilogues run while the next tile is multiplied
     (30, 2, 2, 4160, 2056),  # large matrices: three stages
+    (300, 2, 4, 72, 4104),  # so many columns that rows are sorted before gate_up
 ]
 
 
@@ -194,6 +195,24 @@ def test_statistics_are_those_of_the_stored_output(backend, dtype, gated, shape)
     assert unmeasured is None
     if shape[0] > 50:
         assert reference.nonfinite[:routed].any() and reference.over_fp8[:routed].any()
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+def test_rows_sorted_before_give_the_same(backend, monkeypatch, dtype, shape, gated):
+    call = on_device(make_call(shape, dtype, 9, sentinels=True))
+    plan = backend.plan(call["top_k_index"], shape[2])
+    gate = call["gate"] if gated else next(g for g in GATES if not g.gated)
+    found = []
+    for columns in (0, 2**31):
+        monkeypatch.setattr(cuda_backend, "SORTED_COLUMNS", columns)
+        found.append(backend._gate_up(call["x"], plan, call["gate_up"], gate, parts=True))
+    routed = int(plan.offsets[-1])
+    (h, parts), (same, same_parts) = found
+    assert_equal_bits("h", h[:routed].view(torch.int16), same[:routed].view(torch.int16))
+    assert_equal_bits("parts", parts[:, :routed].contiguous(), same_parts[:, :routed].contiguous())
 
 
 @ON_HOPPER

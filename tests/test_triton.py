@@ -22,6 +22,7 @@ from sedetect.kernels.plan import Plan, plan, plan_torch, scheduled, single_plan
 from sedetect.kernels.records import COLUMN, float_bits
 from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.row_stats import RowParts, row_stats_torch
+from sedetect.kernels.sort_rows import sort_rows, sort_rows_torch
 from sedetect.kernels.update import Rows, update, update_torch
 from sedetect.stats import BankStats
 from sedetect.triton_backend import TritonBackend
@@ -199,6 +200,16 @@ def test_row_parts(dtype, width):
     generator = torch.Generator().manual_seed(width)
     y, h = (special_rows(n, dtype, generator).to(DEVICE) for n in (width, 341 - width))
     assert_parts_of(row_parts(y, h), y, h, len(y))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 2, 4, 2100, 8)], ids=str)
+def test_sort_rows(dtype, shape):
+    call = on_device(make_call(shape, dtype, 4, sentinels=True))
+    routing = plan(call["top_k_index"], shape[2])
+    routed = int(routing.offsets[-1])
+    mine, reference = sort_rows(call["x"], routing)[:routed], sort_rows_torch(call["x"], routing)[:routed]
+    assert torch.equal(mine.view(torch.uint8), reference.contiguous().view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

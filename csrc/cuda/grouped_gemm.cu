@@ -1,7 +1,8 @@
 // Grouped GEMMs by hand for sm_90a: one kernel, persistent and warp-specialised.
 //
 // A block computes tiles of 128 rows x 256 weight rows, 64 inner elements at a time. One warpgroup loads: weights, and
-// the rows of down, by the tensor copy engine; the rows of gate_up, which lie scattered by token, 16 bytes at a time.
+// sorted rows, by the tensor copy engine; the rows of gate_up, which lie scattered by token where they were not sorted
+// before, 16 bytes at a time.
 // Two warpgroups multiply, 64 rows each. The weights of all experts are one matrix (E * columns, inner) and so need one
 // map.
 //
@@ -130,7 +131,7 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int lane) {
 }
 
 // A finished tile, rounded: what a thread has yet to gate, measure and store.
-template <typename T, bool kGated, bool kGather>
+template <typename T, bool kGated, bool kGateUp>
 struct Pending {
   static constexpr int kBlocks = kGated ? 16 : 32;  // of 8 columns of the result
   static constexpr int kPieces = kBlocks / 4;
@@ -151,7 +152,7 @@ struct Pending {
   // Gates, measures and stores the piece-th 32 columns. The index is a constant, so that z stays in registers.
   template <int kPiece>
   __device__ __forceinline__ void finish(const Arguments& arguments, int lane) {
-    switch (kGather ? arguments.gate.activation : Activation::kNone) {
+    switch (kGateUp ? arguments.gate.activation : Activation::kNone) {
       case Activation::kSilu:
         return finish<kPiece, Activation::kSilu>(arguments, lane);
       case Activation::kGelu:
@@ -193,7 +194,7 @@ struct Pending {
               reinterpret_cast<uint4*>(static_cast<T*>(arguments.out) + static_cast<int64_t>(r) * arguments.width + at);
           *target = make_uint4(v[0], v[1], v[2], v[3]);
         }
-        if (kGather) {
+        if (kGateUp) {
           constexpr uint32_t kMagnitudes = 0x7FFF7FFF;
           const uint32_t low = Pair<T>::max(v[0] & kMagnitudes, v[1] & kMagnitudes);
           const uint32_t high = Pair<T>::max(v[2] & kMagnitudes, v[3] & kMagnitudes);
@@ -201,7 +202,7 @@ struct Pending {
         }
       }
     }
-    if (kGather && kPiece == kPieces - 1 && arguments.parts != nullptr) {
+    if (kGateUp && kPiece == kPieces - 1 && arguments.parts != nullptr) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t best = Pair<T>::max(largest[half], __shfl_xor_sync(~0u, largest[half], 1));
@@ -298,9 +299,9 @@ __device__ __forceinline__ void load(const Arguments& arguments, const CUtensorM
   }
 }
 
-template <typename T, bool kGated, bool kGather>
+template <typename T, bool kGated, bool kGateUp, bool kGather>
 struct Consumer {
-  using Rounded = Pending<T, kGated, kGather>;
+  using Rounded = Pending<T, kGated, kGateUp>;
 
   const Arguments& arguments;
   const Shared& shared;
@@ -370,7 +371,7 @@ struct Consumer {
   }
 };
 
-template <typename T, bool kGated, bool kGather>
+template <typename T, bool kGated, bool kGateUp, bool kGather>
 __global__ void __launch_bounds__(kThreads, 1)
     grouped_gemm(const __grid_constant__ Arguments arguments, const __grid_constant__ CUtensorMap rows,
                  const __grid_constant__ CUtensorMap weights) {
@@ -393,40 +394,40 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int row_tiles = __ldg(arguments.count);
   const int column_tiles = (arguments.width + kBlock - 1) / kBlock;
   // At least one step for every piece of the epilogue; steps beyond the end multiply zeros.
-  const int steps = max((arguments.inner + kInner - 1) / kInner, Pending<T, kGated, kGather>::kPieces);
+  const int steps = max((arguments.inner + kInner - 1) / kInner, Pending<T, kGated, kGateUp>::kPieces);
   if (threadIdx.x < 128) {
     registers_decrease<56>();
     load<T, kGated, kGather>(arguments, rows, weights, shared, row_tiles, column_tiles, steps);
   } else {
     registers_increase<224>();
     const int warp = threadIdx.x / 32 - 4;
-    Consumer<T, kGated, kGather> consumer{arguments,
-                                          shared,
-                                          16 * warp,
-                                          static_cast<int>(threadIdx.x % 32),
-                                          static_cast<uint32_t>(warp / 4 * kBytesA / 2),
-                                          Ring{arguments.stages}};
+    Consumer<T, kGated, kGateUp, kGather> consumer{arguments,
+                                                   shared,
+                                                   16 * warp,
+                                                   static_cast<int>(threadIdx.x % 32),
+                                                   static_cast<uint32_t>(warp / 4 * kBytesA / 2),
+                                                   Ring{arguments.stages}};
     consumer.run(row_tiles, column_tiles, steps);
   }
 }
 
-template <typename T, bool kGated, bool kGather>
+template <typename T, bool kGated, bool kGateUp, bool kGather>
 void launch(const Arguments& arguments, const CUtensorMap& rows, const CUtensorMap& weights, int processors,
             cudaStream_t stream) {
-  const auto kernel = grouped_gemm<T, kGated, kGather>;
+  const auto kernel = grouped_gemm<T, kGated, kGateUp, kGather>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "cudaFuncSetAttribute");
   kernel<<<processors, kThreads, kSharedBytes, stream>>>(arguments, rows, weights);
   check(cudaGetLastError(), "grouped_gemm");
 }
 
-template <bool kGated, bool kGather>
+template <bool kGated, bool kGateUp, bool kGather>
 void launch(Type type, const Arguments& arguments, const CUtensorMap& rows, const CUtensorMap& weights, int processors,
             cudaStream_t stream) {
   if (type == Type::kBFloat16) {
-    launch<__nv_bfloat16, kGated, kGather>(arguments, rows, weights, processors, stream);
+    launch<__nv_bfloat16, kGated, kGateUp, kGather>(arguments, rows, weights, processors, stream);
   } else {
-    launch<__half, kGated, kGather>(arguments, rows, weights, processors, stream);
+    launch<__half, kGated, kGateUp, kGather>(arguments, rows, weights, processors, stream);
   }
 }
 
@@ -456,10 +457,17 @@ void grouped_gemm_gate_up(const GateUp& a, cudaStream_t stream) {
   // A gated tile holds the same channels of gate and up.
   const int box = a.gate.gated ? kColumns / 2 : kColumns;
   const CUtensorMap weights = tensor_map(a.weight, static_cast<int64_t>(a.experts) * columns, a.hidden, box, a.type);
-  if (a.gate.gated) {
-    launch<true, true>(a.type, arguments, weights, weights, a.processors, stream);
+  if (a.order == nullptr) {
+    const CUtensorMap rows = tensor_map(a.x, a.slots, a.hidden, kTileRows, a.type);
+    if (a.gate.gated) {
+      launch<true, true, false>(a.type, arguments, rows, weights, a.processors, stream);
+    } else {
+      launch<false, true, false>(a.type, arguments, rows, weights, a.processors, stream);
+    }
+  } else if (a.gate.gated) {
+    launch<true, true, true>(a.type, arguments, weights, weights, a.processors, stream);
   } else {
-    launch<false, true>(a.type, arguments, weights, weights, a.processors, stream);
+    launch<false, true, true>(a.type, arguments, weights, weights, a.processors, stream);
   }
 }
 
@@ -480,7 +488,7 @@ void grouped_gemm_down(const Down& a, cudaStream_t stream) {
   const CUtensorMap rows = tensor_map(a.h, a.slots, a.width, kTileRows, a.type);
   const CUtensorMap weights =
       tensor_map(a.weight, static_cast<int64_t>(a.experts) * a.hidden, a.width, kColumns, a.type);
-  launch<false, false>(a.type, arguments, rows, weights, a.processors, stream);
+  launch<false, false, false>(a.type, arguments, rows, weights, a.processors, stream);
 }
 
 }  // namespace sedetect::cuda

@@ -22,9 +22,9 @@ struct Gate {
 
 // h[r] = gate(W[e(r)] @ x[order[r] / k]), z = W x rounded to type as in the model, then the gate in float32.
 struct GateUp {
-  const void* x;         // (tokens, hidden)
+  const void* x;         // (tokens, hidden); (S, hidden) without order, row r that of h's row r
   const void* weight;    // (E, 2 * width, hidden); (E, width, hidden) if not gated
-  const int64_t* order;  // (S,)
+  const int64_t* order;  // (S,), or null
   const int4* tiles;     // Schedule's
   const int32_t* count;
   void* h;  // (S, width) - output

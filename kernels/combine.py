@@ -79,7 +79,7 @@ def combine(
 
     Statistics of rows of no expert are undefined.
     """
-    plan = scheduled(plan) if plan.schedule is None else plan  # any backend's gives the rows of slots
+    plan = scheduled(plan)
     y, gates = y.contiguous(), gates.contiguous()
     tokens, hidden = len(gates), y.shape[1]
     out = torch.empty(tokens, hidden, dtype=dtype, device=y.device)

@@ -49,8 +49,7 @@ def _down(
     Scale,  # of a quantized W, else None
     Bias,  # (E, H) or None
     Y,  # (S, H) - output; rows of no expert are not written
-    Offsets,  # (E + 1,) int64
-    Tiles,  # (max_tiles, 2) int32
+    Tiles,  # (max_tiles, 4) int32
     TileCount,  # (1,) int32
     stride_we, stride_wn, stride_wk,
     H: tl.constexpr, I: tl.constexpr, X_TMA: tl.constexpr, W_TMA: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -61,9 +60,9 @@ def _down(
     row_tiles = tl.load(TileCount)
     for index in tl.range(tl.program_id(0), row_tiles * COLUMN_TILES, tl.num_programs(0), flatten=FLATTEN):
         row_tile, tile = tile_at(index, row_tiles, COLUMN_TILES, GROUP)
-        expert = tl.load(Tiles + 2 * row_tile)
-        first = tl.load(Tiles + 2 * row_tile + 1)
-        end = tl.load(Offsets + expert + 1).to(tl.int32)
+        expert = tl.load(Tiles + 4 * row_tile)
+        first = tl.load(Tiles + 4 * row_tile + 1)
+        end = tl.load(Tiles + 4 * row_tile + 2)
         row = first + tl.arange(0, BLOCK_M)
         column, valid = weight_columns(tile, H, BLOCK_N, 1)
         y = multiply(
@@ -100,7 +99,7 @@ def down(
     rows = row_operand(h, tile)
     grid = tiles.programs(tile, h.dtype, len(plan.schedule.tiles) * column_tiles, h.device)
     _down[(grid,)](
-        rows, operand.data, operand.scale, bias, y, plan.offsets, plan.schedule.tiles, plan.schedule.count,
+        rows, operand.data, operand.scale, bias, y, plan.schedule.tiles, plan.schedule.count,
         *operand.strides,
         H=hidden, I=h.shape[1], X_TMA=rows is not h, W_TMA=operand.tma, TRANSPOSED=transposed,
         SCALES=operand.scales,

@@ -93,8 +93,7 @@ def _gate_up(
     Out,  # (S, I), (S, COLUMNS) without ACTIVATION - output; rows of no expert are not written
     Parts,  # (column tiles, S) float32 or None - output; largest |value| of each row in this tile
     Order,  # (S,) int64
-    Offsets,  # (E + 1,) int64
-    Tiles,  # (max_tiles, 2) int32
+    Tiles,  # (max_tiles, 4) int32
     TileCount,  # (1,) int32
     slots, stride_xm, stride_we, stride_wn, stride_wk,
     H: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
@@ -111,9 +110,9 @@ def _gate_up(
     row_tiles = tl.load(TileCount)
     for index in tl.range(tl.program_id(0), row_tiles * COLUMN_TILES, tl.num_programs(0), flatten=FLATTEN):
         row_tile, tile = tile_at(index, row_tiles, COLUMN_TILES, GROUP)
-        expert = tl.load(Tiles + 2 * row_tile)
-        first = tl.load(Tiles + 2 * row_tile + 1)
-        end = tl.load(Offsets + expert + 1).to(tl.int32)
+        expert = tl.load(Tiles + 4 * row_tile)
+        first = tl.load(Tiles + 4 * row_tile + 1)
+        end = tl.load(Tiles + 4 * row_tile + 2)
         row = first + tl.arange(0, BLOCK_M)
         # Rows and columns past the end repeat a valid one: cheaper than masks, and never stored.
         x_row = tl.load(Order + tl.minimum(row, end - 1)) // TOP_K
@@ -171,8 +170,8 @@ def gate_up(
     gate, activation = (Gate(gated=False), None) if gate is None else (gate, gate.activation)
     grid = tiles.programs(tile, x.dtype, len(plan.schedule.tiles) * column_tiles, x.device)
     _gate_up[(grid,)](
-        x, operand.data, operand.scale, bias, out, found, plan.order, plan.offsets,
-        plan.schedule.tiles, plan.schedule.count,
+        x, operand.data, operand.scale, bias, out, found,
+        plan.order, plan.schedule.tiles, plan.schedule.count,
         slots, x.stride(0), *operand.strides,
         H=x.shape[1], COLUMNS=columns, TOP_K=plan.top_k,
         ACTIVATION=activation, GATED=gate.gated, INTERLEAVED=gate.interleaved,

@@ -14,20 +14,18 @@ from sedetect.kernels import tiles
 
 @dataclass(frozen=True)
 class Schedule:
-    """What GEMMs and combine need beside order and offsets on a GPU; all of it on the device.
+    """What the stages need beside order and offsets on a GPU; all of it on the device, the same for every backend.
 
-    row    (S,) int32: sorted row of each slot, the inverse of order
-    rows   sorted rows of a tile; a tile belongs to one expert
-    tiles  (max_tiles, 2) int32: expert and first sorted row of each tile, in the order of the experts
-    count  (1,) int32: how many tiles there are
-    arrived  None, but of the cuda backend (E, 3) int32: zeros, counters of its update, which leaves them so
-
-    Of the cuda backend, tiles is (max_tiles, 4): also the end of the expert's rows and the number of the tile among the
-    expert's; the expert of a tile that is not in use is -1.
+    row      (S,) int32: sorted row of each slot, the inverse of order
+    rows     sorted rows of a tile; a tile belongs to one expert
+    tiles    (max_tiles, 4) int32: expert, first sorted row, end of the expert's rows, and which of the expert's tiles
+             it is, in the order of the experts; the expert of a tile that is not in use is -1
+    count    (1,) int32: how many tiles are in use
+    arrived  (E, 3) int32: zeros, counters of the cuda backend's update, which leaves them so
 
     Example: that of Plan with 2 rows to a tile
         row      [2, 0, 3, 5, 1, 4]
-        tiles    [[0, 0], [2, 2], [2, 4], ...]
+        tiles    [[0, 0, 2, 0], [2, 2, 5, 0], [2, 4, 5, 1], [-1, ...], ...]
         count    [3]
     """
 
@@ -35,15 +33,16 @@ class Schedule:
     rows: int
     tiles: torch.Tensor
     count: torch.Tensor
-    arrived: torch.Tensor | None = None
+    arrived: torch.Tensor
 
     @classmethod
     def empty(cls, slots: int, experts: int, device: torch.device) -> "Schedule":
         """Uninitialised, for a kernel to fill."""
         rows = tiles.tile_rows(slots, experts)
         most = tiles.max_tiles(slots, experts, rows)
-        row, table, count = (torch.empty(n, dtype=torch.int32, device=device) for n in (slots, 2 * most, 1))
-        return cls(row, rows, table.view(most, 2), count)
+        sizes = ((slots,), (most, 4), (1,), (experts, 3))
+        row, table, count, arrived = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
+        return cls(row, rows, table, count, arrived)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Plan:
     order    (S,) int64: slot of each sorted row; stable, so an expert's rows stand in token order
     offsets  (E + 1,) int64: expert e owns sorted rows offsets[e] .. offsets[e + 1] - 1
     top_k    k
-    schedule  None for plans made elsewhere than by plan(); scheduled() adds it
+    schedule  None for plans made elsewhere than by plan() on a GPU; scheduled() adds it
 
     Slots whose index is outside [0, E) (expert-parallel sentinels) sort to the tail, beyond offsets[E].
 
@@ -136,8 +135,8 @@ def _scan(
 @triton.jit
 def _write_tiles(
     first, count,  # (BINS,) int32: first sorted row and rows of each expert; 0 rows beyond the last
-    Tiles, TileCount,
-    BINS: tl.constexpr, ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
+    Tiles, TileCount, Arrived, max_tiles,
+    NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     needed = (count + ROWS - 1) // ROWS
     end = tl.cumsum(needed, 0)
@@ -145,14 +144,20 @@ def _write_tiles(
     tile = tl.program_id(0) * PER_PROGRAM + tl.arange(0, PER_PROGRAM)
     expert = tl.sum((end[None, :] <= tile[:, None]).to(tl.int32), 1)
     at = tl.minimum(expert, BINS - 1)
-    row = tl.gather(first, at, 0) + (tile - tl.gather(end - needed, at, 0)) * ROWS
-    tl.store(Tiles + 2 * tile, expert, mask=tile < total)
-    tl.store(Tiles + 2 * tile + 1, row, mask=tile < total)
+    row = tl.gather(first, at, 0)
+    number = tile - tl.gather(end - needed, at, 0)
+    used, there = tile < total, tile < max_tiles
+    tl.store(Tiles + 4 * tile, tl.where(used, expert, -1), mask=there)
+    tl.store(Tiles + 4 * tile + 1, tl.where(used, row + number * ROWS, 0), mask=there)
+    tl.store(Tiles + 4 * tile + 2, tl.where(used, row + tl.gather(count, at, 0), 0), mask=there)
+    tl.store(Tiles + 4 * tile + 3, tl.where(used, number, 0), mask=there)
     if tl.program_id(0) == 0:
         tl.store(TileCount, total)
+        counter = tl.arange(0, 4 * BINS)
+        tl.store(Arrived + counter, tl.zeros((4 * BINS,), tl.int32), mask=counter < 3 * NUM_EXPERTS)
 
 
-@triton.jit(do_not_specialize=["slots", "blocks"])
+@triton.jit(do_not_specialize=["slots", "blocks", "max_tiles"])
 def _sort(
     Index,  # (S,) int
     Counts,  # (E + 1, blocks) int32, None where there is one block
@@ -160,9 +165,10 @@ def _sort(
     Order,  # (S,) int64 - output
     Offsets,  # (E + 1,) int64 - output
     Row,  # (S,) int32 - output
-    Tiles,  # (max_tiles, 2) int32 - output
+    Tiles,  # (max_tiles, 4) int32 - output
     TileCount,  # (1,) int32 - output
-    slots, blocks,
+    Arrived,  # (E, 3) int32 - output
+    slots, blocks, max_tiles,
     NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
     PAIRED: tl.constexpr,
 ):  # fmt: skip
@@ -186,17 +192,19 @@ def _sort(
     tl.store(Row + slot, row, mask=slot < slots)
     if tl.program_id(0) == 0:
         tl.store(Offsets + bins, first.to(tl.int64), mask=bins <= NUM_EXPERTS)
-    _write_tiles(first, tl.where(bins < NUM_EXPERTS, total, 0), Tiles, TileCount, BINS, ROWS, PER_PROGRAM)
+    count = tl.where(bins < NUM_EXPERTS, total, 0)
+    _write_tiles(first, count, Tiles, TileCount, Arrived, max_tiles, NUM_EXPERTS, BINS, ROWS, PER_PROGRAM)
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", "max_tiles"])
 def _schedule(
     Order,  # (S,) int64
     Offsets,  # (E + 1,) int64
     Row,  # (S,) int32 - output
-    Tiles,  # (max_tiles, 2) int32 - output
+    Tiles,  # (max_tiles, 4) int32 - output
     TileCount,  # (1,) int32 - output
-    slots,
+    Arrived,  # (E, 3) int32 - output
+    slots, max_tiles,
     NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
     sorted_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -205,7 +213,7 @@ def _schedule(
     bins = tl.arange(0, BINS)
     first = tl.load(Offsets + bins, mask=bins < NUM_EXPERTS, other=0).to(tl.int32)
     end = tl.load(Offsets + bins + 1, mask=bins < NUM_EXPERTS, other=0).to(tl.int32)
-    _write_tiles(first, end - first, Tiles, TileCount, BINS, ROWS, PER_PROGRAM)
+    _write_tiles(first, end - first, Tiles, TileCount, Arrived, max_tiles, NUM_EXPERTS, BINS, ROWS, PER_PROGRAM)
 
 
 def _shape(schedule: Schedule, slots: int, experts: int) -> tuple[int, dict[str, int]]:
@@ -240,23 +248,24 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> Plan:
         _scan[(num_experts + 1,)](counts, totals, blocks, BLOCK=1024)
     _sort[(grid,)](
         index, counts, totals,
-        order, offsets, schedule.row, schedule.tiles, schedule.count,
-        slots, blocks,
+        order, offsets, schedule.row, schedule.tiles, schedule.count, schedule.arrived,
+        slots, blocks, len(schedule.tiles),
         **constants, PAIRED=tiles.PAIRED, num_warps=8,
     )  # fmt: skip
     return Plan(order, offsets, top_k_index.shape[1], schedule)
 
 
 def scheduled(plan: Plan) -> Plan:
-    """The plan with the schedule of the Triton GEMMs, made here where it came from elsewhere: single_plan, plan_torch,
-    the cuda backend."""
-    if plan.schedule is not None and plan.schedule.arrived is None:
+    """The plan with a schedule, made here where there is none: plans of single_plan, every_plan, plan_torch."""
+    if plan.schedule is not None:
         return plan
     slots = len(plan.order)
     schedule = Schedule.empty(slots, plan.num_experts, plan.order.device)
     if slots:
         grid, constants = _shape(schedule, slots, plan.num_experts)
         _schedule[(grid,)](
-            plan.order, plan.offsets, schedule.row, schedule.tiles, schedule.count, slots, **constants, num_warps=8
-        )
+            plan.order, plan.offsets, schedule.row, schedule.tiles, schedule.count, schedule.arrived,
+            slots, len(schedule.tiles),
+            **constants, num_warps=8,
+        )  # fmt: skip
     return Plan(plan.order, plan.offsets, plan.top_k, schedule)

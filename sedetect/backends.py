@@ -33,10 +33,6 @@ class TorchBackend:
         """Why this backend cannot serve a layer of this device and weight dtype, or a call; None if it can."""
         return None
 
-    def suits(self, call: Call) -> bool:
-        """Whether it may be chosen by itself for a call that it does not refuse."""
-        return True
-
     def plan(self, top_k_index: torch.Tensor, num_experts: int) -> Plan:
         return plan_torch(top_k_index, num_experts)
 
@@ -141,8 +137,7 @@ def choose_backend(
         if reason is None:
             return BACKENDS[wanted], None
         why = f"backend {wanted} does not serve {dtype} on {device}: {reason}"
-    able = (b for b in BACKENDS.values() if b.refusal(device, dtype, call) is None)
-    return next(b for b in able if call is None or b.suits(call)), why
+    return next(b for b in BACKENDS.values() if b.refusal(device, dtype, call) is None), why
 
 
 def missing_fast_path(device: torch.device, dtype: torch.dtype) -> str | None:

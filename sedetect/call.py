@@ -12,7 +12,6 @@ from sedetect.kernels.gate import Gate
 class Call(NamedTuple):
     """Beside device and dtype.
 
-    slots       S, rows that are routed
     experts     E
     weights     those that the backend multiplies with; quantized ones are no tensors
     transposed  they are (E, K, M)
@@ -20,7 +19,6 @@ class Call(NamedTuple):
     gate        the one to be fused, if any
     """
 
-    slots: int
     experts: int
     weights: Sequence[torch.Tensor | QuantizedWeights] = ()
     transposed: bool = False

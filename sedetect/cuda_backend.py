@@ -1,8 +1,9 @@
 """The CUDA backend: the kernels of csrc/cuda, for Hopper GPUs.
 
 Plan, both GEMMs and the update of the statistics are its own. The row kernels (combine and row statistics) are
-Triton's, which wait for memory and nothing else. Addresses go to sedetect._cuda, which knows nothing of torch; a stage
-is one call of it, because at small T the host is what takes the time.
+Triton's, which wait for memory and nothing else, and so are the GEMMs where experts have few rows: the weights' traffic
+decides there, and their tiles are smaller. Addresses go to sedetect._cuda, which knows nothing of torch; a stage is one
+call of it, because at small T the host is what takes the time.
 """
 
 import importlib.util
@@ -13,10 +14,8 @@ import torch
 
 from sedetect.call import Call
 from sedetect.kernels import tiles
-from sedetect.kernels.combine import combine
 from sedetect.kernels.gate import Gate
-from sedetect.kernels.plan import Plan, Schedule
-from sedetect.kernels.row_scan import row_parts
+from sedetect.kernels.plan import Plan, Schedule, scheduled
 from sedetect.kernels.row_stats import RowParts
 from sedetect.kernels.sort_rows import sort_rows
 from sedetect.triton_backend import TritonBackend, on
@@ -24,10 +23,6 @@ from sedetect.triton_backend import TritonBackend, on
 _cuda = None
 if importlib.util.find_spec("sedetect._cuda") is not None:
     from sedetect import _cuda
-
-# Average rows of an expert from which on it is chosen by itself; with fewer the weights' traffic decides, and the
-# Triton kernels, whose tiles are smaller, are as fast.
-MIN_ROWS = 96
 
 # Columns of gate_up's weights from which on its rows are sorted before it, so that the copy engine loads them: sorting
 # takes as long as 2000 to 8000 columns gain by it (benchmarks/RESULTS.md).
@@ -59,20 +54,16 @@ class CudaBackend(TritonBackend):
             return f"it has no kernel for {dtype}"
         return None if call is None else _call_refusal(call, dtype)
 
-    def suits(self, call: Call) -> bool:
-        """Whether it is the fastest for a call that it does not refuse."""
-        return call.slots >= MIN_ROWS * call.experts
-
     def plan(self, top_k_index, num_experts):
+        if top_k_index.numel() <= tiles.SLOTS:  # Triton's is one launch then, and no cooperative one
+            return super().plan(top_k_index, num_experts)
         index = top_k_index.contiguous()
         if index.dtype not in (torch.int64, torch.int32):
             index = index.to(torch.int64)
         slots, device = index.numel(), index.device
         order = torch.empty(slots, dtype=torch.int64, device=device)
         offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=device)
-        schedule = _empty_schedule(slots, num_experts, device)
-        if slots == 0:
-            return Plan(order, offsets.zero_(), top_k_index.shape[1], schedule)
+        schedule = Schedule.empty(slots, num_experts, device)
         processors = tiles.limits(device).processors
         blocks = _cuda.plan_blocks(slots, processors)
         counts = torch.empty(blocks * (num_experts + 1), dtype=torch.int32, device=device)
@@ -83,31 +74,15 @@ class CudaBackend(TritonBackend):
             )  # fmt: skip
         return Plan(order, offsets, top_k_index.shape[1], schedule)
 
-    def gate_up(self, x, plan, weight, bias, transposed):
-        with on(x.device):
-            return self._gate_up(x, self._scheduled(plan), weight, None)[0]
-
-    def down(self, h, plan, weight, bias, transposed):
-        with on(h.device):
-            h = _aligned(h.to(weight.dtype))
-            y = self._down(h, self._scheduled(plan), weight)
-            return y, row_parts(y, h, plan.offsets)
-
-    def experts(self, x, plan, gate_up, gate_up_bias, gate, down, down_bias, transposed, gates, statistics=True):
-        with on(x.device):
-            plan = self._scheduled(plan)
-            h, in_parts = self._gate_up(x, plan, gate_up, gate, parts=statistics)
-            y = self._down(h, plan, down)
-            return combine(y, plan, gates, x.dtype, *((h, in_parts) if statistics else ()))
-
     def update(self, state, found, plan, gates, rows):
         slots, device = len(plan.order), plan.order.device
         if slots == 0:
             return
         with on(device):
-            plan, gates = self._scheduled(plan), _gates(gates)
-            schedule, records = plan.schedule, (state.outliers, state.first_outliers, state.in_max)
-            scratch = torch.empty(_cuda.update_scratch(len(schedule.tiles)), dtype=torch.uint8, device=device)
+            schedule, gates = scheduled(plan).schedule, _gates(gates)
+            records = (state.outliers, state.first_outliers, state.in_max)
+            size = _cuda.update_scratch(len(schedule.tiles), schedule.rows)
+            scratch = torch.empty(size, dtype=torch.uint8, device=device)
             _cuda.update(
                 _row_parts(found), plan.order.data_ptr(), _addresses(schedule),
                 gates.data_ptr(), _TYPES[gates.dtype], [t.data_ptr() for t in rows.tensors()],
@@ -116,19 +91,9 @@ class CudaBackend(TritonBackend):
                 scratch.data_ptr(), slots, plan.top_k, rows.source, _stream(device),
             )  # fmt: skip
 
-    def _scheduled(self, plan: Plan) -> Plan:
-        """The plan with a schedule of this backend, made here where the plan came from elsewhere."""
-        if plan.schedule is not None and plan.schedule.arrived is not None:
-            return plan
-        slots, device = len(plan.order), plan.order.device
-        schedule = _empty_schedule(slots, plan.num_experts, device)
-        if slots:
-            where = (plan.order.data_ptr(), plan.offsets.data_ptr(), slots, plan.num_experts)
-            _cuda.schedule(*where, _addresses(schedule), _stream(device))
-        return Plan(plan.order, plan.offsets, plan.top_k, schedule)
-
-    def _gate_up(self, x, plan, weight, gate: Gate | None, parts=False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As sedetect.kernels.gate_up.gate_up."""
+    def _gate_up(self, x, plan, weight, bias, transposed, gate=None, parts=False):
+        if plan.schedule.rows != _cuda.TILE_ROWS:
+            return super()._gate_up(x, plan, weight, bias, transposed, gate, parts)
         x = _aligned(x.to(weight.dtype))
         experts, columns, hidden = weight.shape
         _check_sizes("gate_up", x, weight, hidden, plan)
@@ -137,29 +102,30 @@ class CudaBackend(TritonBackend):
         h, found = x.new_empty(slots, width), None
         if parts:
             found = x.new_empty(_cuda.column_tiles(width, gated), slots, dtype=torch.float32)
-        if slots:
-            schedule, order = plan.schedule, plan.order.data_ptr()
-            if columns >= SORTED_COLUMNS:
-                x, order = sort_rows(x, plan), 0
-            _cuda.gate_up(
-                x.data_ptr(), weight.data_ptr(), order,
-                schedule.tiles.data_ptr(), schedule.count.data_ptr(), h.data_ptr(), found.data_ptr() if parts else 0,
-                _gate(gate), _TYPES[x.dtype], slots, plan.top_k, experts, hidden, width,
-                tiles.limits(x.device).processors, _stream(x.device),
-            )  # fmt: skip
+        schedule, order = plan.schedule, plan.order.data_ptr()
+        if columns >= SORTED_COLUMNS:
+            x, order = sort_rows(x, plan), 0
+        _cuda.gate_up(
+            x.data_ptr(), weight.data_ptr(), order,
+            schedule.tiles.data_ptr(), schedule.count.data_ptr(), h.data_ptr(), found.data_ptr() if parts else 0,
+            _gate(gate), _TYPES[x.dtype], slots, plan.top_k, experts, hidden, width,
+            tiles.limits(x.device).processors, _stream(x.device),
+        )  # fmt: skip
         return h, found
 
-    def _down(self, h, plan, weight) -> torch.Tensor:
+    def _down(self, h, plan, weight, bias, transposed):
+        if plan.schedule.rows != _cuda.TILE_ROWS:
+            return super()._down(h, plan, weight, bias, transposed)
+        h = _aligned(h.to(weight.dtype))
         experts, hidden, width = weight.shape
         _check_sizes("down", h, weight, width, plan)
         slots, schedule = len(plan.order), plan.schedule
         y = h.new_empty(slots, hidden)
-        if slots:
-            _cuda.down(
-                h.data_ptr(), weight.data_ptr(), schedule.tiles.data_ptr(),
-                schedule.count.data_ptr(), y.data_ptr(), _TYPES[h.dtype], slots, experts, hidden, width,
-                tiles.limits(h.device).processors, _stream(h.device),
-            )  # fmt: skip
+        _cuda.down(
+            h.data_ptr(), weight.data_ptr(), schedule.tiles.data_ptr(),
+            schedule.count.data_ptr(), y.data_ptr(), _TYPES[h.dtype], slots, experts, hidden, width,
+            tiles.limits(h.device).processors, _stream(h.device),
+        )  # fmt: skip
         return y
 
 
@@ -214,13 +180,6 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def _gates(gates: torch.Tensor) -> torch.Tensor:
     return (gates if gates.dtype in _TYPES else gates.float()).contiguous()
-
-
-def _empty_schedule(slots: int, experts: int, device: torch.device) -> Schedule:
-    most = tiles.max_tiles(slots, experts, _cuda.TILE_ROWS)
-    sizes = ((slots,), (most, 4), (1,), (experts, 3))
-    row, table, count, arrived = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
-    return Schedule(row, _cuda.TILE_ROWS, table, count, arrived)
 
 
 def _addresses(schedule: Schedule) -> tuple[int, ...]:

@@ -64,12 +64,12 @@ def moe_mlp(
         state: updated in place with the statistics of every counted row (see BankStats).
         post_norm: applied to each row of the down_proj output before its routing weight; not part of the statistics.
         rows: which token each row is; None counts every row and knows nothing of its place.
-        backend: name, or None for the fastest that serves this device, dtype and number of rows.
+        backend: name, or None for the fastest that serves this device and these weights.
         served: told the name of the backend that serves the call, and why it is not the one asked for (None if it is).
     Returns:
         (T, H) in x's dtype.
     """
-    call = _call(top_k_index.numel(), gate_up, down, gate, (gate_up_bias, down_bias), transposed)
+    call = _call(gate_up, down, gate, (gate_up_bias, down_bias), transposed)
     chosen = _choose(x.device, down.dtype, backend, call, served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(x.device, state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
@@ -123,7 +123,7 @@ def every_expert(
     The other arguments are those of moe_mlp. No routing, and no statistics are kept.
     """
     experts = down.shape[0]
-    call = _call(experts * len(x), gate_up, down, gate, (gate_up_bias, down_bias), transposed)
+    call = _call(gate_up, down, gate, (gate_up_bias, down_bias), transposed)
     chosen = _choose(x.device, down.dtype, backend, call, None)
     plan = every_plan(len(x), experts, x.device)
     h = _hidden(chosen, x, plan, gate_up, gate_up_bias, gate, transposed)
@@ -152,7 +152,7 @@ def moe_modules(
         sizes: number of experts, I, and the dtype of y.
     """
     experts, intermediate, dtype = sizes
-    chosen = _choose(x.device, dtype, backend, Call(top_k_index.numel(), experts), served)
+    chosen = _choose(x.device, dtype, backend, Call(experts), served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(x.device, state, experts, len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, experts)
@@ -192,7 +192,7 @@ def down_stats(
     Returns:
         y (S, H) in the weight's dtype, sorted by expert: the very values the statistics are of.
     """
-    call = Call(len(h), weight.shape[0], (weight,), transposed, () if bias is None else (bias,))
+    call = Call(weight.shape[0], (weight,), transposed, () if bias is None else (bias,))
     chosen = _choose(h.device, weight.dtype, backend, call, served)
     rows = Rows.unmapped(len(gates), h.device) if rows is None else rows
     _check(h.device, state, weight.shape[0], len(gates), rows, gates.shape, (len(h) // plan.top_k, plan.top_k))
@@ -229,17 +229,17 @@ def output_stats(
     served: Served | None = None,
 ) -> None:
     """Statistics of a down_proj output y (T, H) computed elsewhere from x (T, I): one expert, routing weight 1."""
-    chosen = _choose(y.device, y.dtype, backend, Call(len(y), 1), served)
+    chosen = _choose(y.device, y.dtype, backend, Call(1), served)
     rows = Rows.unmapped(len(y), y.device) if rows is None else rows
     _check(y.device, state, 1, len(y), rows, y.shape[:1], x.shape[:1])
     plan, gates = single_plan(len(y), y.device), torch.ones(len(y), 1, device=y.device)
     _finish(chosen, state, y, x, chosen.row_stats(y, x), plan, gates, rows)
 
 
-def _call(slots: int, gate_up, down, gate, biases: Sequence[torch.Tensor | None], transposed: bool) -> Call:
+def _call(gate_up, down, gate, biases: Sequence[torch.Tensor | None], transposed: bool) -> Call:
     parts = [gate_up.gate, gate_up.up] if isinstance(gate_up, Halves) else [] if gate_up is None else [gate_up]
     biases = [bias for bias in biases if bias is not None]
-    return Call(slots, down.shape[0], (*parts, down), transposed, biases, gate if isinstance(gate, Gate) else None)
+    return Call(down.shape[0], (*parts, down), transposed, biases, gate if isinstance(gate, Gate) else None)
 
 
 def _choose(

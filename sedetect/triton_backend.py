@@ -39,22 +39,18 @@ class TritonBackend:
             return "the weights are FP8, which takes compute capability 8.9"
         return None
 
-    def suits(self, call: Call) -> bool:
-        """Whether it may be chosen by itself for a call that it does not refuse."""
-        return True
-
     def plan(self, top_k_index, num_experts):
         with on(top_k_index.device):
             return plan(top_k_index, num_experts)
 
     def gate_up(self, x, plan, weight, bias, transposed):
         with on(x.device):
-            return gate_up(x, plan, weight, bias, transposed)[0]
+            return self._gate_up(x, scheduled(plan), weight, bias, transposed)[0]
 
     def down(self, h, plan, weight, bias, transposed):
         with on(h.device):
             h = h.to(weight.dtype)
-            y = down(h, plan, weight, bias, transposed)
+            y = self._down(h, scheduled(plan), weight, bias, transposed)
             return y, row_parts(y, h, plan.offsets)
 
     def experts(
@@ -63,8 +59,8 @@ class TritonBackend:
         """As TorchBackend.experts, with out in x's dtype; statistics=False leaves them out (None)."""
         with on(x.device):
             plan = scheduled(plan)
-            h, in_parts = gate_up(x, plan, gate_up_weight, gate_up_bias, transposed, gate, parts=statistics)
-            y = down(h, plan, down_weight, down_bias, transposed)
+            h, in_parts = self._gate_up(x, plan, gate_up_weight, gate_up_bias, transposed, gate, parts=statistics)
+            y = self._down(h, plan, down_weight, down_bias, transposed)
             return combine(y, plan, gates, x.dtype, *((h, in_parts) if statistics else ()))
 
     def row_stats(self, y, h):
@@ -78,6 +74,16 @@ class TritonBackend:
     def update(self, state, found, plan, gates, rows):
         with on(gates.device):
             update(state, found, plan, gates, rows)
+
+    # The GEMMs, of plans that have a schedule: what another backend on a GPU may do in another way.
+
+    def _gate_up(self, x, plan, weight, bias, transposed, gate=None, parts=False):
+        """As sedetect.kernels.gate_up.gate_up."""
+        return gate_up(x, plan, weight, bias, transposed, gate, parts)
+
+    def _down(self, h, plan, weight, bias, transposed):
+        """As sedetect.kernels.down.down."""
+        return down(h, plan, weight, bias, transposed)
 
 
 def on(device: torch.device) -> AbstractContextManager:

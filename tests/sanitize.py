@@ -26,6 +26,7 @@ SHAPES = [
     (5, 2, 4, 64, 32),  # tiles of 16 rows, most of them tails; a plan of one block
     (40, 2, 2, 72, 40),  # tiles of 64 rows; row tails in the last column tile
     (300, 2, 3, 264, 136),  # tiles of 128 rows; a plan of several blocks
+    (140, 1, 1, 64, 4096),  # so many columns that cuda sorts the rows before gate_up
 ]
 
 

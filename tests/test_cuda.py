@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 
 import interpreter  # noqa: F401  before triton
 import pytest
@@ -16,6 +15,7 @@ from test_triton import (
     assert_equal_bits,
     assert_parts_of,
     assert_same_state,
+    assert_schedule,
     check_update,
     check_update_of_special_rows,
     random_rows,
@@ -24,7 +24,8 @@ from test_triton import (
 from sedetect import cuda_backend, ops
 from sedetect.backends import BACKENDS, choose_backend
 from sedetect.call import Call
-from sedetect.cuda_backend import MIN_ROWS, CudaBackend
+from sedetect.cuda_backend import CudaBackend
+from sedetect.kernels import tiles
 from sedetect.kernels.gate_up import gate_up_torch
 from sedetect.kernels.plan import Plan, plan_torch
 from sedetect.kernels.row_scan import row_parts
@@ -55,9 +56,17 @@ SHAPES = [
 ]
 
 
+# With its own GEMMs for every call, and as users meet it: tiles of few rows go to Triton's.
+OWN_GEMMS, AS_CHOSEN = 128, None
+BOTH = pytest.mark.parametrize("backend", [OWN_GEMMS, AS_CHOSEN], indirect=True, ids=["own-gemms", "as-chosen"])
+
+
 @pytest.fixture
-def backend():
+def backend(request, monkeypatch):
     """The backend under test, and NaN in all memory that no kernel wrote."""
+    rows = getattr(request, "param", OWN_GEMMS)
+    if rows is not None:
+        monkeypatch.setattr(tiles, "tile_rows", lambda slots, experts: rows)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield CudaBackend()
     torch.use_deterministic_algorithms(False)
@@ -98,41 +107,44 @@ def test_the_host_is_refused():
     assert chosen.name == "cpu" and why.startswith("backend cuda does not serve torch.bfloat16 on cpu: ")
 
 
-def test_few_rows_are_left_to_triton():
+def test_it_is_preferred_to_triton():
     assert list(BACKENDS) == ["cpu", "cuda", "triton", "torch"]
-    backend = CudaBackend()
-    assert backend.suits(Call(MIN_ROWS * 8, 8)) and not backend.suits(Call(MIN_ROWS * 8 - 1, 8))
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("tokens", [1, 8 * 8, 8 * 32 - 1, 8 * 96, 8 * 400])
+def test_its_gemms_serve_where_experts_have_rows_enough(monkeypatch, tokens):
+    """Chosen by itself for few rows, too, but then without its own GEMMs."""
+    called, served = [], []
+    for name in ("gate_up", "down", "update"):
+        its = getattr(cuda_backend._cuda, name)
+        monkeypatch.setattr(cuda_backend._cuda, name, lambda *a, n=name, f=its: (called.append(n), f(*a)))
+    call = on_device(make_call((tokens, 1, 8, 64, 32), torch.bfloat16, 1))
+    ops.moe_mlp(**call, state=BankStats.empty(8, DEVICE), served=lambda *note: served.append(note))
+    assert served == [("cuda", None)]
+    assert called == (["gate_up", "down", "update"] if tokens >= 8 * 96 else ["update"])
 
 
 @ON_HOPPER
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("skew", [False, True])
 @pytest.mark.parametrize(
-    "slots,experts", [(1, 1), (31, 3), (1024, 8), (1025, 128), (20_000, 60), (65_536, 128), (300_000, 1500), (5000, 1)]
+    "slots,experts",
+    [(31, 3), (257, 1), (1024, 8), (1025, 128), (2000, 100), (5000, 100), (20_000, 60), (65_536, 128), (300_000, 1500)],
 )
+@pytest.mark.parametrize("backend", [AS_CHOSEN], indirect=True)
 def test_plan(backend, slots, experts, skew, dtype):
     generator = torch.Generator().manual_seed(slots)
     index = torch.randint(-1, experts + 1, (slots, 1), generator=generator).to(dtype)  # with sentinels of both kinds
     if skew:
         index[torch.rand(slots, generator=generator) < 0.9] = experts // 2
     mine, reference = backend.plan(index.to(DEVICE), experts), plan_torch(index, experts)
-    again = backend._scheduled(Plan(mine.order, mine.offsets, 1))
-    expected = [
-        [e, first, end, number]
-        for e, (start, end) in enumerate(pairwise(reference.offsets.tolist()))
-        for number, first in enumerate(range(start, end, 128))
-    ]
-    row = torch.empty(slots, dtype=torch.int64).scatter_(0, reference.order, torch.arange(slots))
-    for plan in (mine, again):
-        assert torch.equal(plan.order.cpu(), reference.order) and torch.equal(plan.offsets.cpu(), reference.offsets)
-        assert torch.equal(plan.schedule.row.cpu().long(), row)
-        assert plan.schedule.rows == 128
-        count = int(plan.schedule.count)
-        assert plan.schedule.tiles[:count].tolist() == expected and (plan.schedule.tiles[count:, 0] == -1).all()
-        assert (plan.schedule.arrived == 0).all()
+    assert torch.equal(mine.order.cpu(), reference.order) and torch.equal(mine.offsets.cpu(), reference.offsets)
+    assert_schedule(mine)
 
 
 @ON_HOPPER
+@BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("variant", [{}, {"skew": True, "sentinels": True}], ids=["plain", "skew-sentinels"])
@@ -165,6 +177,7 @@ def test_fused_gates(backend, dtype, gate):
 
 
 @ON_HOPPER
+@BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -180,8 +193,8 @@ def test_statistics_are_those_of_the_stored_output(backend, dtype, gated, shape)
     plan = backend.plan(call["top_k_index"], shape[2])
     weights = (call["gate_up"], None, gate, call["down"], None, False, call["top_k_weights"])
     out, stats = backend.experts(call["x"], plan, *weights)
-    h, _ = backend._gate_up(call["x"], plan, call["gate_up"], gate)
-    y = backend._down(h, plan, call["down"])
+    h, _ = backend._gate_up(call["x"], plan, call["gate_up"], None, False, gate)
+    y = backend._down(h, plan, call["down"], None, False)
     routed = int(plan.offsets[-1])
     reference = row_stats_torch(y, h)
     assert_parts_of(stats, y, h, routed)
@@ -208,7 +221,7 @@ def test_rows_sorted_before_give_the_same(backend, monkeypatch, dtype, shape, ga
     found = []
     for columns in (0, 2**31):
         monkeypatch.setattr(cuda_backend, "SORTED_COLUMNS", columns)
-        found.append(backend._gate_up(call["x"], plan, call["gate_up"], gate, parts=True))
+        found.append(backend._gate_up(call["x"], plan, call["gate_up"], None, False, gate, parts=True))
     routed = int(plan.offsets[-1])
     (h, parts), (same, same_parts) = found
     assert_equal_bits("h", h[:routed].view(torch.int16), same[:routed].view(torch.int16))
@@ -244,6 +257,7 @@ def random_call(
 
 
 @ON_HOPPER
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 @pytest.mark.parametrize("experts", [1, 3, 200])
 @pytest.mark.parametrize("values", [1, 3, 200])
@@ -266,6 +280,7 @@ def test_update_keeps_the_best_in_order(backend, experts, values, hot, dtype):
 
 
 @ON_HOPPER
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 @pytest.mark.parametrize("width", [1, 15, 65, 300])
 def test_update_looks_places_up_and_counts(backend, dtype, width):
@@ -313,13 +328,14 @@ def test_what_it_cannot_serve_goes_to_triton_with_the_reason(backend):
         served = []
         note = lambda *what: served.append(what)  # noqa: E731
         ops.moe_mlp(**on_device(call), state=BankStats.empty(4, DEVICE), backend="cuda", served=note)
-        (name, why), = served
+        ((name, why),) = served
         assert name == "triton" and reason in why
     weight = QuantizedWeights(plain["down"].to(torch.float8_e4m3fn), torch.ones(4, 1, 1), (64, 64), torch.bfloat16)
-    assert "quantized" in backend.refusal(DEVICE, torch.bfloat16, Call(80, 4, (weight,)))
+    assert "quantized" in backend.refusal(DEVICE, torch.bfloat16, Call(4, (weight,)))
 
 
 @ON_HOPPER
+@BOTH
 def test_general_path_and_banks_of_one_expert(backend):
     x = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
     weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
@@ -341,6 +357,7 @@ def test_general_path_and_banks_of_one_expert(backend):
 
 
 @ON_HOPPER
+@pytest.mark.parametrize("backend", [AS_CHOSEN], indirect=True)
 def test_no_tokens(backend):
     call = make_call((1, 2, 4, 16, 8), torch.bfloat16, 0)
     call |= {name: call[name][:0] for name in ("x", "top_k_index", "top_k_weights")}
@@ -351,6 +368,7 @@ def test_no_tokens(backend):
 
 
 @ON_HOPPER
+@BOTH
 def test_duplicates(backend):
     call = make_call((30, 4, 2, 64, 32), torch.bfloat16, 5)
     call["top_k_index"] = torch.randint(0, 2, (30, 4), generator=torch.Generator().manual_seed(0))
@@ -360,6 +378,7 @@ def test_duplicates(backend):
 
 
 @ON_HOPPER
+@BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_synchronisation_and_graph_replay(backend, dtype):
     """The same bits eagerly, under the synchronisation check, and replayed as a CUDA graph on new inputs."""
@@ -381,12 +400,3 @@ def test_no_synchronisation_and_graph_replay(backend, dtype):
     graph.replay()
     assert_equal_bits("out", out.view(torch.int16), expected.view(torch.int16))
     assert_same_state(replayed, eager)
-
-
-@ON_HOPPER
-def test_chosen_by_itself_where_experts_have_rows_enough():
-    served = []
-    for tokens in (1, 64 * MIN_ROWS):
-        call = on_device(make_call((tokens, 2, 8, 64, 32), torch.bfloat16, 1))
-        ops.moe_mlp(**call, state=BankStats.empty(8, DEVICE), served=lambda *note: served.append(note))
-    assert served == [("triton", None), ("cuda", None)]

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import interpreter  # before triton
@@ -77,30 +78,37 @@ def assert_parts_of(mine: RowParts, y: torch.Tensor, h: torch.Tensor, rows: int)
     assert mine.y.shape == y.shape and mine.h.shape == h.shape
 
 
+def assert_schedule(routing: Plan) -> None:
+    """The schedule is, to the last tile, what the definition says of the plan's order and offsets."""
+    schedule, slots = routing.schedule, len(routing.order)
+    assert torch.equal(routing.order[schedule.row.long()].cpu(), torch.arange(slots))
+    used = [
+        [expert, first, end, number]
+        for expert, (start, end) in enumerate(pairwise(routing.offsets.tolist()))
+        for number, first in enumerate(range(start, end, schedule.rows))
+    ]
+    unused = tiles.max_tiles(slots, routing.num_experts, schedule.rows) - len(used)
+    assert schedule.tiles.tolist() == used + unused * [[-1, 0, 0, 0]] and schedule.count.tolist() == [len(used)]
+    assert schedule.arrived.tolist() == routing.num_experts * [[0, 0, 0]]
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, (25, 2, 5, 8, 8), (50, 2, 5, 8, 8), (300, 4, 70, 8, 8)], ids=str)
 @pytest.mark.parametrize("skew", [False, True])
 def test_plan(shape, skew):
     index = make_call(shape, torch.float32, 3, skew=skew, sentinels=True)["top_k_index"].to(DEVICE)
     index[0, 0] = -1  # as much a sentinel as E
-    tokens, k, experts = *index.shape, shape[2]
-    mine, reference = plan(index, experts), plan_torch(index, experts)
+    mine, reference = plan(index, shape[2]), plan_torch(index, shape[2])
     assert torch.equal(mine.order, reference.order) and torch.equal(mine.offsets, reference.offsets)
     for routing in (mine, scheduled(reference)):
-        schedule = routing.schedule
-        assert torch.equal(routing.order[schedule.row.long()], torch.arange(tokens * k, device=DEVICE))
-        seen = torch.zeros(tokens * k, dtype=torch.int64)
-        for expert, first in schedule.tiles[: int(schedule.count)].tolist():
-            assert routing.offsets[expert] <= first < routing.offsets[expert + 1]
-            seen[first : min(first + schedule.rows, int(routing.offsets[expert + 1]))] += 1
-        routed = int(routing.offsets[-1])
-        assert (seen[:routed] == 1).all() and (seen[routed:] == 0).all()
+        assert_schedule(routing)
 
 
 def test_schedule_example():
     index = torch.tensor([[2, 0], [2, 3], [0, 2]], device=DEVICE)
     schedule = plan(index, 3).schedule
     assert schedule.row.tolist() == [2, 0, 3, 5, 1, 4]
-    assert schedule.tiles[: int(schedule.count)].tolist() == [[0, 0], [2, 2]] and schedule.rows == 16
+    assert schedule.tiles.tolist() == [[0, 0, 2, 0], [2, 2, 5, 0], [-1, 0, 0, 0]] and schedule.rows == 16
+    assert schedule.count.tolist() == [2] and schedule.arrived.tolist() == 3 * [[0, 0, 0]]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -339,14 +347,6 @@ def test_first_rows_and_a_norm_in_place(gate):
         mine, reference = states.values()
         assert torch.allclose(mine.published_max, reference.published_max, rtol=1e-5) and mine.published_max.all()
         assert torch.equal(mine.outliers[:, :4, PLACE], reference.outliers[:, :4, PLACE])
-
-
-def test_a_plan_of_the_cuda_backend():
-    """Its tiles are of another form: the GEMMs take their own."""
-    routing = plan(torch.tensor([[2, 0], [2, 3], [0, 2]], device=DEVICE), 3)
-    schedule = replace(routing.schedule, tiles=torch.zeros(4, 4), arrived=torch.zeros(3, 3))
-    own = scheduled(replace(routing, schedule=schedule)).schedule
-    assert torch.equal(own.tiles[:2], routing.schedule.tiles[:2]) and own.rows == routing.schedule.rows
 
 
 def test_no_tokens():

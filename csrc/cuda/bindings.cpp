@@ -74,11 +74,6 @@ PYBIND11_MODULE(_cuda, m) {
          stream_of(stream));
   });
 
-  m.def("schedule",
-        [](Address order, Address offsets, int slots, int experts, const ScheduleArguments& result, Address stream) {
-          schedule(at<int64_t>(order), at<int64_t>(offsets), slots, experts, schedule_of(result), stream_of(stream));
-        });
-
   m.def("gate_up", [](Address x, Address weight, Address order, Address tiles, Address count, Address h, Address parts,
                       const GateArguments& gate, int type, int slots, int top_k, int experts, int hidden, int width,
                       int processors, Address stream) {

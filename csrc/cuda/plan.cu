@@ -7,8 +7,6 @@
 
 #include <cooperative_groups.h>
 
-#include <algorithm>
-
 namespace sedetect::cuda {
 namespace {
 
@@ -26,7 +24,7 @@ struct Bins {
       : count(experts + 1), total(memory), first(total + count), tile_end(first + count), of_warp(tile_end + count) {}
 };
 
-int shared_bytes(int experts, bool of_warp) { return (experts + 1) * (3 + (of_warp ? kWarps : 0)) * int(sizeof(int)); }
+int shared_bytes(int experts) { return (experts + 1) * (3 + kWarps) * int(sizeof(int)); }
 
 int slots_of_block(int slots, int processors) {
   const int units = (slots + kThreads - 1) / kThreads;
@@ -164,28 +162,6 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(Plan plan, int per_block
   write_schedule(bins, plan.schedule);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    schedule_kernel(const int64_t* order, const int64_t* offsets, int slots, int experts, Schedule schedule) {
-  extern __shared__ int memory[];
-  const Bins bins(memory, experts);
-  for (int row = blockIdx.x * kThreads + threadIdx.x; row < slots; row += gridDim.x * kThreads) {
-    schedule.row[order[row]] = row;
-  }
-  for (int bin = threadIdx.x; bin < bins.count; bin += kThreads) {
-    bins.total[bin] = bin < experts ? int(offsets[bin + 1] - offsets[bin]) : 0;
-  }
-  __syncthreads();
-  scan_bins(bins, schedule.rows);
-  write_schedule(bins, schedule);
-}
-
-template <typename Kernel>
-void allow_shared(Kernel kernel, int bytes) {
-  if (bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
-  }
-}
-
 }  // namespace
 
 int plan_blocks(int slots, int processors) {
@@ -196,19 +172,14 @@ int plan_blocks(int slots, int processors) {
 void plan(const Plan& arguments, cudaStream_t stream) {
   Plan plan = arguments;
   int per_block = slots_of_block(plan.slots, plan.processors);
-  const int blocks = plan_blocks(plan.slots, plan.processors), shared = shared_bytes(plan.experts, true);
-  allow_shared(plan_kernel, shared);
+  const int blocks = plan_blocks(plan.slots, plan.processors), shared = shared_bytes(plan.experts);
+  if (shared > 48 * 1024) {
+    check(cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+          "cudaFuncSetAttribute");
+  }
   void* parameters[] = {&plan, &per_block};
   check(cudaLaunchCooperativeKernel(plan_kernel, dim3(blocks), dim3(kThreads), parameters, shared, stream),
         "launch of plan");
-}
-
-void schedule(const int64_t* order, const int64_t* offsets, int slots, int experts, const Schedule& result,
-              cudaStream_t stream) {
-  const int shared = shared_bytes(experts, false), blocks = std::min((slots + kThreads - 1) / kThreads, 256);
-  allow_shared(schedule_kernel, shared);
-  schedule_kernel<<<blocks, kThreads, shared, stream>>>(order, offsets, slots, experts, result);
-  check(cudaGetLastError(), "launch of schedule");
 }
 
 }  // namespace sedetect::cuda

@@ -49,10 +49,6 @@ constexpr int kMaxExperts = 1536;
 
 void plan(const Plan& arguments, cudaStream_t stream);
 
-// The schedule of a plan that was made elsewhere.
-void schedule(const int64_t* order, const int64_t* offsets, int slots, int experts, const Schedule& result,
-              cudaStream_t stream);
-
 // kernels/row_stats.py's RowParts.
 struct RowParts {
   const float* best;      // (S,)
@@ -82,7 +78,7 @@ struct Update {
   int slots, top_k, source;
 };
 
-int64_t update_scratch(int max_tiles);
+int64_t update_scratch(int max_tiles, int tile_rows);
 constexpr int kMaxKept = 64;
 
 void update(const Update& arguments, cudaStream_t stream);

@@ -85,7 +85,7 @@ __device__ bool precedes(const Entry& a, const Entry& b) {
 struct Scratch {
   Totals* totals;  // (max_tiles,)
   Found* found;    // (kLists, max_tiles)
-  Entry* offers;   // (kLists, max_tiles, kThreads)
+  Entry* offers;   // (kLists, max_tiles, rows of a tile)
 
   __device__ explicit Scratch(const Update& u)
       : totals(static_cast<Totals*>(u.scratch)),
@@ -338,7 +338,7 @@ __device__ void reduce_tile(const Update& u, const Scratch& scratch, Summands& s
   enters = enters && precedes(mine, last);
   const Place before = place(enters);
   const int64_t at = int64_t(list) * u.schedule.max_tiles + index;
-  if (enters) scratch.offers[at * kThreads + before.before] = mine;
+  if (enters) scratch.offers[at * u.schedule.rows + before.before] = mine;
   const int head = largest(enters ? part.value : -1);
   if (threadIdx.x == 0) scratch.found[at] = {head, before.total};
 }
@@ -492,7 +492,7 @@ __device__ void enter_rows(const Update& u, const Scratch& scratch, int first_ti
       if (i < rows.total) {
         const int low = first_that_ends_after(list.ends, tiles.total, i);
         const int64_t at = int64_t(which) * u.schedule.max_tiles + list.tiles[low];
-        const Entry offer = scratch.offers[at * kThreads + i - (low == 0 ? 0 : list.ends[low - 1])];
+        const Entry offer = scratch.offers[at * u.schedule.rows + i - (low == 0 ? 0 : list.ends[low - 1])];
         if (int(offer.key >> 32) >= bound && precedes(offer, list.entries[kept - 1])) {
           list.entries[kept + atomicAdd(&list.waiting, 1)] = offer;
         }
@@ -535,8 +535,8 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
 
 }  // namespace
 
-int64_t update_scratch(int max_tiles) {
-  return max_tiles * int64_t(sizeof(Totals) + kLists * (sizeof(Found) + kThreads * sizeof(Entry)));
+int64_t update_scratch(int max_tiles, int tile_rows) {
+  return max_tiles * int64_t(sizeof(Totals) + kLists * (sizeof(Found) + tile_rows * sizeof(Entry)));
 }
 
 void update(const Update& update, cudaStream_t stream) {

@@ -124,11 +124,12 @@ class BankStats:
 
     def kept(self) -> list[torch.Tensor]:
         """The fields that are there, in their order."""
-        return [tensor for tensor in vars(self).values() if tensor is not None]
+        # By name: torch 2.11 does not compile a look at all attributes.
+        return [tensor for tensor in [getattr(self, name) for name in _FIELDS] if tensor is not None]
 
     def replaced(self, tensors: list[torch.Tensor]) -> "BankStats":
         """The same fields with other tensors, in the order of kept()."""
-        names = [name for name, tensor in vars(self).items() if tensor is not None]
+        names = [name for name in _FIELDS if getattr(self, name) is not None]
         return BankStats(**dict(zip(names, tensors)))
 
     @property
@@ -237,6 +238,9 @@ class BankStats:
                 records[..., COLUMN[part]] = bits
             parts[name] = records
         return cls(**parts, **{name: tensors[name] for name in OPTIONAL if name in tensors})
+
+
+_FIELDS = tuple(f.name for f in fields(BankStats))
 
 
 def _named_column(table: str, index: int, name: str) -> property:

@@ -291,7 +291,7 @@ def test_quantized_experts_as_what_they_stand_for():
     same_arrays(*(analyze_routing(m, given[0], texts=given[1]) for m in (plain, stored)))
     for ours, bank in zip(hf.find_banks(stored), hf.find_banks(plain), strict=True):
         for name, matrix in expert_matrices(plain, bank).items():
-            close(expert_matrices(stored, ours)[name].float(), matrix.float().numpy(), 1e-2)
+            close(expert_matrices(stored, ours)[name].float().cpu(), matrix.float().cpu().numpy(), 1e-2)
 
 
 @pytest.mark.parametrize("kind", [packed, in_fp8])

@@ -86,7 +86,7 @@ def test_command_line(monkeypatch, tmp_path):
     assert shown.code == 0 and shown.err == ""
     assert shown.out.startswith("Qwen3MoeForCausalLM: 15.6M parameters, 31.1 MB in 3 files\n")
     assert "320 routed experts in 10 of 10 layers (32 each, top-4): 11.8M parameters; shared experts 0" in shown.out
-    assert re.search(r"precision +weights +streamed +on cpu, 50 MB free", shown.out)
+    assert re.search(r"precision +weights +streamed +on (cpu|cuda), 50 MB free", shown.out)
     assert re.search(r"bfloat16 \(default\) +31.1 MB +\d\S+ MB +fits", shown.out)
     assert re.search(r"float32 +62.2 MB +\d\S+ MB +streamed", shown.out)
     largest, every = re.search(r"at most (\S+) MB a layer; at 1 GB/s.*?, (\S+) ms a layer", shown.out).groups()

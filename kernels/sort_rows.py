@@ -36,7 +36,7 @@ def sort_rows(x: torch.Tensor, plan: Plan) -> torch.Tensor:
     out = x.new_empty(len(plan.order), x.shape[1])
     if len(out):
         block = min(triton.next_power_of_2(x.shape[1]), tiles.ROW_ELEMENTS)
-        _sort_rows[(len(x), triton.cdiv(x.shape[1], block))](
+        _sort_rows[(len(out) // plan.top_k, triton.cdiv(x.shape[1], block))](
             x, plan.schedule.row, plan.offsets, out,
             EXPERTS=plan.num_experts, H=x.shape[1], TOP_K=plan.top_k, BLOCK_H=block, num_warps=8,
         )  # fmt: skip

@@ -112,7 +112,7 @@ def test_it_is_preferred_to_triton():
 
 
 @ON_HOPPER
-@pytest.mark.parametrize("tokens", [1, 8 * 8, 8 * 32 - 1, 8 * 96, 8 * 400])
+@pytest.mark.parametrize("tokens", [1, 8 * 8, 8 * 32 - 1, 8 * 96 - 1, 8 * 96, 8 * 400])
 def test_its_gemms_serve_where_experts_have_rows_enough(monkeypatch, tokens):
     """Chosen by itself for few rows, too, but then without its own GEMMs."""
     called, served = [], []

@@ -93,10 +93,10 @@ def test_every_layout(name, dtype):
             model(input_ids=row[None])
     ranking = sedetect.rank(prof.stats, layers=1.0, percentile=0, fraction=0.001, min_value=0, min_ratio=0)
     experts = ranking.super_experts
-    assert len({expert.position for expert in experts}) > 3
     assert ("shared" in {expert.kind for expert in experts}) == (name in ("qwen2_moe", "deepseek_v3"))
     if dtype == torch.bfloat16:  # after the first layer a random router's choice turns on roundings
         experts = [expert for expert in experts if expert.layer == min(e.layer for e in experts)]
+    assert len({expert.position for expert in experts}) > 3
     before = model.config.to_json_string()
     found = super_weights(model, experts, [windows], top=100)
     assert [str(one.expert) for one in found] == [str(expert) for expert in experts]

@@ -1,9 +1,9 @@
 """The CUDA backend: the kernels of csrc/cuda, for Hopper GPUs.
 
 Plan, both GEMMs and the update of the statistics are its own. The row kernels (combine and row statistics) are
-Triton's, which wait for memory and nothing else, and so are the GEMMs where experts have few rows: the weights' traffic
-decides there, and their tiles are smaller. Addresses go to sedetect._cuda, which knows nothing of torch; a stage is one
-call of it, because at small T the host is what takes the time.
+Triton's, which wait for memory and nothing else. So are the GEMMs where experts have few rows: the weights' traffic
+decides there, and their tiles are smaller; and plans of few slots. Addresses go to sedetect._cuda, which knows nothing
+of torch; a stage is one call of it, because at small T the host is what takes the time.
 """
 
 import importlib.util

@@ -52,6 +52,7 @@ SHAPES = [
     (600, 10, 16, 512, 256),
     (700, 8, 16, 1032, 520),  # more tiles than blocks: epilogues run while the next tile is multiplied
     (30, 2, 2, 4160, 2056),  # large matrices: three stages
+    (200, 2, 8, 136, 72),  # as chosen, tiles of 64 rows
     (300, 2, 4, 72, 4104),  # so many columns that rows are sorted before gate_up
 ]
 
@@ -130,7 +131,18 @@ def test_its_gemms_serve_where_experts_have_rows_enough(monkeypatch, tokens):
 @pytest.mark.parametrize("skew", [False, True])
 @pytest.mark.parametrize(
     "slots,experts",
-    [(31, 3), (257, 1), (1024, 8), (1025, 128), (2000, 100), (5000, 100), (20_000, 60), (65_536, 128), (300_000, 1500)],
+    [
+        (31, 3),
+        (257, 1),
+        (1024, 8),
+        (1024, 128),
+        (1025, 128),
+        (2000, 100),
+        (5000, 100),
+        (20_000, 60),
+        (65_536, 128),
+        (300_000, 1500),
+    ],
 )
 @pytest.mark.parametrize("backend", [AS_CHOSEN], indirect=True)
 def test_plan(backend, slots, experts, skew, dtype):
@@ -380,15 +392,19 @@ def test_duplicates(backend):
 @ON_HOPPER
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_synchronisation_and_graph_replay(backend, dtype):
+@pytest.mark.parametrize(
+    "shape", [(600, 8, 16, 512, 256), (20, 8, 16, 64, 32), (100, 8, 16, 64, 32), (300, 2, 4, 72, 4104)], ids=str
+)
+def test_no_synchronisation_and_graph_replay(backend, dtype, shape):
     """The same bits eagerly, under the synchronisation check, and replayed as a CUDA graph on new inputs."""
-    call = on_device(make_call((600, 8, 16, 512, 256), dtype, 1))
-    rows = make_rows(600, 1).to(DEVICE)
-    eager, replayed = BankStats.empty(16, DEVICE), BankStats.empty(16, DEVICE)
+    tokens, _, experts, *_ = shape
+    call = on_device(make_call(shape, dtype, 1))
+    rows = make_rows(tokens, 1).to(DEVICE)
+    eager, replayed = BankStats.empty(experts, DEVICE), BankStats.empty(experts, DEVICE)
     expected = moe_mlp(call, eager, rows)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        moe_mlp(call, BankStats.empty(16, DEVICE), rows)
+        moe_mlp(call, BankStats.empty(experts, DEVICE), rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     inputs = {name: torch.zeros_like(call[name]) for name in ("x", "top_k_index", "top_k_weights")}

@@ -80,6 +80,16 @@ def test_switching_it_off_takes_its_share_of_the_outlier(tiny):
     assert others.abs().max() <= 1e-3 * lost.abs()
 
 
+def is_visited(model, expert, windows: Windows) -> bool:
+    """Whether its token comes to it in an unprofiled run, too."""
+    try:
+        super_weights(model, [expert], [windows])
+    except SedetectError as error:
+        assert "does not visit it in this run" in str(error)
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_layout(name, dtype):
@@ -94,8 +104,10 @@ def test_every_layout(name, dtype):
     ranking = sedetect.rank(prof.stats, layers=1.0, percentile=0, fraction=0.001, min_value=0, min_ratio=0)
     experts = ranking.super_experts
     assert ("shared" in {expert.kind for expert in experts}) == (name in ("qwen2_moe", "deepseek_v3"))
-    if dtype == torch.bfloat16:  # after the first layer a random router's choice turns on roundings
-        experts = [expert for expert in experts if expert.layer == min(e.layer for e in experts)]
+    if dtype == torch.bfloat16:  # on some machines a choice of the random router turns on a rounding
+        visited = [expert for expert in experts if is_visited(model, expert, windows)]
+        assert len(visited) > 0.7 * len(experts)
+        experts = visited
     assert len({expert.position for expert in experts}) > 3
     before = model.config.to_json_string()
     found = super_weights(model, experts, [windows], top=100)

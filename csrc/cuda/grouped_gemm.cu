@@ -1,8 +1,7 @@
 // Grouped GEMMs by hand for sm_90a: one kernel, persistent and warp-specialised.
 //
 // A block computes tiles of 128 rows x 256 weight rows, 64 inner elements at a time. One warpgroup loads: weights, and
-// sorted rows, by the tensor copy engine; the rows of gate_up, which lie scattered by token where they were not sorted
-// before, 16 bytes at a time.
+// sorted rows, by the tensor copy engine; the rows of gate_up, where they lie scattered by token, 16 bytes at a time.
 // Two warpgroups multiply, 64 rows each. The weights of all experts are one matrix (E * columns, inner) and so need one
 // map.
 //
@@ -32,7 +31,7 @@ struct Arguments {
   const int64_t* order;
   const int4* tiles;
   const int32_t* count;
-  const void* x;  // rows of gate_up, by token
+  const void* x;  // rows of gate_up, by token: what the copy engine does not bring
   void* out;      // (S, width)
   float* parts;
   Gate gate;

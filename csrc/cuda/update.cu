@@ -540,6 +540,10 @@ int64_t update_scratch(int max_tiles, int tile_rows) {
 }
 
 void update(const Update& update, cudaStream_t stream) {
+  if (update.schedule.rows > kThreads) {
+    throw std::runtime_error("update: tiles of " + std::to_string(update.schedule.rows) + " rows, it takes " +
+                             std::to_string(kThreads));
+  }
   update_kernel<<<dim3(update.schedule.max_tiles, kLists), kThreads, 0, stream>>>(update);
   check(cudaGetLastError(), "launch of update");
 }

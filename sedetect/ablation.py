@@ -24,7 +24,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from sedetect import hf
+from sedetect.attach import attach, run_inner
+from sedetect.banks import Bank, find_banks
 from sedetect.errors import SedetectError
 from sedetect.forwards import forward_of, replace_forward
 from sedetect.kernels.grouped import expert_linear
@@ -81,9 +82,9 @@ class _Off:
     weights: list[tuple[int, int, int]] = field(default_factory=list)  # expert, channel, intermediate
 
 
-def resolve(model: nn.Module, what: Iterable[Place | Weight | str]) -> dict[Place | Weight, hf.Bank]:
+def resolve(model: nn.Module, what: Iterable[Place | Weight | str]) -> dict[Place | Weight, Bank]:
     """The bank of everything named, each once, in order. Raises SedetectError for what the model does not have."""
-    banks = {bank.id: bank for bank in hf.find_banks(model)}
+    banks = {bank.id: bank for bank in find_banks(model)}
     found = {}
     for one in what:
         one = parse_target(one) if isinstance(one, str) else one
@@ -142,12 +143,12 @@ def ablate(
             calls.append((bank, partial(_without_experts, bank, off, selected, how)))
             if how == "remove" and off.experts:
                 stack.callback(_mask_router(model, bank, off.experts))
-        stack.callback(hf.attach(model, calls))
+        stack.callback(attach(model, calls))
         yield
 
 
 def _selected(
-    tracked: TrackedModel | None, tokens: str, bank: hf.Bank, count: int, device: torch.device
+    tracked: TrackedModel | None, tokens: str, bank: Bank, count: int, device: torch.device
 ) -> torch.Tensor:
     """(T,) bool: the rows of this call to which the ablation applies."""
     if tracked is None:
@@ -157,7 +158,7 @@ def _selected(
 
 
 def _without_experts(
-    bank: hf.Bank,
+    bank: Bank,
     off: _Off,
     selected: Callable[[int, torch.device], torch.Tensor],
     how: str,
@@ -176,7 +177,7 @@ def _without_experts(
         if how == "renormalize":
             total, rest = gates.sum(1, keepdim=True), kept.sum(1, keepdim=True)
             kept = torch.where(rest != 0, kept * (total / rest), kept)
-    out = hf.run_inner(module, x, index, kept)
+    out = run_inner(module, x, index, kept)
     for expert, channel, intermediate in off.weights:
         # One product taken out of the sum; the expert's intermediate state is computed once more for that.
         h = expert_hidden(module, x.reshape(-1, x.shape[-1]), expert)[:, intermediate]
@@ -231,7 +232,7 @@ class _MaskedLogits(TorchFunctionMode):
         return out
 
 
-def _mask_router(model: nn.Module, bank: hf.Bank, removed: list[int]) -> Callable[[], None]:
+def _mask_router(model: nn.Module, bank: Bank, removed: list[int]) -> Callable[[], None]:
     """Wrap the forward of the bank's router, and let its correction biases stand at -inf; returns what undoes both."""
     found = find_router(model, bank)
     if found is None:

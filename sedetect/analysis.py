@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sedetect import hf
+from sedetect.banks import Bank
 from sedetect.calibration import Windows, prefix_ids
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic
@@ -146,8 +146,8 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list
 class Group:
     """Experts that stand side by side: the routed experts of one bank, and the shared experts of its layer."""
 
-    routed: hf.Bank
-    shared: list[hf.Bank] = field(default_factory=list)
+    routed: Bank
+    shared: list[Bank] = field(default_factory=list)
 
     @property
     def members(self) -> list[str]:
@@ -155,7 +155,7 @@ class Group:
         return [str(place_of(b.id, e, b.experts)) for b in (self.routed, *self.shared) for e in range(b.experts)]
 
 
-def groups_of(banks: Sequence[hf.Bank], layers: Sequence[int] | None = None) -> list[Group]:
+def groups_of(banks: Sequence[Bank], layers: Sequence[int] | None = None) -> list[Group]:
     """The groups of a model's banks, in layer order; of these layers alone, where they are given.
 
     Raises SedetectError for a layer that has no routed experts.

@@ -1,6 +1,6 @@
 """Profiles of compiled models: the call of a bank as one torch.library op, which torch.compile keeps whole.
 
-An op takes tensors and numbers, so a bank goes by its number among those that are attached. Its state and the row
+An op takes tensors and numbers, so a measurement goes by its number among those that are attached. Its state and the row
 context are arguments, so that a captured graph reads those of its own call; what the bank's module holds is not.
 """
 
@@ -17,32 +17,33 @@ _attached: dict[int, Any] = {}
 
 
 @contextmanager
-def attached(banks: Sequence[Any]) -> Iterator[None]:
-    """Give banks the lowest free numbers, so that graphs of an earlier profile of the same model serve the next one."""
-    for bank in banks:
-        bank.number = next(n for n in count() if n not in _attached)
-        _attached[bank.number] = bank
+def attached(measured: Sequence[Any]) -> Iterator[None]:
+    """Give measurements the lowest free numbers, so that graphs of an earlier profile of the same model serve the next one."""
+    for one in measured:
+        one.number = next(n for n in count() if n not in _attached)
+        _attached[one.number] = one
     try:
         yield
     finally:
-        for bank in banks:
-            del _attached[bank.number]
+        for one in measured:
+            del _attached[one.number]
 
 
 @torch.library.custom_op("sedetect::measure", mutates_args=("state",))
 def _measure(
     inputs: list[torch.Tensor], state: list[torch.Tensor], rows: list[torch.Tensor], source: int, number: int
 ) -> torch.Tensor:
-    bank = _attached[number]
-    return bank.compute(bank.state.replaced(state), Rows(*rows, source), *inputs)
+    one = _attached[number]
+    return one.compute(one.state.replaced(state), Rows(*rows, source), *inputs)
 
 
 @_measure.register_fake
 def _(inputs, state, rows, source, number):
-    bank, x = _attached[number], inputs[0]
-    return x.new_empty((*x.shape[:-1], bank.hidden), dtype=bank.output_dtype(x.dtype))
+    one, x = _attached[number], inputs[0]
+    return x.new_empty((*x.shape[:-1], one.bank.hidden), dtype=one.output_dtype(x.dtype))
 
 
-def measure(bank: Any, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
-    """bank.compute(bank.state, rows, *inputs), in a graph that is being compiled."""
-    return _measure(list(inputs), bank.state.kept(), rows.tensors(), rows.source, bank.number)
+def measure(measurement: Any, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
+    """measurement.compute(measurement.state, rows, *inputs), in a graph that is being compiled."""
+    state = measurement.state.kept()
+    return _measure(list(inputs), state, rows.tensors(), rows.source, measurement.number)

@@ -18,8 +18,8 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect import hf
 from sedetect.ablation import Weight, ablate, resolve
+from sedetect.banks import find_banks
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import Question, exact_match, perplexity
@@ -177,7 +177,7 @@ def _number(spec: str, model: nn.Module) -> int | None:
 
 def routed_experts(model: nn.Module) -> list[Place]:
     """Every routed expert of a model, in order."""
-    banks = [bank for bank in hf.find_banks(model) if bank.id.kind.startswith("routed")]
+    banks = [bank for bank in find_banks(model) if bank.id.kind.startswith("routed")]
     return [Place(*bank.id, e) for bank in banks for e in range(bank.experts)]
 
 
@@ -314,7 +314,7 @@ def random_controls(model: nn.Module, experts: Sequence[Target], number: int) ->
         (p.stack, p.layer, p.kind) for p in experts if isinstance(p, Place) and p.kind.startswith("routed")
     )
     peers = {key: [p for p in others if (p.stack, p.layer, p.kind) == key] for key in counts}
-    banks = {bank.id: bank for bank in hf.find_banks(model)}
+    banks = {bank.id: bank for bank in find_banks(model)}
 
     def weight_of(expert: Place) -> Weight:
         bank = banks[expert.stack, expert.layer, expert.kind]

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from sedetect import hf
+from sedetect.banks import Bank
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.listed import is_linear
+from sedetect.measure import gate_of
 from sedetect.ops import Halves
 from sedetect.quantized import linear_weight
 
@@ -27,7 +28,7 @@ _STEP = 1 / 16  # of the up half, by which a gate that is not known is taken apa
 
 
 @torch.no_grad()
-def expert_matrices(model: nn.Module, bank: hf.Bank) -> dict[str, torch.Tensor]:
+def expert_matrices(model: nn.Module, bank: Bank) -> dict[str, torch.Tensor]:
     """{"gate": (E, I, H), "up": ..., "down": ...} of one bank, in the precision it computes in; views where possible.
 
     Experts without a gate have no "gate". Raises SedetectError for weights that cannot be read.
@@ -46,14 +47,14 @@ def is_interleaved(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def gate_states(bank: hf.Bank, x: torch.Tensor) -> torch.Tensor:
+def gate_states(bank: Bank, x: torch.Tensor) -> torch.Tensor:
     """act(W_gate x) of every expert of a routed bank, before the product with up: x (T, H) -> (E, T, I) float32.
 
     With the clamps and the slope of the model's gate; of experts without a gate, act(W_up x).
     """
     module = bank.module
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    weight, gate = getattr(module, up), hf.gate_of(bank)
+    weight, gate = getattr(module, up), gate_of(bank)
     states = []
     for expert in range(bank.experts):
         matrix = weight[expert].t() if module.is_transposed else weight[expert]
@@ -102,7 +103,7 @@ def _stack(matrices: Any) -> torch.Tensor:
     return torch.stack([matrices[expert] for expert in range(len(matrices))])
 
 
-def _of_mlp(bank: hf.Bank, mlp: nn.Module) -> dict[str, torch.Tensor]:
+def _of_mlp(bank: Bank, mlp: nn.Module) -> dict[str, torch.Tensor]:
     found = {"down": _weight(bank, bank.module).t()}
     for gate, up in _APART:
         if is_linear(getattr(mlp, gate, None)) and is_linear(getattr(mlp, up, None)):
@@ -117,7 +118,7 @@ def _of_mlp(bank: hf.Bank, mlp: nn.Module) -> dict[str, torch.Tensor]:
     raise SedetectError(f"{bank.path}: no input projection found beside it; its matrices cannot be compared")
 
 
-def _weight(bank: hf.Bank, linear: nn.Module) -> torch.Tensor:
+def _weight(bank: Bank, linear: nn.Module) -> torch.Tensor:
     """(M, K) of a linear."""
     weight = linear_weight(linear)
     if weight is None or weight.dim() != 2:

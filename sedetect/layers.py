@@ -1,7 +1,7 @@
 """The decoder layers of a live model: where they are, what their attention gives, and what each expert adds.
 
-Layers and the attention blocks directly in them may be hooked; experts and MLPs are stepped into where sedetect.hf
-attaches.
+Layers and the attention blocks directly in them may be hooked; experts and MLPs are stepped into where
+sedetect.attach attaches.
 """
 
 import inspect
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sedetect import hf
 from sedetect.ablation import expert_hidden
+from sedetect.attach import run_inner
+from sedetect.banks import Bank
 from sedetect.errors import SedetectError
 from sedetect.kernels.grouped import expert_linear
 from sedetect.ranking import Place
@@ -25,7 +26,7 @@ from sedetect.ranking import Place
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "linear_attn", "mamba", "conv", "mixer")
 
 
-def decoder_layers(model: nn.Module, banks: list[hf.Bank]) -> nn.ModuleList:
+def decoder_layers(model: nn.Module, banks: list[Bank]) -> nn.ModuleList:
     """The layers of the decoder stack, dense ones too. Raises SedetectError for a model whose decoder has no experts."""
     paths = Counter(b.path.partition(f".{b.id.layer}.")[0] for b in banks if b.id.stack == "decoder")
     if not paths:
@@ -33,7 +34,7 @@ def decoder_layers(model: nn.Module, banks: list[hf.Bank]) -> nn.ModuleList:
     return model.get_submodule(paths.most_common(1)[0][0])
 
 
-def attention_blocks(layer: nn.Module, path: str, banks: list[hf.Bank]) -> list[nn.Module]:
+def attention_blocks(layer: nn.Module, path: str, banks: list[Bank]) -> list[nn.Module]:
     """The attention blocks (or state-space, convolution blocks) directly in a decoder layer at path."""
     with_experts = {bank.path.removeprefix(f"{path}.").partition(".")[0] for bank in banks if bank.routed}
     found = [child for name, child in layer.named_children() if name in ATTENTION_NAMES and name not in with_experts]
@@ -101,15 +102,15 @@ class Written(NamedTuple):
 class ExpertCalls:
     """Remembers, layer by layer, what the experts of a one-sequence forward were called with.
 
-    calls lets hf.attach step into every bank; written() tells what each expert added to one element, by the module's
+    calls lets attach step into every bank; written() tells what each expert added to one element, by the module's
     own weights at that one token; forget() lets go of a layer.
     """
 
-    def __init__(self, model: nn.Module, banks: list[hf.Bank]):
+    def __init__(self, model: nn.Module, banks: list[Bank]):
         self.calls = [(bank, partial(self._experts if bank.routed else self._down, bank)) for bank in banks]
         self._model = model
-        self._routed: dict[int, list[tuple[hf.Bank, tuple[torch.Tensor, ...]]]] = defaultdict(list)
-        self._single: dict[int, list[tuple[hf.Bank, torch.Tensor]]] = defaultdict(list)
+        self._routed: dict[int, list[tuple[Bank, tuple[torch.Tensor, ...]]]] = defaultdict(list)
+        self._single: dict[int, list[tuple[Bank, torch.Tensor]]] = defaultdict(list)
 
     def written(self, layer: int, shape: tuple[int, int], token: int, channel: int) -> Iterator[Written]:
         """Everything the token visited, of a residual stream of shape (L, H).
@@ -136,17 +137,17 @@ class ExpertCalls:
         self._single.pop(layer, None)
 
     def _experts(
-        self, bank: hf.Bank, module: nn.Module, x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor
+        self, bank: Bank, module: nn.Module, x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor
     ) -> torch.Tensor:
         self._routed[bank.id.layer].append((bank, (x.reshape(-1, x.shape[-1]), index, gates)))
-        return hf.run_inner(module, x, index, gates)
+        return run_inner(module, x, index, gates)
 
-    def _down(self, bank: hf.Bank, original: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _down(self, bank: Bank, original: nn.Module, x: torch.Tensor) -> torch.Tensor:
         y = original(x)
         self._single[bank.id.layer].append((bank, y.reshape(-1, y.shape[-1])))
         return y
 
-    def _shared_gate(self, bank: hf.Bank, x: torch.Tensor) -> float:
+    def _shared_gate(self, bank: Bank, x: torch.Tensor) -> float:
         """What the MLP block multiplies its shared expert by: sigmoid(shared_expert_gate(x)) in Qwen's models, else 1."""
         block = self._model.get_submodule(bank.path.rpartition(".")[0].rpartition(".")[0])
         gate = getattr(block, "shared_expert_gate", None)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sedetect import hf, ops
+from sedetect import ops
 from sedetect.analysis import (
     Analysis,
     Group,
@@ -32,12 +32,15 @@ from sedetect.analysis import (
     text_settings,
     to_others,
 )
+from sedetect.attach import attach, run_inner
 from sedetect.backends import check_backend
+from sedetect.banks import Bank, find_banks
 from sedetect.calibration import Windows, batches
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import gate_states
 from sedetect.layers import run_tokens
 from sedetect.listed import ListedExperts
+from sedetect.measure import gate_of
 from sedetect.quantized import serve_linears
 from sedetect.routers import RouterWatch
 from sedetect.routing_analysis import chosen_slots
@@ -77,14 +80,14 @@ def analyze_outputs(
     """
     check_backend(backend)
     check_eval(model)
-    groups = groups_of(hf.find_banks(model), layers)
+    groups = groups_of(find_banks(model), layers)
     result = new_analysis("outputs", model)
     result.settings = text_settings(domains, texts)
     with ExitStack() as stack:
         stack.callback(serve_linears(model)[0])
         watch = stack.enter_context(RouterWatch(model, [group.routed for group in groups]))
         observers = [_Observer(group, watch, backend) for group in groups]
-        stack.callback(hf.attach(model, [call for one in observers for call in one.calls()]))
+        stack.callback(attach(model, [call for one in observers for call in one.calls()]))
         for domain, windows in domains.items():
             for ids, _ in batches(windows, batch_size):
                 _run(model, observers, ids, False)
@@ -111,7 +114,7 @@ class _Observer:
     def __init__(self, group: Group, watch: RouterWatch, backend: str | None):
         self.group, self._watch, self._backend = group, watch, backend
         self._shared = [bank for bank in group.shared if bank.hidden == group.routed.hidden]
-        self._gate = None if isinstance(group.routed.module, ListedExperts) else hf.gate_of(group.routed)
+        self._gate = None if isinstance(group.routed.module, ListedExperts) else gate_of(group.routed)
         self._sums: OutputSums | None = None
         self._kept: list[dict[str, torch.Tensor]] = []
         self._left_out = {bank.id.kind: "of another width" for bank in group.shared if bank not in self._shared}
@@ -122,7 +125,7 @@ class _Observer:
         self._length, self._keep, self._lost, self._uneven = 0, False, False, False
         self._stateless: str | None = None
 
-    def calls(self) -> list[tuple[hf.Bank, Callable[..., torch.Tensor]]]:
+    def calls(self) -> list[tuple[Bank, Callable[..., torch.Tensor]]]:
         shared = [
             (bank, partial(self._shared_experts if bank.routed else self._shared_down, number))
             for number, bank in enumerate(self._shared)
@@ -143,13 +146,13 @@ class _Observer:
         self._routing = (flat, index, weights)
         self._logits = self._watch.take(self.group.routed, len(index))
         self._compute_if_complete()
-        return hf.run_inner(module, x, index, weights)
+        return run_inner(module, x, index, weights)
 
     def _shared_experts(self, number: int, module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         """Shared experts in one module, whose x (T, n, I) is the input of their down projections."""
         self._given[number] = torch.einsum("tei,ehi->eth", x, module.down_proj)
         self._compute_if_complete()
-        return hf.run_inner(module, x, *routing)
+        return run_inner(module, x, *routing)
 
     def _shared_down(self, number: int, original: nn.Module, x: torch.Tensor) -> torch.Tensor:
         y = original(x)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sedetect.banks import find_banks
 from sedetect.calibration import (
     Calibration,
     Document,
@@ -26,7 +27,6 @@ from sedetect.calibration import (
 from sedetect.checkpoint import check_checkpoint, load_model, load_tokenizer
 from sedetect.errors import SedetectError, shorten
 from sedetect.fit import too_large
-from sedetect.hf import find_banks
 from sedetect.layers import run_tokens
 from sedetect.profiler import profile
 from sedetect.ranking import rank

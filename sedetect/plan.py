@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from sedetect import hf
+from sedetect.banks import find_banks
 from sedetect.checkpoint import check_checkpoint
 from sedetect.errors import SedetectError
 from sedetect.staging import read_bytes
@@ -86,7 +86,7 @@ def make_plan(folder: str | Path, **options: object) -> Plan:
         raise SedetectError(f"{folder}: no such folder; a plan is made of a checkpoint that is here, download it first")
     check_checkpoint(folder, trust_remote_code=bool(options.get("trust_remote_code", False)))
     streamed = open_streamed(folder, device="cpu", weights=False, **options)
-    model, banks = streamed.model, hf.find_banks(streamed.model)
+    model, banks = streamed.model, find_banks(streamed.model)
     routed = sum(_count(bank.stored_in) for bank in banks if bank.routed)
     shared_mlps = {bank.path.rpartition(".")[0] for bank in banks if bank.id.kind.startswith("shared")}
     shared = sum(_count(model.get_submodule(path)) for path in shared_mlps)

@@ -13,13 +13,16 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-from sedetect import compiled, hf
+from sedetect import compiled
 from sedetect.adapters import serve_quantized
+from sedetect.attach import attach, is_attached
 from sedetect.backends import check_backend, missing_fast_path
+from sedetect.banks import Bank, find_banks, layers_per_stack
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError
+from sedetect.measure import Measurement, measure
 from sedetect.rows import Batch
-from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, digest
+from sedetect.stats import Bank as BankInfo, BankStats, Header, ModelStats, Source, digest
 from sedetect.tracking import TrackedModel
 from sedetect.version import __version__
 
@@ -49,7 +52,7 @@ class Profile:
         channels: bool,
         coactivation: bool,
         first_rows: bool,
-        banks: list[hf.Bank] | None = None,
+        banks: list[Bank] | None = None,
         digest: str | None = None,
     ):
         check_backend(backend)
@@ -58,12 +61,10 @@ class Profile:
             raise SedetectError(f"{type(self._model).__name__}: is in training mode; call model.eval() first")
         self._source = source or f"profile-{uuid.uuid4().hex[:12]}"
         self._info = info or {}
-        self._banks = hf.find_banks(self._model) if banks is None else banks
+        self._banks = find_banks(self._model) if banks is None else banks
         self._tracked = TrackedModel(self._model, prefix)
-        for bank in self._banks:
-            bank.rows_of = self._tracked.rows_of
-            bank.backend, bank.channels, bank.coactivation = backend, channels, coactivation
-            bank.first_rows = first_rows
+        how = {"backend": backend, "channels": channels, "coactivation": coactivation, "first_rows": first_rows}
+        self._measured = [Measurement(bank, self._tracked.rows_of, **how) for bank in self._banks]
         parallel = next((bank for bank in self._banks if bank.here is not None), None)
         if parallel is not None and coactivation:
             raise SedetectError(
@@ -75,7 +76,7 @@ class Profile:
 
     def __enter__(self) -> "Profile":
         for bank in self._banks:
-            if hf.is_attached(bank):
+            if is_attached(bank):
                 raise SedetectError(
                     f"{bank.path}: sedetect is attached already; leave the other context of this model first"
                 )
@@ -86,9 +87,9 @@ class Profile:
                 self._tracked.tracker.notes.add(
                     f"{served} FP8 linears computed with dequantized weights: no kernel here"
                 )
-            stack.enter_context(compiled.attached(self._banks))
-            calls = [(bank, hf.measure(bank)) for bank in self._banks]
-            stack.callback(hf.attach(self._model, calls, computes=True))
+            stack.enter_context(compiled.attached(self._measured))
+            calls = [(one.bank, measure(one)) for one in self._measured]
+            stack.callback(attach(self._model, calls, computes=True))
             stack.enter_context(self._tracked)
             stack.enter_context(torch.no_grad())
             self._exit = stack.pop_all()
@@ -103,20 +104,14 @@ class Profile:
 
     def _join_ranks(self) -> None:
         """Give every rank of an expert-parallel model the statistics of all experts; all ranks come here together."""
-        banks = [bank for bank in self._banks if bank.here is not None]
-        if not banks:
+        shared = [one for one in self._measured if one.here is not None]
+        if not shared:
             return
-        parts: list = [None] * dist.get_world_size(banks[0].group)
-        dist.all_gather_object(parts, [self._state(bank) for bank in banks], group=banks[0].group)
-        for bank, states in zip(banks, zip(*parts, strict=True), strict=True):
-            bank.state, bank.here = reduce(BankStats.merge, states), None
-
-    def _state(self, bank: hf.Bank) -> BankStats:
-        """What a bank has seen, of all its experts, on the CPU."""
-        if bank.state is None:
-            return bank.empty("cpu")
-        state = bank.state.to("cpu")
-        return state if bank.here is None else state.among(bank.here.start, bank.experts)
+        group = shared[0].bank.group
+        parts: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, [one.whole() for one in shared], group=group)
+        for one, states in zip(shared, zip(*parts, strict=True), strict=True):
+            one.state, one.here = reduce(BankStats.merge, states), None
 
     def batch(
         self,
@@ -151,23 +146,24 @@ class Profile:
     def stats(self) -> ModelStats:
         """What was measured so far, on the CPU. Synchronises with the device."""
         tracker, banks, described, notes = self._tracked.tracker, {}, {}, set()
-        for bank in self._banks:
-            if not bank.served:
+        for one in self._measured:
+            bank = one.bank
+            if not one.served:
                 notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
-            elif bank.backend is None and "cuda" not in bank.served and (why := missing_fast_path(bank.state.counts.device, self._model.dtype)):
+            elif one.backend is None and "cuda" not in one.served and (why := missing_fast_path(one.state.counts.device, self._model.dtype)):
                 notes.add(why)
-            if bank.here is not None:
+            if one.here is not None:
                 ranks = dist.get_world_size(bank.group)
                 notes.add(f"experts of other ranks are not in it: leave the profile on all {ranks} first")
-            notes.update(f"{bank.id}: {why}" for why in bank.fallbacks)
-            banks[bank.id] = self._state(bank)
-            described[str(bank.id)] = Bank(bank.path, bank.top_k, sorted(bank.served))
+            notes.update(f"{bank.id}: {why}" for why in one.fallbacks)
+            banks[bank.id] = one.whole()
+            described[str(bank.id)] = BankInfo(bank.path, one.top_k, sorted(one.served))
         tokens, sequences = tracker.totals()
         header = Header(
             model=model_name(self._model),
             digest=self._digest,
             dtype=str(self._model.dtype).removeprefix("torch."),
-            layers=hf.layers_per_stack(self._model, self._banks),
+            layers=layers_per_stack(self._model, self._banks),
             banks=described,
             sources={self._source: Source(tracker.ranges(), self._info)},
             tokens=tokens,

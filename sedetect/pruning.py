@@ -24,11 +24,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from sedetect.banks import find_banks
 from sedetect.checkpoint import check_checkpoint, empty_model
 from sedetect.errors import SedetectError
 from sedetect.expert_layout import Layout, Tensor, read_layout, renamed, with_fewer_experts
 from sedetect.files import new_folder, write_json
-from sedetect.hf import find_banks
 from sedetect.profiler import model_digest
 from sedetect.ranking import Place
 from sedetect.saliency import ascending, saliency

@@ -16,7 +16,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from sedetect import hf
+from sedetect.attach import attach, run_inner
+from sedetect.banks import Bank, find_banks
 from sedetect.errors import SedetectError
 from sedetect.ranking import Place
 from sedetect.stats import BankId
@@ -70,9 +71,9 @@ def expert_weights(module: nn.Module) -> dict[str, int]:
     return dict.fromkeys(names, 1 if module.is_transposed else 2)
 
 
-def routed_banks(model: nn.Module) -> list[hf.Bank]:
+def routed_banks(model: nn.Module) -> list[Bank]:
     """The banks of routed experts: what compression is simulated for. Shared experts are not among them."""
-    return [bank for bank in hf.find_banks(model) if bank.id.kind.startswith("routed")]
+    return [bank for bank in find_banks(model) if bank.id.kind.startswith("routed")]
 
 
 def expert_sizes(model: nn.Module) -> dict[BankId, tuple[int, int]]:
@@ -96,7 +97,7 @@ def quantized_experts(model: nn.Module, name: str, kept: Iterable[Place] = (), *
     for bank in routed_banks(model):
         numbers = sorted(p.expert for p in kept if (p.stack, p.layer, p.kind) == bank.id)
         calls.append((bank, partial(_run_quantized, name, group, numbers)))
-    restore = hf.attach(model, calls)
+    restore = attach(model, calls)
     try:
         yield
     finally:
@@ -113,6 +114,6 @@ def _run_quantized(
             quantized = fake_quantize(originals[weight], name, dim=dim, group=group)
             quantized[kept] = originals[weight][kept]
             module._parameters[weight] = nn.Parameter(quantized, requires_grad=False)
-        return hf.run_inner(module, x, index, gates)
+        return run_inner(module, x, index, gates)
     finally:
         module._parameters.update(originals)

@@ -2,7 +2,7 @@
 and how strong the attention sinks are.
 
 Decoder layers, and the attention blocks directly in them, are observed by forward hooks; experts and MLPs are stepped
-into where sedetect.hf attaches. Attention weights exist only under eager attention, which is switched on for the run.
+into where sedetect.attach attaches. Attention weights exist only under eager attention, which is switched on for the run.
 x is the output of a decoder layer before any final norm, one (L, H) per sequence; every norm, threshold and median is in
 the units of x.
 
@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sedetect import hf
+from sedetect.attach import attach
+from sedetect.banks import find_banks
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.layers import (
@@ -158,7 +159,7 @@ class _Observer:
     def __init__(self, model: PreTrainedModel, prefix: int, min_value: float, min_ratio: float):
         self.prefix, self.min_value, self.min_ratio = prefix, min_value, min_ratio
         self.model = getattr(model, "_orig_mod", model)
-        self.banks = [bank for bank in hf.find_banks(self.model) if bank.id.stack == "decoder"]
+        self.banks = [bank for bank in find_banks(self.model) if bank.id.stack == "decoder"]
         self.modules = decoder_layers(self.model, self.banks)
         self.experts = ExpertCalls(self.model, self.banks)
         self.layers = [_Seen() for _ in self.modules]
@@ -169,7 +170,7 @@ class _Observer:
         paths = {id(module): path for path, module in self.model.named_modules()}
         with ExitStack() as stack:
             stack.enter_context(eager_attention(self.model))
-            stack.callback(hf.attach(self.model, self.experts.calls, innermost=True))
+            stack.callback(attach(self.model, self.experts.calls, innermost=True))
             for number, layer in enumerate(self.modules):
                 for block in attention_blocks(layer, paths[id(layer)], self.banks):
                     stack.callback(block.register_forward_hook(partial(self._attention, number)).remove)

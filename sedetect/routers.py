@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from sedetect import hf
+from sedetect.banks import Bank
 from sedetect.stats import BankId
 
 _NAMES = {"gate", "router"}  # what transformers calls them; remote code may not
@@ -37,7 +37,7 @@ class Router(NamedTuple):
         return found if isinstance(found, torch.Tensor) and found.shape == self.weight.shape[:1] else None
 
 
-def find_router(model: nn.Module, bank: hf.Bank) -> Router | None:
+def find_router(model: nn.Module, bank: Bank) -> Router | None:
     """The router of a bank of routed experts; None where there is none beside them."""
     parent, _, experts = bank.path.rpartition(".")
     block = model.get_submodule(parent)
@@ -58,7 +58,7 @@ class RouterWatch:
     They are W x (+ bias), one number per gate embedding, before whatever the model's router makes of them.
     """
 
-    def __init__(self, model: nn.Module, banks: Iterable[hf.Bank]):
+    def __init__(self, model: nn.Module, banks: Iterable[Bank]):
         self.routers = {bank.id: find_router(model, bank) for bank in banks}
         self._logits: dict[BankId, torch.Tensor] = {}
         self._handles: list[Any] = []
@@ -78,7 +78,7 @@ class RouterWatch:
         for handle in self._handles:
             handle.remove()
 
-    def take(self, bank: hf.Bank, tokens: int) -> torch.Tensor | None:
+    def take(self, bank: Bank, tokens: int) -> torch.Tensor | None:
         """The logits (T, E or more) float32 of the call under way, once; None where they are not of so many tokens."""
         logits = self._logits.pop(bank.id, None)
         return logits if logits is not None and len(logits) == tokens else None

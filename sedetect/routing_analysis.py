@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sedetect import hf
 from sedetect.analysis import (
     Analysis,
     Group,
@@ -25,6 +24,8 @@ from sedetect.analysis import (
     standing,
     text_settings,
 )
+from sedetect.attach import attach, run_inner
+from sedetect.banks import Bank, find_banks
 from sedetect.calibration import Windows, batches
 from sedetect.layers import run_tokens
 from sedetect.quantized import serve_linears
@@ -61,7 +62,7 @@ def analyze_routing(
         SedetectError: for a layer without experts, a model in training mode, and what find_banks refuses.
     """
     check_eval(model)
-    groups = groups_of(hf.find_banks(model), layers)
+    groups = groups_of(find_banks(model), layers)
     result = new_analysis("routing", model)
     result.settings = text_settings(domains, texts)
     counters = [_Counter(group.routed, len(domains)) for group in groups]
@@ -69,7 +70,7 @@ def analyze_routing(
         stack.callback(serve_linears(model)[0])
         watch = stack.enter_context(RouterWatch(model, [group.routed for group in groups]))
         calls = [(one.bank, partial(one.call, watch)) for one in counters]
-        stack.callback(hf.attach(model, calls))
+        stack.callback(attach(model, calls))
         for number, (domain, windows) in enumerate(domains.items()):
             for ids, _ in batches(windows, batch_size):
                 _run(model, counters, ids, number)
@@ -132,7 +133,7 @@ def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
 class _Counter:
     """What one bank was called with. domain: number of the text under way, None for a short one of length tokens."""
 
-    def __init__(self, bank: hf.Bank, domains: int):
+    def __init__(self, bank: Bank, domains: int):
         self.bank, self.domain, self.length, self.lost = bank, None, 0, False
         experts = bank.experts
         self.load = torch.zeros(domains, experts, dtype=torch.int64)
@@ -153,7 +154,7 @@ class _Counter:
                 self.lost = True
         else:
             self._count(index, weights, logits)
-        return hf.run_inner(module, x, index, weights)
+        return run_inner(module, x, index, weights)
 
     def _count(self, index: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None) -> None:
         self._to(index.device)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch import nn
 
-from sedetect import hf
+from sedetect.banks import find_banks
 from sedetect.calibration import Windows, batches
 from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError, shorten
@@ -88,7 +88,7 @@ def stream_profile(
     wrap = check_layers(streamed, next(iter(domains.values())).ids[:1, :_TRIAL_TOKENS])
     progress = None if resume is None else Progress(resume, _identity(streamed, domains, batch_size, settings))
     hidden, took = HiddenStates(place, progress), Streamed()
-    banks, known = hf.find_banks(model), model_digest(model)  # both take longer than a layer needs to compute a batch
+    banks, known = find_banks(model), model_digest(model)  # both take longer than a layer needs to compute a batch
     parts = [] if progress is None else progress.statistics(len(domains))
     if progress is not None:
         took.resumed, took.compute = progress.layers, progress.computed
@@ -105,7 +105,7 @@ def stream_profile(
             start, waited = time.perf_counter(), 0.0 if progress is None else progress.waited
             for domain, windows in domains.items():
                 here = (bank for bank in banks if bank.path.startswith(f"{streamed.paths[layer]}."))
-                own = [replace(bank, served=set(), fallbacks=set()) for bank in here]
+                own = list(here)
                 with Profile(model, windows.source, windows.info, **settings, banks=own, digest=known) as prof:
                     for ids, numbers in runs[domain]:
                         if stop():

@@ -33,7 +33,7 @@ from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils import logging as transformers_logging
 
-from sedetect import hf
+from sedetect.banks import find_banks
 from sedetect.checkpoint import choose_device, load_model, read_header
 from sedetect.errors import SedetectError
 from sedetect.layers import decoder_layers
@@ -131,7 +131,7 @@ class StreamedModel:
 
 def layers_to_run(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The decoder layers by path. Raises SedetectError for a model that cannot be run with one of them at a time."""
-    banks = hf.find_banks(model)
+    banks = find_banks(model)
     layers = decoder_layers(model, banks)
     path = next(path for path, module in model.named_modules() if module is layers)
     name = type(model).__name__

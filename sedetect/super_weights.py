@@ -22,8 +22,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sedetect import hf
 from sedetect.ablation import expert_hidden
+from sedetect.attach import attach, run_inner
+from sedetect.banks import Bank, find_banks
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.layers import run_tokens
@@ -130,7 +131,7 @@ def super_weights(
         raise SedetectError(f"top {top}: must be at least 1")
     chosen = found_in(experts) if isinstance(experts, Ranking) else list(experts)
     every = list(windows.values() if isinstance(windows, Mapping) else windows)
-    banks = {bank.id: bank for bank in hf.find_banks(model)}
+    banks = {bank.id: bank for bank in find_banks(model)}
     by_sequence: dict[tuple[str | None, int], list[SuperExpert]] = defaultdict(list)
     for expert in chosen:
         bank = banks.get((expert.stack, expert.layer, expert.kind))
@@ -151,7 +152,7 @@ def super_weights(
             (banks[key], partial(_step_in, banks[key], mine, len(ids), top, results.__setitem__))
             for key, mine in by_bank.items()
         ]
-        undo = hf.attach(model, calls)
+        undo = attach(model, calls)
         try:
             run_tokens(model, ids[None])
         finally:
@@ -176,7 +177,7 @@ def _window(windows: list[Windows], source: str | None, number: int, expert: Sup
 
 
 def _step_in(
-    bank: hf.Bank,
+    bank: Bank,
     experts: list[SuperExpert],
     length: int,
     top: int,
@@ -193,11 +194,11 @@ def _step_in(
         )
     for expert in experts:
         keep(_place(expert), _resolve(bank, module, expert, flat, routing, top))
-    return hf.run_inner(module, x, *routing) if bank.routed else module(x)
+    return run_inner(module, x, *routing) if bank.routed else module(x)
 
 
 def _resolve(
-    bank: hf.Bank,
+    bank: Bank,
     module: nn.Module,
     expert: SuperExpert,
     x: torch.Tensor,
@@ -238,7 +239,7 @@ def _resolve(
     return SuperWeight(_place(expert), channel, *place, float(value), expert.value, gate, contributions)
 
 
-def _linear_row(bank: hf.Bank, module: nn.Module, channel: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _linear_row(bank: Bank, module: nn.Module, channel: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One row (I,) of a linear's weight, and its bias. Raises SedetectError for weights stored in another way."""
     weight, bias = linear_weight(module), getattr(module, "bias", None)
     if weight is None or weight.shape != (bank.hidden, bank.intermediate):

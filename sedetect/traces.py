@@ -24,8 +24,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect import hf
 from sedetect.ablation import parse_place
+from sedetect.attach import attach, run_inner
+from sedetect.banks import Bank, find_banks
 from sedetect.calibration import Windows, batches
 from sedetect.errors import SedetectError
 from sedetect.kernels.update import Rows
@@ -165,7 +166,7 @@ def trace_experts(
     experts = list(dict.fromkeys(experts))
     with ExitStack() as stack, TrackedModel(model) as tracked:
         tracer = _Tracer(model, experts, tracked)
-        stack.callback(hf.attach(model, tracer.calls))
+        stack.callback(attach(model, tracer.calls))
         for tracer.domain, windows in enumerate(domains.values()):
             for ids, numbers in batches(windows, batch_size):
                 tracked.tracker.pending = Batch(sequence_ids=numbers)
@@ -201,7 +202,7 @@ class _Tracer:
     def __init__(self, model: nn.Module, experts: list[Place], tracked: TrackedModel):
         self.tracked, self.domain = tracked, 0
         self._parts: dict[Place, list[_Rows]] = {expert: [] for expert in experts}
-        banks = {bank.id: bank for bank in hf.find_banks(model)}
+        banks = {bank.id: bank for bank in find_banks(model)}
         chosen: dict[BankId, list[Place]] = defaultdict(list)
         for expert in experts:
             bank = banks.get(BankId(expert.stack, expert.layer, expert.kind))
@@ -218,7 +219,7 @@ class _Tracer:
         return _Rows(*map(torch.cat, zip(*parts))) if parts else _Rows(*(torch.zeros(0) for _ in _Rows._fields))
 
     def _experts(
-        self, bank: hf.Bank, places: list[Place], module: nn.Module, x: torch.Tensor, *routing: torch.Tensor
+        self, bank: Bank, places: list[Place], module: nn.Module, x: torch.Tensor, *routing: torch.Tensor
     ) -> torch.Tensor:
         index, gates = routing
         flat = x.reshape(-1, x.shape[-1])
@@ -227,9 +228,9 @@ class _Tracer:
             token, slot = ((index == place.expert) & (gates != 0) & rows.counted[:, None]).nonzero(as_tuple=True)
             if len(token):
                 self._add(place, rows, token, gates[token, slot], expert_output(module, flat[token], place.expert))
-        return hf.run_inner(module, x, *routing)
+        return run_inner(module, x, *routing)
 
-    def _down(self, bank: hf.Bank, places: list[Place], original: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _down(self, bank: Bank, places: list[Place], original: nn.Module, x: torch.Tensor) -> torch.Tensor:
         y = original(x)
         flat = y.reshape(-1, y.shape[-1])
         rows = self.tracked.rows_of(bank, len(flat), y.device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sedetect.hf import Bank
+from sedetect.banks import Bank
 from sedetect.kernels.update import Rows
 from sedetect.rows import UNMAPPED_CALL, RowTracker
 

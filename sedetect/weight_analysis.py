@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from sedetect import hf
 from sedetect.analysis import (
     Analysis,
     Group,
@@ -34,6 +33,7 @@ from sedetect.analysis import (
     standing,
     to_others,
 )
+from sedetect.banks import Bank, find_banks, find_dense, layer_path
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import NAMES, expert_matrices
 from sedetect.profiler import model_name
@@ -317,7 +317,7 @@ def analyze_weights(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
     options |= {"trust_remote_code": trust_remote_code, "weights": False}
     streamed = open_streamed(model, layers_of=_layers_with_experts, **options)
-    groups = groups_of(hf.find_banks(streamed.model), layers)
+    groups = groups_of(find_banks(streamed.model), layers)
     dense = None if against is None else _Dense(against, options)
     result = new_analysis("weights", streamed.model)
     result.settings = {"pairs": pairs, "against": None if dense is None else dense.name}
@@ -430,10 +430,10 @@ class _Dense:
 
     def __init__(self, path: str | Path, options: dict[str, Any]):
         self._streamed = open_streamed(path, layers_of=_dense_layers, **options)
-        self._banks = {bank.id.layer: bank for bank in hf.find_dense(self._streamed.model)}
+        self._banks = {bank.id.layer: bank for bank in find_dense(self._streamed.model)}
         self.name = model_name(self._streamed.model)
 
-    def matrices(self, like: hf.Bank, device: torch.device) -> dict[str, torch.Tensor] | None:
+    def matrices(self, like: Bank, device: torch.device) -> dict[str, torch.Tensor] | None:
         """Those of the MLP in the layer of that bank; None where the model has fewer layers."""
         bank = self._banks.get(like.id.layer)
         if bank is None:
@@ -443,7 +443,7 @@ class _Dense:
                 f"--against {self.name}: {bank.path} writes {bank.hidden} channels, the experts of {like.path} "
                 f"{like.hidden}; give a dense model of the same width"
             )
-        number = self._streamed.paths.index(hf.layer_path(bank))
+        number = self._streamed.paths.index(layer_path(bank))
         self._streamed.load(number)
         found = {name: m.to(device) for name, m in expert_matrices(self._streamed.model, bank).items()}
         self._streamed.free(number)
@@ -451,18 +451,18 @@ class _Dense:
 
 
 def _layers_with_experts(model: nn.Module) -> dict[str, nn.Module]:
-    paths = [hf.layer_path(bank) for bank in hf.find_banks(model) if bank.id.kind.startswith("routed")]
+    paths = [layer_path(bank) for bank in find_banks(model) if bank.id.kind.startswith("routed")]
     return {path: model.get_submodule(path) for path in paths}
 
 
 def _dense_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {path: model.get_submodule(path) for path in map(hf.layer_path, hf.find_dense(model))}
+    return {path: model.get_submodule(path) for path in map(layer_path, find_dense(model))}
 
 
 def _by_layer(groups: list[Group]) -> dict[str, list[Group]]:
     found: dict[str, list[Group]] = {}
     for group in groups:
-        found.setdefault(hf.layer_path(group.routed), []).append(group)
+        found.setdefault(layer_path(group.routed), []).append(group)
     return found
 
 

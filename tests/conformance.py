@@ -33,8 +33,8 @@ from torch import nn
 
 import sedetect
 from sedetect.ablation import ablate
+from sedetect.attach import SubstitutedDown
 from sedetect.errors import SedetectError
-from sedetect.hf import SubstitutedDown
 from sedetect.ranking import Place
 from sedetect.stats import BankId, ModelStats
 

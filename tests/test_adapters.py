@@ -11,6 +11,7 @@ from torch import nn
 
 import sedetect
 from sedetect.ablation import ablate
+from sedetect.banks import find_banks
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import gate_states
 from sedetect.layers import expert_output
@@ -125,7 +126,7 @@ def test_biases_of_some_of_the_linears(biased):
     for expert in (module for module in model.modules() if isinstance(module, Expert)):
         for linear in (getattr(expert, name) for name in biased):
             linear.bias = nn.Parameter(torch.randn(linear.out_features))
-    bank = sedetect.hf.find_banks(model)[0]
+    bank = find_banks(model)[0]
     experts, x = model.model.layers[0].mlp.block.experts, torch.randn(5, bank.hidden)
     with torch.no_grad():
         states = gate_states(bank, x)

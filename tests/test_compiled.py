@@ -80,13 +80,14 @@ def test_the_op_is_what_it_says():
     model = random_model("deepseek_v3")
     with sedetect.profile(model, source="text") as prof:
         for kind in ("routed", "dense"):
-            bank = next(bank for bank in prof._banks if bank.id.kind == kind)
+            one = next(one for one in prof._measured if one.bank.id.kind == kind)
+            bank = one.bank
             rows = Rows.unmapped(6, "cpu")
             inputs = [torch.randn(6, bank.hidden if kind == "routed" else bank.intermediate)]
             if kind == "routed":
                 routing = torch.rand(6, bank.experts).topk(2)
                 inputs += [routing.indices, routing.values]
-            arguments = (inputs, bank.state.kept(), rows.tensors(), rows.source, bank.number)
+            arguments = (inputs, one.state.kept(), rows.tensors(), rows.source, one.number)
             torch.library.opcheck(torch.ops.sedetect.measure.default, arguments)
 
 

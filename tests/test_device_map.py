@@ -159,7 +159,7 @@ def test_two_gpus(tmp_path, name, offload):
         with sedetect.profile(each, source="text") as prof:
             prof.batch(sequence_ids=torch.arange(len(ids)))
             runs.append(each(input_ids=ids.to("cuda:0")).logits)
-            devices = {str(bank.state.out_max.device) for bank in prof._banks}
+            devices = {str(one.state.out_max.device) for one in prof._measured}
         runs.append(prof.stats)
         generated = each.generate(ids[:1].to("cuda:0"), max_new_tokens=4, do_sample=False)
         runs.append(generated.cpu())

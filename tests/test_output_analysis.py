@@ -11,8 +11,10 @@ from test_adapters import DeepseekBlock, MixtralBlock, as_remote_code
 from test_quantized import in_fp8, listed_twins, packed, twins
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sedetect import hf, ops
+from sedetect import ops
 from sedetect.analysis import Analysis, LayerArrays, Text, read_texts
+from sedetect.attach import is_attached
+from sedetect.banks import find_banks
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import expert_matrices
@@ -126,7 +128,7 @@ def test_against_loops(family):
     block, experts_name, router, shared = PLACES[family]
     model = tiny_model(family, FAMILIES[family])
     ids, text = random_ids(), random_ids(5, 1)[0]
-    banks = [b for b in hf.find_banks(model) if b.id.kind == "routed" and b.id.stack == "decoder"]
+    banks = [b for b in find_banks(model) if b.id.kind == "routed" and b.id.stack == "decoder"]
     blocks = {bank.id: block.format(bank.id.layer) for bank in banks}
     of = {bank: ".".join(filter(None, (path, experts_name))) for bank, path in blocks.items()}
     paths = {of[bank]: [f"{path}.{name}" for name in shared] for bank, path in blocks.items()}
@@ -162,12 +164,12 @@ def test_every_architecture(family):
     windows = {"both": Windows(ids, torch.arange(2), "both", {})}
     result = analyze_outputs(model, windows, texts=[text_of(ids[0])])
     hook.remove()
-    if any(isinstance(bank.module, Adapter) for bank in hf.find_banks(model)):
+    if any(isinstance(bank.module, Adapter) for bank in find_banks(model)):
         torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-4)
     else:
         assert torch.equal(answers[1], answers[0])
     ran = 0
-    for bank in hf.find_banks(model):
+    for bank in find_banks(model):
         arrays = result.layers[bank.id].arrays if bank.id in result.layers else {}
         if arrays and int(arrays["tokens"]):
             ran += 1
@@ -289,7 +291,7 @@ def test_quantized_experts_as_what_they_stand_for():
     for backend in (None, "triton"):
         same_arrays(*(analyze_outputs(m, given[0], texts=given[1], backend=backend) for m in (plain, stored)))
     same_arrays(*(analyze_routing(m, given[0], texts=given[1]) for m in (plain, stored)))
-    for ours, bank in zip(hf.find_banks(stored), hf.find_banks(plain), strict=True):
+    for ours, bank in zip(find_banks(stored), find_banks(plain), strict=True):
         for name, matrix in expert_matrices(plain, bank).items():
             close(expert_matrices(stored, ours)[name].float().cpu(), matrix.float().cpu().numpy(), 1e-2)
 
@@ -327,7 +329,7 @@ def test_refused_and_file(tiny, tmp_path):
         analyze_outputs(model, domains, layers=[12])
     with pytest.raises(SedetectError, match="--texts '': gives no token"):
         read_texts(tokenizer, [""])
-    assert not any(hf.is_attached(bank) for bank in hf.find_banks(model))
+    assert not any(is_attached(bank) for bank in find_banks(model))
     for analyze in (analyze_outputs, analyze_routing):
         with pytest.raises(SedetectError, match="is in training mode"):
             analyze(random_model("qwen3_moe").train(), domains)

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import sedetect
+from sedetect.attach import SubstitutedDown
 from sedetect.backends import BACKENDS
 from sedetect.errors import SedetectError
-from sedetect.hf import SubstitutedDown
 from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.update import update_torch
 from sedetect.stats import BankId, BankStats, ModelStats, merge_all
@@ -158,11 +158,12 @@ def test_statistics_are_bit_for_bit_those_of_the_backends_own_output(name, monke
     monkeypatch.setattr(backend, "update", recording_update)
     with sedetect.profile(model, channels=True) as prof:  # channels: the path that hands its output out
         model(input_ids=ids)
-    for bank in prof._banks:
-        y, h, *rest = calls[id(bank.state)]
+    for one in prof._measured:
+        bank = one.bank
+        y, h, *rest = calls[id(one.state)]
         expected = BankStats.empty(bank.experts)
         update_torch(expected, row_stats_torch(y, h), *rest)
-        measured = replace(bank.state, channel_max=None, in_channel_max=None, in_channel_sq=None)
+        measured = replace(one.state, channel_max=None, in_channel_max=None, in_channel_sq=None)
         assert measured.rows.sum() > 0 and measured.equal(expected, sums_rtol=1e-5), bank.id
         assert fused.stats.banks[bank.id].equal(measured), bank.id
 

@@ -31,11 +31,14 @@ import sedetect
 from sedetect.ablation import Weight, ablate
 from sedetect.adapters import serve_quantized
 from sedetect.backends import BACKENDS, choose_backend
+from sedetect.banks import find_banks
 from sedetect.call import Call
 from sedetect.checkpoint import load_model
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import expert_matrices
 from sedetect.kernels.dequantize import QuantizedWeights, dequantize
+from sedetect.kernels.update import Rows
+from sedetect.measure import Measurement, measure
 from sedetect.ops import Gate
 from sedetect.profiler import model_digest
 from sedetect.quantized import has_kernel, linear_weight, serve_linears
@@ -179,17 +182,17 @@ def test_measured_as_what_it_stands_for(kind, backend, dtype):
 def test_the_gate_is_fused(kind):
     plain, stored = twins(kind)
     for model in (plain, stored):
-        banks = [b for b in sedetect.hf.find_banks(model) if b.id.kind == "routed"]
-        for bank in banks:
-            sedetect.hf.measure(bank)
+        for bank in (b for b in find_banks(model) if b.id.kind == "routed"):
+            one = Measurement(bank, Rows.unmapped)
+            measure(one)
             gpt_oss = Gate(interleaved=True, limit=7.0, slope=1.702, shift=1.0)
-            assert bank.gate == (gpt_oss if kind == "mxfp4" else Gate())
+            assert one.gate == (gpt_oss if kind == "mxfp4" else Gate())
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
 def test_matrices_for_analyses(kind):
     plain, stored = twins(kind)
-    for one, other in zip(sedetect.hf.find_banks(plain), sedetect.hf.find_banks(stored), strict=True):
+    for one, other in zip(find_banks(plain), find_banks(stored), strict=True):
         mine, theirs = expert_matrices(stored, other), expert_matrices(plain, one)
         assert set(mine) == {"gate", "up", "down"} == set(theirs)
         for name in mine:

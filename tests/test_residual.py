@@ -14,8 +14,8 @@ from models import CONFIGS, TINY, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from sedetect import hf
 from sedetect.ablation import ablate, parse_place
+from sedetect.banks import find_banks
 from sedetect.calibration import Windows, load_texts, make_windows
 from sedetect.cli import app
 from sedetect.errors import SedetectError
@@ -229,7 +229,7 @@ def test_what_is_switched_off_writes_nothing(under):
 
 def test_everything_is_restored(domains):
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="sdpa").eval()
-    configs = [bank.module.config for bank in hf.find_banks(model)]
+    configs = [bank.module.config for bank in find_banks(model)]
     windows = windows_of(domains["code"].ids[:1, :64])
     logits = model(input_ids=windows["mine"].ids).logits
 
@@ -237,7 +237,7 @@ def test_everything_is_restored(domains):
         assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {
             "sdpa"
         }
-        assert all(bank.module.config is config for bank, config in zip(hf.find_banks(model), configs, strict=True))
+        assert all(bank.module.config is config for bank, config in zip(find_banks(model), configs, strict=True))
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         assert torch.equal(model(input_ids=windows["mine"].ids).logits, logits)
 
@@ -257,7 +257,7 @@ def test_everything_is_restored(domains):
 def test_layers_without_attention_weights():
     """A layer whose attention block gives no weights has no sinks, and D_sink leaves it out."""
     model = random_model("qwen3_moe")
-    banks = hf.find_banks(model)
+    banks = find_banks(model)
     (block,) = attention_blocks(decoder_layers(model, banks)[1], "model.layers.1", banks)
     original = block.forward
     block.forward = lambda *args, **kwargs: (original(*args, **kwargs)[0], None)

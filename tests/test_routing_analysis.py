@@ -14,8 +14,9 @@ from models import TINY, snapshot
 from test_output_analysis import PLACES, random_ids, text_of, windows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sedetect import hf
 from sedetect.analysis import Analysis, read_texts
+from sedetect.attach import attach, run_inner
+from sedetect.banks import find_banks
 from sedetect.layers import run_tokens
 from sedetect.pipeline import calibration_windows
 from sedetect.routers import RouterWatch
@@ -66,7 +67,7 @@ def test_against_loops(family):
     block, name, router, _ = PLACES[family]
     model = tiny_model(family, FAMILIES[family])
     ids, text = random_ids(), random_ids(5, 1)[0]
-    banks = [bank for bank in hf.find_banks(model) if bank.id.kind == "routed"]
+    banks = [bank for bank in find_banks(model) if bank.id.kind == "routed"]
     blocks = {bank.id: block.format(bank.id.layer) for bank in banks}
     paths = {f"{path}.{name}": [] for path in blocks.values()}
     routers = {f"{path}.{name}": f"{path}.{router}" for path in blocks.values()}
@@ -89,17 +90,17 @@ def test_logits_of_every_architecture(family):
     for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "bias" in path and 8 <= tensor.numel() <= 16:
             tensor.data.zero_()
-    banks = [bank for bank in hf.find_banks(model) if bank.id.kind.startswith("routed") and bank.id.stack != "vision"]
+    banks = [bank for bank in find_banks(model) if bank.id.kind.startswith("routed") and bank.id.stack != "vision"]
     agreed = {}
 
     def call(bank, module, x, index, weights):
         logits = watch.take(bank, len(index))
         top = logits.topk(index.shape[1]).indices.sort(1).values
         agreed[bank.id] = bool((top == index.sort(1).values).all())
-        return hf.run_inner(module, x, index, weights)
+        return run_inner(module, x, index, weights)
 
     with RouterWatch(model, banks) as watch:
-        undo = hf.attach(model, [(bank, lambda *a, bank=bank: call(bank, *a)) for bank in banks])
+        undo = attach(model, [(bank, lambda *a, bank=bank: call(bank, *a)) for bank in banks])
         with torch.no_grad():
             run_tokens(model, random_ids(12))
         undo()

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import sedetect
-from sedetect import hf
 from sedetect.ablation import parse_place
+from sedetect.attach import SubstitutedDown, is_attached
+from sedetect.banks import find_banks
 from sedetect.calibration import Windows, load_texts, make_windows
 from sedetect.cli import app
 from sedetect.errors import SedetectError
@@ -144,14 +145,14 @@ def test_shared_and_dense_experts_see_every_token():
         assert trace.top[0].value == pytest.approx(float(state.out_max[0]), rel=1e-4)
         assert trace.top[0].gate == 1 and trace.top[0].text is None
         assert set(trace.kinds) == {"first", "text"}
-    assert not any(isinstance(module, hf.SubstitutedDown) for module in model.modules())
+    assert not any(isinstance(module, SubstitutedDown) for module in model.modules())
 
 
 def test_what_is_refused(tiny, domains):
     for name in ("L1E32", "L10E0", "L1shared"):
         with pytest.raises(SedetectError, match=f"{name}: Qwen3MoeForCausalLM has no such expert"):
             trace_experts(tiny, domains, [parse_place(name)])
-    assert not any(hf.is_attached(bank) for bank in hf.find_banks(tiny))
+    assert not any(is_attached(bank) for bank in find_banks(tiny))
 
 
 def test_outputs_that_are_not_finite():

@@ -13,8 +13,8 @@ from models import TINY
 from sklearn.decomposition import PCA
 from transformers import MistralConfig, MistralForCausalLM
 
-from sedetect import hf
 from sedetect.analysis import Analysis, parse_layers
+from sedetect.banks import find_banks
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import expert_matrices, gate_states
 from sedetect.routers import find_router
@@ -157,7 +157,7 @@ def test_layouts(checkpoint, family):
     folder = checkpoint(family)
     result = analyze_weights(folder, pairs=4)
     tensors = read(folder)
-    banks = [bank.id for bank in hf.find_banks(tiny_model(family, FAMILIES[family])) if bank.id.kind == "routed"]
+    banks = [bank.id for bank in find_banks(tiny_model(family, FAMILIES[family])) if bank.id.kind == "routed"]
     assert list(result.layers) == banks
     for bank in banks:
         check_layer(family, tensors, result, bank)
@@ -170,7 +170,7 @@ def test_stacks_and_blocks_that_are_not_run_layer_by_layer(checkpoint, family):
     """Encoders, two sets of experts in a layer, key-value states shared by layers: weights are read all the same."""
     model = tiny_model(family, FAMILIES[family])
     result = analyze_weights(checkpoint(family), pairs=1)
-    banks = hf.find_banks(model)
+    banks = find_banks(model)
     assert list(result.layers) == [bank.id for bank in banks if bank.id.kind.startswith("routed")]
     for bank in banks:
         if bank.id in result.layers:
@@ -184,7 +184,7 @@ def test_stacks_and_blocks_that_are_not_run_layer_by_layer(checkpoint, family):
 def test_matrices_of_every_architecture(family):
     """gate, up and down are what the module itself multiplies by: its outputs come out of them."""
     model = tiny_model(family, FAMILIES[family])
-    for bank in hf.find_banks(model):
+    for bank in find_banks(model):
         found = expert_matrices(model, bank)
         assert {m.shape for m in found.values()} == {(bank.experts, bank.intermediate, bank.hidden)}
         if not bank.id.kind.startswith("routed"):

@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
 from sedetect.budget import held_out
-from sedetect.calibration import prefix_ids
+from sedetect.calibration import calibration_windows, prefix_ids
 from sedetect.evaluation import perplexity
-from sedetect.pipeline import calibration_windows
 from sedetect.pruning import choose_kept, prune_checkpoint
 from sedetect.ranking import rank
 from sedetect.saliency import super_places

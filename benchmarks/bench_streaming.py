@@ -47,8 +47,8 @@ from transformers import Qwen3MoeConfig
 
 import sedetect
 from sedetect import staging
+from sedetect.calibration import calibration_windows
 from sedetect.checkpoint import load_tokenizer
-from sedetect.pipeline import calibration_windows
 from sedetect.stats import ModelStats
 from sedetect.streaming import stream_profile
 from sedetect.streaming_weights import StreamedModel, open_streamed

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import sedetect
 from sedetect.calibration import load_texts, make_windows
-from sedetect.profiler import model_digest
+from sedetect.identity import model_digest
 from sedetect.quantization import fake_quantize
 
 

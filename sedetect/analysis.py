@@ -20,7 +20,7 @@ from sedetect.banks import Bank
 from sedetect.calibration import Windows, prefix_ids
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic
-from sedetect.profiler import model_digest, model_name
+from sedetect.identity import model_digest, model_name
 from sedetect.ranking import place_of
 from sedetect.stats import BankId
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.errors import SedetectError, shorten
 from sedetect.stats import digest
@@ -386,3 +386,26 @@ def _has_text(document: Document) -> bool:
 
 def _text_digest(documents: list[Document]) -> str:
     return digest(json.dumps(documents, sort_keys=True, default=str))
+
+
+def calibration_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: str | os.PathLike | dict[str, list[Document]] | None,
+    **settings: Any,
+) -> Calibration:
+    """make_windows of texts (as profile_model takes them), checked against the model's vocabulary and positions."""
+    named = "embedded" if texts is None else "texts" if isinstance(texts, dict) else str(texts)
+    if isinstance(texts, dict):
+        for domain, documents in texts.items():
+            if not isinstance(documents, (list, tuple)):
+                raise SedetectError(f"texts[{domain!r}]: is a {type(documents).__name__}; give a list of documents")
+    elif texts is None or isinstance(texts, (str, os.PathLike)):
+        texts = load_texts(texts)
+    else:
+        raise SedetectError(f"texts: is a {type(texts).__name__}; give a path, or a dictionary of lists of documents")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    calibration = make_windows(tokenizer, texts, **settings, corpus=named, max_positions=positions)
+    for windows in calibration.domains.values():
+        check_vocabulary(tokenizer, windows, model.get_input_embeddings().weight.shape[0])
+    return calibration

@@ -1,16 +1,14 @@
-"""Opening a checkpoint: every file is verified before any weight is read, and nothing is unpickled."""
+"""Opening a checkpoint: its model and tokenizer, and what of them is refused. Nothing is unpickled."""
 
-import hashlib
 import importlib.util
-import json
 import logging
+import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -29,7 +27,11 @@ from transformers import (
 )
 
 from sedetect.adapters import serve_quantized
+from sedetect.banks import Bank, find_banks
+from sedetect.calibration import prefix_ids
+from sedetect.checkpoint_files import check_checkpoint, read_json
 from sedetect.errors import SedetectError, shorten
+from sedetect.fit import choose_device, choose_dtype
 
 # Tried in this order: a text-only class leaves the vision tower of a multimodal checkpoint out.
 _AUTO_CLASSES = (
@@ -39,60 +41,7 @@ _AUTO_CLASSES = (
     AutoModelForSeq2SeqLM,
     AutoModel,
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-
-
-def check_checkpoint(path: str | Path, *, trust_remote_code: bool = False) -> None:
-    """Verify a checkpoint folder without reading its weights.
-
-    Raises SedetectError where the folder or its config.json is missing or not valid, the model type is unknown to the
-    installed transformers, the weights are pickled, a shard that the index names is absent, a safetensors header
-    cannot be read, or a file is not as long as its header says.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "no such folder"
-        raise SedetectError(f"{path}: {what}; give the folder of a checkpoint (config.json and *.safetensors)")
-    config = _read_json(folder / "config.json")
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in config):
-        remote = ", or pass --trust-remote-code to run the model code it brings" if "auto_map" in config else ""
-        raise SedetectError(
-            f"{folder / 'config.json'}: model_type {model_type!r} is unknown to transformers "
-            f"{transformers.__version__}; install a newer transformers{remote}"
-        )
-    for shard in shards_of(folder):
-        read_header(shard)
-
-
-def weights_digest(path: str | Path) -> str | None:
-    """16 hexadecimal digits that tell checkpoints apart: over the names and headers of all safetensors files, and over
-    4096 samples of 4 KiB of each file's weights (two fine-tunes of one model have equal headers).
-
-    None where path is no checkpoint folder. Raises SedetectError as check_checkpoint does.
-    """
-    folder = Path(path)
-    if not (path and (folder / "config.json").is_file()):
-        return None
-    shards = shards_of(folder)
-    return _digest_of(tuple((shard, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards))
-
-
-@lru_cache(maxsize=8)
-def _digest_of(shards: tuple[tuple[Path, int, int], ...]) -> str:
-    """weights_digest of these files; size and time of change tell when it must be taken again."""
-    state = hashlib.sha256()
-    for shard, size, _ in shards:
-        header = read_header(shard)
-        state.update(shard.name.encode() + b"\0" + header)
-        start = 8 + len(header)
-        with shard.open("rb") as opened:
-            for sample in range(4096):
-                opened.seek(start + (size - start) * sample // 4096)
-                state.update(opened.read(4096))
-    return state.hexdigest()[:16]
 
 
 def load_model(
@@ -104,7 +53,7 @@ def load_model(
     attn: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint folder, verified first, or a model of the hub, in eval mode.
+    """Load a checkpoint folder, or a model of the hub, in eval mode. A folder's files are not verified: check_checkpoint.
 
     Args:
         device: where it goes; None is cuda if there is one, else cpu.
@@ -114,12 +63,12 @@ def load_model(
         trust_remote_code: run model code that comes with the checkpoint.
 
     Weights in the checkpoint that the model has no place for are warned about (UserWarning, one line).
-    Raises SedetectError for what check_checkpoint refuses, for weights that are missing or of another shape, and
-    where transformers cannot load the model.
+    Raises SedetectError for a model type that the installed transformers does not know, for weights that are missing
+    or of another shape, and where transformers cannot load the model.
     """
     name = _resolve(path_or_name)
     if Path(name).is_dir():
-        check_checkpoint(name, trust_remote_code=trust_remote_code)
+        _refuse_unknown_type(Path(name), trust_remote_code)
     device, dtype = choose_device(device), choose_dtype(dtype)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _one_line_errors(name):
@@ -157,11 +106,59 @@ def load_model(
     return model.eval()
 
 
+class OpenModel(NamedTuple):
+    """A model and its tokenizer, notes on how it loaded, and its banks."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    notes: list[str]
+    banks: list[Bank]
+
+
+def open_model(
+    model: str | os.PathLike | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+    load: Callable[..., PreTrainedModel] = load_model,
+) -> OpenModel:
+    """A MoE model with its tokenizer; a checkpoint is verified and loaded by load, a loaded model passed on.
+
+    Raises SedetectError for what check_checkpoint, load_model, load_tokenizer and find_banks refuse, and for a loaded
+    model without tokenizer.
+    """
+    notes: list[str] = []
+    if isinstance(model, (str, os.PathLike)):
+        if Path(model).is_dir():
+            check_checkpoint(model)
+            _refuse_unknown_type(Path(model), trust_remote_code)  # before its tokenizer, which would fail too
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = tokenizer or load_tokenizer(model, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model = load(model, device=device, dtype=dtype, attn=attn, **options)
+        notes = [str(warning.message) for warning in caught if "weights are not used" in str(warning.message)]
+    elif tokenizer is None:
+        raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")
+    banks = find_banks(model)  # refuse what is no MoE before anything is asked of it
+    if not prefix_ids(tokenizer) and tokenizer.bos_token is not None:
+        notes.append(
+            f"the tokenizer has a {tokenizer.bos_token} but puts nothing before a text; "
+            "if the model was trained with it, super experts stay silent without it"
+        )
+    return OpenModel(model, tokenizer, notes, banks)
+
+
 def empty_model(folder: str | Path, config: str | Path | None = None) -> PreTrainedModel:
     """The model of a checkpoint folder without its weights, on the meta device.
 
     config is a folder to take config.json from instead. Raises SedetectError where transformers cannot build it.
     """
+    _refuse_unknown_type(Path(config or folder), False)
     with _one_line_errors(str(folder)):
         read = AutoConfig.from_pretrained(str(config or folder))
         read._name_or_path = str(folder)
@@ -192,85 +189,15 @@ def _resolve(path_or_name: str | Path) -> str:
     return name
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise SedetectError(f"{file}: missing; give the folder of a complete checkpoint")
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SedetectError(f"{file}: not valid JSON ({error}); copy or download it again") from None
-    if not isinstance(document, dict):
-        raise SedetectError(f"{file}: a JSON {type(document).__name__}, not an object; copy or download it again")
-    return document
-
-
-def shards_of(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sorted; the ones transformers would read. All of them exist."""
-    named = _read_json(folder / "config.json").get("transformers_weights")
-    names = [named] if named else ["model.safetensors", "model.safetensors.index.json"]
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None:
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
-        if pickles:
-            raise SedetectError(
-                f"{folder / pickles[0]}: pickled weights are not read, they can run code; "
-                "convert the checkpoint with save_pretrained of transformers, which writes safetensors"
-            )
-        raise SedetectError(f"{folder}: no {' or '.join(names)} in it; download the weights")
-    if found.suffix != ".json":
-        return [found]
-    weight_map = _read_json(found).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise SedetectError(f"{found}: names no weights (weight_map); copy or download it again")
-    shards = [folder / name for name in sorted(set(weight_map.values()))]
-    missing = [shard for shard in shards if not shard.is_file()]
-    if missing:
-        raise SedetectError(f"{missing[0]}: missing ({len(missing)} of {len(shards)} shards are); download it")
-    return shards
-
-
-def read_header(file: Path) -> bytes:
-    """The header of a safetensors file. SedetectError where it is damaged or the file's size is not what it says."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > _MAX_HEADER:
-            raise SedetectError(
-                f"{file}: not a safetensors file ({size} bytes, header length {length}); "
-                "download it again (it may be a git-lfs pointer)"
-            )
-        header = opened.read(length)
-    expected = 8 + length
-    if len(header) == length:
-        try:
-            tensors = json.loads(header)
-            expected += max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
-            raise SedetectError(f"{file}: its header of {length} bytes cannot be read; download it again") from None
-    if size != expected:
-        least = "at least " if len(header) < length else ""
-        raise SedetectError(f"{file}: {size} bytes where its header says {least}{expected}; download or copy it again")
-    return header
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-        if device.type == "meta":
-            raise RuntimeError("it holds no values")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SedetectError(f"--device {device}: cannot be used ({shorten(error)}); use cpu or leave it out") from None
-    return device
-
-
-def choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise SedetectError(f"--dtype {dtype}: no floating-point type of torch; use auto, bfloat16, float16 or float32")
-    return "auto" if dtype == "auto" else found
+def _refuse_unknown_type(folder: Path, trust_remote_code: bool) -> None:
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in config):
+        remote = ", or pass --trust-remote-code to run the model code it brings" if "auto_map" in config else ""
+        raise SedetectError(
+            f"{folder / 'config.json'}: model_type {model_type!r} is unknown to transformers "
+            f"{transformers.__version__}; install a newer transformers{remote}"
+        )
 
 
 def _auto_class(name: str, config: PreTrainedConfig, trust_remote_code: bool) -> type:

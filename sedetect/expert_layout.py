@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from sedetect.checkpoint import shards_of
+from sedetect.checkpoint_files import shards_of
 from sedetect.errors import SedetectError
 
 _BLOCK = r"((?:.*\.)?layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward|mixer))"

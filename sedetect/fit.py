@@ -12,7 +12,8 @@ import torch
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import is_kernels_available
 
-from sedetect.checkpoint import choose_device, choose_dtype, read_header, shards_of
+from sedetect.checkpoint_files import read_header, shards_of
+from sedetect.errors import SedetectError, shorten
 
 WEIGHTS_SHARE = 0.9  # of the free memory; the rest is for a forward
 _CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container
@@ -103,3 +104,23 @@ def size(count: float) -> str:
     units = ("bytes", "kB", "MB", "GB", "TB", "PB")
     place = min(len(units) - 1, int(math.log10(max(count, 1)) // 3))
     return f"{count:.0f} bytes" if place == 0 else f"{count / 1000**place:.3g} {units[place]}"
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SedetectError(f"--device {device}: cannot be used ({shorten(error)}); use cpu or leave it out") from None
+    return device
+
+
+def choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise SedetectError(f"--dtype {dtype}: no floating-point type of torch; use auto, bfloat16, float16 or float32")
+    return "auto" if dtype == "auto" else found

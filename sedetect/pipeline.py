@@ -13,18 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect.banks import find_banks
-from sedetect.calibration import (
-    Calibration,
-    Document,
-    Windows,
-    batches,
-    check_vocabulary,
-    load_texts,
-    make_windows,
-    prefix_ids,
-)
-from sedetect.checkpoint import check_checkpoint, load_model, load_tokenizer
+from sedetect.calibration import Calibration, Windows, batches, calibration_windows, prefix_ids
+from sedetect.checkpoint import load_model, open_model
 from sedetect.errors import SedetectError, shorten
 from sedetect.fit import too_large
 from sedetect.layers import run_tokens
@@ -150,7 +140,7 @@ def profile_model(
         streamed.append(open_streamed(name, **options, first=part[0] / part[1]))
         return streamed[0].model
 
-    model, tokenizer, notes = open_model(model, tokenizer, **options, load=load if streaming else load_model)
+    model, tokenizer, notes, _ = open_model(model, tokenizer, **options, load=load if streaming else load_model)
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": seed, "chat_template": chat_template}
     calibration = calibration_windows(model, tokenizer, texts, **cut)
     windows = calibration.domains
@@ -312,64 +302,3 @@ def _stable_after(rounds: list[tuple[int, tuple[str, ...]]], unchanged: int) -> 
     while first and set(rounds[first - 1][1]) == set(rounds[-1][1]):
         first -= 1
     return rounds[first][0] if len(rounds) - 1 - first >= unchanged else None
-
-
-def open_model(
-    model: str | os.PathLike | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    device: str | None = None,
-    dtype: str = "auto",
-    revision: str | None = None,
-    attn: str | None = None,
-    trust_remote_code: bool = False,
-    load: Callable[..., PreTrainedModel] = load_model,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
-    """A MoE model with its tokenizer, and notes on how it loaded; a checkpoint is loaded by load, a loaded model passed
-    on.
-
-    Raises SedetectError for what load_model, load_tokenizer and find_banks refuse, and for a loaded model without
-    tokenizer.
-    """
-    notes: list[str] = []
-    if isinstance(model, (str, os.PathLike)):
-        if Path(model).is_dir():
-            check_checkpoint(model, trust_remote_code=trust_remote_code)
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        tokenizer = tokenizer or load_tokenizer(model, **options)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            model = load(model, device=device, dtype=dtype, attn=attn, **options)
-        notes = [str(warning.message) for warning in caught if "weights are not used" in str(warning.message)]
-    elif tokenizer is None:
-        raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")
-    find_banks(model)  # refuse what is no MoE before anything is asked of it
-    if not prefix_ids(tokenizer) and tokenizer.bos_token is not None:
-        notes.append(
-            f"the tokenizer has a {tokenizer.bos_token} but puts nothing before a text; "
-            "if the model was trained with it, super experts stay silent without it"
-        )
-    return model, tokenizer, notes
-
-
-def calibration_windows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: str | os.PathLike | dict[str, list[Document]] | None,
-    **settings: Any,
-) -> Calibration:
-    """make_windows of texts (as profile_model takes them), checked against the model's vocabulary and positions."""
-    named = "embedded" if texts is None else "texts" if isinstance(texts, dict) else str(texts)
-    if isinstance(texts, dict):
-        for domain, documents in texts.items():
-            if not isinstance(documents, (list, tuple)):
-                raise SedetectError(f"texts[{domain!r}]: is a {type(documents).__name__}; give a list of documents")
-    elif texts is None or isinstance(texts, (str, os.PathLike)):
-        texts = load_texts(texts)
-    else:
-        raise SedetectError(f"texts: is a {type(texts).__name__}; give a path, or a dictionary of lists of documents")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    calibration = make_windows(tokenizer, texts, **settings, corpus=named, max_positions=positions)
-    for windows in calibration.domains.values():
-        check_vocabulary(tokenizer, windows, model.get_input_embeddings().weight.shape[0])
-    return calibration

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from sedetect.banks import find_banks
-from sedetect.checkpoint import check_checkpoint
+from sedetect.checkpoint_files import check_checkpoint
 from sedetect.errors import SedetectError
 from sedetect.staging import read_bytes
 from sedetect.streaming_weights import open_streamed
@@ -84,7 +84,7 @@ def make_plan(folder: str | Path, **options: object) -> Plan:
     """
     if not Path(folder).is_dir():
         raise SedetectError(f"{folder}: no such folder; a plan is made of a checkpoint that is here, download it first")
-    check_checkpoint(folder, trust_remote_code=bool(options.get("trust_remote_code", False)))
+    check_checkpoint(folder)
     streamed = open_streamed(folder, device="cpu", weights=False, **options)
     model, banks = streamed.model, find_banks(streamed.model)
     routed = sum(_count(bank.stored_in) for bank in banks if bank.routed)

@@ -1,10 +1,8 @@
 """profile: a context manager under which a model's own forward measures its experts."""
 
-import json
 import uuid
 from contextlib import ExitStack
 from functools import reduce
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,22 +16,13 @@ from sedetect.adapters import serve_quantized
 from sedetect.attach import attach, is_attached
 from sedetect.backends import check_backend, missing_fast_path
 from sedetect.banks import Bank, find_banks, layers_per_stack
-from sedetect.checkpoint import weights_digest
 from sedetect.errors import SedetectError
+from sedetect.identity import model_digest, model_name
 from sedetect.measure import Measurement, measure
 from sedetect.rows import Batch
-from sedetect.stats import Bank as BankInfo, BankStats, Header, ModelStats, Source, digest
+from sedetect.stats import Bank as BankInfo, BankStats, Header, ModelStats, Source
 from sedetect.tracking import TrackedModel
 from sedetect.version import __version__
-
-# Of a config: says nothing of what the model computes, or changes with the release or the options that read it. So does
-# quantization_config, which goes where transformers dequantizes; how weights are stored is in their own digest.
-_VOLATILE = {
-    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "return_dict",
-    "output_attentions", "output_hidden_states", "output_router_logits", "distributed_config",
-    "quantization_config",
-}  # fmt: skip
-
 
 class Profile:
     """One profile of one model; made by sedetect.profile.
@@ -207,23 +196,3 @@ def profile(
         SedetectError: for a model in training mode, without experts, or with experts that cannot be measured.
     """
     return Profile(model, source, info, prefix, backend, channels, coactivation, first_rows)
-
-
-def model_name(model: nn.Module) -> str:
-    """The hub name, or the last part of a folder's path: files that travel do not tell where it lay."""
-    name = model.config._name_or_path
-    return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
-
-
-def model_digest(model: nn.Module) -> str:
-    """What makes two runs runs of one model: a digest of its config and of its checkpoint's weights."""
-    config = _stable(model.config.to_dict())
-    weights = weights_digest(model.config._name_or_path)
-    return digest(json.dumps([config, weights], sort_keys=True, default=str))
-
-
-def _stable(config: Any) -> Any:
-    """A config's dictionary without what is volatile, sub-configs too."""
-    if isinstance(config, dict):
-        return {key: _stable(value) for key, value in config.items() if key not in _VOLATILE}
-    return config

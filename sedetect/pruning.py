@@ -25,11 +25,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sedetect.banks import find_banks
-from sedetect.checkpoint import check_checkpoint, empty_model
+from sedetect.checkpoint import empty_model
+from sedetect.checkpoint_files import check_checkpoint
 from sedetect.errors import SedetectError
 from sedetect.expert_layout import Layout, Tensor, read_layout, renamed, with_fewer_experts
 from sedetect.files import new_folder, write_json
-from sedetect.profiler import model_digest
+from sedetect.identity import model_digest
 from sedetect.ranking import Place
 from sedetect.saliency import ascending, saliency
 from sedetect.stats import BankId, ModelStats

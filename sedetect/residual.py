@@ -27,6 +27,7 @@ from sedetect.attach import attach
 from sedetect.banks import find_banks
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
+from sedetect.identity import model_digest, model_name
 from sedetect.layers import (
     ExpertCalls,
     attention_blocks,
@@ -36,7 +37,6 @@ from sedetect.layers import (
     refuse_encoder_decoder,
     run_tokens,
 )
-from sedetect.profiler import model_digest, model_name
 from sedetect.stream import Formation, LayerResidual, Residual, Writer, sink_decay
 
 __all__ = ["Formation", "LayerResidual", "Residual", "Writer", "observe_residual", "sink_decay"]

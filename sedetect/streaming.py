@@ -25,12 +25,13 @@ from torch import nn
 
 from sedetect.banks import find_banks
 from sedetect.calibration import Windows, batches
-from sedetect.checkpoint import weights_digest
+from sedetect.checkpoint_files import weights_digest
 from sedetect.errors import SedetectError, shorten
 from sedetect.fit import place_of_hidden, size
 from sedetect.forwards import replace_forward
+from sedetect.identity import model_digest, model_name
 from sedetect.layers import run_tokens
-from sedetect.profiler import Profile, model_digest, model_name
+from sedetect.profiler import Profile
 from sedetect.resume import HiddenStates, Progress
 from sedetect.staging import use_device
 from sedetect.stats import ModelStats, digest, join_banks

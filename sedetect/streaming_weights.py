@@ -34,8 +34,10 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.utils import logging as transformers_logging
 
 from sedetect.banks import find_banks
-from sedetect.checkpoint import choose_device, load_model, read_header
+from sedetect.checkpoint import load_model
+from sedetect.checkpoint_files import read_header
 from sedetect.errors import SedetectError
+from sedetect.fit import choose_device
 from sedetect.layers import decoder_layers
 from sedetect.staging import Staging, StoredTensor
 

@@ -34,11 +34,12 @@ from sedetect.analysis import (
     to_others,
 )
 from sedetect.banks import Bank, find_banks, find_dense, layer_path
+from sedetect.checkpoint_files import check_checkpoint
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import NAMES, expert_matrices
-from sedetect.profiler import model_name
+from sedetect.identity import model_name
 from sedetect.routers import find_router
-from sedetect.streaming_weights import open_streamed
+from sedetect.streaming_weights import StreamedModel, open_streamed
 
 COMPONENTS = 3
 _CHUNK = 2**26  # elements that are in float32 at a time
@@ -316,7 +317,7 @@ def analyze_weights(
         raise SedetectError(f"--pairs {pairs}: must be at least 0")
     options: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
     options |= {"trust_remote_code": trust_remote_code, "weights": False}
-    streamed = open_streamed(model, layers_of=_layers_with_experts, **options)
+    streamed = _open(model, layers_of=_layers_with_experts, **options)
     groups = groups_of(find_banks(streamed.model), layers)
     dense = None if against is None else _Dense(against, options)
     result = new_analysis("weights", streamed.model)
@@ -425,11 +426,17 @@ def check_installed() -> None:
         ) from None
 
 
+def _open(path: str | Path, **options: Any) -> StreamedModel:
+    if Path(path).is_dir():
+        check_checkpoint(path)
+    return open_streamed(path, **options)
+
+
 class _Dense:
     """The MLPs of a dense checkpoint, of which one layer at a time has weights."""
 
     def __init__(self, path: str | Path, options: dict[str, Any]):
-        self._streamed = open_streamed(path, layers_of=_dense_layers, **options)
+        self._streamed = _open(path, layers_of=_dense_layers, **options)
         self._banks = {bank.id.layer: bank for bank in find_dense(self._streamed.model)}
         self.name = model_name(self._streamed.model)
 

@@ -16,9 +16,9 @@ import sedetect
 import sedetect.budget as budget_module
 from sedetect.ablation import Weight, ablate
 from sedetect.budget import conclusion, held_out, make_budget
+from sedetect.calibration import calibration_windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import perplexity
-from sedetect.pipeline import calibration_windows
 from sedetect.pruning import choose_kept
 from sedetect.quantization import expert_sizes, fake_quantize, quantized_experts, stored_bits
 from sedetect.ranking import Place

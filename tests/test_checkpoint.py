@@ -9,7 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from sedetect.checkpoint import _check_loaded, check_checkpoint, weights_digest, load_model, load_tokenizer
+from sedetect.checkpoint import _check_loaded, load_model, load_tokenizer
+from sedetect.checkpoint_files import check_checkpoint, weights_digest
 from sedetect.errors import SedetectError
 
 TINY = Path(__file__).parent / "data" / "tiny-moe"
@@ -81,7 +82,7 @@ def test_truncated_shard(copy):
     size = (copy / SHARD).stat().st_size
     with (copy / SHARD).open("rb+") as file:
         file.truncate(size - 1000)
-    message = refusal(load_model, copy)
+    message = refusal(check_checkpoint, copy)
     assert SHARD in message and str(size) in message and str(size - 1000) in message
 
 
@@ -111,16 +112,16 @@ def test_trailing_bytes(copy):
 
 def test_missing_shard(copy):
     (copy / SHARD).unlink()
-    message = refusal(load_model, copy)
+    message = refusal(check_checkpoint, copy)
     assert SHARD in message and "1 of 3" in message
 
 
 def test_pickle_only(copy):
     for file in copy.glob("model*"):
         file.unlink()
-    assert "no model.safetensors" in refusal(load_model, copy)
+    assert "no model.safetensors" in refusal(check_checkpoint, copy)
     torch.save({}, copy / "pytorch_model.bin")
-    message = refusal(load_model, copy)
+    message = refusal(check_checkpoint, copy)
     assert "pytorch_model.bin" in message and "save_pretrained" in message
 
 

@@ -8,9 +8,11 @@ import pytest
 from models import TINY
 
 import sedetect
+from sedetect.ablation import resolve
+from sedetect.calibration import calibration_windows
+from sedetect.checkpoint import open_model
 from sedetect.cli import main
 from sedetect.errors import SedetectError
-from sedetect.ablation import resolve
 from sedetect.experiment import (
     check_choice,
     choose_experts,
@@ -19,12 +21,11 @@ from sedetect.experiment import (
     routed_experts,
     run_experiment,
 )
-from sedetect.pipeline import calibration_windows, open_model
 
 
 @pytest.fixture(scope="module")
 def subject():
-    model, tokenizer, _ = open_model(TINY, dtype="float32")
+    model, tokenizer, _, _ = open_model(TINY, dtype="float32")
     cut = {"tokens": 2048, "seq_len": 256, "seed": None, "chat_template": False}
     domains = calibration_windows(model, tokenizer, None, **cut).domains
     stats = sedetect.profile_model(model, tokens=2048, seq_len=256, tokenizer=tokenizer).stats

@@ -15,13 +15,12 @@ from sedetect import ops
 from sedetect.analysis import Analysis, LayerArrays, Text, read_texts
 from sedetect.attach import is_attached
 from sedetect.banks import find_banks
-from sedetect.calibration import Windows
+from sedetect.calibration import Windows, calibration_windows
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import expert_matrices
 from sedetect.kernels.gate import Gate
 from sedetect.layers import run_tokens
 from sedetect.output_analysis import OutputSums, analyze_outputs, standings, summarize
-from sedetect.pipeline import calibration_windows
 from sedetect.report.pictures import pictures_of
 from sedetect.routing_analysis import analyze_routing
 from sedetect.stacked import Adapter

@@ -36,11 +36,11 @@ from sedetect.call import Call
 from sedetect.checkpoint import load_model
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import expert_matrices
+from sedetect.identity import model_digest
 from sedetect.kernels.dequantize import QuantizedWeights, dequantize
 from sedetect.kernels.update import Rows
 from sedetect.measure import Measurement, measure
 from sedetect.ops import Gate
-from sedetect.profiler import model_digest
 from sedetect.quantized import has_kernel, linear_weight, serve_linears
 from sedetect.ranking import Place
 from sedetect.streaming_weights import open_streamed

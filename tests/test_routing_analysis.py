@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sedetect.analysis import Analysis, read_texts
 from sedetect.attach import attach, run_inner
 from sedetect.banks import find_banks
+from sedetect.calibration import calibration_windows
 from sedetect.layers import run_tokens
-from sedetect.pipeline import calibration_windows
 from sedetect.routers import RouterWatch
 from sedetect.routing_analysis import analyze_routing, chosen_slots, distance, effective, lift, standings
 from sedetect.stats import BankId

@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sedetect.ablation import HOW
-from sedetect.calibration import prefix_ids
+from sedetect.calibration import calibration_windows, prefix_ids
+from sedetect.checkpoint import open_model
 from sedetect.cli.choice import choose
 from sedetect.cli.shared import (
     Attn,
@@ -33,7 +34,6 @@ from sedetect.errors import SedetectError
 from sedetect.evaluation import load_questions
 from sedetect.experiment import Experiment, Outcome, conclusion, run_experiment
 from sedetect.files import write_json
-from sedetect.pipeline import calibration_windows, open_model
 
 
 @app.command("ablate")
@@ -71,7 +71,7 @@ def ablate_command(
         check_writable(output)
     questions = _questions(evaluate)
     options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    loaded, tokenizer, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
+    loaded, tokenizer, _, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": False}
     domains = calibration_windows(loaded, tokenizer, data, **cut).domains
     run = {"tokens": tokens, "seq_len": seq_len, "batch_size": batch_size}

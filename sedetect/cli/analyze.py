@@ -8,7 +8,8 @@ from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.ablation import Weight, ablate
-from sedetect.calibration import Windows, prefix_ids
+from sedetect.calibration import Windows, calibration_windows, prefix_ids
+from sedetect.checkpoint import open_model
 from sedetect.cli.choice import choose
 from sedetect.cli.shared import (
     Attn,
@@ -32,7 +33,6 @@ from sedetect.cli.shared import (
 from sedetect.errors import SedetectError
 from sedetect.experiment import Target
 from sedetect.files import write_json
-from sedetect.pipeline import calibration_windows, open_model
 from sedetect.residual import Residual, observe_residual, sink_decay
 from sedetect.stream import Formation
 from sedetect.traces import ExpertTrace, Group, trace_experts
@@ -74,7 +74,7 @@ def residual_command(
     if output is not None:
         check_writable(output)
     options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    loaded, tokenizer, notes = open_model(model, **options, trust_remote_code=trust_remote_code)
+    loaded, tokenizer, notes, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
     cut = {"seq_len": seq_len, "seed": None, "chat_template": chat_template}
     domains = calibration_windows(loaded, tokenizer, data, **cut, tokens=sequences * seq_len).domains
     settings = {"prefix": len(prefix_ids(tokenizer)), "sequences": sequences, "min_ratio": min_ratio}
@@ -122,7 +122,7 @@ def trace_command(
     if output is not None:
         check_writable(output)
     options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    loaded, tokenizer, notes = open_model(model, **options, trust_remote_code=trust_remote_code)
+    loaded, tokenizer, notes, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": chat_template}
     calibration = calibration_windows(loaded, tokenizer, data, **cut)
     chosen = choose("--experts", experts, loaded, tokenizer, data, batch_size=batch_size, **cut)

@@ -8,7 +8,8 @@ from rich import box
 from rich.table import Table
 
 from sedetect.budget import RATIOS, Budget, Cost, conclusion, held_out, make_budget
-from sedetect.calibration import prefix_ids
+from sedetect.calibration import calibration_windows, prefix_ids
+from sedetect.checkpoint import open_model
 from sedetect.cli.saliency import By, load_ranked
 from sedetect.cli.shared import (
     Attn,
@@ -30,8 +31,8 @@ from sedetect.cli.shared import (
 from sedetect.errors import SedetectError
 from sedetect.experiment import check_choice, choose_experts
 from sedetect.files import write_json
-from sedetect.pipeline import calibration_windows, open_model, profile_model
-from sedetect.profiler import model_digest
+from sedetect.identity import model_digest
+from sedetect.pipeline import profile_model
 from sedetect.pruning import check_ratio, router_groups
 from sedetect.quantization import FORMATS, GROUP, bits_of, expert_sizes
 from sedetect.ranking import rank
@@ -73,7 +74,7 @@ def budget_command(
     if output is not None:
         check_writable(output)
     options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    loaded, tokenizer, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
+    loaded, tokenizer, _, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
     check_choice(experts, loaded)
     cut = {"seq_len": seq_len, "seed": None, "chat_template": False}
     expert_sizes(loaded)  # refuse what cannot be compressed before anything is measured

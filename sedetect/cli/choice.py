@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sedetect.cli.shared import console, progress_bar
 from sedetect.errors import SedetectError
 from sedetect.experiment import Target, check_choice, choose_experts, needs_statistics
+from sedetect.identity import model_digest
 from sedetect.pipeline import profile_model
-from sedetect.profiler import model_digest
 from sedetect.ranking import rank
 from sedetect.stats import ModelStats
 from sedetect.stream import Residual

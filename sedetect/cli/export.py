@@ -13,7 +13,7 @@ from sedetect.cli.shared import app, console, stderr
 from sedetect.errors import SedetectError
 from sedetect.exporting import GRANULARITIES, TOOLS, export, kept_experts, protect_list
 from sedetect.files import write_atomic
-from sedetect.profiler import model_digest
+from sedetect.identity import model_digest
 from sedetect.quantization import expert_sizes
 from sedetect.stats import ModelStats
 

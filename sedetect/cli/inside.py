@@ -10,6 +10,8 @@ from rich.markup import escape
 
 from sedetect.analysis import Analysis, LayerArrays, parse_layers, read_texts
 from sedetect.analysis_tables import Cells, layer_name, layers_table, marked_experts, standings_tables
+from sedetect.calibration import calibration_windows
+from sedetect.checkpoint import open_model
 from sedetect.cli.analyze import ChatTemplate, analyze
 from sedetect.cli.saliency import load_ranked
 from sedetect.cli.shared import (
@@ -32,9 +34,8 @@ from sedetect.cli.shared import (
     progress_bar,
 )
 from sedetect.errors import SedetectError
+from sedetect.identity import model_digest, model_name
 from sedetect.output_analysis import analyze_outputs
-from sedetect.pipeline import calibration_windows, open_model
-from sedetect.profiler import model_digest, model_name
 from sedetect.ranking import Ranking
 from sedetect.routing_analysis import analyze_routing
 from sedetect.stats import ModelStats
@@ -191,7 +192,7 @@ def _over_text(
     trust_remote_code: bool,
 ) -> Analysis:
     """Load a model, cut the text, and run an analysis over both."""
-    loaded, tokenizer, notes = open_model(
+    loaded, tokenizer, notes, _ = open_model(
         model, device=device, dtype=dtype, revision=revision, attn=attn, trust_remote_code=trust_remote_code
     )
     _check_model(known, model_name(loaded), model_digest(loaded))

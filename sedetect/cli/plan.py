@@ -4,9 +4,8 @@ import torch
 from rich import box
 from rich.table import Table
 
-from sedetect.checkpoint import choose_device
 from sedetect.cli.shared import Device, Dtype, Model, Tokens, TrustRemoteCode, app, print_line, print_whole
-from sedetect.fit import WEIGHTS_SHARE, dequantized_here, free_memory, size
+from sedetect.fit import WEIGHTS_SHARE, choose_device, dequantized_here, free_memory, size
 from sedetect.plan import Plan, make_plan, measure_read
 
 

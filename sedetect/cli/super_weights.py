@@ -7,6 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from sedetect.checkpoint import open_model
 from sedetect.cli.shared import (
     Attn,
     Backend,
@@ -25,7 +26,7 @@ from sedetect.cli.shared import (
     progress_bar,
 )
 from sedetect.files import write_json
-from sedetect.pipeline import open_model, profile_model
+from sedetect.pipeline import profile_model
 from sedetect.ranking import rank
 from sedetect.super_weights import FORMAT, VERSION, SuperWeight, super_weights
 
@@ -56,7 +57,7 @@ def super_weights_command(
             bar.update(task, description=domain, completed=done, total=total)
 
         options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-        loaded, tokenizer, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
+        loaded, tokenizer, _, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
         cut = {"tokens": tokens, "seq_len": seq_len, "seed": seed, "chat_template": chat_template}
         run = {"tokenizer": tokenizer, "batch_size": batch_size, "backend": backend, "progress": show}
         result = profile_model(loaded, data, **cut, **run)

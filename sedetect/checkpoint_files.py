@@ -1,0 +1,115 @@
+"""The files of a checkpoint: verified and told apart by their headers, before any weight is read."""
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sedetect.errors import SedetectError
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Verify a checkpoint folder without reading its weights.
+
+    Raises SedetectError where the folder or its config.json is missing or not valid, the weights are pickled, a shard
+    that the index names is absent, a safetensors header cannot be read, or a file is not as long as its header says.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "no such folder"
+        raise SedetectError(f"{path}: {what}; give the folder of a checkpoint (config.json and *.safetensors)")
+    for shard in shards_of(folder):
+        read_header(shard)
+
+
+def weights_digest(path: str | Path) -> str | None:
+    """16 hexadecimal digits that tell checkpoints apart: over the names and headers of all safetensors files, and over
+    4096 samples of 4 KiB of each file's weights (two fine-tunes of one model have equal headers).
+
+    None where path is no checkpoint folder. Raises SedetectError as check_checkpoint does.
+    """
+    folder = Path(path)
+    if not (path and (folder / "config.json").is_file()):
+        return None
+    shards = shards_of(folder)
+    return _digest_of(tuple((shard, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards))
+
+
+@lru_cache(maxsize=8)
+def _digest_of(shards: tuple[tuple[Path, int, int], ...]) -> str:
+    """weights_digest of these files; size and time of change tell when it must be taken again."""
+    state = hashlib.sha256()
+    for shard, size, _ in shards:
+        header = read_header(shard)
+        state.update(shard.name.encode() + b"\0" + header)
+        start = 8 + len(header)
+        with shard.open("rb") as opened:
+            for sample in range(4096):
+                opened.seek(start + (size - start) * sample // 4096)
+                state.update(opened.read(4096))
+    return state.hexdigest()[:16]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise SedetectError(f"{file}: missing; give the folder of a complete checkpoint")
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SedetectError(f"{file}: not valid JSON ({error}); copy or download it again") from None
+    if not isinstance(document, dict):
+        raise SedetectError(f"{file}: a JSON {type(document).__name__}, not an object; copy or download it again")
+    return document
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, sorted; the ones transformers would read. All of them exist."""
+    named = read_json(folder / "config.json").get("transformers_weights")
+    names = [named] if named else ["model.safetensors", "model.safetensors.index.json"]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+        if pickles:
+            raise SedetectError(
+                f"{folder / pickles[0]}: pickled weights are not read, they can run code; "
+                "convert the checkpoint with save_pretrained of transformers, which writes safetensors"
+            )
+        raise SedetectError(f"{folder}: no {' or '.join(names)} in it; download the weights")
+    if found.suffix != ".json":
+        return [found]
+    weight_map = read_json(found).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise SedetectError(f"{found}: names no weights (weight_map); copy or download it again")
+    shards = [folder / name for name in sorted(set(weight_map.values()))]
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        raise SedetectError(f"{missing[0]}: missing ({len(missing)} of {len(shards)} shards are); download it")
+    return shards
+
+
+def read_header(file: Path) -> bytes:
+    """The header of a safetensors file. SedetectError where it is damaged or the file's size is not what it says."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > _MAX_HEADER:
+            raise SedetectError(
+                f"{file}: not a safetensors file ({size} bytes, header length {length}); "
+                "download it again (it may be a git-lfs pointer)"
+            )
+        header = opened.read(length)
+    expected = 8 + length
+    if len(header) == length:
+        try:
+            tensors = json.loads(header)
+            expected += max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            raise SedetectError(f"{file}: its header of {length} bytes cannot be read; download it again") from None
+    if size != expected:
+        least = "at least " if len(header) < length else ""
+        raise SedetectError(f"{file}: {size} bytes where its header says {least}{expected}; download or copy it again")
+    return header

@@ -47,6 +47,7 @@ from transformers import Qwen3MoeConfig
 
 import sedetect
 from sedetect import staging
+from sedetect.banks import find_banks
 from sedetect.calibration import calibration_windows
 from sedetect.checkpoint import load_tokenizer
 from sedetect.stats import ModelStats
@@ -248,6 +249,7 @@ def main() -> int:
         streamed.staging = staging.Staging(device, None)  # what a GPU has
     tokenizer = load_tokenizer(options.folder)
     domains = calibration_windows(streamed.model, tokenizer, words, **cut, seed=None, chat_template=False).domains
+    banks = find_banks(streamed.model)
     layer_bytes = max(sum(tensor.nbytes for tensor in layer.values()) for layer in streamed.stored)
     outside = sum(tensor.nbytes for tensor in streamed.rest.values())  # embeddings, final norm and lm_head
     hidden = sum(windows.ids.numel() for windows in domains.values()) * config.hidden_size * 2
@@ -259,7 +261,7 @@ def main() -> int:
         executor = patch("sedetect.streaming.ThreadPoolExecutor", OneAfterAnother) if serial else nullcontext()
         with clock.watching(streamed), executor:
             stats, _ = stream_profile(
-                streamed, domains, 8, {"backend": options.backend, **how},
+                streamed, banks, domains, 8, {"backend": options.backend, **how},
                 resume=None, report=lambda *_: None, stop=lambda: False,
             )  # fmt: skip
         return stats, clock

@@ -1,7 +1,7 @@
 """Profiles of compiled models: the call of a bank as one torch.library op, which torch.compile keeps whole.
 
-An op takes tensors and numbers, so a measurement goes by its number among those that are attached. Its state and the row
-context are arguments, so that a captured graph reads those of its own call; what the bank's module holds is not.
+An op takes tensors and numbers, so a measurement goes by its number among those that are attached. Its state and the
+row context are arguments, so that a captured graph reads those of its own call; what the bank's module holds is not.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ _attached: dict[int, Any] = {}
 
 @contextmanager
 def attached(measured: Sequence[Any]) -> Iterator[None]:
-    """Give measurements the lowest free numbers, so that graphs of an earlier profile of the same model serve the next one."""
+    """Give the lowest free numbers, so that graphs of an earlier profile of the same model serve the next one."""
     for one in measured:
         one.number = next(n for n in count() if n not in _attached)
         _attached[one.number] = one

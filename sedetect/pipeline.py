@@ -14,11 +14,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration import Calibration, Windows, batches, calibration_windows, prefix_ids
-from sedetect.checkpoint import load_model, open_model
+from sedetect.checkpoint import OpenModel, load_model, open_model
 from sedetect.errors import SedetectError, shorten
 from sedetect.fit import too_large
 from sedetect.layers import run_tokens
-from sedetect.profiler import profile
+from sedetect.profiler import SourcesProfile
 from sedetect.ranking import rank
 from sedetect.residual import Residual, observe_residual
 from sedetect.stats import ModelStats, merge_all
@@ -140,7 +140,8 @@ def profile_model(
         streamed.append(open_streamed(name, **options, first=part[0] / part[1]))
         return streamed[0].model
 
-    model, tokenizer, notes, _ = open_model(model, tokenizer, **options, load=load if streaming else load_model)
+    opened = open_model(model, tokenizer, **options, load=load if streaming else load_model)
+    model, tokenizer, notes, banks = opened
     cut = {"tokens": tokens, "seq_len": seq_len, "seed": seed, "chat_template": chat_template}
     calibration = calibration_windows(model, tokenizer, texts, **cut)
     windows = calibration.domains
@@ -152,6 +153,7 @@ def profile_model(
     if streaming:
         result.domains, result.streamed = stream_profile(
             streamed[0],
+            banks,
             calibration.domains,
             batch_size,
             settings,
@@ -163,7 +165,7 @@ def profile_model(
         done = calibration.used
     else:
         until = {"until_stable": until_stable, "keep_rounds": keep_rounds}
-        done = _measure(result, model, calibration, batch_size, settings, **until, progress=progress, stop=stop)
+        done = _measure(result, opened, calibration, batch_size, settings, **until, progress=progress, stop=stop)
     planned = [] if result.interrupted else calibration.notes
     if done < calibration.used and not result.interrupted:
         # What the budget would have bought is not what was used.
@@ -218,7 +220,7 @@ def _must_stream(model: Any, stream: bool | None, device: str | None, dtype: str
 
 def _measure(
     result: ModelProfile,
-    model: PreTrainedModel,
+    opened: OpenModel,
     calibration: Calibration,
     batch_size: int,
     settings: dict[str, Any],
@@ -232,37 +234,39 @@ def _measure(
     in_rounds = until_stable is not None or keep_rounds
     if in_rounds:
         batch_size = min(batch_size, ROUND_WINDOWS)
-    done = 0
-    for part in _rounds(calibration.domains, batch_size) if in_rounds else [calibration.domains]:
-        measured: dict[str, ModelStats] = {}
-        for domain, windows in part.items():
-            start = time.perf_counter()
-            with profile(model, source=windows.source, info=windows.info, **settings) as prof:
+    done, start = 0, time.perf_counter()
+    with SourcesProfile(opened.model, opened.banks, **settings) as prof:
+        result.seconds += time.perf_counter() - start
+        for part in _rounds(calibration.domains, batch_size) if in_rounds else [calibration.domains]:
+            measured: dict[str, ModelStats] = {}
+            for domain, windows in part.items():
+                start = time.perf_counter()
+                prof.begin(windows.source, windows.info)
                 for ids, numbers in batches(windows, batch_size):
                     result.interrupted = stop()
                     if result.interrupted:
                         break
                     prof.batch(sequence_ids=numbers)
-                    run_tokens(model, ids)
+                    run_tokens(opened.model, ids)
                     done += ids.numel()
                     progress(domain, done, calibration.used)
-            stats = prof.stats
-            result.seconds += time.perf_counter() - start
-            if stats.header.tokens:
-                measured[domain] = stats
+                stats = prof.take()
+                result.seconds += time.perf_counter() - start
+                if stats.header.tokens:
+                    measured[domain] = stats
+                if result.interrupted:
+                    break
+            for domain, stats in measured.items():
+                result.domains[domain] = result.domains.get(domain, ModelStats.empty()).merge(stats)
             if result.interrupted:
                 break
-        for domain, stats in measured.items():
-            result.domains[domain] = result.domains.get(domain, ModelStats.empty()).merge(stats)
-        if result.interrupted:
-            break
-        if in_rounds:
-            result.rounds.append((done, _super_experts(merge_all(result.domains.values()))))
-            result.stable_after = _stable_after(result.rounds, until_stable or 1)
-            if keep_rounds:
-                result.shards.append(merge_all(measured.values()))
-            if until_stable is not None and result.stable_after is not None:
-                break
+            if in_rounds:
+                result.rounds.append((done, _super_experts(merge_all(result.domains.values()))))
+                result.stable_after = _stable_after(result.rounds, until_stable or 1)
+                if keep_rounds:
+                    result.shards.append(merge_all(measured.values()))
+                if until_stable is not None and result.stable_after is not None:
+                    break
     return done
 
 

@@ -27,7 +27,7 @@ from sedetect.version import __version__
 class Profile:
     """One profile of one model; made by sedetect.profile.
 
-    banks and digest: where they are known already. Only these banks are measured; nobody else may use them.
+    banks and digest: where they are known already. Only these banks are measured.
     Inside the with block every forward of the model is measured, in torch.no_grad(). stats may be read there and later.
     """
 
@@ -61,6 +61,7 @@ class Profile:
                 "the model on one device"
             )
         self._digest = model_digest(self._model) if digest is None else digest
+        self._notes: set[str] = set()  # of the model as it is attached
         self._exit = ExitStack()
 
     def __enter__(self) -> "Profile":
@@ -73,9 +74,7 @@ class Profile:
             restore, served = serve_quantized(self._model)
             stack.callback(restore)
             if served:
-                self._tracked.tracker.notes.add(
-                    f"{served} FP8 linears computed with dequantized weights: no kernel here"
-                )
+                self._notes.add(f"{served} FP8 linears computed with dequantized weights: no kernel here")
             stack.enter_context(compiled.attached(self._measured))
             calls = [(one.bank, measure(one)) for one in self._measured]
             stack.callback(attach(self._model, calls, computes=True))
@@ -134,7 +133,7 @@ class Profile:
     @property
     def stats(self) -> ModelStats:
         """What was measured so far, on the CPU. Synchronises with the device."""
-        tracker, banks, described, notes = self._tracked.tracker, {}, {}, set()
+        tracker, banks, described, notes = self._tracked.tracker, {}, {}, set(self._notes)
         for one in self._measured:
             bank = one.bank
             if not one.served:
@@ -162,6 +161,28 @@ class Profile:
             notes=sorted(notes | tracker.notes),
         )
         return ModelStats(banks, header)
+
+
+class SourcesProfile(Profile):
+    """A profile that is attached once and measures one source after another, each with statistics of its own.
+
+    begin() a source, run its forwards, take() what was measured.
+    """
+
+    def __init__(self, model: nn.Module, banks: list[Bank], digest: str | None = None, **settings: Any):
+        super().__init__(model, None, None, **settings, banks=banks, digest=digest)
+
+    def begin(self, source: str, info: dict[str, Any]) -> None:
+        self._source, self._info = source, info
+        self._tracked.restart()
+        for one in self._measured:
+            one.clear()
+            one.prepare_where_the_weights_are()
+
+    def take(self) -> ModelStats:
+        """The statistics of the source; all ranks of an expert-parallel model come here together."""
+        self._join_ranks()
+        return self.stats
 
 
 def profile(

@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch import nn
 
-from sedetect.banks import find_banks
+from sedetect.banks import Bank
 from sedetect.calibration import Windows, batches
 from sedetect.checkpoint_files import weights_digest
 from sedetect.errors import SedetectError, shorten
@@ -31,7 +31,7 @@ from sedetect.fit import place_of_hidden, size
 from sedetect.forwards import replace_forward
 from sedetect.identity import model_digest, model_name
 from sedetect.layers import run_tokens
-from sedetect.profiler import Profile
+from sedetect.profiler import SourcesProfile
 from sedetect.resume import HiddenStates, Progress
 from sedetect.staging import use_device
 from sedetect.stats import ModelStats, digest, join_banks
@@ -64,6 +64,7 @@ class _Reached(Exception):
 
 def stream_profile(
     streamed: StreamedModel,
+    banks: list[Bank],
     domains: dict[str, Windows],
     batch_size: int,
     settings: dict[str, Any],
@@ -75,6 +76,7 @@ def stream_profile(
     """Statistics of every domain, equal to those of a resident model over the same batches; none if stop() ended it.
 
     Args:
+        banks: of the whole model, as find_banks gives them.
         settings: of sedetect.profile, without source and info.
         resume: a folder to continue from, and to keep what continuing takes; see sedetect.resume.
         report: called with ("layer 3 of 48", tokens done in it) after every batch.
@@ -89,7 +91,7 @@ def stream_profile(
     wrap = check_layers(streamed, next(iter(domains.values())).ids[:1, :_TRIAL_TOKENS])
     progress = None if resume is None else Progress(resume, _identity(streamed, domains, batch_size, settings))
     hidden, took = HiddenStates(place, progress), Streamed()
-    banks, known = find_banks(model), model_digest(model)  # both take longer than a layer needs to compute a batch
+    known = model_digest(model)  # takes longer than a layer needs to compute a batch
     parts = [] if progress is None else progress.statistics(len(domains))
     if progress is not None:
         took.resumed, took.compute = progress.layers, progress.computed
@@ -104,10 +106,10 @@ def stream_profile(
                 loading = reader.submit(streamed.load, layer + 1)
             measured, done, batch = [], 0, 0
             start, waited = time.perf_counter(), 0.0 if progress is None else progress.waited
-            for domain, windows in domains.items():
-                here = (bank for bank in banks if bank.path.startswith(f"{streamed.paths[layer]}."))
-                own = list(here)
-                with Profile(model, windows.source, windows.info, **settings, banks=own, digest=known) as prof:
+            here = [bank for bank in banks if bank.path.startswith(f"{streamed.paths[layer]}.")]
+            with SourcesProfile(model, here, known, **settings) as prof:
+                for domain, windows in domains.items():
+                    prof.begin(windows.source, windows.info)
                     for ids, numbers in runs[domain]:
                         if stop():
                             return {}, took
@@ -116,7 +118,7 @@ def stream_profile(
                             run_tokens(model, ids)
                         batch, done = batch + 1, done + ids.numel()
                         report(f"layer {layer + 1} of {count}", done)
-                measured.append(prof.stats)
+                    measured.append(prof.take())
             seconds = time.perf_counter() - start
             streamed.free(layer)
             if progress is not None:

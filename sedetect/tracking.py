@@ -17,10 +17,14 @@ class TrackedModel:
     """Context manager: one wrapper around the top-level forward, and one around generate(), put back on exit."""
 
     def __init__(self, model: nn.Module, prefix: int | None = None):
-        self.tracker = RowTracker(model, prefix=prefix)
-        self._model = model
+        self._model, self._prefix = model, prefix
+        self.restart()
         self._rows: dict[torch.device, Rows] | None = None
         self._undo: list[Callable[[], None]] = []
+
+    def restart(self) -> None:
+        """Follow from here on as if nothing had run."""
+        self.tracker = RowTracker(self._model, prefix=self._prefix)
 
     def __enter__(self) -> "TrackedModel":
         self._wrap("forward", self._forward)

@@ -1,6 +1,5 @@
 """Which adapter serves which experts outside transformers' experts interface, and what no adapter serves."""
 
-import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -24,8 +23,7 @@ from sedetect.stacked import (
 REFUSED = {"DogeCDMoE": "its experts are rows of an embedding and have no down_proj matrix"}
 # Experts that are no MLPs, and have no down_proj to speak of: attention experts.
 NOT_MLPS = {"JetMoeMoA"}
-
-_known: "weakref.WeakKeyDictionary[nn.Module, Adapter]" = weakref.WeakKeyDictionary()
+_KEPT = "_sedetect_adapter"  # the attribute of a module that holds its adapter
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "Llama4TextExperts": Llama4Experts,
@@ -52,9 +50,10 @@ def adapt(path: str, module: nn.Module, parent: nn.Module) -> Adapter | None:
         adapter = ListedBlock
     if adapter is None:
         return None
-    if module not in _known:
-        _known[module] = adapter(module, parent)
-    return _known[module]
+    kept = vars(module)  # not as a submodule: the model keeps its parameters and state_dict
+    if kept.get(_KEPT) is None or kept[_KEPT].module is not module:  # of the module it is a copy of
+        kept[_KEPT] = adapter(module, parent)
+    return kept[_KEPT]
 
 
 def serve_quantized(model: nn.Module) -> tuple[Callable[[], None], int]:

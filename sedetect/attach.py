@@ -1,7 +1,7 @@
 """The plug-in point: Hugging Face MoE modules whose experts we compute, or step into.
 
 transformers 5 sends every experts module through an experts interface, looked up by name in the module's config at
-every call. We register one name, and attach by giving each experts module its own copy of its config that carries that
+every call. We register one name when a model is attached first, and attach by giving each experts module its own copy of its config that carries that
 name and the function to call: the model's config, and any other model built from it, never change. The down_proj of a
 shared expert or dense MLP is substituted by a module that holds the same parameters. attach returns what restores every
 object that was there. Experts outside the interface have adapters (sedetect.adapters) that are attached in the same
@@ -27,10 +27,6 @@ NAME = "sedetect"
 def experts_forward(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
     """The registered experts implementation: x (T, H), routing (T, k) twice -> (T, H), by what attach was given."""
     return module.config.sedetect_call(module, *args)
-
-
-ExpertsInterface.register(NAME, experts_forward)
-FP8ExpertsInterface.register(NAME, experts_forward)
 
 
 class SubstitutedDown(nn.Module):
@@ -71,6 +67,8 @@ def attach(
     shared = next((bank for bank, _ in calls if bank.here is not None and not computes), None)
     if shared is not None:
         raise SedetectError(f"{shared.path}: expert-parallel models are profiled, nothing else; load it on one device")
+    for interface in (ExpertsInterface, FP8ExpertsInterface):
+        interface.register(NAME, experts_forward)
     with ExitStack() as undo:
         for bank, call in calls:
             if bank.routed:

@@ -13,7 +13,7 @@ import torch
 
 from sedetect.kernels.update import Rows
 
-_attached: dict[int, Any] = {}
+_attached: dict[int, Any] = {}  # of all profiles under way: an op of torch belongs to the process, as its numbers do
 
 
 @contextmanager

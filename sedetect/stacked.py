@@ -35,6 +35,10 @@ class Adapter(nn.Module):
         self._module, self._parent = weakref.ref(module), weakref.ref(parent)
         self._attached = 0
 
+    def __reduce__(self) -> tuple:
+        """A copy of the module, in memory or in a file, begins without an adapter."""
+        return type(None), ()
+
     @property
     def module(self) -> nn.Module:
         return self._module()

@@ -41,8 +41,6 @@ from sedetect.fit import choose_device
 from sedetect.layers import decoder_layers
 from sedetect.staging import Staging, StoredTensor
 
-_M_MMAP_THRESHOLD, _OWN_PAGES = -3, 2**22  # mallopt's, and bytes from which an allocation gets pages of its own
-
 
 class StreamedModel:
     """A model of which one decoder layer at a time has weights.
@@ -110,6 +108,7 @@ class StreamedModel:
                 f"{self.paths[layer]}: {broken} cannot be made from the checkpoint's weights; "
                 "give a complete checkpoint with its own config"
             )
+        _give_back_freed_memory()  # what the conversion took
         return time.perf_counter() - start
 
     def free(self, layer: int) -> None:
@@ -124,6 +123,7 @@ class StreamedModel:
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = torch.empty_like(buffer, device="meta")
+        _give_back_freed_memory()
 
     def _convert(self, tensors: dict[str, Any], config: LoadStateDictConfig) -> Any:
         with _sequential_and_silent():
@@ -171,7 +171,6 @@ def open_streamed(
     Raises SedetectError for what load_model and layers_of refuse.
     """
     device, made = choose_device(device), []
-    _give_back_freed_memory()
 
     def load_pretrained(
         model: PreTrainedModel, state_dict: Any, files: list[str], config: LoadStateDictConfig, *_: Any
@@ -195,13 +194,13 @@ def open_streamed(
 
 
 def _give_back_freed_memory() -> None:
-    """Let the C library (glibc; others have no such setting) hand large tensors back to the system when they are freed.
+    """Let the C library (glibc; others do not need to be asked) hand freed tensors back to the system.
 
-    By itself it begins to keep ever larger ones, up to 32 MiB: a layer's weights more than are needed.
+    By itself it keeps ever larger ones, up to 32 MiB: a layer's weights more than are needed.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, _OWN_PAGES)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

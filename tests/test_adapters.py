@@ -1,6 +1,7 @@
 """Experts outside the experts interface: a ModuleList of them, as remote code has it, is measured as stacked ones are."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import sedetect
 from sedetect.ablation import ablate
+from sedetect.adapters import adapt
 from sedetect.banks import find_banks
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import gate_states
@@ -134,6 +136,20 @@ def test_biases_of_some_of_the_linears(biased):
             own = experts[number]
             torch.testing.assert_close(expert_output(bank.module, x, number), own(x), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(states[number], F.silu(own.gate_proj(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_stays_with_its_module():
+    """The same one every time; no submodule, and none of a copy, of which files do not hold one either."""
+    model = as_remote_code(random_model("qwen3_moe"), MixtralBlock, "proj")
+    keys, modules = list(model.state_dict()), len(list(model.modules()))
+    adapter = find_banks(model)[0].module
+    assert find_banks(model)[0].module is adapter
+    assert list(model.state_dict()) == keys and len(list(model.modules())) == modules
+    other = copy.deepcopy(model)
+    assert find_banks(other)[0].module.module is other.model.layers[0].mlp.block.experts
+    shared = copy.copy(adapter.module)
+    assert adapt("experts", shared, other.model.layers[0].mlp.block).module is shared
+    assert b"sedetect" not in pickle.dumps(nn.ModuleList(adapter.module)).replace(b"_sedetect_adapter", b"")
 
 
 class NoShared(nn.Module):

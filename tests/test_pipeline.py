@@ -1,15 +1,21 @@
 """profile_model: a checkpoint and texts in, merged statistics out."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, tiny_model
 from models import TINY
+from test_cli import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
+from sedetect import checkpoint, compiled, profiler
 from sedetect.backends import missing_fast_path
+from sedetect.banks import find_banks
 from sedetect.calibration import load_texts
 from sedetect.checkpoint import load_tokenizer
 from sedetect.errors import SedetectError
@@ -49,6 +55,79 @@ def test_domains_merge_to_the_whole(tiny):
         assert [str(expert) for expert in sedetect.rank(stats).super_experts] == ["L1E28"]
     domains = {source.info["domain"] for source in tiny.stats.header.sources.values()}
     assert domains == set(tiny.domains)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often a run does what it should do once."""
+    counts = {}
+
+    def count(module, name):
+        original = getattr(module, name)
+
+        def counting(*args, **kwargs):
+            counts[name] = counts.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counting)
+
+    for module, name in (
+        (checkpoint, "check_checkpoint"),
+        (checkpoint, "find_banks"),
+        (profiler, "find_banks"),
+        (profiler, "attach"),
+        (profiler, "model_digest"),
+    ):
+        count(module, name)
+    return counts
+
+
+SHORT = {"tokens": 2048, "seq_len": 128, "batch_size": 1, "dtype": "float32"}
+
+
+def test_a_run_looks_once(counted):
+    once = dict.fromkeys(("check_checkpoint", "find_banks", "attach", "model_digest"), 1)
+    rounds = sedetect.profile_model(TINY, **SHORT, keep_rounds=True)
+    assert len(rounds.rounds) > 1 and len(rounds.domains) == 4
+    assert counted == once
+    assert not compiled._attached
+
+
+def test_every_source_has_statistics_of_its_own():
+    """Those of a profile that is attached for it alone, notes too."""
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    ids = torch.arange(5, 69).reshape(2, 32)
+    masked = torch.zeros(2, 1, 32, 32)  # a mask that says nothing of the rows: a note
+    calls = {"one": {"input_ids": ids, "attention_mask": masked}, "two": {"input_ids": ids[:, :8]}}
+    options = {"prefix": 4, "backend": None, "channels": True, "coactivation": True, "first_rows": True}
+    together = {}
+    with profiler.SourcesProfile(model, find_banks(model), **options) as prof:
+        for name, inputs in calls.items():
+            prof.begin(name, {"domain": name})
+            model(**inputs)
+            together[name] = prof.take()
+        prof.begin("none", {})
+        assert any("never ran" in note for note in prof.take().header.notes)
+    for name, inputs in calls.items():
+        with sedetect.profile(model, source=name, info={"domain": name}, **options) as prof:
+            model(**inputs)
+        assert_same(together[name], prof.stats)
+        assert together[name].header == prof.stats.header
+    assert together["one"].header.notes != together["two"].header.notes
+
+
+def test_an_import_registers_nothing():
+    code = """
+import sedetect
+from models import random_model
+from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+from transformers.integrations.moe import ExpertsInterface
+known = [ExpertsInterface().valid_keys(), FP8ExpertsInterface().valid_keys()]
+assert not any("sedetect" in keys for keys in known), known
+with sedetect.profile(random_model("qwen3_moe")):
+    assert "sedetect" in ExpertsInterface().valid_keys() and "sedetect" in FP8ExpertsInterface().valid_keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
 def test_every_kept_row_is_a_token_of_its_window(tiny):

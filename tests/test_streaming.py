@@ -1,6 +1,7 @@
 """Streamed profiles: layer by layer from disk, and bit for bit what the resident model gives."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import torch
 from models import _COMMON, CONFIGS, TINY
 from safetensors.torch import load_file, save_file
 from test_cli import assert_same
-from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers.utils import logging as transformers_logging
 
 import sedetect
-from sedetect import SedetectError
+from sedetect import SedetectError, compiled, profiler
 from sedetect.checkpoint import load_model
 from sedetect.fit import dequantized_here, free_memory, too_large, weight_bytes
 from sedetect.staging import StoredTensor
@@ -354,6 +356,28 @@ def test_layers_that_write_to_a_shared_table_are_refused(checkpoint):
     assert sedetect.profile_model(folder, TEXTS, stream=True, **SHORT).stats.banks
 
 
+def test_the_process_is_left_as_it_was(checkpoint):
+    """Environment, transformers' methods and progress bar, the numbers of compiled graphs."""
+
+    def state():
+        methods = vars(PreTrainedModel)["_load_pretrained_model"], vars(PreTrainedModel)["_finalize_model_loading"]
+        shown, numbers = transformers_logging.is_progress_bar_enabled(), dict(compiled._attached)
+        return dict(os.environ), methods, shown, numbers, torch.is_grad_enabled()
+
+    before, during = state(), []
+    sedetect.profile_model(
+        checkpoint("qwen3_moe"), TEXTS, **SHORT, stream=True, progress=lambda *_: during.append(state())
+    )
+    assert state() == before and any(one != before for one in during)
+
+
+def test_layers_are_attached_once(checkpoint, monkeypatch):
+    calls, original = [], profiler.attach
+    monkeypatch.setattr(profiler, "attach", lambda *args, **how: calls.append(args) or original(*args, **how))
+    result = sedetect.profile_model(checkpoint("qwen3_moe"), TEXTS, **SHORT, stream=True)
+    assert len(calls) == 3 and len(result.domains) == 3
+
+
 def test_what_needs_the_whole_model_is_refused(checkpoint):
     folder = checkpoint("qwen3_moe")
     for option, name in (("residual", "--residual"), ("until_stable", "--until-stable")):
@@ -365,11 +389,10 @@ def test_what_needs_the_whole_model_is_refused(checkpoint):
 
 # Peak of the resident set, files mapped into it counted, from after a first small profile to the end.
 PEAK = """
-import sys, warnings
+import ctypes, sys, warnings
 import sedetect
 import torch
 from pathlib import Path
-from sedetect import streaming_weights
 from sedetect.staging import Staging
 from sedetect.streaming_weights import StreamedModel
 
@@ -384,7 +407,8 @@ def init(self, *args, **kwargs):
 tiny, folder, how = sys.argv[1:]
 if how == "staged":
     original, StreamedModel.__init__ = StreamedModel.__init__, init
-    streaming_weights._OWN_PAGES = 2**18  # no tensor of a layer stays in the heap: on a GPU it would not either
+    # No tensor of a layer stays in the heap (mallopt's M_MMAP_THRESHOLD): on a GPU it would not either.
+    ctypes.CDLL(None).mallopt(-3, 2**18)
 texts = {"text": ["a b c d e f g h " * 100]}
 sedetect.profile_model(tiny, texts, tokens=64, seq_len=32, stream=True)
 Path("/proc/self/clear_refs").write_text("5")

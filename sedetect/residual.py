@@ -2,9 +2,9 @@
 and how strong the attention sinks are.
 
 Decoder layers, and the attention blocks directly in them, are observed by forward hooks; experts and MLPs are stepped
-into where sedetect.attach attaches. Attention weights exist only under eager attention, which is switched on for the run.
-x is the output of a decoder layer before any final norm, one (L, H) per sequence; every norm, threshold and median is in
-the units of x.
+into where sedetect.attach attaches. Attention weights exist only under eager attention, which is switched on for the
+run. x is the output of a decoder layer before any final norm, one (L, H) per sequence; every norm, threshold and median
+is in the units of x.
 
 Massive activation: |x| > 100 and at least min_ratio times the median |x| of that layer in that sequence. Sun et al.
 (arXiv 2402.17762) ask for about 1000 times; tests/data/tiny-moe reaches 574 after the layer that writes it, 242 before

@@ -32,6 +32,7 @@ from sedetect.calibration import prefix_ids
 from sedetect.checkpoint_files import check_checkpoint, read_json
 from sedetect.errors import SedetectError, shorten
 from sedetect.fit import choose_device, choose_dtype
+from sedetect.prefetch import Prefetched, prefetch
 
 # Tried in this order: a text-only class leaves the vision tower of a multimodal checkpoint out.
 _AUTO_CLASSES = (
@@ -45,7 +46,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_model(
-    path_or_name: str | Path,
+    path_or_name: str | os.PathLike[str],
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
@@ -56,6 +57,7 @@ def load_model(
     """Load a checkpoint folder, or a model of the hub, in eval mode. A folder's files are not verified: check_checkpoint.
 
     Args:
+        path_or_name: a Prefetched folder gives the weights that are on their way already; they are used up.
         device: where it goes; None is cuda if there is one, else cpu.
         dtype: "auto" is the checkpoint's own; otherwise a torch floating-point type or its name.
         revision: branch, tag or commit of a hub model.
@@ -79,7 +81,7 @@ def load_model(
         options["attn_implementation"] = attn
     if device.type != "cpu" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # straight to the device; without accelerate by way of host memory
-    with _one_line_errors(name), _captured_report() as report:
+    with _one_line_errors(name), _captured_report() as report, _prefetched_weights(path_or_name):
         try:
             model, loaded = auto_class.from_pretrained(
                 name,
@@ -104,6 +106,33 @@ def load_model(
         )
     serve_quantized(model)  # for good: without kernels its own forwards would raise
     return model.eval()
+
+
+@contextmanager
+def _prefetched_weights(source: object) -> Iterator[None]:
+    """Let from_pretrained take the tensors of a Prefetched folder, instead of opening its files."""
+    if not isinstance(source, Prefetched):
+        yield
+        return
+    original = PreTrainedModel._load_pretrained_model
+    with source.weights() as tensors:
+
+        def load(model: PreTrainedModel, state_dict: object, *args: Any, **kwargs: Any) -> Any:
+            return original(model, tensors, *args, **kwargs)
+
+        with replaced_method(PreTrainedModel, "_load_pretrained_model", staticmethod(load)):
+            yield
+
+
+@contextmanager
+def replaced_method(owner: type, name: str, method: Any) -> Iterator[None]:
+    """A class with another method, while the context lasts."""
+    original = vars(owner)[name]
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 class OpenModel(NamedTuple):
@@ -138,6 +167,8 @@ def open_model(
             _refuse_unknown_type(Path(model), trust_remote_code)  # before its tokenizer, which would fail too
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = tokenizer or load_tokenizer(model, **options)
+        if load is load_model:
+            model = prefetch(model, device) or model
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             model = load(model, device=device, dtype=dtype, attn=attn, **options)

@@ -9,11 +9,10 @@ from typing import Any
 
 import psutil
 import torch
-from transformers.modeling_utils import str_to_torch_dtype
-from transformers.utils import is_kernels_available
 
 from sedetect.checkpoint_files import read_header, shards_of
 from sedetect.errors import SedetectError, shorten
+from sedetect.staging import DTYPES
 
 WEIGHTS_SHARE = 0.9  # of the free memory; the rest is for a forward
 _CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container
@@ -38,6 +37,8 @@ def dequantized_here() -> set[str]:
 
     "fp8" where there is no GPU, or one below compute capability 8.9; "mxfp4" without the package kernels.
     """
+    from transformers.utils import is_kernels_available  # where nothing is quantized, it is not needed
+
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
     fp8, mxfp4 = capability < (8, 9), not is_kernels_available()
     return {name for name, gone in (("fp8", fp8), ("mxfp4", mxfp4)) if gone}
@@ -57,7 +58,7 @@ def weight_bytes(
         entries |= json.loads(read_header(shard))
     entries.pop("__metadata__", None)
     for name, entry in entries.items():
-        stored = str_to_torch_dtype.get(entry["dtype"])
+        stored = DTYPES.get(entry["dtype"])
         way, packed = _quantized(name, entries)
         values, wide = math.prod(entry["shape"]) * packed, way in dequantized
         if dtype != "auto" and (wide or stored is not None and stored.is_floating_point):

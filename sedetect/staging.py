@@ -6,6 +6,7 @@ Pinning memory takes about a second per GB, so the buffers are made once and use
 that takes a buffer waits until the GPU has copied what was in it before.
 """
 
+import json
 import math
 import mmap
 import os
@@ -18,10 +19,28 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
-from transformers.modeling_utils import str_to_torch_dtype
 
+from sedetect.checkpoint_files import read_header
 from sedetect.errors import SedetectError
 
+# The types of safetensors that torch can hold, by the format's names.
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 _ALIGNMENT = 64  # bytes; of what torch allocates
 _ONE_READ = 2**30  # bytes; Linux reads at most 2 GiB at once
 _BUFFER = 2**24  # bytes read at once by a thread; some ten times what makes a disk or the copy engine slow
@@ -47,7 +66,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.numel * str_to_torch_dtype[self.dtype].itemsize
+        return self.numel * DTYPES[self.dtype].itemsize
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         if self.arriving is not None:
@@ -57,7 +76,7 @@ class StoredTensor:
             return tensor[index]
         # The place within a cache line is that of the file, as in a mapped tensor, so that no kernel can choose
         # otherwise. The file itself is not mapped: its pages would count as the process's.
-        dtype = str_to_torch_dtype[self.dtype]
+        dtype = DTYPES[self.dtype]
         skip = self.start % _ALIGNMENT if self.start % dtype.itemsize == 0 else 0
         if self.nbytes:  # pages of its own, which go back to the system with the tensor
             buffer = torch.frombuffer(mmap.mmap(-1, skip + self.nbytes), dtype=torch.uint8)[skip:]
@@ -137,7 +156,7 @@ class Staging:
         made, targets = None, {}
         with torch.cuda.stream(self._stream):
             for tensor in tensors:
-                made = torch.empty(tensor.shape, dtype=str_to_torch_dtype[tensor.dtype], device=self._device)
+                made = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=self._device)
                 tensor.arriving = (made, [])
                 targets[tensor] = made.reshape(-1).view(torch.uint8)
         running = self._start(_pieces(targets, self._size))
@@ -169,6 +188,23 @@ class Staging:
                 buffer.send(targets)
         finally:
             self._free.put(buffer)
+
+
+def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of safetensors files by name. Raises SedetectError for a type that torch cannot hold."""
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        header = read_header(file)
+        for key, entry in json.loads(header).items():
+            if key == "__metadata__":
+                continue
+            if entry["dtype"] not in DTYPES:
+                raise SedetectError(
+                    f"{file}: {key} is stored as {entry['dtype']}, which is not streamed; load it whole"
+                )
+            start = 8 + len(header) + entry["data_offsets"][0]
+            stored[key] = StoredTensor(file, start, tuple(entry["shape"]), entry["dtype"])
+    return stored
 
 
 def use_device(device: torch.device) -> None:

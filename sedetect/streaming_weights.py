@@ -10,7 +10,6 @@ PreTrainedModel, one of the FP8 quantizer, and transformers.core_model_loading.
 """
 
 import ctypes
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -29,17 +28,16 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from sedetect.banks import find_banks
-from sedetect.checkpoint import load_model
-from sedetect.checkpoint_files import read_header
+from sedetect.checkpoint import load_model, replaced_method
 from sedetect.errors import SedetectError
 from sedetect.fit import choose_device
 from sedetect.layers import decoder_layers
-from sedetect.staging import Staging, StoredTensor
+from sedetect.staging import DTYPES, Staging, StoredTensor, stored_tensors
 
 
 class StreamedModel:
@@ -65,7 +63,7 @@ class StreamedModel:
         self.model, self.device, self.files = model, device, [Path(file) for file in files]
         self._config = replace(config, device_map={"": device})
         self.layers, self.paths = list(layers.values()), list(layers)
-        stored = _stored_tensors(files)
+        stored = stored_tensors(self.files)
         self.stored: list[dict[str, StoredTensor]] = [{} for _ in self.layers]
         self.rest: dict[str, StoredTensor] = {}
         numbers = {path: number for number, path in enumerate(self.paths)}
@@ -183,10 +181,10 @@ def open_streamed(
 
     original_finalize = PreTrainedModel._finalize_model_loading
     with ExitStack() as stack:
-        stack.enter_context(_replaced(PreTrainedModel, "_load_pretrained_model", staticmethod(load_pretrained)))
-        stack.enter_context(_replaced(PreTrainedModel, "_finalize_model_loading", staticmethod(finalize)))
+        stack.enter_context(replaced_method(PreTrainedModel, "_load_pretrained_model", staticmethod(load_pretrained)))
+        stack.enter_context(replaced_method(PreTrainedModel, "_finalize_model_loading", staticmethod(finalize)))
         if not weights:
-            stack.enter_context(_replaced(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None))
+            stack.enter_context(replaced_method(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None))
         load_model(path_or_name, device=device, **options)
     if weights:
         made[0].load_rest()
@@ -204,16 +202,6 @@ def _give_back_freed_memory() -> None:
 
 
 @contextmanager
-def _replaced(owner: type, name: str, method: Any) -> Iterator[None]:
-    original = vars(owner)[name]
-    setattr(owner, name, method)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-@contextmanager
 def _sequential_and_silent() -> Iterator[None]:
     """Conversion in the calling thread (and on its CUDA stream), one weight after another, without a progress bar."""
     name, shown = "HF_DEACTIVATE_ASYNC_LOAD", transformers_logging.is_progress_bar_enabled()
@@ -228,22 +216,6 @@ def _sequential_and_silent() -> Iterator[None]:
             os.environ[name] = before
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _stored_tensors(files: list[str]) -> dict[str, StoredTensor]:
-    stored: dict[str, StoredTensor] = {}
-    for file in map(Path, files):
-        header = read_header(file)
-        for key, entry in json.loads(header).items():
-            if key == "__metadata__":
-                continue
-            if entry["dtype"] not in str_to_torch_dtype:
-                raise SedetectError(
-                    f"{file}: {key} is stored as {entry['dtype']}, which is not streamed; load it whole"
-                )
-            start = 8 + len(header) + entry["data_offsets"][0]
-            stored[key] = StoredTensor(file, start, tuple(entry["shape"]), entry["dtype"])
-    return stored
 
 
 def _targets(model: PreTrainedModel, stored: dict[str, Any], config: LoadStateDictConfig) -> dict[str, str]:
@@ -268,4 +240,4 @@ def _parents(name: str) -> Iterator[str]:
 
 
 def _without_data(tensor: StoredTensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=str_to_torch_dtype[tensor.dtype], device="meta")
+    return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")

@@ -1,0 +1,59 @@
+"""Weights that are read ahead: the same model as from_pretrained gives, and one line where a file ends early."""
+
+import pytest
+import torch
+from models import TINY
+
+from sedetect import SedetectError, profile_model
+from sedetect.checkpoint import load_model
+from sedetect.checkpoint_files import shards_of
+from sedetect.prefetch import Prefetched, prefetch
+from sedetect.staging import stored_tensors
+
+CPU = torch.device("cpu")
+
+
+def ahead(folder=TINY) -> Prefetched:
+    return Prefetched(folder, CPU, stored_tensors(shards_of(folder)))
+
+
+def test_the_model_is_the_same():
+    plain, model = load_model(TINY, device="cpu"), load_model(ahead(), device="cpu")
+    assert model.config._name_or_path == plain.config._name_or_path
+    weights = plain.state_dict()
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_profile_takes_it_like_a_folder():
+    texts = {"text": ["The quick brown fox jumps over the lazy dog. " * 40]}
+    short = {"tokens": 256, "seq_len": 64, "device": "cpu"}
+    plain, found = profile_model(TINY, texts, **short), profile_model(ahead(), texts, **short)
+    assert found.stats.header.digest == plain.stats.header.digest
+    for bank, state in plain.stats.banks.items():
+        for name, tensor in state.tensors().items():
+            assert torch.equal(found.stats.banks[bank].tensors()[name], tensor)
+
+
+def test_a_file_that_shrinks_meanwhile_is_named(tmp_path):
+    for file in TINY.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = stored_tensors(shards_of(tmp_path))
+    shard = shards_of(tmp_path)[0]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(SedetectError, match=shard.name):
+        load_model(Prefetched(tmp_path, CPU, tensors), device="cpu")
+
+
+def test_nothing_is_read_ahead_where_it_is_no_gain(tmp_path):
+    assert prefetch(TINY, "cpu") is None
+    assert prefetch("owner/name", None) is None
+    assert prefetch(tmp_path, None) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu():
+    source = prefetch(TINY, "cuda")
+    assert isinstance(source, Prefetched)
+    plain, model = load_model(TINY, device="cpu").state_dict(), load_model(source, device="cuda")
+    assert all(weight.is_cuda and torch.equal(weight.cpu(), plain[name]) for name, weight in model.state_dict().items())

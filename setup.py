@@ -1,24 +1,42 @@
-"""Build the extensions from csrc/: sedetect._C in C++ always, sedetect._cuda for Hopper GPUs where nvcc is found.
+"""Build the extensions from csrc/: sedetect._C in C++, and sedetect._cuda for Hopper GPUs where nvcc is found.
 
 pip install --no-build-isolation .
 
 sedetect._C is built with pybind11 and ninja against the torch that is installed. sedetect._cuda needs nvcc (that of
 CUDA_HOME, on PATH, or in /usr/local/cuda) but neither a GPU nor torch built with CUDA. It is left out where
 TORCH_CUDA_ARCH_LIST is set and does not name 9.0.
+
+Where there is no C++ compiler (that of CXX, or the one Python was built with), no torch or no pybind11, both are left
+out. That gives a pure-Python wheel, in which the torch and Triton backends serve.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
-import pybind11
-from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, find_packages, setup
+
+
+def lacking() -> list[str]:
+    """What an extension cannot be built without and is not there."""
+    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
+    modules = [name for name in ("torch", "pybind11") if find_spec(name) is None]
+    return modules if shutil.which(compiler) else [f"a C++ compiler ({compiler})", *modules]
+
+
+LACKING = lacking()
+if LACKING:
+    from setuptools.command.build_ext import build_ext as BuildExtension
+else:
+    import pybind11
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 CUDA = Path("csrc/cuda")
 OLDEST = (12, 5)  # CUDA with what tensor_map.h asks the runtime for
@@ -74,22 +92,26 @@ class Build(BuildExtension):
         subprocess.run([nvcc, "-shared", "-cudart=static", *made, "-o", target], check=True)
 
 
-extensions = [
-    CppExtension(
-        "sedetect._C",
-        sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-        # -fopenmp when compiling only: the OpenMP runtime is the one torch has loaded, never a second one beside it.
-        # -ffp-contract=off keeps the float32 sums of a row the same on every instruction set.
-        extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-Wall"],
+extensions = []
+if LACKING:
+    print(f"sedetect._C and sedetect._cuda are left out, for want of {' and '.join(LACKING)}: torch and Triton serve")
+else:
+    extensions.append(
+        CppExtension(
+            "sedetect._C",
+            sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            # -fopenmp when compiling only: the OpenMP runtime is the one torch has loaded, never a second one beside
+            # it. -ffp-contract=off keeps the float32 sums of a row the same on every instruction set.
+            extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-Wall"],
+        )
     )
-]
-if find_nvcc() is not None:
-    extensions.append(Extension("sedetect._cuda", ["csrc/cuda/bindings.cpp"]))
+    if find_nvcc() is not None:
+        extensions.append(Extension("sedetect._cuda", ["csrc/cuda/bindings.cpp"]))
 
 setup(
-    # Listed by hand: sedetect/kernels is a symlink, which find_packages would walk twice or not at all.
-    packages=["sedetect", "sedetect.cli", "sedetect.kernels", "sedetect.report"],
-    package_data={"sedetect": ["corpus/*"], "sedetect.report": ["template/*"]},
+    # find_packages passes over sedetect/kernels, a symlink to a folder without __init__.py.
+    packages=[*find_packages(include=["sedetect", "sedetect.*"]), "sedetect.kernels"],
+    package_data={"": ["py.typed", "corpus/*", "template/*"]},
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
 )

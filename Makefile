@@ -1,5 +1,9 @@
 # make profile   create the environment, install, and profile the bundled checkpoint
 # make test      create the environment, install, and run the tests (PYTEST: options for pytest)
+# make lint      ruff, mypy and the order of the packages
+# make wheel     sdist and wheel into dist/, checked, installed beside the environment's packages, and run
+# make pure      the same without a compiler
+# make fresh     that wheel in a new environment of its own, with what it requires, and run
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,14 +16,46 @@ profile: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 $(PYTEST)
 
+lint: $(VENV)/installed imports
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+# import-linter sees folders that have an __init__.py, which kernels must not have, and no extensions: it reads a copy.
+imports: $(VENV)/installed
+	rm -rf build/imports
+	mkdir -p build/imports
+	cp -RL sedetect build/imports
+	touch build/imports/sedetect/kernels/__init__.py build/imports/sedetect/_C.py build/imports/sedetect/_cuda.py
+	cd build/imports && $(abspath $(VENV))/bin/lint-imports $(CURDIR)/pyproject.toml --no-cache
+
+# The wheel is built from the sdist, and runs from a folder where it is found before the tree.
+wheel: $(VENV)/installed
+	rm -rf dist build/wheel
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python tests/check_wheel.py dist/*.whl
+	$(PIP) --no-deps --target build/wheel dist/*.whl
+	cd build/wheel && $(abspath $(VENV))/bin/python -m sedetect --version
+	cd build/wheel && $(abspath $(VENV))/bin/python -m sedetect profile $(CURDIR)/tests/data/tiny-moe
+
+pure: export CXX = none
+pure: wheel
+
+fresh:
+	rm -rf build/fresh
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	build/fresh/bin/sedetect --version
+	build/fresh/bin/sedetect profile tests/data/tiny-moe
+
 # Without build isolation: the extension must be built against the torch it will run with.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools pybind11 ninja
-	$(PIP) --no-build-isolation --editable '.[test]'
+	$(PIP) --no-build-isolation --editable '.[test,lint]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build out *.egg-info sedetect/_C*.so sedetect/_cuda*.so
+	rm -rf $(VENV) build dist out *.egg-info sedetect/_C*.so sedetect/_cuda*.so
 
-.PHONY: profile test clean
+.PHONY: profile test lint imports wheel pure fresh clean

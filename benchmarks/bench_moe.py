@@ -51,7 +51,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from sedetect import ops
 from sedetect.cuda_backend import CudaBackend
 from sedetect.kernels.gate import Gate
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 from sedetect.stats import BankStats
 from sedetect.triton_backend import TritonBackend
 

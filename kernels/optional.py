@@ -8,7 +8,7 @@ import torch
 
 from sedetect.kernels.plan import Plan
 from sedetect.kernels.records import bits_float, float_bits
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 
 
 def update_channels_torch(state, y: torch.Tensor, h: torch.Tensor, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:

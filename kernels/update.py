@@ -3,8 +3,6 @@
 Rows that do not count (padding, sentinels, a routing weight of exactly 0) are left out of everything.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -14,44 +12,13 @@ from sedetect.kernels.plan import Plan
 from sedetect.kernels.records import COLUMN, INF_BITS, NAN_BITS, RECORD, float_bits, sort_records
 from sedetect.kernels.row_scan import read_peak, row_counts, some_to_count, stored_parts
 from sedetect.kernels.row_stats import RowParts, RowStats
+from sedetect.kernels.rows import Rows
 
 _LAST_SOURCE = tl.constexpr(2**31 - 1)
 _INF, _NAN, _COLUMNS = tl.constexpr(INF_BITS), tl.constexpr(NAN_BITS), tl.constexpr(len(RECORD))
 _VALUE, _SIGN, _CHANNEL, _SOURCE, _SEQUENCE, _POSITION, _TOKEN, _GATE, _IN_VALUE, _IN_CHANNEL = (
     tl.constexpr(COLUMN[name]) for name in RECORD
 )
-
-
-@dataclass
-class Rows:
-    """Which row of the model's forward is which token; T tokens in the order the experts see them.
-
-    counted   (T,) bool: not padding, not after the end of its sequence
-    first     (T,) bool: first counted token of its sequence
-    sequence, position, token  (T,) int64; -1 where unknown
-    source    number of the calibration source
-    """
-
-    counted: torch.Tensor
-    first: torch.Tensor
-    sequence: torch.Tensor
-    position: torch.Tensor
-    token: torch.Tensor
-    source: int = 0
-
-    @classmethod
-    def unmapped(cls, tokens: int, device: torch.device | str) -> "Rows":
-        """Rows of which nothing is known: all count, none is first."""
-        unknown = torch.full((tokens,), -1, dtype=torch.int64, device=device)
-        everything = torch.ones(tokens, dtype=torch.bool, device=device)
-        return cls(everything, ~everything, unknown, unknown, unknown)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [self.counted, self.first, self.sequence, self.position, self.token]
-
-    def to(self, device: torch.device) -> "Rows":
-        # The host would read a copy to it that nobody waits for before it is made.
-        return Rows(*(t.to(device, non_blocking=device.type == "cuda") for t in self.tensors()), self.source)
 
 
 def update_torch(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:

@@ -19,7 +19,8 @@ from sedetect.kernels.gate_up import gate_up_torch
 from sedetect.kernels.grouped import grouped_linear_torch
 from sedetect.kernels.plan import Plan, plan_torch
 from sedetect.kernels.row_stats import RowStats, row_stats_torch
-from sedetect.kernels.update import Rows, update_torch
+from sedetect.kernels.rows import Rows
+from sedetect.kernels.update import update_torch
 from sedetect.stats import BankStats
 from sedetect.triton_backend import TritonBackend
 

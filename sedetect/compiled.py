@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 
 _attached: dict[int, Any] = {}  # of all profiles under way: an op of torch belongs to the process, as its numbers do
 

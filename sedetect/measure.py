@@ -15,7 +15,7 @@ from sedetect.banks import Bank, is_plain_linear
 from sedetect.forwards import replaced_forward
 from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate, candidate_gates, probe_gate
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 from sedetect.stacked import Adapter
 from sedetect.stats import BankStats
 

@@ -17,7 +17,7 @@ from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch, update_published_torch
 from sedetect.kernels.plan import Plan, every_plan, single_plan
 from sedetect.kernels.row_stats import RowParts, RowStats
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 from sedetect.stats import BankStats
 
 Served = Callable[[str, str | None], None]

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from sedetect.errors import SedetectError
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 from sedetect.stats import ranges_of
 
 UNMAPPED_CALL = "rows not mapped: layers ran outside a forward of the model whose rows are known"

@@ -30,7 +30,7 @@ from sedetect.banks import Bank, find_banks
 from sedetect.calibration import Windows, batches
 from sedetect.errors import SedetectError
 from sedetect.identity import model_name
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 from sedetect.layers import expert_output, run_tokens
 from sedetect.ranking import Place
 from sedetect.rows import Batch

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sedetect.banks import Bank
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 from sedetect.rows import UNMAPPED_CALL, RowTracker
 
 

@@ -27,8 +27,9 @@ from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan, scheduled
 from sedetect.kernels.row_scan import row_parts
+from sedetect.kernels.rows import Rows
 from sedetect.kernels.sort_rows import sort_rows
-from sedetect.kernels.update import Rows, update
+from sedetect.kernels.update import update
 from sedetect.stats import BankStats
 
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB of shared memory a program may use

@@ -9,7 +9,7 @@ from torch._dynamo import reset
 from torch._dynamo.utils import counters
 
 import sedetect
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 from sedetect.stats import ModelStats
 
 BATCHES = [torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]

@@ -30,7 +30,8 @@ from sedetect.kernels.gate_up import gate_up_torch
 from sedetect.kernels.plan import Plan, plan_torch
 from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.row_stats import row_stats_torch
-from sedetect.kernels.update import Rows, update_torch
+from sedetect.kernels.rows import Rows
+from sedetect.kernels.update import update_torch
 from sedetect.quantized import QuantizedWeights
 from sedetect.stats import BankStats
 

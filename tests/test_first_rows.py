@@ -9,7 +9,7 @@ from torch import nn
 import sedetect
 from sedetect import ops
 from sedetect.errors import SedetectError
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 from sedetect.stats import BankStats, ModelStats
 
 EXPERTS = 5

@@ -12,7 +12,8 @@ from sedetect.kernels.grouped import grouped_linear_torch
 from sedetect.kernels.plan import plan_torch, single_plan
 from sedetect.kernels.records import column
 from sedetect.kernels.row_stats import row_stats_torch
-from sedetect.kernels.update import Rows, update_torch
+from sedetect.kernels.rows import Rows
+from sedetect.kernels.update import update_torch
 from sedetect.stats import BankStats
 
 # (worst element, RMS), both relative to the RMS of a float64 reference.

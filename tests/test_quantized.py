@@ -38,7 +38,7 @@ from sedetect.errors import SedetectError
 from sedetect.expert_matrices import expert_matrices
 from sedetect.identity import model_digest
 from sedetect.kernels.dequantize import QuantizedWeights, dequantize
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 from sedetect.measure import Measurement, measure
 from sedetect.ops import Gate
 from sedetect.quantized import has_kernel, linear_weight, serve_linears

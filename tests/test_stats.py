@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from sedetect import ops
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic, write_json
-from sedetect.kernels.update import Rows
+from sedetect.kernels.rows import Rows
 from sedetect.stats import Bank, BankId, BankStats, Header, ModelStats, Source, merge_all, ranges_of
 
 BANK = BankId("decoder", 3, "routed")

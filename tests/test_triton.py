@@ -23,8 +23,9 @@ from sedetect.kernels.plan import Plan, plan, plan_torch, scheduled, single_plan
 from sedetect.kernels.records import COLUMN, float_bits
 from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.row_stats import RowParts, row_stats_torch
+from sedetect.kernels.rows import Rows
 from sedetect.kernels.sort_rows import sort_rows, sort_rows_torch
-from sedetect.kernels.update import Rows, update, update_torch
+from sedetect.kernels.update import update, update_torch
 from sedetect.stats import BankStats
 from sedetect.triton_backend import TritonBackend
 

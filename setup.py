@@ -78,7 +78,8 @@ class Build(BuildExtension):
         includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
         flags = ["-O3", "-std=c++17", "-lineinfo", "-gencode=arch=compute_90a,code=sm_90a"]
         flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
-        headers = max(path.stat().st_mtime for path in (*CUDA.glob("*.h"), *CUDA.glob("*.cuh"), Path("setup.py")))
+        included = (*CUDA.parent.glob("*.h"), *CUDA.glob("*.h"), *CUDA.glob("*.cuh"))
+        headers = max(path.stat().st_mtime for path in (*included, Path("setup.py")))
 
         def compile(source: Path) -> str:
             made = objects / f"{source.stem}.o"

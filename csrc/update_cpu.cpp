@@ -1,3 +1,4 @@
+#include "columns.h"
 #include "cpu.h"
 #include "row_scan.h"
 
@@ -11,8 +12,6 @@
 namespace sedetect {
 namespace {
 
-// Columns of a record; must agree with RECORD in kernels/records.py.
-enum Column { kValue, kSign, kChannel, kSource, kSequence, kPosition, kToken, kGate, kInValue, kInChannel, kColumns };
 using Record = std::array<int64_t, kColumns>;
 
 // Value descending, then source, sequence, position, channel ascending.
@@ -94,25 +93,25 @@ void update_cpu(const std::vector<Tensor>& state, const std::vector<Tensor>& sta
     for (int64_t e = expert_begin; e < expert_end; ++e) {
       if (offset[e] == offset[e + 1]) continue;
       TopK outliers = records(2, e), first_outliers = records(3, e), in_max = records(4, e);
-      int64_t* count = counts + e * 5;
-      double* sum = sums + e * 5;
+      int64_t* count = counts + e * kCounts;
+      double* sum = sums + e * kSums;
       for (int64_t r = offset[e]; r < offset[e + 1]; ++r) {
         const int64_t token = slot[r] / top_k;
         const float g = gate[slot[r]];
         if (!row_counted[token] || g == 0.f) continue;
         const bool first = row_first[token];
-        count[0] += 1;
-        count[1] += first;
-        count[2] += nonfinite[r];
-        count[3] += over_fp16[r];
-        count[4] += over_fp8[r];
+        count[kRows] += 1;
+        count[kFirstRows] += first;
+        count[kNonfinite] += nonfinite[r];
+        count[kOverFp16] += over_fp16[r];
+        count[kOverFp8] += over_fp8[r];
         if (nonfinite[r] == 0 && std::isfinite(g)) {
           const double norm = std::sqrt(sqnorm[r]);
-          sum[0] += g;
-          sum[1] += first ? g : 0.;
-          sum[2] += norm;
-          sum[3] += sqnorm[r];
-          sum[4] += g * norm;
+          sum[kGateSum] += g;
+          sum[kGateFirstSum] += first ? g : 0.;
+          sum[kNormSum] += norm;
+          sum[kSqnormSum] += sqnorm[r];
+          sum[kGateNormSum] += g * norm;
         }
         const auto record = [&](float value, int64_t at) {
           return Record{float_bits(std::abs(value)), value < 0.f, at, source, sequence[token], position[token],

@@ -1,4 +1,7 @@
-"""Records: the kept rows of an expert, as integers that order and merge exactly.
+"""Records: the kept rows of an expert, as integers that order and merge exactly; and the columns of every table.
+
+COUNTS and SUMS are the columns of the int64 and float64 tables beside them: sedetect.stats.BankStats says what each
+is, and csrc/columns.h repeats the three lists.
 
 A record says which routed row produced an extreme value, and where. Records are stored as int64 of shape
 (E, K, 10), one column per name in RECORD, so that the order of two records is an order of integers: no
@@ -21,6 +24,8 @@ sorted; empty ones come last. Keeping the first K of a union is commutative and 
 
 import torch
 
+COUNTS = ("rows", "first_rows", "nonfinite", "over_fp16", "over_fp8")
+SUMS = ("gate_sum", "gate_first_sum", "norm_sum", "sqnorm_sum", "gate_norm_sum")
 RECORD = ("value", "sign", "channel", "source", "sequence", "position", "token", "gate", "in_value", "in_channel")
 COLUMN = {name: i for i, name in enumerate(RECORD)}
 TIE_ORDER = ("source", "sequence", "position", "channel")

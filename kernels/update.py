@@ -9,7 +9,7 @@ import triton.language as tl
 
 from sedetect.kernels import tiles
 from sedetect.kernels.plan import Plan
-from sedetect.kernels.records import COLUMN, INF_BITS, NAN_BITS, RECORD, float_bits, sort_records
+from sedetect.kernels.records import COLUMN, COUNTS, INF_BITS, NAN_BITS, RECORD, SUMS, float_bits, sort_records
 from sedetect.kernels.row_scan import read_peak, row_counts, some_to_count, stored_parts
 from sedetect.kernels.row_stats import RowParts, RowStats
 from sedetect.kernels.rows import Rows
@@ -19,6 +19,9 @@ _INF, _NAN, _COLUMNS = tl.constexpr(INF_BITS), tl.constexpr(NAN_BITS), tl.conste
 _VALUE, _SIGN, _CHANNEL, _SOURCE, _SEQUENCE, _POSITION, _TOKEN, _GATE, _IN_VALUE, _IN_CHANNEL = (
     tl.constexpr(COLUMN[name]) for name in RECORD
 )
+_COUNTS, _SUMS = tl.constexpr(len(COUNTS)), tl.constexpr(len(SUMS))
+_ROWS, _FIRST_ROWS, _NONFINITE, _OVER_FP16, _OVER_FP8 = (tl.constexpr(i) for i in range(len(COUNTS)))
+_GATE_SUM, _GATE_FIRST_SUM, _NORM_SUM, _SQNORM_SUM, _GATE_NORM_SUM = (tl.constexpr(i) for i in range(len(SUMS)))
 
 
 def update_torch(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
@@ -186,8 +189,8 @@ def _update_blocks(
     Gates,  # (T, k)
     Counted, First, Sequence, Position,  # Rows, (T,) each
     Outliers, FirstOutliers, InMax,  # (E, K, 10) int64
-    Counts,  # (5, blocks) int64 - output
-    Sums,  # (5, blocks) float64 - output
+    Counts,  # (_COUNTS, blocks) int64 - output
+    Sums,  # (_SUMS, blocks) float64 - output
     Heads, Numbers,  # (3, blocks) int32 - output; as in _offer, for each list
     Offers,  # (3, blocks, ROWS) int32 - output
     slots, blocks, source,
@@ -225,22 +228,22 @@ def _update_blocks(
                 over_fp16 += more[1]
                 over_fp8 += more[2]
         at = Counts + block
-        tl.store(at, tl.sum(counted.to(tl.int64), 0))
-        tl.store(at + blocks, tl.sum(first.to(tl.int64), 0))
-        tl.store(at + 2 * blocks, tl.sum(nonfinite.to(tl.int64), 0))
-        tl.store(at + 3 * blocks, tl.sum(over_fp16.to(tl.int64), 0))
-        tl.store(at + 4 * blocks, tl.sum(over_fp8.to(tl.int64), 0))
+        tl.store(at + _ROWS * blocks, tl.sum(counted.to(tl.int64), 0))
+        tl.store(at + _FIRST_ROWS * blocks, tl.sum(first.to(tl.int64), 0))
+        tl.store(at + _NONFINITE * blocks, tl.sum(nonfinite.to(tl.int64), 0))
+        tl.store(at + _OVER_FP16 * blocks, tl.sum(over_fp16.to(tl.int64), 0))
+        tl.store(at + _OVER_FP8 * blocks, tl.sum(over_fp8.to(tl.int64), 0))
 
         summed = counted & (nonfinite == 0) & (_value_bits(gate) < _INF)
         squares = tl.where(summed, squares, 0.0)
         gate64 = tl.where(summed, gate, 0.0).to(tl.float64)
         norm = tl.sqrt_rn(squares).to(tl.float64)
         at = Sums + block
-        tl.store(at, tl.sum(gate64, 0))
-        tl.store(at + blocks, tl.sum(tl.where(first, gate64, 0.0), 0))
-        tl.store(at + 2 * blocks, tl.sum(norm, 0))
-        tl.store(at + 3 * blocks, tl.sum(squares.to(tl.float64), 0))
-        tl.store(at + 4 * blocks, tl.sum(gate64 * norm, 0))
+        tl.store(at + _GATE_SUM * blocks, tl.sum(gate64, 0))
+        tl.store(at + _GATE_FIRST_SUM * blocks, tl.sum(tl.where(first, gate64, 0.0), 0))
+        tl.store(at + _NORM_SUM * blocks, tl.sum(norm, 0))
+        tl.store(at + _SQNORM_SUM * blocks, tl.sum(squares.to(tl.float64), 0))
+        tl.store(at + _GATE_NORM_SUM * blocks, tl.sum(gate64 * norm, 0))
 
         _offer(
             row, peak, part, counted & (first == 0), Outliers + (expert * KEPT + KEPT - 1) * _COLUMNS,
@@ -404,13 +407,15 @@ def _update_experts(
     needed = (end - first + ROWS - 1) // ROWS
     first_block = tl.sum(tl.where(bins < expert, needed, 0), 0).to(tl.int32)
     end_block = first_block + tl.sum(tl.where(bins == expert, needed, 0), 0).to(tl.int32)
+    # Loops that are not unrolled: by the time a layer is called again, code must be fetched anew.
     if (which == 0) & (first_block < end_block):
-        # Loops that are not unrolled: by the time a layer is called again, code must be fetched anew.
-        for i in range(5):
+        for i in range(_COUNTS):
             count = _total(Counts + i * blocks, blocks, first_block, end_block, BLOCKS)
-            tl.store(StateCounts + expert * 5 + i, tl.load(StateCounts + expert * 5 + i) + count)
+            tl.store(StateCounts + expert * _COUNTS + i, tl.load(StateCounts + expert * _COUNTS + i) + count)
+    if (which == 1) & (first_block < end_block):
+        for i in range(_SUMS):
             total = _total(Sums + i * blocks, blocks, first_block, end_block, BLOCKS)
-            tl.store(StateSums + expert * 5 + i, tl.load(StateSums + expert * 5 + i) + total)
+            tl.store(StateSums + expert * _SUMS + i, tl.load(StateSums + expert * _SUMS + i) + total)
 
     # The list of this program: outliers, first_outliers or in_max.
     Heads += which * blocks
@@ -439,8 +444,8 @@ def update(state, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) 
     blocks = tiles.max_tiles(slots, experts, tiles.UPDATE_ROWS)
     records = (state.outliers, state.first_outliers, state.in_max)
     kept = [table.shape[1] for table in records]
-    counts = torch.empty(5, blocks, dtype=torch.int64, device=device)
-    sums = torch.empty(5, blocks, dtype=torch.float64, device=device)
+    counts = torch.empty(len(COUNTS), blocks, dtype=torch.int64, device=device)
+    sums = torch.empty(len(SUMS), blocks, dtype=torch.float64, device=device)
     heads = torch.empty(3, blocks, dtype=torch.int32, device=device)
     numbers = torch.empty_like(heads)
     offers = torch.empty(3, blocks, tiles.UPDATE_ROWS, dtype=torch.int32, device=device)

@@ -21,10 +21,18 @@ from safetensors.torch import save_file
 
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic
-from sedetect.kernels.records import COLUMN, EMPTY, RECORD, column, empty_records, float_bits, merge_records
+from sedetect.kernels.records import (
+    COLUMN,
+    COUNTS,
+    EMPTY,
+    RECORD,
+    SUMS,
+    column,
+    empty_records,
+    float_bits,
+    merge_records,
+)
 
-COUNTS = ("rows", "first_rows", "nonfinite", "over_fp16", "over_fp8")
-SUMS = ("gate_sum", "gate_first_sum", "norm_sum", "sqnorm_sum", "gate_norm_sum")
 RECORDS = {"outliers": 32, "first_outliers": 8, "in_max": 1}
 OPTIONAL = ("channel_max", "in_channel_max", "in_channel_sq", "coactivation", "published_max")
 

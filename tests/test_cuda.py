@@ -28,6 +28,7 @@ from sedetect.cuda_backend import CudaBackend
 from sedetect.kernels import tiles
 from sedetect.kernels.gate_up import gate_up_torch
 from sedetect.kernels.plan import Plan, plan_torch
+from sedetect.kernels.records import COUNTS, RECORD, SUMS
 from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.rows import Rows
@@ -98,9 +99,13 @@ def test_the_module_is_built_where_nvcc_is():
 def test_the_module_loads_without_a_driver():
     if importlib.util.find_spec("sedetect._cuda") is None:
         pytest.skip("sedetect._cuda is not built")
-    code = "from sedetect import _cuda as c; print(c.TILE_ROWS, c.column_tiles(768, True), c.column_tiles(257, False))"
+    code = (
+        "from sedetect import _cuda as c; print(c.TILE_ROWS, c.column_tiles(768, True), c.column_tiles(257, False), "
+        "c.COUNTS, c.SUMS, c.COLUMNS)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert run.stdout.split() == ["128", "6", "2"], run.stderr[-2000:]
+    columns = [str(len(names)) for names in (COUNTS, SUMS, RECORD)]
+    assert run.stdout.split() == ["128", "6", "2", *columns], run.stderr[-2000:]
 
 
 def test_the_host_is_refused():

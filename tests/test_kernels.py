@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from sedetect import ops
+from sedetect import _C, ops
 from sedetect.backends import BACKENDS as ALL_BACKENDS
 from sedetect.kernels.combine import combine_torch
 from sedetect.kernels.gate import ACTIVATIONS, Gate, candidate_gates, gate_torch, probe_gate
 from sedetect.kernels.gate_up import gate_up_torch
 from sedetect.kernels.grouped import grouped_linear_torch
 from sedetect.kernels.plan import plan_torch, single_plan
-from sedetect.kernels.records import column
+from sedetect.kernels.records import COUNTS, RECORD, SUMS, column
 from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.rows import Rows
 from sedetect.kernels.update import update_torch
@@ -465,3 +465,7 @@ def test_every_expert_of_no_tokens():
     call = make_call((4, 2, 4, 16, 8), torch.float32, 0)
     y = ops.every_expert(call["x"][:0], call["gate_up"], call["down"], call["gate"])
     assert y.shape == (4, 0, 16)
+
+
+def test_columns_are_those_of_the_extension():
+    assert (_C.COUNTS, _C.SUMS, _C.COLUMNS) == (len(COUNTS), len(SUMS), len(RECORD))

@@ -1,6 +1,7 @@
 // sedetect._cuda. Device memory comes as addresses, the stream as its handle: the module needs neither torch nor a
 // driver to be built or imported. Shapes and meanings are in stages.h and grouped_gemm.h; sedetect/cuda_backend.py is
 // the caller.
+#include "../columns.h"
 #include "grouped_gemm.h"
 #include "stages.h"
 
@@ -61,6 +62,9 @@ Gate gate_of(const GateArguments& gate) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
+  m.attr("COUNTS") = int(kCounts);
+  m.attr("SUMS") = int(kSums);
+  m.attr("COLUMNS") = int(kColumns);
   m.attr("TILE_ROWS") = kTileRows;
   m.attr("MAX_EXPERTS") = kMaxExperts;
   m.def("plan_blocks", &plan_blocks);

@@ -61,7 +61,8 @@ struct RowParts {
   int y_part_width, h_part_width, in_parts_number;
 };
 
-// Merge the row statistics of one call into the tables of a BankStats, in place: kernels/update.py.
+// Merge the row statistics of one call into the tables of a BankStats, in place: kernels/update.py. csrc/columns.h has
+// their columns.
 struct Update {
   RowParts rows;
   const int64_t* order;
@@ -70,9 +71,9 @@ struct Update {
   Type gates_type;
   const bool *counted, *first;                 // (T,)
   const int64_t *sequence, *position, *token;  // (T,)
-  int64_t* counts;                             // (E, 5)
-  double* sums;                                // (E, 5)
-  int64_t* records[kLists];                    // (E, kept, 10)
+  int64_t* counts;                             // (E, kCounts)
+  double* sums;                                // (E, kSums)
+  int64_t* records[kLists];                    // (E, kept, kColumns)
   int kept[kLists];
   void* scratch;  // update_scratch bytes
   int slots, top_k, source;

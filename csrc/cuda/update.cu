@@ -7,6 +7,7 @@
 //
 // Where in a row its largest element stands is looked up only for those rows, by a warp for each, and only rows whose
 // largest says so are read for what they have to count.
+#include "../columns.h"
 #include "check.h"
 #include "search.cuh"
 #include "stages.h"
@@ -51,11 +52,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kPending = 256;  // rows that wait to be merged into a list
 constexpr int64_t kLastSource = 0x7FFFFFFF;
 
-// Columns of a record; must agree with RECORD in kernels/records.py.
-enum Column { kValue, kSign, kChannel, kSource, kSequence, kPosition, kToken, kGate, kInValue, kInChannel, kColumns };
-
-// Sums and counts of a tile's rows, as BankStats has them; float64 holds the counts exactly.
-constexpr int kTotals = 10;
+// Sums, then counts of a tile's rows, in the order of their columns; float64 holds the counts exactly.
+constexpr int kTotals = int(kSums) + int(kCounts);
 constexpr int kAddsUp = kFirstOutliers;  // whose blocks add them up: they have the fewest rows to enter
 struct Totals {
   double values[kTotals];
@@ -367,10 +365,10 @@ __device__ void add_totals(const Update& u, const Totals* tiles, int number, int
     for (int tile = threadIdx.x % 32; tile < number; tile += 32) sum += tiles[tile].values[i];
     sum = sum_of_warp(sum);
     if (threadIdx.x % 32 != 0) continue;
-    if (i < 5) {
-      u.sums[expert * 5 + i] += sum;
+    if (i < kSums) {
+      u.sums[expert * kSums + i] += sum;
     } else {
-      u.counts[expert * 5 + i - 5] += int64_t(sum);
+      u.counts[expert * kCounts + i - kSums] += int64_t(sum);
     }
   }
 }

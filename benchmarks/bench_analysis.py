@@ -123,7 +123,7 @@ def outputs_sedetect(layer: Layer, backend: str) -> torch.Tensor:
     sums = OutputSums(experts, experts, layer.x.device)
     step = chunk_tokens(experts, hidden, layer.down.shape[2], layer.x.device)
     for part in layer.x.split(step):
-        y = ops.every_expert(part, layer.gate_up, layer.down, Gate(), backend=backend).float()
+        y = ops.every_expert(part, ops.ExpertWeights(layer.gate_up, layer.down, Gate()), backend=backend).float()
         logits = F.linear(part.float(), layer.router.float())
         sums.add(y, logits.topk(layer.top_k).indices, logits)
     return sums.arrays()["cosine"]

@@ -157,6 +157,7 @@ def make_variants(
 ) -> dict[str, Callable[[], object]]:
     """What to time: each runs all calls once."""
     weights = (layer.gate_up_proj, layer.down_proj)
+    experts = ops.ExpertWeights(*weights, Gate())
 
     def transformers(implementation: str) -> Callable[[], object]:
         def run() -> None:
@@ -184,16 +185,15 @@ def make_variants(
         def run() -> None:
             for x, index, gates in calls:
                 routing = backend.plan(index, shape.experts)
-                arguments = (weights[0], None, Gate(), weights[1], None, False, gates)
-                _, stats = backend.experts(x, routing, *arguments, statistics=statistics)
-                if stats is not None:
-                    backend.update(state, stats, routing, gates, rows)
+                _, found = backend.experts(x, routing, experts, gates, statistics=statistics)
+                if found is not None:
+                    backend.update(state, found, routing, gates, rows)
 
         return run
 
     def on_cpu() -> None:
         for x, index, gates in calls:
-            ops.moe_mlp(x, index, gates, *weights, Gate(), state)
+            ops.moe_mlp(x, index, gates, experts, state)
 
     variants = {
         "eager": transformers("eager"),

@@ -26,8 +26,8 @@ BYTES = {"bf16": 2, "fp8": 1, "mxfp4": 0.5 + 1 / 32}  # per weight; fp8's scales
 Weights = torch.Tensor | QuantizedWeights
 
 
-def make_weights(shape: Shape, device: str) -> dict[str, tuple[Weights, Weights]]:
-    """(gate_up, down) of each format, of the size that trained weights have."""
+def make_weights(shape: Shape, device: str) -> dict[str, ops.ExpertWeights]:
+    """Those of each format, of the size that trained weights have."""
     generator = torch.Generator(device).manual_seed(0)
     made: dict[str, list[Weights]] = {name: [] for name in BYTES}
     for rows, columns in ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)):
@@ -46,7 +46,7 @@ def make_weights(shape: Shape, device: str) -> dict[str, tuple[Weights, Weights]
         packed.random_(generator=generator)
         exponent = torch.full((shape.experts, rows, columns // 32), 120, dtype=torch.uint8, device=device)
         made["mxfp4"].append(QuantizedWeights(packed, exponent, (1, 32), torch.bfloat16))
-    return {name: tuple(pair) for name, pair in made.items()}
+    return {name: ops.ExpertWeights(*pair, ops.Gate()) for name, pair in made.items()}
 
 
 def floor(ceilings: Ceilings, shape: Shape, calls: list[Call], name: str) -> float:
@@ -83,7 +83,7 @@ def main() -> None:
 
         def run(name: str, calls: list[Call] = calls, state: BankStats = state) -> torch.Tensor:
             for x, index, gates in calls:
-                out = ops.moe_mlp(x, index, gates, *weights[name], ops.Gate(), state, backend=backend)
+                out = ops.moe_mlp(x, index, gates, weights[name], state, backend=backend)
             return out
 
         outputs = {name: run(name).float() for name in ("bf16", "fp8")}

@@ -13,7 +13,10 @@ namespace {
 // chunk stay in cache: 512 rows were faster than 128 on a 2 MiB second-level cache.
 constexpr int64_t kChunk = 512;
 
-int64_t output_width(const Tensor& weight, bool transposed) { return weight.size(transposed ? 2 : 1); }
+int64_t output_width(const Projection& projection) {
+  const auto& [weight, bias, transposed] = projection;
+  return weight.size(transposed ? 2 : 1);
+}
 
 // Sorted rows [begin, end) of one expert, at most kChunk.
 struct Chunk {
@@ -49,8 +52,9 @@ void gather(const Tensor& tokens, const int64_t* slot, int64_t rows, int64_t top
 
 // out[r] = W[e] @ in[r] + bias[e] for the rows of a chunk, which begin at row first of in and out. Up to the next multiple
 // of multiple, rows beyond the chunk are computed as well, for the next chunk to overwrite.
-void linear(const Tensor& in, int64_t first, const Tensor& weight, const std::optional<Tensor>& bias, const Chunk& chunk,
-            bool transposed, const Tensor& out, int64_t multiple = 1) {
+void linear(const Tensor& in, int64_t first, const Projection& projection, const Chunk& chunk, const Tensor& out,
+            int64_t multiple = 1) {
+  const auto& [weight, bias, transposed] = projection;
   const int64_t rows = (chunk.end - chunk.begin + multiple - 1) / multiple * multiple;
   Tensor result = out.narrow(0, first, rows);
   const Tensor matrix = weight.select(0, chunk.expert);
@@ -139,20 +143,21 @@ void dispatch(const Tensor& x, const Work& work) {
 
 }  // namespace
 
-void experts_cpu(const Tensor& x, const Tensor& order, const Tensor& offsets, int64_t top_k, const Tensor& gate_up,
-                 const std::optional<Tensor>& gate_up_bias, const Gate& gate, const Tensor& down,
-                 const std::optional<Tensor>& down_bias, bool transposed, const Tensor& gates,
-                 const std::vector<Tensor>& stats, const Tensor& combined) {
+void experts_cpu(const Tensor& x, const Plan& plan, const Projection& gate_up, const Gate& gate, const Projection& down,
+                 const Tensor& gates, const std::vector<Tensor>& stats, const Tensor& combined) {
   const at::NoGradGuard no_grad;
   const Tensor tokens = x.contiguous();
-  const int64_t most = std::min(order.numel(), kChunk), hidden = output_width(down, transposed);
-  const int64_t intermediate = down.size(transposed ? 1 : 2);
+  const Tensor &order = std::get<0>(plan), &offsets = std::get<1>(plan);
+  const int64_t top_k = std::get<2>(plan);
+  const Tensor &up_weight = std::get<0>(gate_up), &down_weight = std::get<0>(down);
+  const int64_t most = std::min(order.numel(), kChunk), hidden = output_width(down);
+  const int64_t intermediate = down_weight.size(std::get<2>(down) ? 1 : 2);
   // oneDNN, which serves the 16-bit types, compiles a kernel for every number of rows it meets: let it meet few.
-  const int64_t multiple = down.scalar_type() == at::kFloat ? 1 : 32, room = most + multiple;
-  const Tensor gathered = at::zeros({room, tokens.size(1)}, gate_up.options());
-  const Tensor z = at::empty({room, output_width(gate_up, transposed)}, gate_up.options());
-  const Tensor h = at::zeros({room, intermediate}, gate_up.options());
-  const Tensor y = at::empty({room, hidden}, down.options());
+  const int64_t multiple = down_weight.scalar_type() == at::kFloat ? 1 : 32, room = most + multiple;
+  const Tensor gathered = at::zeros({room, tokens.size(1)}, up_weight.options());
+  const Tensor z = at::empty({room, output_width(gate_up)}, up_weight.options());
+  const Tensor h = at::zeros({room, intermediate}, up_weight.options());
+  const Tensor y = at::empty({room, hidden}, down_weight.options());
   const int64_t* slot = order.const_data_ptr<int64_t>();
   const float* weight = gates.const_data_ptr<float>();
   float* sum = combined.mutable_data_ptr<float>();
@@ -162,9 +167,9 @@ void experts_cpu(const Tensor& x, const Tensor& order, const Tensor& offsets, in
     for (const Block& block : blocks_of(offsets)) {
       const int64_t begin = block.front().begin, rows = block.back().end - begin;
       gather(tokens, slot + begin, rows, top_k, gathered);
-      for (const Chunk& c : block) linear(gathered, c.begin - begin, gate_up, gate_up_bias, c, transposed, z, multiple);
+      for (const Chunk& c : block) linear(gathered, c.begin - begin, gate_up, c, z, multiple);
       apply_gate(gate, z.narrow(0, 0, rows), h.narrow(0, 0, rows));
-      for (const Chunk& c : block) linear(h, c.begin - begin, down, down_bias, c, transposed, y, multiple);
+      for (const Chunk& c : block) linear(h, c.begin - begin, down, c, y, multiple);
       at::parallel_for(0, rows, 8, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
           scan_into(out, begin + i, y_data + i * hidden, hidden, h_data + i * intermediate, intermediate);
@@ -181,34 +186,36 @@ void experts_cpu(const Tensor& x, const Tensor& order, const Tensor& offsets, in
   });
 }
 
-Tensor gate_up_cpu(const Tensor& x, const Tensor& order, const Tensor& offsets, int64_t top_k, const Tensor& weight,
-                   const std::optional<Tensor>& bias, bool transposed) {
+Tensor gate_up_cpu(const Tensor& x, const Plan& plan, const Projection& gate_up) {
   const at::NoGradGuard no_grad;
   const Tensor tokens = x.contiguous();
+  const auto& [order, offsets, top_k] = plan;
+  const Tensor& weight = std::get<0>(gate_up);
   const int64_t rows = order.numel();
-  const Tensor result = at::empty({rows, output_width(weight, transposed)}, weight.options());
+  const Tensor result = at::empty({rows, output_width(gate_up)}, weight.options());
   const Tensor gathered = at::empty({std::min(rows, kChunk), tokens.size(1)}, weight.options());
   const int64_t* slot = order.const_data_ptr<int64_t>();
   for (const Block& block : blocks_of(offsets)) {
     const int64_t begin = block.front().begin, length = block.back().end - begin;
     const Tensor target = result.narrow(0, begin, length);
     gather(tokens, slot + begin, length, top_k, gathered);
-    for (const Chunk& c : block) linear(gathered, c.begin - begin, weight, bias, c, transposed, target);
+    for (const Chunk& c : block) linear(gathered, c.begin - begin, gate_up, c, target);
   }
   const int64_t routed = offsets.const_data_ptr<int64_t>()[offsets.numel() - 1];
   result.narrow(0, routed, rows - routed).zero_();  // sentinels: no expert, but the gate reads every row
   return result;
 }
 
-void down_cpu(const Tensor& h, const Tensor& offsets, const Tensor& weight, const std::optional<Tensor>& bias,
-              bool transposed, const std::vector<Tensor>& stats, const Tensor& y) {
+void down_cpu(const Tensor& h, const Plan& plan, const Projection& down, const std::vector<Tensor>& stats,
+              const Tensor& y) {
   const at::NoGradGuard no_grad;
   const int64_t hidden = y.size(1), intermediate = h.size(1);
+  const Tensor& offsets = std::get<1>(plan);
   const StatsOut out(stats);
   dispatch(y, [&](const auto* y_data) {
     const auto* h_data = h.const_data_ptr<std::remove_cv_t<std::remove_pointer_t<decltype(y_data)>>>();
     for (const Block& block : blocks_of(offsets)) {
-      for (const Chunk& c : block) linear(h, c.begin, weight, bias, c, transposed, y);
+      for (const Chunk& c : block) linear(h, c.begin, down, c, y);
       at::parallel_for(block.front().begin, block.back().end, 8, [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r) {
           scan_into(out, r, y_data + r * hidden, hidden, h_data + r * intermediate, intermediate);

@@ -63,9 +63,10 @@ class TopK {
 
 }  // namespace
 
-void update_cpu(const std::vector<Tensor>& state, const std::vector<Tensor>& stats, const Tensor& order,
-                const Tensor& offsets, int64_t top_k, const Tensor& gates, const std::vector<Tensor>& rows,
-                int64_t source) {
+void update_cpu(const std::vector<Tensor>& state, const std::vector<Tensor>& stats, const Plan& plan,
+                const Tensor& gates, const std::vector<Tensor>& rows, int64_t source) {
+  const Tensor &order = std::get<0>(plan), &offsets = std::get<1>(plan);
+  const int64_t top_k = std::get<2>(plan);
   int64_t* counts = state[0].mutable_data_ptr<int64_t>();
   double* sums = state[1].mutable_data_ptr<double>();
   const auto records = [&](int i, int64_t expert) {

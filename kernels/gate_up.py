@@ -48,6 +48,9 @@ def _sigmoid(x):
     return root * root
 
 
+ACTIVATIONS = frozenset({"silu", "gelu", "gelu_tanh", "relu2"})
+
+
 @triton.jit
 def _activate(g, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     if ACTIVATION == "silu":

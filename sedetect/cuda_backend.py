@@ -9,20 +9,23 @@ of torch; a stage is one call of it, because at small T the host is what takes t
 import importlib.util
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from sedetect.call import Call
+from sedetect.contract import ExpertWeights, gate_refusal
 from sedetect.kernels import tiles
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.plan import Plan, Schedule, scheduled
 from sedetect.kernels.row_stats import RowParts
+from sedetect.kernels.rows import Rows
 from sedetect.kernels.sort_rows import sort_rows
+from sedetect.stats import BankStats
 from sedetect.triton_backend import TritonBackend, on
 
-_cuda = None
+_cuda: Any = None
 if importlib.util.find_spec("sedetect._cuda") is not None:
-    from sedetect import _cuda
+    _cuda = importlib.import_module("sedetect._cuda")
 
 # Columns of gate_up's weights from which on its rows are sorted before it, so that the copy engine loads them: sorting
 # takes as long as 2000 to 8000 columns gain by it (benchmarks/RESULTS.md).
@@ -38,9 +41,11 @@ class CudaBackend(TritonBackend):
     """No stage synchronises with the host; rows of no expert are left undefined."""
 
     name = "cuda"
+    activations = frozenset(_ACTIVATIONS)
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, call: Call | None = None) -> str | None:
-        """Why this backend cannot serve a layer of this device and weight dtype, or a call; None if it can."""
+    def refusal(
+        self, device: torch.device, dtype: torch.dtype, experts: int = 1, weights: ExpertWeights | None = None
+    ) -> str | None:
         if device.type != "cuda":
             return f"it serves CUDA tensors, these are on {device}"
         if _cuda is None:
@@ -52,9 +57,13 @@ class CudaBackend(TritonBackend):
             return "it is for GPUs of compute capability 9.0, this one has {}.{}".format(*_capability(device))
         if dtype not in (torch.bfloat16, torch.float16):
             return f"it has no kernel for {dtype}"
-        return None if call is None else _call_refusal(call, dtype)
+        if experts > _cuda.MAX_EXPERTS:
+            return f"there are {experts} experts, it takes {_cuda.MAX_EXPERTS}"
+        if weights is None:
+            return None
+        return _weights_refusal(weights, dtype) or gate_refusal(weights, self.activations)
 
-    def plan(self, top_k_index, num_experts):
+    def plan(self, top_k_index: torch.Tensor, num_experts: int) -> Plan:
         if top_k_index.numel() <= tiles.SLOTS:  # Triton's is one launch then, and no cooperative one
             return super().plan(top_k_index, num_experts)
         index = top_k_index.contiguous()
@@ -74,7 +83,7 @@ class CudaBackend(TritonBackend):
             )  # fmt: skip
         return Plan(order, offsets, top_k_index.shape[1], schedule)
 
-    def update(self, state, found, plan, gates, rows):
+    def update(self, state: BankStats, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
         slots, device = len(plan.order), plan.order.device
         if slots == 0:
             return
@@ -91,9 +100,12 @@ class CudaBackend(TritonBackend):
                 scratch.data_ptr(), slots, plan.top_k, rows.source, _stream(device),
             )  # fmt: skip
 
-    def _gate_up(self, x, plan, weight, bias, transposed, gate=None, parts=False):
+    def _gate_up(
+        self, x: torch.Tensor, plan: Plan, weights: ExpertWeights, gate: Gate | None = None, parts: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if plan.schedule.rows != _cuda.TILE_ROWS:
-            return super()._gate_up(x, plan, weight, bias, transposed, gate, parts)
+            return super()._gate_up(x, plan, weights, gate, parts)
+        weight = weights.gate_up
         x = _aligned(x.to(weight.dtype))
         experts, columns, hidden = weight.shape
         _check_sizes("gate_up", x, weight, hidden, plan)
@@ -113,9 +125,10 @@ class CudaBackend(TritonBackend):
         )  # fmt: skip
         return h, found
 
-    def _down(self, h, plan, weight, bias, transposed):
+    def _down(self, h: torch.Tensor, plan: Plan, weights: ExpertWeights) -> torch.Tensor:
         if plan.schedule.rows != _cuda.TILE_ROWS:
-            return super()._down(h, plan, weight, bias, transposed)
+            return super()._down(h, plan, weights)
+        weight = weights.down
         h = _aligned(h.to(weight.dtype))
         experts, hidden, width = weight.shape
         _check_sizes("down", h, weight, width, plan)
@@ -138,18 +151,16 @@ def _check_sizes(name: str, x: torch.Tensor, weight: torch.Tensor, width: int, p
         )
 
 
-def _call_refusal(call: Call, dtype: torch.dtype) -> str | None:
-    if call.quantized:
+def _weights_refusal(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
+    if weights.storage:
         return "the weights are quantized"
-    if call.transposed:
+    if weights.transposed:
         return "the weights are transposed"
-    if call.biases:
+    if weights.gate_up_bias is not None or weights.down_bias is not None:
         return "the experts have biases"
-    if call.gate is not None and call.gate.interleaved:
+    if weights.fused_gate is not None and weights.fused_gate.interleaved:
         return "gate and up are interleaved"
-    if call.experts > _cuda.MAX_EXPERTS:
-        return f"there are {call.experts} experts, it takes {_cuda.MAX_EXPERTS}"
-    for weight in call.weights:
+    for weight in weights.matrices:
         size = tuple(weight.shape)
         if weight.dtype != dtype:
             return f"the weights are of {weight.dtype} and {dtype}"

@@ -126,21 +126,9 @@ def _compute_experts(
         how |= {"gate": measurement.gate} if module.fusable else {}
         return module.compute(hidden_states, top_k_index, top_k_weights, state, **how)
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    out = ops.moe_mlp(
-        x,
-        top_k_index,
-        top_k_weights,
-        getattr(module, up),
-        module.down_proj,
-        measurement.gate,
-        state,
-        gate_up_bias=getattr(module, f"{up}_bias") if module.has_bias else None,
-        down_bias=module.down_proj_bias if module.has_bias else None,
-        transposed=module.is_transposed,
-        post_norm=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-        **how,
-    )
+    norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+    weights = ops.ExpertWeights.of(module, measurement.gate)
+    out = ops.moe_mlp(x, top_k_index, top_k_weights, weights, state, post_norm=norm, **how)
     return out.reshape(hidden_states.shape)
 
 

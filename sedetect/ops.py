@@ -5,33 +5,22 @@ torch.no_grad; none changes its inputs except state.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-from sedetect.backends import TorchBackend, choose_backend
-from sedetect.call import Call
+from sedetect.backends import choose_backend
+from sedetect.contract import Backend, ExpertWeights, Found, Halves
 from sedetect.kernels.dequantize import QuantizedWeights
-from sedetect.kernels.gate import Gate, gate_torch
+from sedetect.kernels.gate import Gate
 from sedetect.kernels.optional import update_channels_torch, update_coactivation_torch, update_published_torch
 from sedetect.kernels.plan import Plan, every_plan, single_plan
-from sedetect.kernels.row_stats import RowParts, RowStats
 from sedetect.kernels.rows import Rows
 from sedetect.stats import BankStats
 
 Served = Callable[[str, str | None], None]
-
-
-@dataclass(frozen=True)
-class Halves:
-    """Gate and up projections stored apart, (E, I, H) each, in the place of a gate_up (E, 2I, H)."""
-
-    gate: torch.Tensor
-    up: torch.Tensor
-
-    def __getitem__(self, expert: int) -> torch.Tensor:
-        return torch.cat((self.gate[expert], self.up[expert]))
 
 
 @torch.no_grad()
@@ -39,14 +28,9 @@ def moe_mlp(
     x: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    gate_up: torch.Tensor | QuantizedWeights | Halves | None,
-    down: torch.Tensor | QuantizedWeights,
-    gate: Gate | Callable[[torch.Tensor], torch.Tensor],
+    weights: ExpertWeights,
     state: BankStats,
     *,
-    gate_up_bias: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
-    transposed: bool = False,
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     rows: Rows | None = None,
     backend: str | None = None,
@@ -57,10 +41,7 @@ def moe_mlp(
     Args:
         x: (T, H); or (T, k, H), an input of its own for every slot.
         top_k_index: (T, k) int; indices outside [0, E) are no expert. top_k_weights: (T, k), the g.
-        gate_up: (E, 2I, H), or (E, H, 2I) when transposed; (E, I, H) for experts without a gate; None where x is the
-            input of down already.
-        down: (E, H, I), or (E, I, H) when transposed. Biases: (E, 2I), (E, H). QuantizedWeights are not transposed.
-        gate: a Gate, which is fused; or any function (S, 2I) -> (S, I), such as the module's own.
+        weights: matrices, biases and gate of the E experts.
         state: updated in place with the statistics of every counted row (see BankStats).
         post_norm: applied to each row of the down_proj output before its routing weight; not part of the statistics.
         rows: which token each row is; None counts every row and knows nothing of its place.
@@ -69,66 +50,54 @@ def moe_mlp(
     Returns:
         (T, H) in x's dtype.
     """
-    call = _call(gate_up, down, gate, (gate_up_bias, down_bias), transposed)
-    chosen = _choose(x.device, down.dtype, backend, call, served)
+    chosen = _choose(x.device, weights.dtype, weights.experts, weights, backend, served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
-    _check(x.device, state, down.shape[0], len(x), rows, top_k_index.shape, top_k_weights.shape)
+    _check(x.device, state, weights.experts, len(x), rows, top_k_index.shape, top_k_weights.shape)
     if x.dim() == 3 and x.shape[1] != top_k_index.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)}, the routing {tuple(top_k_index.shape)}: give an input for every slot")
-    plan = chosen.plan(top_k_index, down.shape[0])
-    stacked = all(isinstance(weight, (torch.Tensor, QuantizedWeights)) for weight in (gate_up, down))
-    fused = call.gate is not None and stacked and x.dim() == 2
+    plan = chosen.plan(top_k_index, weights.experts)
+    stacked = isinstance(weights.gate_up, (torch.Tensor, QuantizedWeights))
+    fused = weights.fused_gate is not None and stacked and x.dim() == 2
     if fused and post_norm is None and state.channel_max is None:
-        weights = (gate_up, gate_up_bias, gate, down, down_bias)
-        out, stats = chosen.experts(x, plan, *weights, transposed, top_k_weights)
-        _update(chosen, state, stats, plan, top_k_weights, rows)
+        out, found = chosen.experts(x, plan, weights, top_k_weights)
+        _update(chosen, state, found, plan, top_k_weights, rows)
     else:
-        h = _hidden(chosen, x, plan, gate_up, gate_up_bias, gate, transposed)
-        y, stats = chosen.down(h, plan, down, down_bias, transposed)
-        _finish(chosen, state, y, h, stats, plan, top_k_weights, rows)  # the norm may work in place
+        h = _hidden(chosen, x, plan, weights)
+        y, found = chosen.down(h, plan, weights)
+        _finish(chosen, state, y, h, found, plan, top_k_weights, rows)  # the norm may work in place
         out = chosen.combine(y if post_norm is None else post_norm(y), plan, top_k_weights)
     if state.coactivation is not None:
         update_coactivation_torch(state, top_k_index, top_k_weights, rows)
     return out.to(x.dtype)
 
 
-def _hidden(chosen: TorchBackend, x, plan: Plan, gate_up, bias, gate, transposed: bool) -> torch.Tensor:
+def _hidden(chosen: Backend[Any], x: torch.Tensor, plan: Plan, weights: ExpertWeights) -> torch.Tensor:
     """The input of down (S, I), sorted by expert."""
     if x.dim() == 3:
         x, by_slot = x.flatten(0, 1), replace(plan, top_k=1)
     else:
         by_slot = plan
+    gate_up = weights.gate_up
     if gate_up is None:
         return x[plan.order]
-    parts = (gate_up.gate, gate_up.up) if isinstance(gate_up, Halves) else (gate_up,)
-    z = [chosen.gate_up(x, by_slot, part, bias, transposed) for part in parts]
-    z = z[0] if len(z) == 1 else torch.cat(z, dim=-1)
-    return gate_torch(gate, z) if isinstance(gate, Gate) else gate(z)
+    if isinstance(gate_up, Halves):
+        halves = (replace(weights, gate_up=half) for half in (gate_up.gate, gate_up.up))
+        z = torch.cat([chosen.gate_up(x, by_slot, half) for half in halves], dim=-1)
+    else:
+        z = chosen.gate_up(x, by_slot, weights)
+    return weights.apply_gate(z)
 
 
 @torch.no_grad()
-def every_expert(
-    x: torch.Tensor,
-    gate_up: torch.Tensor | Halves | None,
-    down: torch.Tensor,
-    gate: Gate | Callable[[torch.Tensor], torch.Tensor],
-    *,
-    gate_up_bias: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
-    transposed: bool = False,
-    backend: str | None = None,
-) -> torch.Tensor:
-    """What every expert gives for every token, by the stages of moe_mlp: x (T, H) -> y (E, T, H) in down's dtype.
+def every_expert(x: torch.Tensor, weights: ExpertWeights, *, backend: str | None = None) -> torch.Tensor:
+    """What every expert gives for every token, by the stages of moe_mlp: x (T, H) -> y (E, T, H) in the weights' dtype.
 
-    The other arguments are those of moe_mlp. No routing, and no statistics are kept.
+    No routing, and no statistics are kept.
     """
-    experts = down.shape[0]
-    call = _call(gate_up, down, gate, (gate_up_bias, down_bias), transposed)
-    chosen = _choose(x.device, down.dtype, backend, call, None)
-    plan = every_plan(len(x), experts, x.device)
-    h = _hidden(chosen, x, plan, gate_up, gate_up_bias, gate, transposed)
-    y, _ = chosen.down(h, plan, down, down_bias, transposed)
-    return y.view(experts, len(x), y.shape[1])
+    chosen = _choose(x.device, weights.dtype, weights.experts, weights, backend, None)
+    plan = every_plan(len(x), weights.experts, x.device)
+    y, _ = chosen.down(_hidden(chosen, x, plan, weights), plan, weights)
+    return y.view(weights.experts, len(x), y.shape[1])
 
 
 @torch.no_grad()
@@ -152,7 +121,7 @@ def moe_modules(
         sizes: number of experts, I, and the dtype of y.
     """
     experts, intermediate, dtype = sizes
-    chosen = _choose(x.device, dtype, backend, Call(experts), served)
+    chosen = _choose(x.device, dtype, experts, None, backend, served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
     _check(x.device, state, experts, len(x), rows, top_k_index.shape, top_k_weights.shape)
     plan = chosen.plan(top_k_index, experts)
@@ -174,12 +143,10 @@ def moe_modules(
 def down_stats(
     h: torch.Tensor,
     plan: Plan,
-    weight: torch.Tensor | QuantizedWeights,
+    weights: ExpertWeights,
     gates: torch.Tensor,
     state: BankStats,
     *,
-    bias: torch.Tensor | None = None,
-    transposed: bool = False,
     rows: Rows | None = None,
     backend: str | None = None,
     served: Served | None = None,
@@ -187,17 +154,16 @@ def down_stats(
     """The grouped down projection alone, with its statistics.
 
     Args:
-        h: (S, I), sorted by expert as plan says. weight: (E, H, I), or (E, I, H) when transposed. bias: (E, H).
+        h: (S, I), sorted by expert as plan says. weights: only down and its bias are used.
         gates: (T, k) routing weights. state, rows, backend, served: as in moe_mlp.
     Returns:
-        y (S, H) in the weight's dtype, sorted by expert: the very values the statistics are of.
+        y (S, H) in the weights' dtype, sorted by expert: the very values the statistics are of.
     """
-    call = Call(weight.shape[0], (weight,), transposed, () if bias is None else (bias,))
-    chosen = _choose(h.device, weight.dtype, backend, call, served)
+    chosen = _choose(h.device, weights.dtype, weights.experts, weights, backend, served)
     rows = Rows.unmapped(len(gates), h.device) if rows is None else rows
-    _check(h.device, state, weight.shape[0], len(gates), rows, gates.shape, (len(h) // plan.top_k, plan.top_k))
-    y, stats = chosen.down(h, plan, weight, bias, transposed)
-    _finish(chosen, state, y, h, stats, plan, gates, rows)
+    _check(h.device, state, weights.experts, len(gates), rows, gates.shape, (len(h) // plan.top_k, plan.top_k))
+    y, found = chosen.down(h, plan, weights)
+    _finish(chosen, state, y, h, found, plan, gates, rows)
     return y
 
 
@@ -214,8 +180,8 @@ def linear_stats(
 ) -> torch.Tensor:
     """A down_proj with one expert and routing weight 1: x (T, I), weight (H, I), bias (H) -> (T, H)."""
     plan, gates = single_plan(len(x), x.device), torch.ones(len(x), 1, device=x.device)
-    bias = None if bias is None else bias[None]
-    return down_stats(x, plan, weight[None], gates, state, bias=bias, rows=rows, backend=backend, served=served)
+    weights = ExpertWeights(None, weight[None], down_bias=None if bias is None else bias[None])
+    return down_stats(x, plan, weights, gates, state, rows=rows, backend=backend, served=served)
 
 
 @torch.no_grad()
@@ -229,23 +195,22 @@ def output_stats(
     served: Served | None = None,
 ) -> None:
     """Statistics of a down_proj output y (T, H) computed elsewhere from x (T, I): one expert, routing weight 1."""
-    chosen = _choose(y.device, y.dtype, backend, Call(1), served)
+    chosen = _choose(y.device, y.dtype, 1, None, backend, served)
     rows = Rows.unmapped(len(y), y.device) if rows is None else rows
     _check(y.device, state, 1, len(y), rows, y.shape[:1], x.shape[:1])
     plan, gates = single_plan(len(y), y.device), torch.ones(len(y), 1, device=y.device)
     _finish(chosen, state, y, x, chosen.row_stats(y, x), plan, gates, rows)
 
 
-def _call(gate_up, down, gate, biases: Sequence[torch.Tensor | None], transposed: bool) -> Call:
-    parts = [gate_up.gate, gate_up.up] if isinstance(gate_up, Halves) else [] if gate_up is None else [gate_up]
-    biases = [bias for bias in biases if bias is not None]
-    return Call(down.shape[0], (*parts, down), transposed, biases, gate if isinstance(gate, Gate) else None)
-
-
 def _choose(
-    device: torch.device, dtype: torch.dtype, wanted: str | None, call: Call, served: Served | None
-) -> TorchBackend:
-    chosen, why = choose_backend(device, dtype, wanted, call)
+    device: torch.device,
+    dtype: torch.dtype,
+    experts: int,
+    weights: ExpertWeights | None,
+    wanted: str | None,
+    served: Served | None,
+) -> Backend[Any]:
+    chosen, why = choose_backend(device, dtype, wanted, experts, weights)
     if served is not None:
         served(chosen.name, why)
     return chosen
@@ -277,27 +242,29 @@ def _check(
 
 
 def _finish(
-    chosen: TorchBackend,
+    chosen: Backend[Found],
     state: BankStats,
     y: torch.Tensor,
     h: torch.Tensor,
-    stats: RowStats | RowParts,
+    found: Found,
     plan: Plan,
     gates: torch.Tensor,
     rows: Rows,
 ) -> None:
     if state.channel_max is not None:
         update_channels_torch(state, y, h, plan, gates, rows)
-    _update(chosen, state, stats, plan, gates, rows)
+    _update(chosen, state, found, plan, gates, rows)
 
 
-def _update(chosen: TorchBackend, state: BankStats, stats: RowStats | RowParts, plan, gates, rows) -> None:
-    chosen.update(state, stats, plan, gates, rows)
+def _update(
+    chosen: Backend[Any], state: BankStats, found: Any, plan: Plan, gates: torch.Tensor, rows: Rows
+) -> None:
+    chosen.update(state, found, plan, gates, rows)
     if state.published_max is not None:
-        update_published_torch(state, stats.best, plan, gates, rows)
+        update_published_torch(state, found.best, plan, gates, rows)
 
 
 __all__ = [
-    "Gate", "Halves", "QuantizedWeights", "down_stats", "every_expert", "linear_stats", "moe_mlp", "moe_modules",
-    "output_stats",
+    "ExpertWeights", "Gate", "Halves", "QuantizedWeights", "down_stats", "every_expert", "linear_stats", "moe_mlp",
+    "moe_modules", "output_stats",
 ]  # fmt: skip

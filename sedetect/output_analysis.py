@@ -202,17 +202,7 @@ class _Observer:
         if self._gate is None:  # modules in a list
             experts = module.experts
             return torch.stack([module.run_expert(experts, e, x)[1] for e in range(len(experts))])
-        up = "gate_up_proj" if module.has_gate else "up_proj"
-        return ops.every_expert(
-            x,
-            getattr(module, up),
-            module.down_proj,
-            self._gate,
-            gate_up_bias=getattr(module, f"{up}_bias") if module.has_bias else None,
-            down_bias=module.down_proj_bias if module.has_bias else None,
-            transposed=module.is_transposed,
-            backend=self._backend,
-        )
+        return ops.every_expert(x, ops.ExpertWeights.of(module, self._gate), backend=self._backend)
 
     def _keep_tokens(
         self, x: torch.Tensor, y: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None

@@ -91,10 +91,6 @@ class Mxfp4GptOssExperts(Adapter):
         gate, up = z[..., ::2].clamp(max=self.module.limit), z[..., 1::2].clamp(-self.module.limit, self.module.limit)
         return (up + 1) * (gate * torch.sigmoid(gate * self.module.alpha))
 
-    def compute(self, x, top_k_index, top_k_weights, state, **how):
-        biases = {"gate_up_bias": self.gate_up_proj_bias, "down_bias": self.down_proj_bias}
-        return super().compute(x, top_k_index, top_k_weights, state, **biases, **how)
-
     def translate(self, own_forward, hidden_states):
         self.dtype = hidden_states.dtype
         x = hidden_states.reshape(-1, hidden_states.shape[-1])

@@ -81,8 +81,8 @@ class Adapter(nn.Module):
                 f"{type(self.module).__name__}: its weights are offloaded, and are not measured so; load the model on "
                 "devices that hold them, or stream it (sedetect profile --stream)"
             )
-        weights = (self.gate_up_proj, self.down_proj, how.pop("gate", self._apply_gate))
-        return ops.moe_mlp(x, top_k_index, top_k_weights, *weights, state, transposed=self.is_transposed, **how)
+        weights = ops.ExpertWeights.of(self, how.pop("gate", self._apply_gate))
+        return ops.moe_mlp(x, top_k_index, top_k_weights, weights, state, **how)
 
     def translate(self, own_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the redirected forward does: the module's own arguments and result, computed by self."""

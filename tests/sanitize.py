@@ -14,7 +14,7 @@ import sys
 
 import interpreter  # before triton
 import torch
-from test_kernels import assert_close, make_call, make_rows, swiglu
+from test_kernels import assert_close, make_call, make_rows, moe_mlp, swiglu
 
 from sedetect import ops
 from sedetect.backends import BACKENDS
@@ -39,8 +39,8 @@ def run(backend: str, dtype: torch.dtype, shape: tuple[int, ...], fused: bool) -
     state, reference = BankStats.empty(experts, DEVICE), BankStats.empty(experts)
     note = lambda name, why: served.append(name)  # noqa: E731
     for _ in range(2):  # the second finds records to merge with
-        out = ops.moe_mlp(**moved | how, state=state, rows=rows.to(DEVICE), backend=backend, served=note)
-        expected = ops.moe_mlp(**call | how, state=reference, rows=rows, backend="torch")
+        out = moe_mlp(moved | how, state=state, rows=rows.to(DEVICE), backend=backend, served=note)
+        expected = moe_mlp(call | how, state=reference, rows=rows, backend="torch")
     assert served == [backend, backend]
     assert_close(f"{backend} {dtype} {shape} {fused=}", out.cpu(), expected.double(), dtype)
     assert torch.equal(state.counts.cpu(), reference.counts)

@@ -10,7 +10,8 @@ from dataclasses import replace
 import interpreter  # noqa: F401  before triton
 import pytest
 import torch
-from test_kernels import GATES, assert_close, loop_over_slots, make_call, make_rows, swiglu
+from test_kernels import GATES, assert_close, loop_over_slots, make_call, make_rows, swiglu, weights_of
+from test_kernels import moe_mlp as any_moe_mlp
 from test_triton import (
     assert_equal_bits,
     assert_parts_of,
@@ -23,9 +24,10 @@ from test_triton import (
 
 from sedetect import cuda_backend, ops
 from sedetect.backends import BACKENDS, choose_backend
-from sedetect.call import Call
+from sedetect.contract import ExpertWeights
 from sedetect.cuda_backend import CudaBackend
 from sedetect.kernels import tiles
+from sedetect.kernels.gate import ACTIVATIONS, Gate
 from sedetect.kernels.gate_up import gate_up_torch
 from sedetect.kernels.plan import Plan, plan_torch
 from sedetect.kernels.records import COUNTS, RECORD, SUMS
@@ -83,8 +85,8 @@ def moe_mlp(call: dict, state: BankStats, rows: Rows | None = None, by: str = "c
     """ops.moe_mlp with backend cuda, served by the backend that is meant."""
     served = []
     rows = None if rows is None else rows.to(DEVICE)
-    out = ops.moe_mlp(
-        **on_device(call), state=state, rows=rows, backend="cuda", served=lambda name, why: served.append((name, why))
+    out = any_moe_mlp(
+        on_device(call), state=state, rows=rows, backend="cuda", served=lambda name, why: served.append((name, why))
     )
     assert [name for name, _ in served] == [by], served
     return out
@@ -127,7 +129,7 @@ def test_its_gemms_serve_where_experts_have_rows_enough(monkeypatch, tokens):
         its = getattr(cuda_backend._cuda, name)
         monkeypatch.setattr(cuda_backend._cuda, name, lambda *a, n=name, f=its: (called.append(n), f(*a)))
     call = on_device(make_call((tokens, 1, 8, 64, 32), torch.bfloat16, 1))
-    ops.moe_mlp(**call, state=BankStats.empty(8, DEVICE), served=lambda *note: served.append(note))
+    any_moe_mlp(call, state=BankStats.empty(8, DEVICE), served=lambda *note: served.append(note))
     assert served == [("cuda", None)]
     assert called == (["gate_up", "down", "update"] if tokens >= 8 * 96 else ["update"])
 
@@ -209,19 +211,19 @@ def test_statistics_are_those_of_the_stored_output(backend, dtype, gated, shape)
         gate, call["gate_up"] = next(g for g in GATES if not g.gated), call["gate_up"][:, : shape[4]].contiguous()
     call = on_device(call)
     plan = backend.plan(call["top_k_index"], shape[2])
-    weights = (call["gate_up"], None, gate, call["down"], None, False, call["top_k_weights"])
-    out, stats = backend.experts(call["x"], plan, *weights)
-    h, _ = backend._gate_up(call["x"], plan, call["gate_up"], None, False, gate)
-    y = backend._down(h, plan, call["down"], None, False)
+    weights, gates = weights_of(call | {"gate": gate}), call["top_k_weights"]
+    out, stats = backend.experts(call["x"], plan, weights, gates)
+    h, _ = backend._gate_up(call["x"], plan, weights, gate)
+    y = backend._down(h, plan, weights)
     routed = int(plan.offsets[-1])
     reference = row_stats_torch(y, h)
     assert_parts_of(stats, y, h, routed)
-    check_update(backend.update, stats, y, h, plan, call["top_k_weights"])
+    check_update(backend.update, stats, y, h, plan, gates)
     assert (plan.schedule.arrived == 0).all()
-    general, general_stats = backend.down(h, plan, call["down"], None, False)
+    general, general_stats = backend.down(h, plan, weights)
     assert_equal_bits("y", general[:routed].view(torch.int16), y[:routed].view(torch.int16))
     assert_parts_of(general_stats, y, h, routed)
-    again, unmeasured = backend.experts(call["x"], plan, *weights, statistics=False)
+    again, unmeasured = backend.experts(call["x"], plan, weights, gates, statistics=False)
     assert_equal_bits("out", again.view(torch.int16), out.view(torch.int16))
     assert unmeasured is None
     if shape[0] > 50:
@@ -239,7 +241,7 @@ def test_rows_sorted_before_give_the_same(backend, monkeypatch, dtype, shape, ga
     found = []
     for columns in (0, 2**31):
         monkeypatch.setattr(cuda_backend, "SORTED_COLUMNS", columns)
-        found.append(backend._gate_up(call["x"], plan, call["gate_up"], None, False, gate, parts=True))
+        found.append(backend._gate_up(call["x"], plan, weights_of(call), gate, parts=True))
     routed = int(plan.offsets[-1])
     (h, parts), (same, same_parts) = found
     assert_equal_bits("h", h[:routed].view(torch.int16), same[:routed].view(torch.int16))
@@ -252,7 +254,7 @@ def test_rows_sorted_before_give_the_same(backend, monkeypatch, dtype, shape, ga
 def test_gate_up_without_a_gate(backend, dtype, shape):
     call = on_device(make_call(shape, dtype, 5))
     plan = backend.plan(call["top_k_index"], shape[2])
-    z = backend.gate_up(call["x"], plan, call["gate_up"], None, False)
+    z = backend.gate_up(call["x"], plan, weights_of(call))
     assert_close("gate_up", z, gate_up_torch(call["x"].double(), plan, call["gate_up"].double()), dtype)
 
 
@@ -345,11 +347,23 @@ def test_what_it_cannot_serve_goes_to_triton_with_the_reason(backend):
     for reason, call in cases.items():
         served = []
         note = lambda *what: served.append(what)  # noqa: E731
-        ops.moe_mlp(**on_device(call), state=BankStats.empty(4, DEVICE), backend="cuda", served=note)
+        any_moe_mlp(on_device(call), state=BankStats.empty(4, DEVICE), backend="cuda", served=note)
         ((name, why),) = served
         assert name == "triton" and reason in why
     weight = QuantizedWeights(plain["down"].to(torch.float8_e4m3fn), torch.ones(4, 1, 1), (64, 64), torch.bfloat16)
-    assert "quantized" in backend.refusal(DEVICE, torch.bfloat16, Call(4, (weight,)))
+    assert "quantized" in backend.refusal(DEVICE, torch.bfloat16, 4, ExpertWeights(None, weight))
+    assert "2000 experts" in backend.refusal(DEVICE, torch.bfloat16, 2000)
+
+
+@ON_HOPPER
+def test_an_activation_that_it_does_not_know_goes_to_torch(backend, monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "tanh", torch.tanh)
+    call = make_call((40, 2, 4, 64, 32), torch.bfloat16, 2) | {"gate": Gate("tanh")}
+    served = []
+    note = lambda *what: served.append(what)  # noqa: E731
+    any_moe_mlp(on_device(call), state=BankStats.empty(4, DEVICE), backend="cuda", served=note)
+    ((name, why),) = served
+    assert name == "torch" and why.endswith("it has no kernel for the activation tanh")
 
 
 @ON_HOPPER

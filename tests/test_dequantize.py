@@ -5,10 +5,19 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_kernels import SHAPES, TOLERANCES, assert_close, loop_over_slots, make_call, make_rows, swiglu
+from test_kernels import (
+    SHAPES,
+    TOLERANCES,
+    assert_close,
+    loop_over_slots,
+    make_call,
+    make_rows,
+    moe_mlp,
+    swiglu,
+    weights_of,
+)
 from test_triton import assert_parts_of
 
-from sedetect import ops
 from sedetect.kernels.dequantize import QuantizedWeights, decode_e8m0, dequantize
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up
@@ -176,11 +185,11 @@ def test_experts(name, shape, dtype):
     rows = make_rows(shape[0], 1).to(DEVICE)
     for wanted in expected:
         state = BankStats.empty(shape[2], DEVICE)
-        out = ops.moe_mlp(**call | {"gate": wanted}, state=state, rows=rows, backend="triton")
+        out = moe_mlp(call | {"gate": wanted}, state=state, rows=rows, backend="triton")
         assert_close(f"{name} {shape=} {dtype=} {wanted}", out.cpu(), expected[wanted], dtype)
     routing = plan(call["top_k_index"], shape[2])
     h, _ = gate_up(call["x"], routing, call["gate_up"], call["gate_up_bias"], gate=gate)
-    y, stats = backend.down(h, routing, call["down"], call["down_bias"], False)
+    y, stats = backend.down(h, routing, weights_of(call))
     routed = int(routing.offsets[-1])
     assert_parts_of(stats, y, h, routed)
 

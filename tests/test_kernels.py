@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from sedetect import _C, ops
+from sedetect import ops
 from sedetect.backends import BACKENDS as ALL_BACKENDS
+from sedetect.backends import CpuBackend, choose_backend
 from sedetect.kernels.combine import combine_torch
 from sedetect.kernels.gate import ACTIVATIONS, Gate, candidate_gates, gate_torch, probe_gate
 from sedetect.kernels.gate_up import gate_up_torch
@@ -15,6 +16,7 @@ from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.rows import Rows
 from sedetect.kernels.update import update_torch
 from sedetect.stats import BankStats
+from sedetect.triton_backend import TritonBackend
 
 # (worst element, RMS), both relative to the RMS of a float64 reference.
 TOLERANCES = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (1e-1, 8e-3), torch.float16: (1.2e-2, 1e-3)}
@@ -41,7 +43,7 @@ def assert_close(name, out, ref, dtype):
 
 
 def make_call(shape, dtype, seed, skew=False, transposed=False, bias=False, sentinels=False):
-    """Random inputs of one experts call, on the scale of a trained layer, as keyword arguments of ops.moe_mlp."""
+    """Random inputs of one experts call, on the scale of a trained layer: what moe_mlp and weights_of take."""
     tokens, k, experts, hidden, intermediate = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -69,6 +71,16 @@ def make_call(shape, dtype, seed, skew=False, transposed=False, bias=False, sent
         "transposed": transposed,
         "gate": Gate(),
     }
+
+
+def weights_of(call):
+    names = ("gate_up", "down", "gate", "gate_up_bias", "down_bias", "transposed")
+    return ops.ExpertWeights(**{name: call[name] for name in names})
+
+
+def moe_mlp(call, **how):
+    """ops.moe_mlp of a call."""
+    return ops.moe_mlp(*(call[name] for name in ("x", "top_k_index", "top_k_weights")), weights_of(call), **how)
 
 
 def swiglu(gate_up):
@@ -112,7 +124,7 @@ def loop_over_slots(call, gate=swiglu):
 def test_moe_mlp(backend, dtype, shape, variant):
     call = make_call(shape, dtype, seed=sum(shape), **variant)
     state = BankStats.empty(shape[2])
-    out = ops.moe_mlp(**call, state=state, rows=make_rows(shape[0], 1), backend=backend)
+    out = moe_mlp(call, state=state, rows=make_rows(shape[0], 1), backend=backend)
     assert out.dtype == dtype
     assert_close(f"moe_mlp {shape=} {dtype=}", out, loop_over_slots(call), dtype)
 
@@ -150,7 +162,7 @@ def test_fused_gates(backend, dtype, gate):
     call["gate_up"] = call["gate_up"] * 6  # far enough to reach the clamps
     reference = loop_over_slots(call, GATES[gate])
     for form in (gate, GATES[gate]):
-        out = ops.moe_mlp(**call | {"gate": form}, state=BankStats.empty(4), backend=backend)
+        out = moe_mlp(call | {"gate": form}, state=BankStats.empty(4), backend=backend)
         assert_close(f"{gate} {type(form)}", out, reference, dtype)
 
 
@@ -190,7 +202,7 @@ def test_statistics_are_those_of_the_stored_output(backend, dtype, shape, skew):
     h = swiglu(gate_up_torch(call["x"], plan, call["gate_up"]))
     state = BankStats.empty(experts)
     gates = call["top_k_weights"]
-    y = ops.down_stats(h, plan, call["down"], gates, state, rows=rows, backend=backend)
+    y = ops.down_stats(h, plan, weights_of(call), gates, state, rows=rows, backend=backend)
     routed = int(plan.offsets[-1])
     if routed:
         reference = grouped_linear_torch(h.double(), plan, call["down"].double())
@@ -238,8 +250,8 @@ def test_fused_and_general_path_give_the_same_statistics(backend, dtype):
     call = make_call((300, 4, 8, 130, 70), dtype, 4)
     fused, general = BankStats.empty(8), BankStats.empty(8)
     rows = make_rows(300, 4)
-    ops.moe_mlp(**call, state=fused, rows=rows, backend=backend)
-    ops.moe_mlp(**call | {"gate": swiglu}, state=general, rows=rows, backend=backend)
+    moe_mlp(call, state=fused, rows=rows, backend=backend)
+    moe_mlp(call | {"gate": swiglu}, state=general, rows=rows, backend=backend)
     if dtype == torch.float32 or backend == "torch":
         assert fused.rows.sum() > 0 and fused.equal(general)
     else:  # the fused path rounds the number of rows of a GEMM up, and the library rounds with it
@@ -256,7 +268,7 @@ def test_update_equals_reference_over_several_calls(backend, dtype):
         call = make_call((tokens, 3, 5, 40, 24), dtype, seed)
         plan = plan_torch(call["top_k_index"], 5)
         h = swiglu(gate_up_torch(call["x"], plan, call["gate_up"]))
-        y, stats = chosen.down(h, plan, call["down"], None, False)
+        y, stats = chosen.down(h, plan, weights_of(call))
         rows = make_rows(tokens, seed)
         rows.sequence = rows.sequence.flip(0)  # ids that do not ascend with the rows
         chosen.update(mine, stats, plan, call["top_k_weights"], rows)
@@ -308,7 +320,7 @@ def test_a_token_may_choose_an_expert_twice(backend):
     call = make_call((200, 4, 2, 64, 32), torch.float32, 5)
     call["top_k_index"] = torch.randint(0, 2, (200, 4), generator=torch.Generator().manual_seed(0))
     call["top_k_weights"] = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
-    out = ops.moe_mlp(**call, state=BankStats.empty(2), backend=backend)
+    out = moe_mlp(call, state=BankStats.empty(2), backend=backend)
     assert_close("duplicates", out, loop_over_slots(call), torch.float32)
 
 
@@ -317,7 +329,7 @@ def test_no_tokens(backend):
     call = make_call((1, 2, 4, 16, 8), torch.float32, 0)
     call |= {name: call[name][:0] for name in ("x", "top_k_index", "top_k_weights")}
     state = BankStats.empty(4)
-    assert ops.moe_mlp(**call, state=state, backend=backend).shape == (0, 16)
+    assert moe_mlp(call, state=state, backend=backend).shape == (0, 16)
     assert state.equal(BankStats.empty(4))
 
 
@@ -340,7 +352,7 @@ def test_optional_statistics(backend):
     call = make_call((90, 2, 4, 20, 12), torch.float32, 9)
     rows = make_rows(90, 3)
     state = BankStats.empty(4, channels=(20, 12), coactivation=True)
-    out = ops.moe_mlp(**call, state=state, rows=rows, backend=backend)
+    out = moe_mlp(call, state=state, rows=rows, backend=backend)
     assert_close("with channels", out, loop_over_slots(call), torch.float32)
     plan = plan_torch(call["top_k_index"], 4)
     h = swiglu(gate_up_torch(call["x"], plan, call["gate_up"]))
@@ -390,7 +402,7 @@ def test_shapes_that_do_not_fit_are_refused(backend):
     ]  # fmt: skip
     for arguments, state, rows in wrong:
         with pytest.raises(ValueError, match="experts|do not fit"):
-            ops.moe_mlp(**arguments, state=state, rows=rows, backend=backend)
+            moe_mlp(arguments, state=state, rows=rows, backend=backend)
     with pytest.raises(ValueError, match="do not fit"):
         ops.output_stats(torch.zeros(6, 4), torch.zeros(2, 4), BankStats.empty(1), backend=backend)
 
@@ -407,7 +419,8 @@ def test_counts_and_sums_of_extreme_rows(backend):
     ids = torch.arange(40)
     rows = Rows((ids != 5) & (ids != 39), ids % 8 == 0, ids // 8, ids % 8, ids)
     state = BankStats.empty(1, channels=(9, 6))
-    y = ops.down_stats(h, single_plan(40, h.device), weight, gates, state, rows=rows, backend=backend)
+    weights = ops.ExpertWeights(None, weight)
+    y = ops.down_stats(h, single_plan(40, h.device), weights, gates, state, rows=rows, backend=backend)
     counts, sums, squares = [0] * 5, [0.0] * 5, torch.zeros(6, dtype=torch.float64)
     for t in range(40):
         if not rows.counted[t]:
@@ -439,7 +452,7 @@ def test_the_default_dtype_does_not_matter(backend):
         try:
             state = BankStats.empty(8, channels=(64, 32), coactivation=True, first_rows=True)
             plain = BankStats.empty(8)
-            out = [ops.moe_mlp(**call, state=one, rows=rows, backend=backend) for one in (state, plain)]
+            out = [moe_mlp(call, state=one, rows=rows, backend=backend) for one in (state, plain)]
         finally:
             torch.set_default_dtype(torch.float32)
         results.append((state, plain, out))
@@ -453,19 +466,57 @@ def test_tensors_that_kernels_could_not_read():
     rows = make_rows(8, 1)
     sliced = Rows(*(t[::2] for t in rows.tensors()))
     with pytest.raises(ValueError, match="contiguous"):
-        ops.moe_mlp(**call, state=BankStats.empty(4), rows=sliced)
+        moe_mlp(call, state=BankStats.empty(4), rows=sliced)
     with pytest.raises(ValueError, match="state is on meta, x on cpu"):
-        ops.moe_mlp(**call, state=BankStats.empty(4, "meta"))
+        moe_mlp(call, state=BankStats.empty(4, "meta"))
     deep = call | {"x": call["x"][:, None].expand(4, 3, 16)}
     with pytest.raises(ValueError, match="an input for every slot"):
-        ops.moe_mlp(**deep, state=BankStats.empty(4))
+        moe_mlp(deep, state=BankStats.empty(4))
 
 
 def test_every_expert_of_no_tokens():
     call = make_call((4, 2, 4, 16, 8), torch.float32, 0)
-    y = ops.every_expert(call["x"][:0], call["gate_up"], call["down"], call["gate"])
+    y = ops.every_expert(call["x"][:0], weights_of(call))
     assert y.shape == (4, 0, 16)
 
 
+def test_an_activation_that_a_backend_does_not_know_goes_to_one_that_does(monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "tanh", torch.tanh)
+    call = make_call((30, 2, 4, 16, 8), torch.float32, 6) | {"gate": Gate("tanh")}
+    served, state = [], BankStats.empty(4)
+    out = moe_mlp(call, state=state, backend="cpu", served=lambda *note: served.append(note))
+    reason = "it has no kernel for the activation tanh"
+    assert served == [("torch", f"backend cpu does not serve torch.float32 on cpu: {reason}")]
+
+    def tanh_gate(z):
+        gate, up = z.chunk(2, dim=-1)
+        return gate.tanh() * up
+
+    assert_close("tanh", out, loop_over_slots(call, tanh_gate), torch.float32)
+    for backend, device in ((CpuBackend(), "cpu"), (TritonBackend(), "cuda")):
+        assert backend.activations <= set(ACTIVATIONS)
+        assert backend.refusal(torch.device(device), torch.float32, 4, weights_of(call)) == reason
+        assert backend.refusal(torch.device(device), torch.float32, 4, weights_of(call | {"gate": tanh_gate})) is None
+
+
+def test_experts_without_a_gate_are_refused():
+    call = make_call((4, 2, 4, 16, 8), torch.float32, 0) | {"gate": None}
+    with pytest.raises(ValueError, match="gate: None"):
+        moe_mlp(call, state=BankStats.empty(4))
+
+
+def test_without_the_extension_torch_serves(monkeypatch):
+    without = CpuBackend(None)
+    reason = without.refusal(torch.device("cpu"), torch.float32)
+    assert reason.startswith("sedetect._C is not built; ")
+    monkeypatch.setitem(ALL_BACKENDS, "cpu", without)
+    monkeypatch.delitem(ALL_BACKENDS, "triton")  # which serves the CPU where it is interpreted
+    assert choose_backend(torch.device("cpu"), torch.float32)[0].name == "torch"
+    chosen, why = choose_backend(torch.device("cpu"), torch.float32, "cpu")
+    assert chosen.name == "torch" and why.endswith(reason)
+
+
 def test_columns_are_those_of_the_extension():
+    from sedetect import _C
+
     assert (_C.COUNTS, _C.SUMS, _C.COLUMNS) == (len(COUNTS), len(SUMS), len(RECORD))

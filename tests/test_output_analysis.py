@@ -237,8 +237,8 @@ def test_every_expert(backend, transposed):
         torch.randn(experts, hidden, generator=generator),
     )
     given = [w.transpose(1, 2).contiguous() if transposed else w for w in (up, down)]
-    how = {"gate_up_bias": up_bias, "down_bias": down_bias, "transposed": transposed, "backend": backend}
-    y = ops.every_expert(x, *given, Gate(), **how)
+    weights = ops.ExpertWeights(*given, Gate(), gate_up_bias=up_bias, down_bias=down_bias, transposed=transposed)
+    y = ops.every_expert(x, weights, backend=backend)
     assert y.shape == (experts, tokens, hidden)
     for e in range(experts):
         gate, value = (x @ up[e].T + up_bias[e]).chunk(2, dim=1)

@@ -32,7 +32,7 @@ from sedetect.ablation import Weight, ablate
 from sedetect.adapters import serve_quantized
 from sedetect.backends import BACKENDS, choose_backend
 from sedetect.banks import find_banks
-from sedetect.call import Call
+from sedetect.contract import ExpertWeights
 from sedetect.checkpoint import load_model
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import expert_matrices
@@ -292,7 +292,7 @@ def test_mxfp4_that_was_not_loaded_and_in_an_order_that_is_not_known():
 def test_what_has_no_kernel_is_refused_and_served_by_another():
     weights = torch.empty(4, 16, 16, dtype=torch.float8_e5m2)
     experts = QuantizedWeights(weights, torch.ones(4, 1, 1), None, torch.float32)
-    reason = TritonBackend().refusal(DEVICE, torch.float32, Call(4, [experts]))
+    reason = TritonBackend().refusal(DEVICE, torch.float32, 4, ExpertWeights(None, experts))
     assert reason == "the weights are quantized in a form that it has no kernel for"
     _, stored = twins("fp8")
     for layer in stored.model.layers:

@@ -10,7 +10,18 @@ from pathlib import Path
 import interpreter  # before triton
 import pytest
 import torch
-from test_kernels import GATES, SHAPES, TOLERANCES, assert_close, loop_over_slots, make_call, make_rows, swiglu
+from test_kernels import (
+    GATES,
+    SHAPES,
+    TOLERANCES,
+    assert_close,
+    loop_over_slots,
+    make_call,
+    make_rows,
+    moe_mlp,
+    swiglu,
+    weights_of,
+)
 
 from sedetect import ops, triton_backend
 from sedetect.backends import BACKENDS
@@ -123,7 +134,7 @@ def test_moe_mlp(dtype, shape, variant):
     call = make_call(shape, dtype, seed=sum(shape), **variant)
     state = BankStats.empty(shape[2], DEVICE)
     rows = make_rows(shape[0], 1).to(DEVICE)
-    out = ops.moe_mlp(**on_device(call), state=state, rows=rows, backend="triton")
+    out = moe_mlp(on_device(call), state=state, rows=rows, backend="triton")
     assert out.dtype == dtype
     assert_close(f"moe_mlp {shape=} {dtype=}", out.cpu(), loop_over_slots(call), dtype)
 
@@ -138,7 +149,7 @@ def test_fused_gates(dtype, gate, transposed):
         call |= {"gate_up": half.contiguous(), "gate_up_bias": call["gate_up_bias"][:, :24]}
     call["gate_up"] = call["gate_up"] * 6  # far enough to reach the clamps
     state = BankStats.empty(4, DEVICE)
-    out = ops.moe_mlp(**on_device(call | {"gate": gate}), state=state, backend="triton")
+    out = moe_mlp(on_device(call | {"gate": gate}), state=state, backend="triton")
     assert_close(f"{gate}", out.cpu(), loop_over_slots(call, GATES[gate]), dtype)
 
 
@@ -162,17 +173,17 @@ def test_statistics_are_those_of_the_stored_output(dtype, shape):
     call = on_device(make_call(shape, dtype, seed=7 + sum(shape), sentinels=True))
     call["x"][30:31, 0] = torch.inf  # h and y with NaN
     routing = plan(call["top_k_index"], shape[2])
-    weights = (call["gate_up"], None, call["gate"], call["down"], None, False, call["top_k_weights"])
-    out, stats = TritonBackend().experts(call["x"], routing, *weights)
+    weights, gates = weights_of(call), call["top_k_weights"]
+    out, stats = TritonBackend().experts(call["x"], routing, weights, gates)
     h, _ = gate_up(call["x"], routing, call["gate_up"], gate=call["gate"])
     y = down(h, routing, call["down"])
     routed = int(routing.offsets[-1])
     assert_parts_of(stats, y, h, routed)
-    check_update(TritonBackend().update, stats, y, h, routing, call["top_k_weights"])
-    general, general_stats = TritonBackend().down(h, routing, call["down"], None, False)
+    check_update(TritonBackend().update, stats, y, h, routing, gates)
+    general, general_stats = TritonBackend().down(h, routing, weights)
     assert_equal_bits("y", general[:routed], y[:routed])
     assert_parts_of(general_stats, y, h, routed)
-    again, unmeasured = TritonBackend().experts(call["x"], routing, *weights, statistics=False)
+    again, unmeasured = TritonBackend().experts(call["x"], routing, weights, gates, statistics=False)
     assert_equal_bits("out", again, out)
     assert unmeasured is None
 
@@ -332,8 +343,8 @@ def test_general_path_and_a_bank_of_one_expert():
     assert_same_state(state, reference)
     call = on_device(make_call((20, 2, 4, 32, 16), torch.float32, 8))
     routed = BankStats.empty(4, DEVICE, channels=(32, 16), coactivation=True)
-    out = ops.moe_mlp(**call | {"gate": swiglu}, state=routed, rows=make_rows(20, 1).to(DEVICE), backend="triton")
-    assert_close("general", out, ops.moe_mlp(**call, state=BankStats.empty(4, DEVICE), backend="torch"), out.dtype)
+    out = moe_mlp(call | {"gate": swiglu}, state=routed, rows=make_rows(20, 1).to(DEVICE), backend="triton")
+    assert_close("general", out, moe_mlp(call, state=BankStats.empty(4, DEVICE), backend="torch"), out.dtype)
     assert torch.allclose(routed.channel_max.amax(1), routed.out_max)
 
 
@@ -344,7 +355,7 @@ def test_first_rows_and_a_norm_in_place(gate):
     for norm in (None, lambda y: y.mul_(0.5)):
         states = {name: BankStats.empty(4, DEVICE, first_rows=True) for name in ("triton", "torch")}
         for name, state in states.items():
-            ops.moe_mlp(**call, post_norm=norm, state=state, rows=make_rows(40, 1).to(DEVICE), backend=name)
+            moe_mlp(call, post_norm=norm, state=state, rows=make_rows(40, 1).to(DEVICE), backend=name)
         mine, reference = states.values()
         assert torch.allclose(mine.published_max, reference.published_max, rtol=1e-5) and mine.published_max.all()
         assert torch.equal(mine.outliers[:, :4, PLACE], reference.outliers[:, :4, PLACE])
@@ -355,7 +366,7 @@ def test_no_tokens():
     call |= {name: call[name][:0] for name in ("x", "top_k_index", "top_k_weights")}
     for gate in (call["gate"], swiglu):
         state = BankStats.empty(4, DEVICE)
-        assert ops.moe_mlp(**call | {"gate": gate}, state=state, backend="triton").shape == (0, 16)
+        assert moe_mlp(call | {"gate": gate}, state=state, backend="triton").shape == (0, 16)
         assert state.equal(BankStats.empty(4, DEVICE))
     assert scheduled(single_plan(0, DEVICE)).schedule.rows == 16
 
@@ -364,7 +375,7 @@ def test_duplicates():
     call = make_call((30, 4, 2, 64, 32), torch.float32, 5)
     call["top_k_index"] = torch.randint(0, 2, (30, 4), generator=torch.Generator().manual_seed(0))
     call["top_k_weights"] = torch.rand(30, 4, generator=torch.Generator().manual_seed(0))
-    out = ops.moe_mlp(**on_device(call), state=BankStats.empty(2, DEVICE), backend="triton")
+    out = moe_mlp(on_device(call), state=BankStats.empty(2, DEVICE), backend="triton")
     assert_close("duplicates", out.cpu(), loop_over_slots(call), torch.float32)
 
 
@@ -381,16 +392,16 @@ def test_no_synchronisation_and_graph_replay(dtype):
     call = on_device(make_call((600, 8, 16, 512, 256), dtype, 1))
     rows = make_rows(600, 1).to(DEVICE)
     eager, replayed = BankStats.empty(16, DEVICE), BankStats.empty(16, DEVICE)
-    expected = ops.moe_mlp(**call, state=eager, rows=rows, backend="triton")
+    expected = moe_mlp(call, state=eager, rows=rows, backend="triton")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ops.moe_mlp(**call, state=BankStats.empty(16, DEVICE), rows=rows, backend="triton")
+        moe_mlp(call, state=BankStats.empty(16, DEVICE), rows=rows, backend="triton")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     inputs = {name: torch.zeros_like(call[name]) for name in ("x", "top_k_index", "top_k_weights")}
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = ops.moe_mlp(**call | inputs, state=replayed, rows=rows, backend="triton")
+        out = moe_mlp(call | inputs, state=replayed, rows=rows, backend="triton")
     for name, tensor in inputs.items():
         tensor.copy_(call[name])
     graph.replay()

@@ -4,8 +4,9 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from sedetect.errors import SedetectError
 
 T = TypeVar("T")
-_TEMPORARY = re.compile(r"\..+\.(safetensors|json)\.\w{8}")  # as mkstemp names it
+_TEMPORARY = re.compile(r"\..+\.(safetensors|json)\.\w{8}")  # as _temporary names it
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
@@ -25,18 +26,18 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> None
     Raises SedetectError where the folder cannot be written; path keeps its old content then.
     """
     path = Path(path)
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with temporary.open("xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # by the umask, which can only be read by setting it
     except OSError as error:
         raise SedetectError(f"{path.parent}: cannot be written ({error.strerror}); choose another folder") from None
-    os.close(handle)
-    temporary = Path(name)
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode)  # safetensors puts another file in its place, which only its owner may read
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
@@ -59,16 +60,17 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     check_new_folder(path)
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary.mkdir()
+        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # that of a new file, by the umask
     except OSError as error:
         raise SedetectError(f"{path.parent}: cannot be written ({error.strerror}); choose another folder") from None
     try:
         yield temporary
         for file in temporary.iterdir():
-            os.chmod(file, 0o666 & ~_umask())
-        os.chmod(temporary, 0o777 & ~_umask())
+            os.chmod(file, mode)
         temporary.rename(path)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
@@ -123,7 +125,6 @@ def read_document(path: str | os.PathLike, form: str, version: str, parse: Calla
         raise SedetectError(f"{path}: damaged ({type(error).__name__}: {error}); write it again") from None
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _temporary(path: Path) -> Path:
+    """A name beside path that nothing has."""
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sedetect.ablation import ablate
 from sedetect.calibration import Windows
+from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.evaluation import perplexity
 from sedetect.experiment import Target, random_controls, routed_experts
@@ -35,8 +36,6 @@ from sedetect.quantization import (
 from sedetect.ranking import Place
 from sedetect.stats import BankId, ModelStats
 
-FORMAT = "sedetect-budget"
-VERSION = "1"
 RATIOS = (0.125, 0.25, 0.5)
 Sizes = dict[BankId, tuple[int, int]]  # per routed bank: weights of one expert, number of experts
 LIMIT = 0.05  # the sentence on how far compression can go is about this change of perplexity
@@ -70,7 +69,7 @@ class Row:
 
 
 @dataclass
-class Budget:
+class Budget(Document):
     """All rows, in order of the weights left, largest first within their kind.
 
     kept       the chosen experts (names)
@@ -78,6 +77,8 @@ class Budget:
     tokens     evaluated, per domain
     notes      what was left out, and why
     """
+
+    FORMAT = "sedetect-budget"
 
     model: str
     dtype: str
@@ -91,7 +92,7 @@ class Budget:
 
     def to_dict(self) -> dict[str, Any]:
         """For budget.json; conclusion is conclusion(self)."""
-        return {"format": FORMAT, "version": VERSION} | finite(asdict(self)) | {"conclusion": conclusion(self)}
+        return super().to_dict() | finite(asdict(self)) | {"conclusion": conclusion(self)}
 
 
 def held_out(domains: dict[str, Windows], stats: ModelStats) -> dict[str, Windows]:

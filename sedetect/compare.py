@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.ranking import rank
 from sedetect.files import finite
@@ -77,13 +78,15 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Document):
     """What compare found; steps[i] leads from runs[i] to runs[i + 1].
 
     moved       by the largest value in any run, descending
     formed      number of the first run from which on every run has the super experts of the last; None for fewer than
                 three runs
     """
+
+    FORMAT = "sedetect-comparison"
 
     runs: tuple[Run, ...]
     steps: tuple[Step, ...]
@@ -97,9 +100,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """format, version, equal, formed, runs, steps, and moved with ratio and channel_changed, for JSON."""
-        return {
-            "format": "sedetect-comparison",
-            "version": "1",
+        return super().to_dict() | {
             "equal": self.equal,
             "formed": self.formed,
             "runs": [asdict(run) for run in self.runs],

@@ -21,15 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sedetect.ablation import Weight, ablate, resolve
 from sedetect.banks import find_banks
 from sedetect.calibration import Windows
+from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.evaluation import Question, exact_match, perplexity
 from sedetect.files import finite
 from sedetect.ranking import Place, rank
 from sedetect.residual import Residual, observe_residual, sink_decay
 from sedetect.stats import ModelStats
-
-FORMAT = "sedetect-ablation"
-VERSION = "1"
 
 
 @dataclass
@@ -60,7 +58,7 @@ class Outcome:
 
 
 @dataclass
-class Experiment:
+class Experiment(Document):
     """Experts or weights switched off in several ways, and controls of the same size.
 
     model, digest, dtype: as in the header of statistics; tokens: of evaluation text, per domain; sequences: how many the
@@ -68,6 +66,9 @@ class Experiment:
     controls: "same layers" and "anywhere", one outcome per draw, all under "skip": as many random experts of the same
     banks, and of all; for a weight, a random weight of the same down_proj, and of any routed expert's.
     """
+
+    FORMAT = "sedetect-ablation"
+    REMEDY = "run `sedetect ablate MODEL -o DIR` to make one"
 
     model: str
     digest: str
@@ -87,7 +88,7 @@ class Experiment:
 
     def to_dict(self) -> dict[str, Any]:
         """For ablation.json; conclusion is conclusion(self)."""
-        document = {"format": FORMAT, "version": VERSION} | finite(asdict(self))
+        document = super().to_dict() | finite(asdict(self))
         return document | {"sink_layer": self.sink_layer, "conclusion": conclusion(self)}
 
     @classmethod

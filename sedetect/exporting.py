@@ -27,14 +27,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sedetect.listed import DOWN_NAMES
+from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import column
 from sedetect.ranking import Place, Ranking, rank
 from sedetect.saliency import super_places
 from sedetect.stats import BankId, ModelStats
 
-FORMAT = "sedetect-protect-list"
-VERSION = "1"
 GRANULARITIES = ("expert", "layer")
 
 
@@ -63,6 +62,24 @@ class Protected:
     @property
     def routed(self) -> bool:
         return self.place.kind.startswith("routed")
+
+
+@dataclass(frozen=True)
+class ProtectList(Document):
+    """A protect list in this package's own form: the modules to leave alone, and all that is known of the experts."""
+
+    FORMAT = "sedetect-protect-list"
+
+    model: str
+    digest: str
+    tokens: int
+    granularity: str
+    modules: list[str]
+    experts: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """format, version and every field, for JSON."""
+        return super().to_dict() | vars(self)
 
 
 def protect_list(stats: ModelStats, neighbours: int = 0, ranking: Ranking | None = None) -> list[Protected]:
@@ -105,8 +122,7 @@ def export(
     document = TOOLS[tool](experts, granularity)
     if tool == "json":
         header = stats.header
-        known = {"model": header.model, "digest": header.digest, "tokens": header.tokens}
-        document = {"format": FORMAT, "version": VERSION} | known | document
+        document = ProtectList(header.model, header.digest, header.tokens, **document).to_dict()
     return document, NOTES.get((tool, granularity), [])
 
 

@@ -10,14 +10,20 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError
 
 from sedetect.errors import SedetectError
 
-T = TypeVar("T")
+STATS, RESIDUAL = "stats.safetensors", "residual.json"  # in a folder of results, see sedetect.results
 _TEMPORARY = re.compile(r"\..+\.(safetensors|json)\.\w{8}")  # as _temporary names it
+
+
+def file_in(path: str | os.PathLike, name: str | None) -> Path:
+    """The file that a path means: where it is a folder, the one of that name in it."""
+    path = Path(path)
+    return path / name if name is not None and path.is_dir() else path
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
@@ -101,28 +107,6 @@ def write_json(path: str | os.PathLike, document: Any, *, allow_nan: bool = Fals
     """Write document as indented UTF-8 JSON, atomically; NaN and infinities are refused (ValueError) unless allowed."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def read_document(path: str | os.PathLike, form: str, version: str, parse: Callable[[dict[str, Any]], T]) -> T:
-    """What parse makes of the document in a JSON file that write_json wrote.
-
-    Raises SedetectError for a file that cannot be read, is no JSON, is not of this format and version, or lacks what
-    parse looks for.
-    """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SedetectError(f"{path}: cannot be read ({error.strerror}); give a file that can") from None
-    except ValueError as error:
-        raise SedetectError(f"{path}: is no JSON ({error}); write it again") from None
-    found = (document.get("format"), document.get("version")) if isinstance(document, dict) else (None, None)
-    if found != (form, version):
-        shown = "a document without format" if found == (None, None) else f"{found[0]} version {found[1]}"
-        raise SedetectError(f"{path}: is {shown}, not {form} version {version}; write it again with this sedetect")
-    try:
-        return parse(document)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SedetectError(f"{path}: damaged ({type(error).__name__}: {error}); write it again") from None
 
 
 def _temporary(path: Path) -> Path:

@@ -16,6 +16,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from safetensors.torch import save_file
 from sedetect.banks import find_banks
 from sedetect.checkpoint import empty_model
 from sedetect.checkpoint_files import check_checkpoint
+from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.expert_layout import Layout, Tensor, read_layout, renamed, with_fewer_experts
 from sedetect.files import new_folder, write_json
@@ -35,13 +37,25 @@ from sedetect.ranking import Place
 from sedetect.saliency import ascending, saliency
 from sedetect.stats import BankId, ModelStats
 
-FORMAT = "sedetect-pruning"
-VERSION = "1"
 MAX_FILE = "2GB"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pruning(Document):
+    """What pruning.json says of a pruned checkpoint: the experts kept, per bank, and facts of whoever chose them."""
+
+    FORMAT = "sedetect-pruning"
+
+    facts: dict[str, Any]
+    kept: dict[BankId, list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """format, version, the facts, and kept by the names of the banks."""
+        return super().to_dict() | self.facts | {"kept": {str(bank): one for bank, one in self.kept.items()}}
 
 
 def choose_kept(
@@ -163,8 +177,7 @@ def prune_checkpoint(
             if file.is_file() and file.name not in ("config.json", "README.md") and not file.name.endswith(_WEIGHTS):
                 shutil.copy(file, folder)
         _write_weights(folder, pieces, by_layer, size, progress)
-        experts = {str(bank): one for bank, one in kept.items()}
-        write_json(folder / "pruning.json", {"format": FORMAT, "version": VERSION} | (facts or {}) | {"kept": experts})
+        Pruning(facts or {}, kept).save(folder / "pruning.json")
     if not layout.dropped:
         return []
     return [

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.files import finite
 from sedetect.kernels.records import RECORD, column
@@ -34,9 +35,6 @@ from sedetect.stats import BankId, BankStats, Header, ModelStats
 
 if TYPE_CHECKING:
     from sedetect.stream import Residual
-
-FORMAT = "sedetect-ranking"
-VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class SuperExpert(Place):
 
 
 @dataclass(frozen=True)
-class Ranking:
+class Ranking(Document):
     """What rank found.
 
     super_experts     the paper's set, by value, descending; not all of them have the verdict "super"
@@ -124,6 +122,8 @@ class Ranking:
     notes             one line each on what the reader must know
     headline          the verdict in one sentence
     """
+
+    FORMAT = "sedetect-ranking"
 
     model: str
     headline: str
@@ -156,7 +156,7 @@ class Ranking:
         fields = {key: finite(value) for key, value in vars(self).items()}
         for key in ("super_experts", "others"):
             fields[key] = [expert.to_dict() for expert in fields[key]]
-        return {"format": FORMAT, "version": VERSION} | fields | {"nonfinite": [str(place) for place in self.nonfinite]}
+        return super().to_dict() | fields | {"nonfinite": [str(place) for place in self.nonfinite]}
 
 
 def rank(

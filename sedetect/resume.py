@@ -16,6 +16,7 @@ import shutil
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,33 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sedetect.documents import Document
 from sedetect.errors import SedetectError
-from sedetect.files import write_json
 from sedetect.stats import ModelStats
 
-FORMAT = "sedetect-progress"
-VERSION = "1"
 _UNWRITTEN = 2  # batches that may wait to be written; each is kept in memory meanwhile
 _OURS = re.compile(r"statistics|hidden-[01]|\.progress\.json\..*")  # what a start that was killed early leaves
+
+
+@dataclass(frozen=True)
+class Finished(Document):
+    """The document progress.json: what is being run, the layers that are finished, and the seconds they took."""
+
+    FORMAT = "sedetect-progress"
+    FILE = "progress.json"
+    REMEDY = "delete its folder to begin anew"
+
+    layers: int
+    computed: float
+    run: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Finished":
+        """The inverse of to_dict."""
+        return cls(int(document["layers"]), float(document["computed"]), dict(document["run"]))
 
 
 class Progress:
@@ -45,20 +65,13 @@ class Progress:
         self.folder, self._run = folder, json.loads(json.dumps(run))
         self.layers, self.computed, self.seconds, self.waited = 0, 0.0, 0.0, 0.0
         self._writer, self._writing = ThreadPoolExecutor(1, "hidden states"), deque[Future]()
-        file = folder / "progress.json"
-        if not file.is_file():
+        if not (folder / Finished.FILE).is_file():
             if folder.exists() and not all(_OURS.fullmatch(entry.name) for entry in folder.iterdir()):
                 raise SedetectError(f"{folder}: holds something else than an unfinished profile; choose another folder")
             self._save()
             return
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-            if (document["format"], document["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"format {document['format']!r}, version {document['version']!r}")
-            before = dict(document["run"])
-            self.layers, self.computed = int(document["layers"]), float(document["computed"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise SedetectError(f"{file}: not the progress of a profile ({error}); delete {folder}") from None
+        found = Finished.load(folder)
+        before, self.layers, self.computed = found.run, found.layers, found.computed
         for name in {**before, **self._run}:
             if before.get(name) != self._run.get(name):
                 raise SedetectError(
@@ -133,9 +146,7 @@ class Progress:
         for folder in (self.folder / "hidden-0", self.folder / "hidden-1", self.folder / "statistics"):
             if folder.is_dir():
                 _sync(folder)
-        done = {"layers": self.layers, "computed": self.computed}
-        document = {"format": FORMAT, "version": VERSION, **done, "run": self._run}
-        write_json(self.folder / "progress.json", document)
+        Finished(self.layers, self.computed, self._run).save(self.folder / Finished.FILE)
         _sync(self.folder)
 
     def _statistics(self, layer: int, domain: int) -> Path:
@@ -147,7 +158,7 @@ class Progress:
 
 def discard(folder: Path) -> None:
     """Delete the folder of a profile, or of one per rank, whose results are safe; killed within, the next begins anew."""
-    for file in [*folder.glob("progress.json"), *folder.glob("*/progress.json")]:
+    for file in [*folder.glob(Finished.FILE), *folder.glob(f"*/{Finished.FILE}")]:
         file.unlink()
     shutil.rmtree(folder)
 

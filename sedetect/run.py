@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from sedetect.documents import Document
 from sedetect.kernels.records import column
 from sedetect.pipeline import ModelProfile
 from sedetect.ranking import Ranking
 from sedetect.stats import BankId, BankStats
 
-FORMAT = "sedetect-run"
-VERSION = "1"
 KEPT = 3  # of an expert's strongest rows on first tokens, and as many on all others
 BEFORE, AFTER = 24, 12  # tokens of a context
 
@@ -33,7 +32,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Document):
     """What a profile's statistics do not hold.
 
     digest      of the model, as in the statistics' header
@@ -45,6 +44,9 @@ class Run:
     contexts    the KEPT strongest first tokens and the KEPT strongest others of every expert that the ranking names
     """
 
+    FORMAT = "sedetect-run"
+    REMEDY = "run `sedetect profile MODEL -o DIR` to make one"
+
     digest: str
     date: str
     device: str
@@ -55,7 +57,7 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """The document run.json."""
-        return {"format": FORMAT, "version": VERSION} | asdict(self)
+        return super().to_dict() | asdict(self)
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> "Run":

@@ -27,16 +27,15 @@ unknown.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.ranking import Place, Ranking
 from sedetect.stats import BankId, BankStats, ModelStats
-
-FORMAT = "sedetect-saliency"
-VERSION = "1"
 
 
 def _mean(sums: torch.Tensor, state: BankStats) -> torch.Tensor:
@@ -85,10 +84,10 @@ def super_places(ranking: Ranking) -> list[Place]:
     return [Place(e.stack, e.layer, e.kind, e.expert) for e in found]
 
 
-def saliency_document(stats: ModelStats, by: str, ranking: Ranking) -> dict[str, Any]:
-    """The saliencies as a file to share, ready for JSON; whoever has it can try several ratios without the model.
+@dataclass(frozen=True)
+class Saliencies(Document):
+    """The saliencies as a file to share; whoever has it can try several ratios without the model.
 
-    format, version    "sedetect-saliency", "1"
     model, digest, dtype, tokens, sequences    as in the statistics' header
     by                 name of the saliency
     super_experts      experts with the verdict "super" in ranking: name, and their place (1 is the lowest) of so many
@@ -96,6 +95,25 @@ def saliency_document(stats: ModelStats, by: str, ranking: Ranking) -> dict[str,
     layers             per routed bank, in order: bank ("decoder.1.routed"), module, top_k, values (E numbers by expert,
                        null for unknown), rows (E integers), ascending (experts, lowest saliency first)
     """
+
+    FORMAT = "sedetect-saliency"
+
+    model: str
+    digest: str
+    dtype: str
+    tokens: int
+    sequences: int
+    by: str
+    super_experts: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """format, version and every field, for JSON."""
+        return super().to_dict() | vars(self)
+
+
+def saliency_document(stats: ModelStats, by: str, ranking: Ranking) -> Saliencies:
+    """The saliencies of statistics, and where the super experts of ranking stand among them."""
     header = stats.header
     values_of = saliency(stats, by)
     found = []
@@ -117,15 +135,5 @@ def saliency_document(stats: ModelStats, by: str, ranking: Ranking) -> dict[str,
                 "ascending": ascending(values),
             }
         )
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": header.model,
-        "digest": header.digest,
-        "dtype": header.dtype,
-        "tokens": header.tokens,
-        "sequences": header.sequences,
-        "by": by,
-        "super_experts": found,
-        "layers": layers,
-    }
+    known = (header.model, header.digest, header.dtype, header.tokens, header.sequences)
+    return Saliencies(*known, by, found, layers)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
+from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.files import finite
 from sedetect.kernels.records import column
@@ -167,6 +168,23 @@ def agreement(parts: dict[str, ModelStats]) -> Agreement:
     pairs = {(a, b): _jaccard(set(found[a]), set(found[b])) for a, b in combinations(parts, 2)}
     tokens = tuple(stats.header.tokens for stats in parts.values())
     return Agreement(tuple(parts), tokens, tuple(found.values()), tuple(experts), pairs)
+
+
+@dataclass(frozen=True)
+class Stability(Document):
+    """Both answers: a grid per profile, and the agreement of each kind of parts , by name."""
+
+    FORMAT = "sedetect-stability"
+
+    grids: dict[str, Grid]
+    agreement: dict[str, Agreement]
+
+    def to_dict(self) -> dict[str, Any]:
+        """format, version, grids and agreement, for JSON."""
+        return super().to_dict() | {
+            "grids": {name: grid.to_dict() for name, grid in self.grids.items()},
+            "agreement": {name: one.to_dict() for name, one in self.agreement.items()},
+        }
 
 
 class Peak(NamedTuple):

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sedetect.errors import SedetectError
-from sedetect.files import write_atomic
+from sedetect.files import STATS, file_in, write_atomic
 from sedetect.kernels.records import (
     COLUMN,
     COUNTS,
@@ -418,9 +417,7 @@ class ModelStats:
 
         Raises SedetectError for a missing, foreign or damaged file, or another version.
         """
-        path = Path(path)
-        if path.is_dir():
-            path /= "stats.safetensors"
+        path = file_in(path, STATS)
         if not path.is_file():
             raise SedetectError(f"{path}: no such statistics file; run `sedetect profile MODEL -o DIR` to make one")
         try:
@@ -428,7 +425,7 @@ class ModelStats:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise SedetectError(
-                        f"{path}: not a sedetect statistics file; give the stats.safetensors of a profile"
+                        f"{path}: not a sedetect statistics file; give the {STATS} of a profile"
                     )
                 if metadata.get("version") != VERSION:
                     raise SedetectError(

@@ -4,18 +4,13 @@ sedetect.residual observes it; here are its parts, its document residual.json, a
 of a decoder layer before any final norm; everything is in its units.
 """
 
-import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from sedetect.ablation import parse_place
-from sedetect.errors import SedetectError
-from sedetect.files import read_document
+from sedetect.documents import Document
+from sedetect.files import RESIDUAL
 from sedetect.ranking import Place
-
-FORMAT = "sedetect-residual"
-VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -109,12 +104,16 @@ class LayerResidual:
 
 
 @dataclass(frozen=True)
-class Residual:
+class Residual(Document):
     """What observe_residual saw. digest: as in the header of statistics; sequences: how many of each domain; seq_len,
     prefix: tokens of each, and of its prefix.
 
     formations are in the order of the forward, at most 16 per layer and sequence (the largest |x|); found counts all.
     """
+
+    FORMAT = "sedetect-residual"
+    FILE = RESIDUAL
+    REMEDY = "run `sedetect analyze residual MODEL -o DIR` to make one"
 
     model: str
     digest: str
@@ -166,21 +165,11 @@ class Residual:
 
     def to_dict(self) -> dict[str, Any]:
         """The document residual.json: every field, experts by name, forming_layers, sink_mean and inner_max; no NaN in it."""
-        document = {"format": FORMAT, "version": VERSION} | asdict(self)
+        document = super().to_dict() | asdict(self)
         document |= {name: getattr(self, name) for name in ("forming_layers", "sink_mean", "inner_max")}
         for formation, kept in zip(document["formations"], self.formations):
             formation["writers"] = [asdict(w) | {"expert": str(w.expert)} for w in kept.writers]
         return document
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Residual":
-        """Read residual.json, or the one of a folder. Raises SedetectError for a missing, damaged or other file."""
-        path = Path(path)
-        if path.is_dir():
-            path /= "residual.json"
-        if not path.is_file():
-            raise SedetectError(f"{path}: no such file; run `sedetect analyze residual MODEL -o DIR` to make one")
-        return read_document(path, FORMAT, VERSION, cls.from_dict)
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> "Residual":
@@ -192,6 +181,34 @@ class Residual:
             for f in document["formations"]
         ]
         return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Observation(Document):
+    """The document residual.json whole: a residual stream and, where it was observed too, the same model's without some
+    experts (their names). Residual.load reads the first alone."""
+
+    FORMAT, FILE, REMEDY = Residual.FORMAT, Residual.FILE, Residual.REMEDY
+
+    residual: Residual
+    ablated: Residual | None = None
+    experts: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Residual.to_dict(), and under "ablated" experts, residual and sink_decay."""
+        document = self.residual.to_dict()
+        if self.ablated is not None:
+            without = {"experts": self.experts, "residual": self.ablated.to_dict()}
+            document["ablated"] = without | {"sink_decay": sink_decay(self.residual, self.ablated)}
+        return document
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Observation":
+        """The inverse of to_dict."""
+        without = document.get("ablated")
+        if without is None:
+            return cls(Residual.from_dict(document))
+        return cls(Residual.from_dict(document), Residual.from_dict(without["residual"]), without["experts"])
 
 
 def sink_decay(before: Residual, after: Residual) -> list[float | None]:

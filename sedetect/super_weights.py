@@ -26,14 +26,12 @@ from sedetect.ablation import expert_hidden
 from sedetect.attach import attach, run_inner
 from sedetect.banks import Bank, find_banks
 from sedetect.calibration import Windows
+from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.layers import run_tokens
 from sedetect.quantized import linear_weight
 from sedetect.ranking import Place, Ranking, SuperExpert
 from sedetect.stability import found_in
-
-FORMAT = "sedetect-super-weights"
-VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,22 @@ class SuperWeight:
         fields = asdict(self)
         del fields["expert"]
         return {"name": str(self.expert)} | own | fields
+
+
+@dataclass(frozen=True)
+class SuperWeights(Document):
+    """The super weights of a model's super experts; headline: of their ranking."""
+
+    FORMAT = "sedetect-super-weights"
+
+    model: str
+    headline: str
+    found: list[SuperWeight]
+
+    def to_dict(self) -> dict[str, Any]:
+        """format, version, model, headline, and super_weights as a list of SuperWeight.to_dict()."""
+        known = {"model": self.model, "headline": self.headline}
+        return super().to_dict() | known | {"super_weights": [one.to_dict() for one in self.found]}
 
 
 @torch.no_grad()

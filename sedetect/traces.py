@@ -28,6 +28,7 @@ from sedetect.ablation import parse_place
 from sedetect.attach import attach, run_inner
 from sedetect.banks import Bank, find_banks
 from sedetect.calibration import Windows, batches
+from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.identity import model_name
 from sedetect.kernels.rows import Rows
@@ -37,8 +38,6 @@ from sedetect.rows import Batch
 from sedetect.stats import BankId
 from sedetect.tracking import TrackedModel
 
-FORMAT = "sedetect-traces"
-VERSION = "1"
 KINDS = ("first", "special", "delimiter", "text", "unknown")
 _TOKENS = 20
 
@@ -93,8 +92,11 @@ class ExpertTrace:
 
 
 @dataclass(frozen=True)
-class Traces:
+class Traces(Document):
     """What trace_experts saw: tokens and sequences (per domain) of text, and one ExpertTrace per expert asked for."""
+
+    FORMAT = "sedetect-traces"
+    REMEDY = "run `sedetect analyze trace MODEL -o DIR` to make one"
 
     model: str
     tokens: int
@@ -105,7 +107,7 @@ class Traces:
 
     def to_dict(self) -> dict[str, Any]:
         """The document traces.json: every field, experts by name, tokens as a list; no NaN in it."""
-        document = {"format": FORMAT, "version": VERSION} | asdict(self)
+        document = super().to_dict() | asdict(self)
         for trace, kept in zip(document["experts"], self.experts):
             texts = trace.pop("texts")
             trace |= {"expert": str(kept.expert), "shares": {kind: kept.share(kind) for kind in kept.kinds}}

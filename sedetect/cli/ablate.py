@@ -33,7 +33,7 @@ from sedetect.cli.shared import (
 from sedetect.errors import SedetectError
 from sedetect.evaluation import load_questions
 from sedetect.experiment import Experiment, Outcome, conclusion, run_experiment
-from sedetect.files import write_json
+from sedetect.results import Results
 
 
 @app.command("ablate")
@@ -95,10 +95,10 @@ def ablate_command(
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )
     if output is not None:
-        write_json(output / "ablation.json", experiment.to_dict())
+        experiment.save(Results(output).ablation_path)
     _print(experiment)
     if output is not None:
-        console.print(f"written to {output / 'ablation.json'}", markup=False, soft_wrap=True)
+        console.print(f"written to {Results(output).ablation_path}", markup=False, soft_wrap=True)
 
 
 def _questions(evaluate: str | None) -> list:

@@ -32,9 +32,9 @@ from sedetect.cli.shared import (
 )
 from sedetect.errors import SedetectError
 from sedetect.experiment import Target
-from sedetect.files import write_json
 from sedetect.residual import Residual, observe_residual, sink_decay
-from sedetect.stream import Formation
+from sedetect.results import Results
+from sedetect.stream import Formation, Observation
 from sedetect.traces import ExpertTrace, Group, trace_experts
 
 analyze = typer.Typer(no_args_is_help=True, help="What a model's experts do inside it.")
@@ -87,16 +87,12 @@ def residual_command(
         with ablate(loaded, experts):
             after = _observe("without them", loaded, domains, settings)
     if output is not None:
-        document = before.to_dict()
-        if after is not None:
-            without = {"experts": [str(e) for e in experts], "residual": after.to_dict()}
-            document["ablated"] = without | {"sink_decay": sink_decay(before, after)}
-        write_json(output / "residual.json", document)
+        Observation(before, after, [str(e) for e in experts]).save(Results(output).residual_path)
     _print_residual(before, tokenizer, notes)
     if after is not None:
         _print_ablated(before, after, experts)
     if output is not None:
-        print_line(f"written to {output / 'residual.json'}")
+        print_line(f"written to {Results(output).residual_path}")
 
 
 @analyze.command("trace")
@@ -143,7 +139,7 @@ def trace_command(
             progress=lambda done: bar.advance(task, done),
         )
     if output is not None:
-        write_json(output / "traces.json", traces.to_dict())
+        traces.save(Results(output).traces_path)
     print_line(
         f"{traces.model}: {traces.tokens:,} tokens in {sum(traces.sequences.values()):,} sequences; rows of all such "
         "tokens came to the expert; max|y| and its mean over them, mean routing weight"
@@ -153,7 +149,7 @@ def trace_command(
     for note in [*notes, *calibration.notes, *traces.notes]:
         print_line(f"note: {note}")
     if output is not None:
-        print_line(f"written to {output / 'traces.json'}")
+        print_line(f"written to {Results(output).traces_path}")
 
 
 def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], settings: dict[str, Any]) -> Residual:

@@ -30,12 +30,12 @@ from sedetect.cli.shared import (
 )
 from sedetect.errors import SedetectError
 from sedetect.experiment import check_choice, choose_experts
-from sedetect.files import write_json
 from sedetect.identity import model_digest
 from sedetect.pipeline import profile_model
 from sedetect.pruning import check_ratio, router_groups
 from sedetect.quantization import FORMATS, GROUP, bits_of, expert_sizes
 from sedetect.ranking import rank
+from sedetect.results import Results
 from sedetect.saliency import check_saliency, super_places
 
 
@@ -114,10 +114,10 @@ def budget_command(
     if not any(windows.source in state.header.sources for windows in domains.values()):
         budget.notes.append("the statistics are of other windows; they may have seen some of the evaluation text")
     if output is not None:
-        write_json(output / "budget.json", budget.to_dict())
+        budget.save(Results(output).budget_path)
     _print(budget, ranking.headline)
     if output is not None:
-        print_line(f"written to {output / 'budget.json'}")
+        print_line(f"written to {Results(output).budget_path}")
 
 
 def _print(budget: Budget, headline: str) -> None:

@@ -11,8 +11,8 @@ from sedetect.experiment import Target, check_choice, choose_experts, needs_stat
 from sedetect.identity import model_digest
 from sedetect.pipeline import profile_model
 from sedetect.ranking import rank
+from sedetect.results import Results
 from sedetect.stats import ModelStats
-from sedetect.stream import Residual
 
 
 def choose(
@@ -37,13 +37,12 @@ def choose(
             if stats is None:
                 state = _profile(model, tokenizer, data, settings)
             else:
-                state = ModelStats.load(stats)
+                state = Results(stats).stats()
                 if state.header.digest != model_digest(model):
                     raise SedetectError(
                         f"{stats}: statistics of another model ({state.header.model}); profile this one"
                     )
-                if (stats / "residual.json").is_file():
-                    residual = Residual.load(stats)
+                residual = Results(stats).residual()
         chosen = choose_experts(spec, model, state, draw, residual)
     except SedetectError as error:
         raise SedetectError(str(error).replace("--experts", option)) from None

@@ -12,7 +12,7 @@ from rich.table import Table
 from sedetect.cli.shared import app, console, print_line
 from sedetect.compare import Comparison, Moved, compare
 from sedetect.errors import SedetectError
-from sedetect.files import write_json
+from sedetect.files import STATS
 from sedetect.stats import ModelStats
 
 _SHOWN = 20
@@ -32,7 +32,7 @@ def compare_command(stats: Runs, json: Json = None) -> None:
     runs = load_runs(stats)
     comparison = compare(list(runs.values()), list(runs))
     if json is not None:
-        write_json(json, comparison.to_dict())
+        comparison.save(json)
     _print(comparison)
     if not comparison.equal:
         raise typer.Exit(1)
@@ -46,7 +46,7 @@ def load_runs(paths: list[Path]) -> dict[str, ModelStats]:
     """
 
     def short(path: Path) -> str:
-        path = path.parent if path.name == "stats.safetensors" else path
+        path = path.parent if path.name == STATS else path
         return (path.resolve() if path.name in ("", "..") else path).name.removesuffix(".safetensors")
 
     names = [short(path) for path in paths]

@@ -37,6 +37,7 @@ from sedetect.errors import SedetectError
 from sedetect.identity import model_digest, model_name
 from sedetect.output_analysis import analyze_outputs
 from sedetect.ranking import Ranking
+from sedetect.results import Results
 from sedetect.routing_analysis import analyze_routing
 from sedetect.stats import ModelStats
 from sedetect.weight_analysis import analyze_weights
@@ -153,7 +154,7 @@ def _check(stats: Path | None, output: Path | None, figures: bool) -> _Known | N
         raise SedetectError("--figures: there is no folder for them; give one with -o DIR")
     if figures:
         _write_figures()
-    if stats is None and output is not None and (output / "stats.safetensors").is_file():
+    if stats is None and output is not None and Results(output).stats_path.is_file():
         stats = output
     return None if stats is None else (stats, *load_ranked(stats))
 
@@ -230,12 +231,11 @@ def _finish(result: Analysis, known: _Known | None, output: Path | None, figures
     for note in result.notes:
         print_line(f"note: {note}")
     if figures:
+        drawn = Results(output).figures_path
         with progress_bar("pictures") as bar:
             task = bar.add_task("figures", total=None)
-            count = _write_figures()(
-                result, marked, output / "figures", lambda n, of: bar.update(task, completed=n, total=of)
-            )
-        print_line(f"{count} pictures as PNG and SVG in {output / 'figures'}")
+            count = _write_figures()(result, marked, drawn, lambda n, of: bar.update(task, completed=n, total=of))
+        print_line(f"{count} pictures as PNG and SVG in {drawn}")
 
 
 def _print_cells(cells: Cells) -> None:

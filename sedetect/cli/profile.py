@@ -34,6 +34,7 @@ from sedetect.fit import too_large
 from sedetect.pipeline import ModelProfile, profile_model
 from sedetect.ranking import rank
 from sedetect.ranks import join
+from sedetect.results import Results
 from sedetect.resume import discard
 from sedetect.run import describe_run
 from sedetect.saliency import check_saliency, saliency_document
@@ -89,7 +90,7 @@ def profile_command(
     """Run calibration text through MODEL and say which experts are super experts."""
     if output is not None:
         check_writable(output)
-    unfinished = output / "resume" if output is not None and resume else None
+    unfinished = Results(output).resume_path if output is not None and resume else None
     with join() as ranks, interruptible() as stop, progress_bar() as bar:
         task = bar.add_task("loading", total=None)
         device = ranks.device(device)
@@ -135,7 +136,8 @@ def profile_command(
         _show(result, output)
         if result.streamed is not None and unfinished is not None:
             discard(unfinished)
-            for folder in (output, output / "domains"):  # of earlier starts, killed while they wrote the results
+            # of earlier starts, killed while they wrote the results
+            for folder in (output, Results(output).domains.path):
                 remove_leftovers(folder)
     if result.interrupted:
         if result.streamed is not None and unfinished is not None:
@@ -170,10 +172,9 @@ def rank_command(
     """Rank the experts of a statistics file under other thresholds, or each layer's by a saliency (--by)."""
     if by is not None:
         check_saliency(by)
-    state = ModelStats.load(stats)
-    if residual is None and (stats / "residual.json").is_file():
-        residual = stats
-    seen = None if residual is None else Residual.load(residual)
+    results = Results(stats)
+    state = results.stats()
+    seen = results.residual() if residual is None else Residual.load(residual)
     ranking = rank(
         state,
         percentile=percentile,
@@ -186,13 +187,15 @@ def rank_command(
         min_ratio=min_ratio,
         min_gate_ratio=min_gate_ratio,
     )
-    document = ranking_document(ranking, None) if by is None else saliency_document(state, by, ranking)
-    if output is not None:
-        write_json(output, document)
     if by is None:
+        if output is not None:
+            write_json(output, ranking_document(ranking, None))
         print_ranking(console, ranking, residual=seen)
     else:
-        print_saliency(document)
+        known = saliency_document(state, by, ranking)
+        if output is not None:
+            known.save(output)
+        print_saliency(known)
     print_run(console, state)
 
 
@@ -227,15 +230,16 @@ def _show(result: ModelProfile, output: Path | None) -> None:
     """Save first, then print."""
     ranking = rank(result.stats, residual=result.residual)
     if output is not None:
-        result.stats.save(output / "stats.safetensors")
-        _save_parts(output / "domains", result.domains)
-        _save_parts(output / "rounds", {f"{number:03}": shard for number, shard in enumerate(result.shards)})
-        write_json(output / "super_experts.json", ranking_document(ranking, result.tokenizer))
-        write_json(output / "run.json", describe_run(result, ranking).to_dict())
+        results = Results(output)
+        result.stats.save(results.stats_path)
+        results.domains.save(result.domains)
+        results.rounds.save({f"{number:03}": shard for number, shard in enumerate(result.shards)})
+        write_json(results.ranking_path, ranking_document(ranking, result.tokenizer))
+        describe_run(result, ranking).save(results.run_path)
         if result.residual is None:
-            (output / "residual.json").unlink(missing_ok=True)  # of another run
+            results.residual_path.unlink(missing_ok=True)  # of another run
         else:
-            write_json(output / "residual.json", result.residual.to_dict())
+            result.residual.save(results.residual_path)
     print_ranking(console, ranking, result.tokenizer, result.residual)
     print_domains(console, {name: rank(stats, residual=result.residual) for name, stats in result.domains.items()})
     resumed = result.streamed is not None and result.streamed.resumed > 0
@@ -246,15 +250,6 @@ def _show(result: ModelProfile, output: Path | None) -> None:
         console.print(_stability(result), markup=False, highlight=False, soft_wrap=True)
     if output is not None:
         console.print(f"written to {output}", markup=False, soft_wrap=True)
-
-
-def _save_parts(folder: Path, parts: dict[str, ModelStats]) -> None:
-    """One statistics file per part; those of parts that are no more go."""
-    files = {folder / f"{name}.safetensors": stats for name, stats in parts.items()}
-    for stale in set(folder.glob("*.safetensors")) - files.keys():
-        stale.unlink()
-    for file, stats in files.items():
-        stats.save(file)
 
 
 def _streamed(took: Streamed) -> str:

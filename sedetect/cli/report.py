@@ -8,6 +8,7 @@ import typer
 from sedetect.cli.shared import app, check_writable, console, progress_bar
 from sedetect.errors import SedetectError
 from sedetect.report.evidence import load_evidence
+from sedetect.results import Results
 
 
 @app.command("report")
@@ -24,7 +25,7 @@ def report_command(
         from sedetect.report.write import write_figures, write_report
     except ModuleNotFoundError as error:
         raise SedetectError(f"report needs {error.name}; install it with: pip install 'sedetect[report]'") from None
-    page = folder / "report.html" if output is None else output
+    page = Results(folder).report_path if output is None else output
     if page.is_dir():
         raise SedetectError(f"-o {page}: is a folder; give the name of a file in it")
     evidence = load_evidence(folder)
@@ -35,10 +36,9 @@ def report_command(
         f"written to {page} ({page.stat().st_size / 1e6:.1f} MB)", markup=False, highlight=False, soft_wrap=True
     )
     if figures:
+        drawn = Results(page.parent).figures_path
         with progress_bar("charts") as bar:
             task = bar.add_task("figures", total=None)
-            count = write_figures(
-                evidence, page.parent / "figures", lambda n, of: bar.update(task, completed=n, total=of)
-            )
-        text = f"{count} charts as PNG, SVG and PDF in {page.parent / 'figures'}"
+            count = write_figures(evidence, drawn, lambda n, of: bar.update(task, completed=n, total=of))
+        text = f"{count} charts as PNG, SVG and PDF in {drawn}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """What the commands that read statistics for compression share: the option --by, loading, and the table by layer."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich import box
@@ -10,9 +10,9 @@ from rich.table import Table
 
 from sedetect.cli.shared import console
 from sedetect.ranking import Ranking, rank
-from sedetect.saliency import SALIENCIES
+from sedetect.results import Results
+from sedetect.saliency import SALIENCIES, Saliencies
 from sedetect.stats import ModelStats
-from sedetect.stream import Residual
 
 _SHOWN = 3  # experts at each end of a layer
 
@@ -21,25 +21,25 @@ By = Annotated[str | None, typer.Option(help=f"a saliency: {', '.join(SALIENCIES
 
 def load_ranked(stats: Path) -> tuple[ModelStats, Ranking]:
     """Statistics and their ranking; by the residual stream too where the folder of a profile holds it."""
-    state = ModelStats.load(stats)
-    residual = Residual.load(stats) if (stats / "residual.json").is_file() else None
-    return state, rank(state, residual=residual)
+    results = Results(stats)
+    state = results.stats()
+    return state, rank(state, residual=results.residual())
 
 
-def print_saliency(document: dict[str, Any]) -> None:
-    """Where the super experts stand, and a table of the lowest and highest of each layer; of saliency_document."""
-    found = [f"{one['name']} ({one['place']} of {one['of']} from below)" for one in document["super_experts"]]
-    headline = f"{document['model']} by {document['by']}; super experts in their layers: {', '.join(found) or 'none'}"
+def print_saliency(known: Saliencies) -> None:
+    """Where the super experts stand, and a table of the lowest and highest of each layer."""
+    found = [f"{one['name']} ({one['place']} of {one['of']} from below)" for one in known.super_experts]
+    headline = f"{known.model} by {known.by}; super experts in their layers: {', '.join(found) or 'none'}"
     console.print(headline, style="bold", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("layer", "lowest", "median", "highest"):
         table.add_column(name, justify="right" if name == "median" else "left")
-    for layer in document["layers"]:
+    for layer in known.layers:
         stack, number, kind = layer["bank"].split(".")
         name = f"{'' if stack == 'decoder' else stack + '.'}L{number}{kind.removeprefix('routed')}"
         order, values = layer["ascending"], layer["values"]
-        known = [e for e in order if values[e] is not None]
-        middle = _short(values[known[len(known) // 2]]) if known else "-"
+        finite = [e for e in order if values[e] is not None]
+        middle = _short(values[finite[len(finite) // 2]]) if finite else "-"
         low, high = order[: min(_SHOWN, len(order) // 2)], order[::-1][: min(_SHOWN, (len(order) + 1) // 2)]
         table.add_row(escape(name), _listed(low, values), middle, _listed(high, values))
     console.print(table)

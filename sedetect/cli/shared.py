@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sedetect.errors import SedetectError
+from sedetect.results import Results
 from sedetect.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -65,7 +66,7 @@ def is_first_rank() -> bool:
 
 def check_writable(folder: Path) -> None:
     """Fail before the work, not after it, and make no folder that bad input would leave behind."""
-    nearest = folder / "domains"
+    nearest = Results(folder).domains.path
     try:
         while not nearest.exists():
             nearest = nearest.parent

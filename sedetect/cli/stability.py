@@ -1,16 +1,13 @@
 """sedetect stability: does the set depend on the thresholds, or on the text?"""
 
-from pathlib import Path
-
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from sedetect.cli.compare import Json, Runs, load_runs
 from sedetect.cli.shared import app, console, print_line
-from sedetect.files import write_json
-from sedetect.stability import Agreement, Grid, agreement, sensitivity
-from sedetect.stats import ModelStats
+from sedetect.results import Results
+from sedetect.stability import Agreement, Grid, Stability, agreement, sensitivity
 
 _SHOWN = 20
 
@@ -25,25 +22,18 @@ def stability_command(stats: Runs, json: Json = None) -> None:
     """
     runs = load_runs(stats)
     grids = {name: sensitivity(run) for name, run in runs.items()}
-    parts = {"runs": runs} if len(runs) > 1 else {name: _parts(stats[0] / name) for name in ("domains", "rounds")}
+    results = Results(stats[0])
+    alone = {"domains": results.domains, "rounds": results.rounds}
+    parts = {"runs": runs} if len(runs) > 1 else {name: some.load() for name, some in alone.items()}
     agreed = {name: agreement(some) for name, some in parts.items() if len(some) > 1}
     if json is not None:
-        document = {
-            "format": "sedetect-stability",
-            "version": "1",
-            "grids": {name: grid.to_dict() for name, grid in grids.items()},
-        }
-        write_json(json, document | {"agreement": {name: one.to_dict() for name, one in agreed.items()}})
+        Stability(grids, agreed).save(json)
     for name, grid in grids.items():
         _print_grid(name, grid)
     for name, one in agreed.items():
         _print_agreement(name, one)
     if not agreed:
         print_line("agreement: one part only; give a folder with several domains or rounds, or several profiles")
-
-
-def _parts(folder: Path) -> dict[str, ModelStats]:
-    return {file.stem: ModelStats.load(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
 def _print_grid(name: str, grid: Grid) -> None:

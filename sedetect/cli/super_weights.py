@@ -25,10 +25,9 @@ from sedetect.cli.shared import (
     console,
     progress_bar,
 )
-from sedetect.files import write_json
 from sedetect.pipeline import profile_model
 from sedetect.ranking import rank
-from sedetect.super_weights import FORMAT, VERSION, SuperWeight, super_weights
+from sedetect.super_weights import SuperWeight, SuperWeights, super_weights
 
 
 @app.command("super-weights")
@@ -64,8 +63,7 @@ def super_weights_command(
         ranking = rank(result.stats)
         found = super_weights(loaded, ranking, result.windows, top=top)
     if json is not None:
-        document = {"format": FORMAT, "version": VERSION, "model": ranking.model, "headline": ranking.headline}
-        write_json(json, document | {"super_weights": [one.to_dict() for one in found]})
+        SuperWeights(ranking.model, ranking.headline, found).save(json)
     console.print(ranking.headline, style="bold", markup=False, highlight=False, soft_wrap=True)
     if found:
         _print(found)

@@ -1,18 +1,15 @@
 """What the commands have written into a folder, read for the report."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from sedetect import experiment, run, stream, traces
-from sedetect.analysis import KINDS, Analysis, file_of
+from sedetect.analysis import Analysis
 from sedetect.errors import SedetectError
 from sedetect.experiment import Experiment
-from sedetect.files import read_document
 from sedetect.ranking import Ranking, rank
 from sedetect.report.text import token_text
+from sedetect.results import Results
 from sedetect.run import Run
 from sedetect.stats import ModelStats
 from sedetect.stream import Residual
@@ -53,54 +50,38 @@ def load_evidence(folder: str | os.PathLike) -> Evidence:
 
     Raises SedetectError for a folder without statistics, and for a file that is damaged or of another model.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    results = Results(folder)
+    if not results.path.is_dir():
         raise SedetectError(f"{folder}: is no folder; give one that `sedetect profile MODEL -o DIR` wrote")
-    stats = ModelStats.load(folder)
+    stats = results.stats()
     if not stats.banks:
-        raise SedetectError(f"{folder / 'stats.safetensors'}: holds no experts; profile the model again")
-    domains = {path.stem: ModelStats.load(path) for path in sorted(folder.glob("domains/*.safetensors"))}
+        raise SedetectError(f"{results.stats_path}: holds no experts; profile the model again")
+    domains = results.domains.load()
     for name, part in domains.items():
-        _same(folder / "domains" / f"{name}.safetensors", part.header.digest, stats.header.digest)
-    ran = _document(folder / "run.json", run, Run.from_dict)
-    if ran is not None:
-        _same(folder / "run.json", ran.digest, stats.header.digest)
-    path = folder / "residual.json"
-    observed = _document(path, stream, _observed)
-    residual, ablated, without = observed or (None, None, [])
-    ablation = _document(folder / "ablation.json", experiment, Experiment.from_dict)
-    traced = _document(folder / "traces.json", traces, Traces.from_dict)
-    for name, found in (("residual.json", residual), ("ablation.json", ablation)):
+        _same(results.domains.file(name), part.header.digest, stats.header.digest)
+    ran, observed, ablation, traced = results.run(), results.observation(), results.ablation(), results.traces()
+    residual = None if observed is None else observed.residual
+    documents = {results.run_path: ran, results.residual_path: residual, results.ablation_path: ablation}
+    for path, found in documents.items():
         if found is not None:
-            _same(folder / name, found.digest, stats.header.digest)
+            _same(path, found.digest, stats.header.digest)
     if traced is not None:
-        _same(folder / "traces.json", traced.model, stats.header.model)
-    analyses = {kind: Analysis.load(path, kind) for kind in KINDS if (path := file_of(folder, kind)).is_file()}
+        _same(results.traces_path, traced.model, stats.header.model)
+    analyses = results.analyses()
     for kind, found in analyses.items():
-        _same(file_of(folder, kind), found.digest, stats.header.digest)
+        _same(results.analysis_path(kind), found.digest, stats.header.digest)
     return Evidence(
         stats=stats,
         ranking=rank(stats, residual=residual),
         domains={name: (part, rank(part, residual=residual)) for name, part in domains.items()},
         run=ran,
         residual=residual,
-        ablated=ablated,
-        ablated_experts=without,
+        ablated=None if observed is None else observed.ablated,
+        ablated_experts=[] if observed is None else observed.experts,
         ablation=ablation,
         traces=traced,
         analyses=analyses,
     )
-
-
-def _observed(document: dict[str, Any]) -> tuple[Residual, Residual | None, list[str]]:
-    without = document.get("ablated")
-    ablated = None if without is None else Residual.from_dict(without["residual"])
-    return Residual.from_dict(document), ablated, [] if without is None else without["experts"]
-
-
-def _document(path: Path, module: Any, parse: Callable[[dict[str, Any]], Any]) -> Any:
-    """The parsed document of module.FORMAT and module.VERSION; None where there is no such file."""
-    return read_document(path, module.FORMAT, module.VERSION, parse) if path.exists() else None
 
 
 def _same(path: Path, found: str, wanted: str) -> None:

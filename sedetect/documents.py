@@ -1,0 +1,60 @@
+"""JSON documents: values that are written with the name and version of their form, and read back."""
+
+import json
+import os
+from typing import Any, ClassVar, Self
+
+from sedetect.errors import SedetectError
+from sedetect.files import file_in, write_json
+
+
+class Document:
+    """What one JSON file holds: its format, its version, and what a class adds to them in to_dict.
+
+    FORMAT, VERSION    as written; load refuses every other
+    FILE      its name in a folder of results, where load takes the folder too
+    REMEDY    the way out of every refusal
+    """
+
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[str] = "1"
+    FILE: ClassVar[str | None] = None
+    REMEDY: ClassVar[str] = "write it again with this sedetect"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document, ready for JSON without NaN and infinities."""
+        return {"format": self.FORMAT, "version": self.VERSION}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Self:
+        """The inverse of to_dict, in classes that are read back; keys beside its own are left out."""
+        raise NotImplementedError(f"{cls.__name__} is only written")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the file, atomically. Raises SedetectError where that fails."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Read what save wrote.
+
+        Raises SedetectError for a file that is missing or cannot be read, is no JSON, is not of this format and
+        version, or lacks what from_dict looks for.
+        """
+        path = file_in(path, cls.FILE)
+        if not path.exists():
+            raise SedetectError(f"{path}: no such file; {cls.REMEDY}")
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SedetectError(f"{path}: cannot be read ({error.strerror}); give a file that can") from None
+        except ValueError as error:
+            raise SedetectError(f"{path}: is no JSON ({error}); {cls.REMEDY}") from None
+        found = (document.get("format"), document.get("version")) if isinstance(document, dict) else (None, None)
+        if found != (cls.FORMAT, cls.VERSION):
+            shown = "a document without format" if found == (None, None) else f"{found[0]} version {found[1]}"
+            raise SedetectError(f"{path}: is {shown}, not {cls.FORMAT} version {cls.VERSION}; {cls.REMEDY}")
+        try:
+            return cls.from_dict(document)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SedetectError(f"{path}: damaged ({type(error).__name__}: {error}); {cls.REMEDY}") from None

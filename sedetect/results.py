@@ -1,0 +1,114 @@
+"""The folder of results: what the commands write into it, under which names, and reading it back."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from sedetect.files import RESIDUAL, STATS
+
+if TYPE_CHECKING:
+    from sedetect.analysis import Analysis
+    from sedetect.experiment import Experiment
+    from sedetect.run import Run
+    from sedetect.stats import ModelStats
+    from sedetect.stream import Observation, Residual
+    from sedetect.traces import Traces
+
+T = TypeVar("T")
+
+
+class Parts:
+    """A folder with one statistics file per part of a profile's text, by the part's name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+    def load(self) -> "dict[str, ModelStats]":
+        """All of them, by name; none where there is no folder. Raises SedetectError for a damaged file."""
+        from sedetect.stats import ModelStats
+
+        return {file.stem: ModelStats.load(file) for file in sorted(self.path.glob("*.safetensors"))}
+
+    def save(self, parts: "dict[str, ModelStats]") -> None:
+        """Write these, and delete the files of parts that are no more."""
+        files = {self.file(name): stats for name, stats in parts.items()}
+        for stale in set(self.path.glob("*.safetensors")) - files.keys():
+            stale.unlink()
+        for file, stats in files.items():
+            stats.save(file)
+
+
+class Results:
+    """The results in a folder, or a statistics file alone, beside which nothing is known.
+
+    Paths are those of a folder whether or not they exist. What reads a file gives None where it is missing (stats
+    refuses that) and raises SedetectError where it is damaged. Nothing is kept: each call reads again.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.stats_path = self.path / STATS
+        self.domains = Parts(self.path / "domains")
+        self.rounds = Parts(self.path / "rounds")
+        self.ranking_path = self.path / "super_experts.json"
+        self.run_path = self.path / "run.json"
+        self.residual_path = self.path / RESIDUAL
+        self.traces_path = self.path / "traces.json"
+        self.ablation_path = self.path / "ablation.json"
+        self.budget_path = self.path / "budget.json"
+        self.report_path = self.path / "report.html"
+        self.figures_path = self.path / "figures"
+        self.resume_path = self.path / "resume"
+
+    def stats(self) -> "ModelStats":
+        from sedetect.stats import ModelStats
+
+        return ModelStats.load(self.path)
+
+    def run(self) -> "Run | None":
+        from sedetect.run import Run
+
+        return _read(self.run_path, Run.load)
+
+    def residual(self) -> "Residual | None":
+        """The residual stream of the model as it is."""
+        from sedetect.stream import Residual
+
+        return _read(self.residual_path, Residual.load)
+
+    def observation(self) -> "Observation | None":
+        """residual(), and what was observed without some experts."""
+        from sedetect.stream import Observation
+
+        return _read(self.residual_path, Observation.load)
+
+    def traces(self) -> "Traces | None":
+        from sedetect.traces import Traces
+
+        return _read(self.traces_path, Traces.load)
+
+    def ablation(self) -> "Experiment | None":
+        from sedetect.experiment import Experiment
+
+        return _read(self.ablation_path, Experiment.load)
+
+    def analysis_path(self, kind: str) -> Path:
+        """kind: one of sedetect.analysis.KINDS."""
+        from sedetect.analysis import file_of
+
+        return file_of(self.path, kind)
+
+    def analyses(self) -> "dict[str, Analysis]":
+        """Those there are, by kind, in the order of KINDS."""
+        from sedetect.analysis import KINDS, Analysis
+
+        paths = {kind: self.analysis_path(kind) for kind in KINDS}
+        return {kind: Analysis.load(path, kind) for kind, path in paths.items() if path.is_file()}
+
+
+def _read(path: Path, load: Callable[[Path], T]) -> T | None:
+    return load(path) if path.is_file() else None

@@ -1,0 +1,136 @@
+"""JSON documents: what is written comes back, and what is not theirs is refused in one line."""
+
+import importlib
+import json
+import math
+import pkgutil
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+import sedetect
+from sedetect.documents import Document
+from sedetect.errors import SedetectError
+from sedetect.experiment import Experiment, Outcome
+from sedetect.ranking import Place, Ranking
+from sedetect.resume import Finished
+from sedetect.run import Context, Run
+from sedetect.stream import Formation, LayerResidual, Observation, Residual, Writer
+from sedetect.traces import ExpertTrace, Fired, Group, Traces
+
+EXPERT = Place("decoder", 1, "routed", 28)
+
+
+def outcome(label, change, residual=7.5):
+    sinks = {"sink_mean": None, "sinks": [None, 0.5], "sink_decay": [None, 0.1], "residual_max": residual}
+    changes = {"change": {"code": change}, "mean_change": change}
+    return Outcome(label, ["L1E28"], "skip", "all", {"code": 9.5}, **sinks, accuracy=0.5, **changes)
+
+
+LAYER = LayerResidual(1, 900.0, 101, 0, 3, 2, "code", 0.5, None, 4, 0, [0.25, 0.75])
+FORMED = Formation(
+    "formed", 1, 101, "code", 2, 0, 3, 0.1, -900.0, -900.1, None, [Writer(EXPERT, 0.97, 0.6)], 0.99, 4, None
+)
+RESIDUAL = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [FORMED], 1, ["a note"])
+WITHOUT = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [], 0)
+GROUP = Group(3, 4, None, 900.0, 0.5)
+SAMPLES = {
+    Run: Run("d", "2026-01-01T00:00:00+00:00", "cpu", 1.5, 8192, {3: "<s>", 17: "é"},
+             [Context("s", 2, 0, "", "a", "b")]),
+    Residual: RESIDUAL,
+    Observation: Observation(RESIDUAL, WITHOUT, ["L1E28"]),
+    Experiment: Experiment("m", "d", "float32", {"code": 128}, outcome("none", 0.0), [outcome("all", 0.5)],
+                           {"same layers": [outcome("all", 0.25)], "anywhere": []}, 8),
+    Traces: Traces("m", 256, {"code": 2}, False, [
+        ExpertTrace(EXPERT, 3, 1, [Fired("code", 2, 0, 3, None, 0.5, None, 101)], {"first": GROUP}, {"0": GROUP},
+                    {3: GROUP}, {3: None}),
+    ], ["a note"]),
+    Finished: Finished(3, 1.25, {"batch size": 2, "domains": ["code"]}),
+}  # fmt: skip
+
+
+def documents():
+    """Every class of the package that is a Document."""
+    for module in pkgutil.iter_modules(sedetect.__path__):
+        if module.name not in ("__main__", "_C", "_cuda", "kernels", "report", "cli", "triton_backend", "cuda_backend"):
+            importlib.import_module(f"sedetect.{module.name}")
+    return sorted(Document.__subclasses__(), key=lambda cls: cls.__name__)
+
+
+DOCUMENTS = documents()
+
+
+def refusal(cls, path):
+    with pytest.raises(SedetectError) as caught:
+        cls.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and message.endswith(f"; {cls.REMEDY}") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("cls", SAMPLES)
+def test_what_is_saved_is_loaded(cls, tmp_path):
+    path = tmp_path / "document.json"
+    SAMPLES[cls].save(path)
+    assert cls.load(path) == SAMPLES[cls]
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert list(document)[:2] == ["format", "version"]
+    assert (document["format"], document["version"]) == (cls.FORMAT, cls.VERSION)
+    assert cls.from_dict(document | {"more": 1}) == SAMPLES[cls]
+
+
+def test_every_document_that_is_read_has_a_sample():
+    assert len(DOCUMENTS) == 14 and {cls for cls in DOCUMENTS if "from_dict" in vars(cls)} == set(SAMPLES)
+    shared = {form for form, count in Counter(cls.FORMAT for cls in DOCUMENTS).items() if count > 1}
+    assert shared == {Residual.FORMAT}  # of which an Observation is the whole document
+
+
+def test_numbers_that_are_not_finite_come_back(tmp_path):
+    broken = outcome("skip", math.inf, residual=math.nan)
+    replace(SAMPLES[Experiment], outcomes=[broken]).save(tmp_path / "ablation.json")
+    (back,) = Experiment.load(tmp_path / "ablation.json").outcomes
+    assert math.isnan(back.residual_max) and back.mean_change == back.change["code"] == math.inf
+
+
+def test_an_observation_holds_the_residual_of_its_file(tmp_path):
+    """residual.json is read as either, from the file or from its folder; without an ablation both write the same."""
+    SAMPLES[Observation].save(tmp_path / "residual.json")
+    assert Residual.load(tmp_path) == Residual.load(tmp_path / "residual.json") == RESIDUAL
+    assert Observation.load(tmp_path) == SAMPLES[Observation]
+    assert Observation(RESIDUAL).to_dict() == RESIDUAL.to_dict()
+    RESIDUAL.save(tmp_path / "residual.json")
+    assert Observation.load(tmp_path) == Observation(RESIDUAL, None, [])
+
+
+@pytest.mark.parametrize("cls", DOCUMENTS)
+def test_other_files_are_refused(cls, tmp_path):
+    path = tmp_path / "document.json"
+    assert f"{path}: no such file; " in refusal(cls, path)
+    head = {"format": cls.FORMAT, "version": cls.VERSION}
+    wrong = {
+        "is no JSON (": json.dumps(head)[:-1],
+        "is a document without format, not": "[]",
+        f"is another version 1, not {cls.FORMAT} version 1;": json.dumps(head | {"format": "another"}),
+        f"is {cls.FORMAT} version 2, not {cls.FORMAT} version 1;": json.dumps(head | {"version": "2"}),
+    }
+    for said, text in wrong.items():
+        path.write_text(text)
+        assert f"{path}: {said}" in refusal(cls, path)
+    path.write_bytes(b"\xff\xfe")
+    assert "is no JSON (" in refusal(cls, path)
+
+
+@pytest.mark.parametrize("cls", SAMPLES)
+def test_documents_that_lack_something_are_damaged(cls, tmp_path):
+    path = tmp_path / "document.json"
+    path.write_text(json.dumps({"format": cls.FORMAT, "version": cls.VERSION}))
+    assert re.search(r"damaged \(KeyError: '\w+'\)", refusal(cls, path))
+
+
+def test_a_document_that_nothing_reads_says_so(tmp_path):
+    path = tmp_path / "super_experts.json"
+    path.write_text(json.dumps({"format": Ranking.FORMAT, "version": Ranking.VERSION}))
+    with pytest.raises(NotImplementedError, match="Ranking is only written"):
+        Ranking.load(path)

@@ -8,9 +8,10 @@ print(sedetect.rank(prof.stats).headline)
 from sedetect import ops
 from sedetect.errors import SedetectError
 from sedetect.pipeline import ModelProfile, profile_model
+from sedetect.place import BankId
 from sedetect.profiler import Profile, profile
 from sedetect.ranking import Ranking, SuperExpert, rank
-from sedetect.stats import BankId, BankStats, ModelStats, merge_all
+from sedetect.stats import BankStats, ModelStats, merge_all
 from sedetect.version import __version__
 
 __all__ = [

@@ -12,7 +12,6 @@ A single weight of an expert's down_proj can be switched off as well (a super we
 expert's output.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,49 +28,13 @@ from sedetect.banks import Bank, find_banks
 from sedetect.errors import SedetectError
 from sedetect.forwards import forward_of, replace_forward
 from sedetect.kernels.grouped import expert_linear
+from sedetect.place import BankId, Place, Weight, parse_target
 from sedetect.quantized import linear_weight
-from sedetect.ranking import Place
 from sedetect.routers import find_router
-from sedetect.stats import BankId
 from sedetect.tracking import TrackedModel
 
 HOW = ("skip", "renormalize", "remove")
 TOKENS = ("all", "first", "rest")
-_NAME = re.compile(r"(?:(\w+)\.)?L(\d+)(?:E(\d+)(_\w+)?|((?:shared|dense)(?:_\d+)?)(?:E(\d+))?)")
-
-
-def parse_place(name: str) -> Place:
-    """The Place whose str is name: "L1E28", "L8shared", "encoder.L1E28". Raises SedetectError for anything else."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise SedetectError(f"{name!r}: not the name of an expert; write L1E28, or L8shared for a shared expert")
-    stack, layer, expert, suffix, kind, one = match.groups()
-    if kind is None:
-        return Place(stack or "decoder", int(layer), f"routed{suffix or ''}", int(expert))
-    return Place(stack or "decoder", int(layer), kind, kind.split("_")[0] if one is None else int(one))
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One element of an expert's down_proj: output channel (row) and intermediate channel (column)."""
-
-    expert: Place
-    channel: int
-    intermediate: int
-
-    def __str__(self) -> str:
-        return f"{self.expert}[{self.channel},{self.intermediate}]"
-
-
-def parse_target(name: str) -> Place | Weight:
-    """parse_place, and the Weight whose str is name: "L1E28[101,14]"."""
-    expert, bracket, rest = name.partition("[")
-    if not bracket:
-        return parse_place(name)
-    match = re.fullmatch(r"(\d+),\s*(\d+)\]", rest)
-    if match is None:
-        raise SedetectError(f"{name!r}: not the name of a weight; write L1E28[channel,intermediate]")
-    return Weight(parse_place(expert), int(match[1]), int(match[2]))
 
 
 @dataclass

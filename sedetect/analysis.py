@@ -21,8 +21,7 @@ from sedetect.calibration import Windows, prefix_ids
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic
 from sedetect.identity import model_digest, model_name
-from sedetect.ranking import place_of
-from sedetect.stats import BankId
+from sedetect.place import BankId, place_of
 
 VERSION = "1"
 KINDS = ("weights", "outputs", "routing")

@@ -9,9 +9,9 @@ import torch
 
 from sedetect import output_analysis, routing_analysis, weight_analysis
 from sedetect.analysis import Analysis, LayerArrays, Standing
+from sedetect.place import BankId
 from sedetect.ranking import Ranking
 from sedetect.routing_analysis import distance, effective, lift, router_spread
-from sedetect.stats import BankId
 from sedetect.tables import FEW_ROWS
 
 

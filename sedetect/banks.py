@@ -19,7 +19,7 @@ from sedetect.errors import SedetectError
 from sedetect.forwards import forward_of
 from sedetect.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear
 from sedetect.stacked import Adapter
-from sedetect.stats import BankId
+from sedetect.place import BankId
 
 # At least one of them stands beside an MLP's output projection; a router that projects down has none.
 _UP_NAMES = ("up_proj", "gate_up_proj", "w1", "input_linear", "fc1", "wi", "wi_0")

@@ -23,6 +23,7 @@ from sedetect.evaluation import perplexity
 from sedetect.experiment import Target, random_controls, routed_experts
 from sedetect.files import finite
 from sedetect.layers import run_tokens
+from sedetect.place import BankId, Place
 from sedetect.pruning import choose_kept
 from sedetect.quantization import (
     FORMATS,
@@ -33,8 +34,7 @@ from sedetect.quantization import (
     routed_banks,
     stored_bits,
 )
-from sedetect.ranking import Place
-from sedetect.stats import BankId, ModelStats
+from sedetect.stats import ModelStats
 
 RATIOS = (0.125, 0.25, 0.5)
 Sizes = dict[BankId, tuple[int, int]]  # per routed bank: weights of one expert, number of experts

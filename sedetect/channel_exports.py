@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic
-from sedetect.stats import BankId, BankStats, ModelStats
+from sedetect.place import BankId
+from sedetect.stats import BankStats, ModelStats
 
 # Kind of a bank -> name of its down projection in a GGUF file.
 _GGUF = {"routed": "ffn_down_exps", "shared": "ffn_down_shexp", "dense": "ffn_down"}

@@ -18,14 +18,15 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect.ablation import Weight, ablate, resolve
+from sedetect.ablation import ablate, resolve
 from sedetect.banks import find_banks
 from sedetect.calibration import Windows
 from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.evaluation import Question, exact_match, perplexity
 from sedetect.files import finite
-from sedetect.ranking import Place, rank
+from sedetect.place import Place, Weight
+from sedetect.ranking import rank
 from sedetect.residual import Residual, observe_residual, sink_decay
 from sedetect.stats import ModelStats
 

@@ -30,9 +30,10 @@ from sedetect.listed import DOWN_NAMES
 from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import column
-from sedetect.ranking import Place, Ranking, rank
+from sedetect.place import BankId, Place
+from sedetect.ranking import Ranking, rank
 from sedetect.saliency import super_places
-from sedetect.stats import BankId, ModelStats
+from sedetect.stats import ModelStats
 
 GRANULARITIES = ("expert", "layer")
 

@@ -20,7 +20,7 @@ from sedetect.attach import run_inner
 from sedetect.banks import Bank
 from sedetect.errors import SedetectError
 from sedetect.kernels.grouped import expert_linear
-from sedetect.ranking import Place
+from sedetect.place import Place
 
 # Children of a decoder layer that mix tokens, unless they hold experts.
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "linear_attn", "mamba", "conv", "mixer")

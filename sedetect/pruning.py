@@ -33,9 +33,9 @@ from sedetect.errors import SedetectError
 from sedetect.expert_layout import Layout, Tensor, read_layout, renamed, with_fewer_experts
 from sedetect.files import new_folder, write_json
 from sedetect.identity import model_digest
-from sedetect.ranking import Place
+from sedetect.place import BankId, Place
 from sedetect.saliency import ascending, saliency
-from sedetect.stats import BankId, ModelStats
+from sedetect.stats import ModelStats
 
 MAX_FILE = "2GB"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")

@@ -19,8 +19,7 @@ from torch import nn
 from sedetect.attach import attach, run_inner
 from sedetect.banks import Bank, find_banks
 from sedetect.errors import SedetectError
-from sedetect.ranking import Place
-from sedetect.stats import BankId
+from sedetect.place import BankId, Place
 
 GROUP = 128
 FORMATS = ("int8", "fp8", "int4", "int3", "int2")

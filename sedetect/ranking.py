@@ -23,7 +23,7 @@ Verdicts, each a test on top of the rule:
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,37 +31,9 @@ from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.files import finite
 from sedetect.kernels.records import RECORD, column
-from sedetect.stats import BankId, BankStats, Header, ModelStats
-
-if TYPE_CHECKING:
-    from sedetect.stream import Residual
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an expert is: expert is its index, or "shared" or "dense" for a bank of that kind with one expert.
-
-    str: "L1E28", "L8shared", "L8shared_1"; "L1E28_vision" in the bank "routed_vision", "L8sharedE2" in a shared bank of
-    several, "encoder.L1E28" in a stack that is not the decoder.
-    """
-
-    stack: str
-    layer: int
-    kind: str
-    expert: int | str
-
-    def __str__(self) -> str:
-        if self.kind.startswith("routed"):
-            name = f"E{self.expert}{self.kind.removeprefix('routed')}"
-        else:
-            name = self.kind if isinstance(self.expert, str) else f"{self.kind}E{self.expert}"
-        return f"{'' if self.stack == 'decoder' else self.stack + '.'}L{self.layer}{name}"
-
-
-def place_of(bank: BankId, e: int, experts: int) -> Place:
-    """The Place of expert e of a bank with that many experts."""
-    base = bank.kind.split("_")[0]
-    return Place(*bank, e if base == "routed" or experts > 1 else base)
+from sedetect.place import BankId, Place, place_of
+from sedetect.stats import BankStats, Header, ModelStats
+from sedetect.stream import Residual
 
 
 @dataclass(frozen=True)
@@ -171,7 +143,7 @@ def rank(
     min_value: float = 50.0,
     min_ratio: float = 10.0,
     min_gate_ratio: float = 3.0,
-    residual: "Residual | None" = None,
+    residual: Residual | None = None,
 ) -> Ranking:
     """The paper's set of super experts (module docstring), each with a verdict.
 

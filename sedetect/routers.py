@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sedetect.banks import Bank
-from sedetect.stats import BankId
+from sedetect.place import BankId
 
 _NAMES = {"gate", "router"}  # what transformers calls them; remote code may not
 

@@ -12,8 +12,9 @@ from typing import Any
 from sedetect.documents import Document
 from sedetect.kernels.records import column
 from sedetect.pipeline import ModelProfile
+from sedetect.place import BankId
 from sedetect.ranking import Ranking
-from sedetect.stats import BankId, BankStats
+from sedetect.stats import BankStats
 
 KEPT = 3  # of an expert's strongest rows on first tokens, and as many on all others
 BEFORE, AFTER = 24, 12  # tokens of a context

@@ -34,8 +34,9 @@ import torch
 
 from sedetect.documents import Document
 from sedetect.errors import SedetectError
-from sedetect.ranking import Place, Ranking
-from sedetect.stats import BankId, BankStats, ModelStats
+from sedetect.place import BankId, Place
+from sedetect.ranking import Ranking
+from sedetect.stats import BankStats, ModelStats
 
 
 def _mean(sums: torch.Tensor, state: BankStats) -> torch.Tensor:

@@ -19,8 +19,9 @@ from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.files import finite
 from sedetect.kernels.records import column
-from sedetect.ranking import Place, Ranking, SuperExpert, rank
-from sedetect.stats import BankId, ModelStats
+from sedetect.place import BankId, Place
+from sedetect.ranking import Ranking, SuperExpert, rank
+from sedetect.stats import ModelStats
 
 PERCENTILES = (95.0, 99.0, 99.5, 99.9)
 FRACTIONS = (0.07, 0.08, 0.09, 0.1)

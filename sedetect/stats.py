@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,7 @@ from sedetect.kernels.records import (
     float_bits,
     merge_records,
 )
+from sedetect.place import BankId
 
 RECORDS = {"outliers": 32, "first_outliers": 8, "in_max": 1}
 OPTIONAL = ("channel_max", "in_channel_max", "in_channel_sq", "coactivation", "published_max")
@@ -46,22 +47,6 @@ _FILE_DTYPE = {
     "in_value": torch.float32,
     "in_channel": torch.int32,
 }
-
-
-class BankId(NamedTuple):
-    """Identity of a bank: stack ("decoder", "encoder", ...), layer index, kind ("routed", "shared", "dense")."""
-
-    stack: str
-    layer: int
-    kind: str
-
-    def __str__(self) -> str:
-        return f"{self.stack}.{self.layer}.{self.kind}"
-
-    @classmethod
-    def parse(cls, text: str) -> "BankId":
-        stack, layer, kind = text.split(".")
-        return cls(stack, int(layer), kind)
 
 
 @dataclass

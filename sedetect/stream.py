@@ -7,10 +7,9 @@ of a decoder layer before any final norm; everything is in its units.
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sedetect.ablation import parse_place
 from sedetect.documents import Document
 from sedetect.files import RESIDUAL
-from sedetect.ranking import Place
+from sedetect.place import Place, parse_place
 
 
 @dataclass(frozen=True)

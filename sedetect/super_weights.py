@@ -9,7 +9,7 @@ and divides the outlier among the products:
     for found in super_weights(model, sedetect.rank(result.stats), result.windows):
         print(found, found.share)
 
-Switching off that weight alone (sedetect.ablation.Weight) takes exactly its share from the outlier.
+Switching off that weight alone (sedetect.place.Weight) takes exactly its share from the outlier.
 """
 
 from collections import defaultdict
@@ -29,8 +29,9 @@ from sedetect.calibration import Windows
 from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.layers import run_tokens
+from sedetect.place import Place
 from sedetect.quantized import linear_weight
-from sedetect.ranking import Place, Ranking, SuperExpert
+from sedetect.ranking import Ranking, SuperExpert
 from sedetect.stability import found_in
 
 

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from sedetect.ranking import Place, Ranking, SuperExpert
+from sedetect.place import Place
+from sedetect.ranking import Ranking, SuperExpert
 from sedetect.stats import ModelStats
 from sedetect.stream import Residual
 

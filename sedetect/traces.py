@@ -24,7 +24,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect.ablation import parse_place
 from sedetect.attach import attach, run_inner
 from sedetect.banks import Bank, find_banks
 from sedetect.calibration import Windows, batches
@@ -33,9 +32,8 @@ from sedetect.errors import SedetectError
 from sedetect.identity import model_name
 from sedetect.kernels.rows import Rows
 from sedetect.layers import expert_output, run_tokens
-from sedetect.ranking import Place
+from sedetect.place import BankId, Place, parse_place
 from sedetect.rows import Batch
-from sedetect.stats import BankId
 from sedetect.tracking import TrackedModel
 
 KINDS = ("first", "special", "delimiter", "text", "unknown")

@@ -35,8 +35,8 @@ import sedetect
 from sedetect.ablation import ablate
 from sedetect.attach import SubstitutedDown
 from sedetect.errors import SedetectError
-from sedetect.ranking import Place
-from sedetect.stats import BankId, ModelStats
+from sedetect.place import BankId, Place
+from sedetect.stats import ModelStats
 
 BATCH, LENGTH = 2, 12
 KINDS = {"R": "routed", "V": "routed_vision", "S": "shared", "T": "shared_1", "D": "dense"}

@@ -3,7 +3,8 @@
 import torch
 
 from sedetect.kernels.records import COLUMN, float_bits
-from sedetect.stats import Bank, BankId, BankStats, Header, ModelStats, Source
+from sedetect.place import BankId
+from sedetect.stats import Bank, BankStats, Header, ModelStats, Source
 
 
 def synthetic_stats(layers: int, experts: int, *, model: str = "synthetic", domain: str = "text", seed: int = 0):

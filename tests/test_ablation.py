@@ -8,11 +8,11 @@ from models import TINY, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
-from sedetect.ablation import Weight, ablate, parse_place
+from sedetect.ablation import ablate
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import Question, exact_match, load_questions, perplexity
-from sedetect.ranking import Place
+from sedetect.place import Place, Weight, parse_place
 
 
 def token_ids(seed=0):

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
 import sedetect.budget as budget_module
-from sedetect.ablation import Weight, ablate
+from sedetect.ablation import ablate
 from sedetect.budget import conclusion, held_out, make_budget
 from sedetect.calibration import calibration_windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import perplexity
+from sedetect.place import Place, Weight
 from sedetect.pruning import choose_kept
 from sedetect.quantization import expert_sizes, fake_quantize, quantized_experts, stored_bits
-from sedetect.ranking import Place
 
 SUPER = Place("decoder", 1, "routed", 28)
 

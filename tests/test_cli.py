@@ -31,7 +31,7 @@ import sedetect
 from sedetect import ModelStats, SedetectError, SuperExpert, cli
 from sedetect.backends import choose_backend
 from sedetect.checkpoint import load_tokenizer
-from sedetect.stats import BankId
+from sedetect.place import BankId
 
 # Serves tiny-moe in its own precision on the device that is chosen where none is named.
 BACKEND = choose_backend(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)[0].name

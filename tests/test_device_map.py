@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sedetect
 from sedetect import SedetectError
 from sedetect.ablation import ablate
-from sedetect.ranking import Place
+from sedetect.place import Place
 
 FORWARDS = ("forward", "_old_forward")
 OUTSIDE = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 import sedetect
 from sedetect.ablation import ablate
-from sedetect.ranking import Place
+from sedetect.place import Place
 
 torch.set_num_threads(1)
 checkpoint, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])

@@ -19,10 +19,10 @@ from sedetect import ModelStats
 from sedetect.analysis import KINDS, Analysis, LayerArrays, file_of
 from sedetect.analysis_tables import layers_table, marked_experts, standings_tables
 from sedetect.output_analysis import summarize as summarize_outputs
+from sedetect.place import BankId
 from sedetect.report.inside import Inside
 from sedetect.report.pictures import pictures_of
 from sedetect.report.style import LIGHT
-from sedetect.stats import BankId
 from sedetect.weight_analysis import summarize
 
 SHORT = ("--tokens", 256, "--seq-len", 64)

@@ -21,10 +21,10 @@ from sedetect.expert_matrices import expert_matrices
 from sedetect.kernels.gate import Gate
 from sedetect.layers import run_tokens
 from sedetect.output_analysis import OutputSums, analyze_outputs, standings, summarize
+from sedetect.place import BankId
 from sedetect.report.pictures import pictures_of
 from sedetect.routing_analysis import analyze_routing
 from sedetect.stacked import Adapter
-from sedetect.stats import BankId
 
 # experts and their gates; router, and down projections of shared experts, in the layer's MoE block
 PLACES = {

@@ -15,7 +15,8 @@ from sedetect.backends import BACKENDS
 from sedetect.errors import SedetectError
 from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.update import update_torch
-from sedetect.stats import BankId, BankStats, ModelStats, merge_all
+from sedetect.place import BankId
+from sedetect.stats import BankStats, ModelStats, merge_all
 
 BANKS = {
     "qwen3_moe": [(0, "routed"), (1, "routed"), (2, "routed")],

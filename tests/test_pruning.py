@@ -16,8 +16,8 @@ import sedetect
 from sedetect import BankId, ModelStats, pruning
 from sedetect.ablation import ablate
 from sedetect.errors import SedetectError
+from sedetect.place import Place
 from sedetect.pruning import choose_kept, prune_checkpoint
-from sedetect.ranking import Place
 from sedetect.saliency import SALIENCIES, saliency
 
 

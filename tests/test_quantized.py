@@ -28,7 +28,7 @@ from transformers.integrations.finegrained_fp8 import (
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import sedetect
-from sedetect.ablation import Weight, ablate
+from sedetect.ablation import ablate
 from sedetect.adapters import serve_quantized
 from sedetect.backends import BACKENDS, choose_backend
 from sedetect.banks import find_banks
@@ -41,8 +41,8 @@ from sedetect.kernels.dequantize import QuantizedWeights, dequantize
 from sedetect.kernels.rows import Rows
 from sedetect.measure import Measurement, measure
 from sedetect.ops import Gate
+from sedetect.place import Place, Weight
 from sedetect.quantized import has_kernel, linear_weight, serve_linears
-from sedetect.ranking import Place
 from sedetect.streaming_weights import open_streamed
 from sedetect.triton_backend import TritonBackend
 

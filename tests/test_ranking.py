@@ -9,8 +9,9 @@ import torch
 
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import COLUMN, COUNTS, SUMS, float_bits
+from sedetect.place import BankId
 from sedetect.ranking import Ranking, rank
-from sedetect.stats import Bank, BankId, BankStats, Header, ModelStats
+from sedetect.stats import Bank, BankStats, Header, ModelStats
 
 ROWS, FIRST_ROWS = COUNTS.index("rows"), COUNTS.index("first_rows")
 GATE_SUM, GATE_FIRST_SUM = SUMS.index("gate_sum"), SUMS.index("gate_first_sum")

@@ -28,6 +28,7 @@ from sedetect import ModelStats, cli
 from sedetect.checkpoint import load_tokenizer
 from sedetect.kernels.records import COLUMN, column, float_bits
 from sedetect.experiment import Experiment
+from sedetect.place import BankId
 from sedetect.report import numbers, text
 from sedetect.report.data import datasets
 from sedetect.report.evidence import Evidence, load_evidence
@@ -35,7 +36,7 @@ from sedetect.report.experiments import ablation_section
 from sedetect.report.style import DARK, LIGHT
 from sedetect.report.write import write_report
 from sedetect.run import Run, strongest
-from sedetect.stats import BankId, BankStats
+from sedetect.stats import BankStats
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}\u202e\"'&amp;"
 EVERY = ["heatmap", "tail", "first-rest", "by-layer", "by-expert", "positions", "residual", "sinks", "ablation",

@@ -19,9 +19,9 @@ from sedetect.attach import attach, run_inner
 from sedetect.banks import find_banks
 from sedetect.calibration import calibration_windows
 from sedetect.layers import run_tokens
+from sedetect.place import BankId
 from sedetect.routers import RouterWatch
 from sedetect.routing_analysis import analyze_routing, chosen_slots, distance, effective, lift, standings
-from sedetect.stats import BankId
 
 # whose routers do not choose by the size of their logits, and why; biases that correct the choice are set to 0 below
 OTHER_CHOICES = {

@@ -14,7 +14,7 @@ import sedetect
 from sedetect.calibration import load_texts
 from sedetect.errors import SedetectError
 from sedetect.pipeline import ROUND_WINDOWS, _stable_after
-from sedetect.ranking import Place
+from sedetect.place import Place
 from sedetect.stability import agreement, peak_of, sensitivity
 from sedetect.stats import ModelStats, merge_all
 

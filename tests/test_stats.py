@@ -11,7 +11,8 @@ from sedetect import ops
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic, write_json
 from sedetect.kernels.rows import Rows
-from sedetect.stats import Bank, BankId, BankStats, Header, ModelStats, Source, merge_all, ranges_of
+from sedetect.place import BankId
+from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, merge_all, ranges_of
 
 BANK = BankId("decoder", 3, "routed")
 

@@ -10,9 +10,10 @@ from test_cli import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
-from sedetect.ablation import Weight, ablate
+from sedetect.ablation import ablate
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
+from sedetect.place import Weight
 from sedetect.super_weights import super_weights
 
 

@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import sedetect
-from sedetect.ablation import parse_place
 from sedetect.attach import SubstitutedDown, is_attached
 from sedetect.banks import find_banks
 from sedetect.calibration import Windows, load_texts, make_windows
 from sedetect.cli import app
 from sedetect.errors import SedetectError
+from sedetect.place import parse_place
 from sedetect.traces import bucket_name, is_delimiter, trace_experts
 
 SE, LATE = parse_place("L1E28"), parse_place("L9E7")

@@ -17,8 +17,8 @@ from sedetect.analysis import Analysis, parse_layers
 from sedetect.banks import find_banks
 from sedetect.errors import SedetectError
 from sedetect.expert_matrices import expert_matrices, gate_states
+from sedetect.place import BankId
 from sedetect.routers import find_router
-from sedetect.stats import BankId
 from sedetect.weight_analysis import (
     analyze_group,
     analyze_weights,

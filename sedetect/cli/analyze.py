@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect.ablation import Weight, ablate
+from sedetect.ablation import ablate
 from sedetect.calibration import Windows, calibration_windows, prefix_ids
 from sedetect.checkpoint import open_model
 from sedetect.cli.choice import choose
@@ -32,6 +32,7 @@ from sedetect.cli.shared import (
 )
 from sedetect.errors import SedetectError
 from sedetect.experiment import Target
+from sedetect.place import Weight
 from sedetect.residual import Residual, observe_residual, sink_decay
 from sedetect.results import Results
 from sedetect.stream import Formation, Observation

@@ -4,11 +4,11 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from sedetect.place import BankId
 from sedetect.ranking import Ranking
 from sedetect.report.evidence import Evidence
 from sedetect.report.numbers import FP8_MAX, FP16_MAX, ExpertRow, LayerRow, expert_rows, layer_rows
 from sedetect.run import strongest
-from sedetect.stats import BankId
 from sedetect.tables import FEW_ROWS
 
 Records = list[dict[str, Any]]

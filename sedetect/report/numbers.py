@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from sedetect.kernels.records import column
-from sedetect.ranking import Place, Ranking, place_of
-from sedetect.stats import BankId, ModelStats
+from sedetect.place import BankId, Place, place_of
+from sedetect.ranking import Ranking
+from sedetect.stats import ModelStats
 from sedetect.tables import FEW_ROWS
 
 FP16_MAX = 65504.0

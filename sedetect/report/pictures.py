@@ -12,9 +12,9 @@ from sedetect import output_analysis, weight_analysis
 from sedetect.analysis import Analysis, LayerArrays
 from sedetect.analysis_tables import layer_name
 from sedetect.expert_matrices import NAMES
+from sedetect.place import BankId
 from sedetect.report.data import Records
 from sedetect.routing_analysis import effective, lift, router_spread
-from sedetect.stats import BankId
 
 _CELLS = 8192  # of a grid that a page shows
 _NEURONS = 128  # of a picture of states

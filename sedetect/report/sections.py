@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sedetect.place import BankId
 from sedetect.ranking import SuperExpert
 from sedetect.report.data import Records, row_name
 from sedetect.report.evidence import Evidence
@@ -10,7 +11,6 @@ from sedetect.report.numbers import FP8_MAX, FP16_MAX, headroom, layer_rows, thi
 from sedetect.report.table import MOST, NONE, Named, Table, make_table
 from sedetect.report.text import number, percent, whole
 from sedetect.stability import found_in
-from sedetect.stats import BankId
 from sedetect.tables import FEW_ROWS, coverage
 
 

@@ -19,11 +19,11 @@ from sedetect.quantization import fake_quantize
 
 def choose(stats: sedetect.ModelStats, out_max: float, min_rows: int) -> tuple[dict[tuple, str], set[tuple]]:
     """The routed experts (bank, number) to keep, with the reason, and the rest."""
-    supers = {(e.stack, e.layer, e.kind, e.expert) for e in sedetect.rank(stats).super_experts if e.verdict == "super"}
+    supers = {(expert.bank, expert.number) for expert in sedetect.rank(stats).found}
     keep, rest = {}, set()
     for bank, state in stats.banks.items():
-        for e in range(state.num_experts) if bank.kind.startswith("routed") else ():
-            value, rows, is_super = state.out_max[e].item(), state.rows[e].item(), (*bank, e) in supers
+        for e in range(state.num_experts) if bank.routed else ():
+            value, rows, is_super = state.out_max[e].item(), state.rows[e].item(), (bank, e) in supers
             if is_super or not value <= out_max or rows < min_rows:  # not <=, so that NaN is kept too
                 keep[bank, e] = f"{'super expert, ' if is_super else ''}|y| {value:.5g} over {rows} rows"
             else:

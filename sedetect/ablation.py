@@ -52,8 +52,8 @@ def resolve(model: nn.Module, what: Iterable[Place | Weight | str]) -> dict[Plac
     for one in what:
         one = parse_target(one) if isinstance(one, str) else one
         place = one.expert if isinstance(one, Weight) else one
-        bank = banks.get((place.stack, place.layer, place.kind))
-        if bank is None or not isinstance(place.expert, str) and place.expert >= bank.experts:
+        bank = banks.get(place.bank)
+        if bank is None or place.number >= bank.experts:
             raise SedetectError(f"{one}: {type(model).__name__} has no such expert; layers and experts count from 0")
         if isinstance(one, Weight) and (one.channel >= bank.hidden or one.intermediate >= bank.intermediate):
             raise SedetectError(f"{one}: its down_proj is {bank.hidden} x {bank.intermediate}; name a weight inside")
@@ -87,11 +87,10 @@ def ablate(
     for target, bank in resolve(model, what).items():
         found[bank.id] = bank
         place = target.expert if isinstance(target, Weight) else target
-        number = 0 if isinstance(place.expert, str) else place.expert
         if isinstance(target, Weight):
-            chosen[bank.id].weights.append((number, target.channel, target.intermediate))
+            chosen[bank.id].weights.append((place.number, target.channel, target.intermediate))
         else:
-            chosen[bank.id].experts.append(number)
+            chosen[bank.id].experts.append(place.number)
     for off in chosen.values():  # of an expert that is off there is no weight left to take out
         off.weights = [weight for weight in off.weights if weight[0] not in off.experts]
     with ExitStack() as stack:

@@ -159,13 +159,13 @@ def groups_of(banks: Sequence[Bank], layers: Sequence[int] | None = None) -> lis
 
     Raises SedetectError for a layer that has no routed experts.
     """
-    routed = [bank for bank in banks if bank.id.kind.startswith("routed")]
+    routed = [bank for bank in banks if bank.id.routed]
     known = sorted({bank.id.layer for bank in routed})
     for layer in layers or ():
         if layer not in known:
             raise SedetectError(f"--layers {layer}: has no routed experts; choose of {', '.join(map(str, known))}")
     return [
-        Group(one, [b for b in banks if b.id[:2] == one.id[:2] and b.id.kind.startswith("shared")])
+        Group(one, [b for b in banks if b.id[:2] == one.id[:2] and b.id.base == "shared"])
         for one in routed
         if layers is None or one.id.layer in layers
     ]

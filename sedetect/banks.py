@@ -46,7 +46,7 @@ class Bank:
     @property
     def routed(self) -> bool:
         """Whether it is called with a routing; so are shared experts that are stored together."""
-        return self.id.kind.startswith("routed") or isinstance(self.module, Adapter)
+        return self.id.routed or isinstance(self.module, Adapter)
 
     @property
     def stored_in(self) -> nn.Module:

@@ -142,10 +142,10 @@ def make_budget(
         controls: how many random sets of the same size to keep instead, each in the same layers.
     """
     sizes = expert_sizes(model)
-    kept = [place for place in experts if isinstance(place, Place) and place.kind.startswith("routed")]
+    kept = [place for place in experts if isinstance(place, Place) and place.bank.routed]
     notes = [f"{one} is not compressed by itself in any row" for one in experts if one not in kept]
     for place in kept:
-        if place.expert >= sizes.get(BankId(place.stack, place.layer, place.kind), (0, 0))[1]:
+        if place.expert >= sizes.get(place.bank, (0, 0))[1]:
             raise SedetectError(f"{place}: {type(model).__name__} has no such expert; name another")
     drawn = random_controls(model, kept, controls)["same layers"] if kept else []
     sets = [[], *([kept] if kept else []), *drawn]
@@ -239,12 +239,12 @@ def _gone(
     model: PreTrainedModel, stats: ModelStats, by: str, ratio: float, safe: list[Place], groups: int
 ) -> list[Place]:
     kept = choose_kept(stats, by, ratio, safe, groups=groups)
-    return [place for place in routed_experts(model) if place.expert not in kept[place.stack, place.layer, place.kind]]
+    return [place for place in routed_experts(model) if place.expert not in kept[place.bank]]
 
 
 def _share(sizes: Sizes, experts: list[Place]) -> float:
     """Of all experts' weights, the part that is in these experts."""
-    return sum(sizes[BankId(p.stack, p.layer, p.kind)][0] for p in experts) / sum(one * e for one, e in sizes.values())
+    return sum(sizes[p.bank][0] for p in experts) / sum(one * e for one, e in sizes.values())
 
 
 def _stored(model: PreTrainedModel, name: str, group: int) -> float:

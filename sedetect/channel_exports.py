@@ -72,7 +72,7 @@ def write_awq_scales(stats: ModelStats, path: str | os.PathLike, alpha: float = 
     tensors = {}
     for bank, state in _with_channels(stats).items():
         module = stats.header.banks[str(bank)].module
-        name = f"{module}.down_proj" if bank.kind.startswith("routed") else module
+        name = f"{module}.down_proj" if bank.routed else module
         tensors[name] = _awq(state, alpha)
     metadata = {"format": "sedetect-awq-scales", "version": "1", "alpha": str(alpha), "model": stats.header.model}
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))

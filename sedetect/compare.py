@@ -15,7 +15,7 @@ from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.ranking import rank
 from sedetect.files import finite
-from sedetect.stability import check_banks, found_in, peak_of
+from sedetect.stability import check_banks, peak_of
 from sedetect.stats import ModelStats
 
 
@@ -124,7 +124,7 @@ def compare(runs: Sequence[ModelStats], names: Sequence[str] | None = None) -> C
     rankings = [rank(run) for run in runs]
     described = [
         Run(name, run.header.model, run.header.dtype, run.header.tokens,
-            tuple(map(str, ranking.super_experts)), tuple(map(str, found_in(ranking))))
+            tuple(map(str, ranking.super_experts)), tuple(map(str, ranking.found)))
         for name, run, ranking in zip(names, runs, rankings, strict=True)
     ]  # fmt: skip
     values = [_values(run) for run in runs]
@@ -172,7 +172,7 @@ def _values(stats: ModelStats) -> np.ndarray:
     values = [
         np.where(state.rows.numpy() > 0, state.out_max.double().numpy(), np.nan)
         for bank, state in sorted(stats.banks.items())
-        if not bank.kind.startswith("dense")
+        if bank.base != "dense"
     ]
     return np.concatenate(values) if values else np.empty(0)
 

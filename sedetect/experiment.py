@@ -150,15 +150,14 @@ def choose_experts(
     Raises SedetectError for anything else, and for what the model does not have.
     """
     if spec == "super":
-        found = [expert for expert in rank(stats, residual=residual).super_experts if expert.verdict == "super"]
-        return [Place(e.stack, e.layer, e.kind, e.expert) for e in found]
+        return [expert.place for expert in rank(stats, residual=residual).found]
     number = _number(spec, model)
     if number is None:
         return list(resolve(model, _names(spec)))
     experts = routed_experts(model)
     if spec.startswith("random:"):
         return _draw(np.random.default_rng(seed), experts, number)
-    rows = {place: int(stats.banks[place.stack, place.layer, place.kind].rows[place.expert]) for place in experts}
+    rows = {place: int(stats.banks[place.bank].rows[place.expert]) for place in experts}
     return sorted(experts, key=lambda place: -rows[place])[:number]
 
 
@@ -179,7 +178,7 @@ def _number(spec: str, model: nn.Module) -> int | None:
 
 def routed_experts(model: nn.Module) -> list[Place]:
     """Every routed expert of a model, in order."""
-    banks = [bank for bank in find_banks(model) if bank.id.kind.startswith("routed")]
+    banks = [bank for bank in find_banks(model) if bank.id.routed]
     return [Place(*bank.id, e) for bank in banks for e in range(bank.experts)]
 
 
@@ -210,7 +209,7 @@ def run_experiment(
         progress: called with (label, runs done, runs in all).
     """
     experts = list(resolve(model, experts))
-    plain = all(isinstance(one, Place) and one.kind.startswith("routed") for one in experts)
+    plain = all(isinstance(one, Place) and one.bank.routed for one in experts)
     allowed = [how for how in hows if plain or how == "skip"]
     if not allowed:
         raise SedetectError(f"how {', '.join(hows)}: shared experts and single weights know only skip; use that")
@@ -312,14 +311,12 @@ def random_controls(model: nn.Module, experts: Sequence[Target], number: int) ->
     others = [place for place in routed_experts(model) if place not in set(experts)]
     others = [others[i] for i in generator.permutation(len(others))]
     weights = [one for one in experts if isinstance(one, Weight)]
-    counts = Counter(
-        (p.stack, p.layer, p.kind) for p in experts if isinstance(p, Place) and p.kind.startswith("routed")
-    )
-    peers = {key: [p for p in others if (p.stack, p.layer, p.kind) == key] for key in counts}
+    counts = Counter(p.bank for p in experts if isinstance(p, Place) and p.bank.routed)
+    peers = {key: [p for p in others if p.bank == key] for key in counts}
     banks = {bank.id: bank for bank in find_banks(model)}
 
     def weight_of(expert: Place) -> Weight:
-        bank = banks[expert.stack, expert.layer, expert.kind]
+        bank = banks[expert.bank]
         return Weight(expert, int(generator.integers(bank.hidden)), int(generator.integers(bank.intermediate)))
 
     same, anywhere = [], []

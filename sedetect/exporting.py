@@ -62,7 +62,7 @@ class Protected:
 
     @property
     def routed(self) -> bool:
-        return self.place.kind.startswith("routed")
+        return self.place.bank.routed
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def protect_list(stats: ModelStats, neighbours: int = 0, ranking: Ranking | None
     maxima = [
         (float(value), Place(*bank, e))
         for bank, state in sorted(stats.banks.items())
-        if bank.kind.startswith("routed")
+        if bank.routed
         for e, value in enumerate(state.out_max.tolist())
         if math.isfinite(value)
     ]
@@ -129,17 +129,15 @@ def export(
 
 def kept_experts(stats: ModelStats, experts: list[Protected], granularity: str) -> dict[BankId, int]:
     """How many routed experts of each bank a list leaves alone."""
-    kept = Counter(BankId(e.place.stack, e.place.layer, e.place.kind) for e in experts if e.routed)
+    kept = Counter(e.place.bank for e in experts if e.routed)
     return {bank: stats.banks[bank].num_experts if granularity == "layer" else count for bank, count in kept.items()}
 
 
 def _protected(stats: ModelStats, place: Place, why: str) -> Protected:
-    bank = BankId(place.stack, place.layer, place.kind)
-    number = 0 if isinstance(place.expert, str) else place.expert
-    peak = stats.banks[bank].peak()[number]
-    module = stats.header.banks[str(bank)].module
+    peak = stats.banks[place.bank].peak()[place.number]
+    module = stats.header.banks[str(place.bank)].module
     path, _, name = module.rpartition(".")
-    if place.kind.startswith("routed") and name != "experts":
+    if place.bank.routed and name != "experts":
         raise SedetectError(
             f"{place}: {module} does not hold its experts by number; protect the layer by hand, no list can name them"
         )

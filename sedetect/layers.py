@@ -130,7 +130,7 @@ class ExpertCalls:
         for bank, y in self._single[layer]:
             if y.shape == shape:
                 gate = self._shared_gate(bank, routed[0][1][0][token]) if routed else 1.0
-                yield Written(Place(*bank.id, bank.id.kind.split("_")[0]), gate, gate * float(y[token, channel]))
+                yield Written(Place(*bank.id, bank.id.base), gate, gate * float(y[token, channel]))
 
     def forget(self, layer: int) -> None:
         self._routed.pop(layer, None)
@@ -151,7 +151,7 @@ class ExpertCalls:
         """What the MLP block multiplies its shared expert by: sigmoid(shared_expert_gate(x)) in Qwen's models, else 1."""
         block = self._model.get_submodule(bank.path.rpartition(".")[0].rpartition(".")[0])
         gate = getattr(block, "shared_expert_gate", None)
-        return 1.0 if gate is None or not bank.id.kind.startswith("shared") else float(torch.sigmoid(gate(x)))
+        return 1.0 if gate is None or bank.id.base != "shared" else float(torch.sigmoid(gate(x)))
 
 
 def expert_output(module: nn.Module, x: torch.Tensor, expert: int) -> torch.Tensor:

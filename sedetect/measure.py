@@ -61,7 +61,7 @@ class Measurement:
         """A state that has seen nothing, of all experts or so many."""
         channels = (self.bank.hidden, self.bank.intermediate) if self.channels else None
         coactivation = self.coactivation and self.bank.experts > 1
-        first_rows = self.first_rows and self.bank.id.kind.startswith("routed")
+        first_rows = self.first_rows and self.bank.id.routed
         return BankStats.empty(experts or self.bank.experts, device, channels, coactivation, first_rows)
 
     def prepare(self, device: torch.device) -> BankStats:

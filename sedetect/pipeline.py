@@ -297,7 +297,7 @@ def _rounds(domains: dict[str, Windows], count: int) -> list[dict[str, Windows]]
 
 
 def _super_experts(stats: ModelStats) -> tuple[str, ...]:
-    return tuple(str(expert) for expert in rank(stats).super_experts if expert.verdict == "super")
+    return tuple(str(expert) for expert in rank(stats).found)
 
 
 def _stable_after(rounds: list[tuple[int, tuple[str, ...]]], unchanged: int) -> int | None:

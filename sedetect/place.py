@@ -60,6 +60,11 @@ class Place:
         return BankId(self.stack, self.layer, self.kind)
 
     @property
+    def place(self) -> "Place":
+        """The bare place, without what a subclass knows of the expert."""
+        return Place(self.stack, self.layer, self.kind, self.expert)
+
+    @property
     def number(self) -> int:
         """Index of the expert in its bank; 0 in a shared or dense bank of one."""
         return 0 if isinstance(self.expert, str) else self.expert

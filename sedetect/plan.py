@@ -88,7 +88,7 @@ def make_plan(folder: str | Path, **options: object) -> Plan:
     streamed = open_streamed(folder, device="cpu", weights=False, **options)
     model, banks = streamed.model, find_banks(streamed.model)
     routed = sum(_count(bank.stored_in) for bank in banks if bank.routed)
-    shared_mlps = {bank.path.rpartition(".")[0] for bank in banks if bank.id.kind.startswith("shared")}
+    shared_mlps = {bank.path.rpartition(".")[0] for bank in banks if bank.id.base == "shared"}
     shared = sum(_count(model.get_submodule(path)) for path in shared_mlps)
     experts: dict[int, int] = {}
     for bank in banks:

@@ -74,7 +74,7 @@ def choose_kept(
     for bank, values in saliency(stats, by).items():
         experts = len(values)
         gone = _number_gone(experts, ratio, stats.header.banks[str(bank)].top_k, groups)
-        safe = {p.expert for p in protected if (p.stack, p.layer, p.kind) == bank}
+        safe = {p.expert for p in protected if p.bank == bank}
         kept[bank] = []
         size = experts // groups
         for group in range(groups):

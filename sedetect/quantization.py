@@ -72,7 +72,7 @@ def expert_weights(module: nn.Module) -> dict[str, int]:
 
 def routed_banks(model: nn.Module) -> list[Bank]:
     """The banks of routed experts: what compression is simulated for. Shared experts are not among them."""
-    return [bank for bank in find_banks(model) if bank.id.kind.startswith("routed")]
+    return [bank for bank in find_banks(model) if bank.id.routed]
 
 
 def expert_sizes(model: nn.Module) -> dict[BankId, tuple[int, int]]:
@@ -94,7 +94,7 @@ def quantized_experts(model: nn.Module, name: str, kept: Iterable[Place] = (), *
     kept = set(kept)
     calls = []
     for bank in routed_banks(model):
-        numbers = sorted(p.expert for p in kept if (p.stack, p.layer, p.kind) == bank.id)
+        numbers = sorted(p.expert for p in kept if p.bank == bank.id)
         calls.append((bank, partial(_run_quantized, name, group, numbers)))
     restore = attach(model, calls)
     try:

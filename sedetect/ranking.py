@@ -111,6 +111,16 @@ class Ranking(Document):
     criteria: dict[str, Any]
     notes: list[str]
 
+    @property
+    def found(self) -> list[SuperExpert]:
+        """The experts of the set with the verdict "super"."""
+        return [expert for expert in self.super_experts if expert.verdict == "super"]
+
+    @property
+    def judged(self) -> list[SuperExpert]:
+        """Every expert with a verdict: the set, then the others."""
+        return self.super_experts + self.others
+
     def to_dict(self) -> dict[str, Any]:
         """The document super_experts.json; no NaN or infinity in it.
 
@@ -208,7 +218,7 @@ def rank(
     if formed and "decoder" in limits:
         limits["decoder"] = max(limits["decoder"], formed[-1] + 1)
 
-    ranked = [bank for bank in banks if not bank.kind.startswith("dense")]
+    ranked = [bank for bank in banks if bank.base != "dense"]
     experts = [(bank, e) for bank in ranked for e in range(len(views[bank].values))]
     values = np.array([views[bank].values[e] for bank, e in experts])
     finite = np.isfinite(values)
@@ -310,7 +320,7 @@ class _View:
 
     def __init__(self, bank: BankId, state: BankStats, header: Header, rows: str):
         self.bank = bank
-        values = state.published_max if rows == "first" and bank.kind.startswith("routed") else state.out_max
+        values = state.published_max if rows == "first" and bank.routed else state.out_max
         if values is None:
             raise SedetectError(f"{bank}: the statistics lack the first rows; profile again with --first-rows")
         self.values = values.double().cpu().numpy()
@@ -334,7 +344,7 @@ class _View:
             signature = None
         elif not tests.passes(first_max):
             signature = False
-        elif not self.bank.kind.startswith("routed"):
+        elif not self.bank.routed:
             signature = True
         else:
             signature = None if rest_gate is None else first_gate > min_gate_ratio * rest_gate
@@ -358,7 +368,7 @@ class _View:
 
     def gates(self, e: int) -> tuple[float | None, float | None]:
         """first_gate and rest_gate of expert e: a token is top_k rows of the bank."""
-        if not self.bank.kind.startswith("routed"):
+        if not self.bank.routed:
             return None, None
         if not self.top_k:
             raise SedetectError(f"{self.bank}: the statistics give its top_k as {self.top_k}; profile the model again")
@@ -375,10 +385,10 @@ def _medians(views: dict[BankId, _View]) -> dict[BankId, float | None]:
     seen = {bank: view.values[(view.rows > 0) & np.isfinite(view.values)] for bank, view in views.items()}
     medians = {}
     for bank in views:
-        if bank.kind.startswith("routed"):
+        if bank.routed:
             peers = seen[bank]
         else:
-            layer = [seen[b] for b in views if b[:2] == bank[:2] and b.kind.startswith("routed")]
+            layer = [seen[b] for b in views if b[:2] == bank[:2] and b.routed]
             peers = np.concatenate(layer) if layer else np.array([])
         medians[bank] = float(np.median(peers)) if len(peers) else None
     return medians

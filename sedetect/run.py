@@ -12,7 +12,6 @@ from typing import Any
 from sedetect.documents import Document
 from sedetect.kernels.records import column
 from sedetect.pipeline import ModelProfile
-from sedetect.place import BankId
 from sedetect.ranking import Ranking
 from sedetect.stats import BankStats
 
@@ -74,9 +73,8 @@ def describe_run(result: ModelProfile, ranking: Ranking) -> Run:
     decode, banks = result.tokenizer.decode, result.stats.banks
     peaks = {int(token) for state in banks.values() for token in column(state.peak(), "token")}
     places = {}
-    for expert in ranking.super_experts + ranking.others:
-        number = 0 if isinstance(expert.expert, str) else expert.expert
-        for row in strongest(banks[BankId(expert.stack, expert.layer, expert.kind)], number, KEPT):
+    for expert in ranking.judged:
+        for row in strongest(banks[expert.bank], expert.number, KEPT):
             places[row["source"], row["sequence"], row["position"]] = None
     sources = sorted(result.stats.header.sources)
     windows = {

@@ -70,7 +70,7 @@ def saliency(stats: ModelStats, by: str) -> dict[BankId, torch.Tensor]:
     return {
         bank: SALIENCIES[by](state).masked_fill(state.nonfinite > 0, torch.nan)
         for bank, state in sorted(stats.banks.items())
-        if bank.kind.startswith("routed")
+        if bank.routed
     }
 
 
@@ -81,8 +81,7 @@ def ascending(values: torch.Tensor) -> list[int]:
 
 def super_places(ranking: Ranking) -> list[Place]:
     """The experts with the verdict "super", by value, descending: those that protection means."""
-    found = [expert for expert in ranking.super_experts if expert.verdict == "super"]
-    return [Place(e.stack, e.layer, e.kind, e.expert) for e in found]
+    return [expert.place for expert in ranking.found]
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def saliency_document(stats: ModelStats, by: str, ranking: Ranking) -> Saliencie
     values_of = saliency(stats, by)
     found = []
     for place in super_places(ranking):
-        values = values_of.get(BankId(place.stack, place.layer, place.kind))
+        values = values_of.get(place.bank)
         if values is not None:  # shared experts are not ranked
             found.append({"name": str(place), "place": ascending(values).index(place.expert) + 1, "of": len(values)})
     layers = []

@@ -19,8 +19,8 @@ from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.files import finite
 from sedetect.kernels.records import column
-from sedetect.place import BankId, Place
-from sedetect.ranking import Ranking, SuperExpert, rank
+from sedetect.place import Place
+from sedetect.ranking import rank
 from sedetect.stats import ModelStats
 
 PERCENTILES = (95.0, 99.0, 99.5, 99.9)
@@ -83,7 +83,7 @@ def sensitivity(
         for fraction in fractions:
             ranking = rank(stats, percentile=percentile, fraction=fraction)
             named = tuple(map(str, ranking.super_experts))
-            cells.append(Cell(percentile, fraction, named, tuple(map(str, found_in(ranking)))))
+            cells.append(Cell(percentile, fraction, named, tuple(map(str, ranking.found))))
     return Grid(tuple(percentiles), tuple(fractions), tuple(cells))
 
 
@@ -154,7 +154,7 @@ def agreement(parts: dict[str, ModelStats]) -> Agreement:
     """
     check_banks(list(parts.values()), list(parts))
     rankings = {name: rank(stats) for name, stats in parts.items()}
-    found = {name: tuple(map(str, found_in(ranking))) for name, ranking in rankings.items()}
+    found = {name: tuple(map(str, ranking.found)) for name, ranking in rankings.items()}
     members = {str(expert): expert for ranking in rankings.values() for expert in ranking.super_experts}
     experts = [
         Agreed(
@@ -197,16 +197,9 @@ class Peak(NamedTuple):
 
 def peak_of(stats: ModelStats, place: Place) -> Peak:
     """The largest |y| of an expert, wherever it ranks. Raises KeyError for a bank that the statistics lack."""
-    state = stats.banks[BankId(place.stack, place.layer, place.kind)]
-    expert = 0 if isinstance(place.expert, str) else place.expert
-    record = state.peak()[expert]
+    record = stats.banks[place.bank].peak()[place.number]
     value = float(column(record, "value"))
     return Peak(0.0, None) if value < 0 else Peak(value, int(column(record, "channel")))
-
-
-def found_in(ranking: Ranking) -> list[SuperExpert]:
-    """The experts of the paper's set with the verdict "super"."""
-    return [expert for expert in ranking.super_experts if expert.verdict == "super"]
 
 
 def check_banks(runs: list[ModelStats], names: list[str]) -> None:

@@ -29,10 +29,9 @@ from sedetect.calibration import Windows
 from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.layers import run_tokens
-from sedetect.place import Place
+from sedetect.place import BankId, Place
 from sedetect.quantized import linear_weight
 from sedetect.ranking import Ranking, SuperExpert
-from sedetect.stability import found_in
 
 
 @dataclass(frozen=True)
@@ -144,13 +143,13 @@ def super_weights(
     """
     if top < 1:
         raise SedetectError(f"top {top}: must be at least 1")
-    chosen = found_in(experts) if isinstance(experts, Ranking) else list(experts)
+    chosen = experts.found if isinstance(experts, Ranking) else list(experts)
     every = list(windows.values() if isinstance(windows, Mapping) else windows)
     banks = {bank.id: bank for bank in find_banks(model)}
     by_sequence: dict[tuple[str | None, int], list[SuperExpert]] = defaultdict(list)
     for expert in chosen:
-        bank = banks.get((expert.stack, expert.layer, expert.kind))
-        if bank is None or _number(expert) >= bank.experts:
+        bank = banks.get(expert.bank)
+        if bank is None or expert.number >= bank.experts:
             raise SedetectError(
                 f"{expert}: {type(model).__name__} has no such expert; give the model that was profiled"
             )
@@ -160,9 +159,9 @@ def super_weights(
     results: dict[Place, SuperWeight] = {}
     for (source, number), here in by_sequence.items():
         ids = _window(every, source, number, here[0])
-        by_bank: dict[tuple[str, int, str], list[SuperExpert]] = defaultdict(list)
+        by_bank: dict[BankId, list[SuperExpert]] = defaultdict(list)
         for expert in here:
-            by_bank[expert.stack, expert.layer, expert.kind].append(expert)
+            by_bank[expert.bank].append(expert)
         calls = [
             (banks[key], partial(_step_in, banks[key], mine, len(ids), top, results.__setitem__))
             for key, mine in by_bank.items()
@@ -172,10 +171,10 @@ def super_weights(
             run_tokens(model, ids[None])
         finally:
             undo()
-    missing = [expert for expert in chosen if _place(expert) not in results]
+    missing = [expert for expert in chosen if expert.place not in results]
     if missing:
         raise SedetectError(f"{missing[0]}: its bank did not run; give the model that was profiled")
-    return [results[_place(expert)] for expert in chosen]
+    return [results[expert.place] for expert in chosen]
 
 
 def _window(windows: list[Windows], source: str | None, number: int, expert: SuperExpert) -> torch.Tensor:
@@ -208,7 +207,7 @@ def _step_in(
             f"{bank.path}: regroups its tokens, {len(flat)} rows for {length} tokens; give another model"
         )
     for expert in experts:
-        keep(_place(expert), _resolve(bank, module, expert, flat, routing, top))
+        keep(expert.place, _resolve(bank, module, expert, flat, routing, top))
     return run_inner(module, x, *routing) if bank.routed else module(x)
 
 
@@ -226,17 +225,16 @@ def _resolve(
         raise SedetectError(f"{expert}: position {row} is outside its window of {len(x)} tokens; profile again")
     if bank.routed:
         index, gates = routing
-        number = _number(expert)
-        gate = float((gates[row] * (index[row] == number)).sum())
+        gate = float((gates[row] * (index[row] == expert.number)).sum())
         if not gate:
             raise SedetectError(
                 f"{expert}: token {row} of sequence {expert.sequence_id} does not visit it in this run; "
                 "give the model and precision that were profiled"
             )
-        h = expert_hidden(module, x[row : row + 1], number)[0]
-        weight = module.down_proj[number]
+        h = expert_hidden(module, x[row : row + 1], expert.number)[0]
+        weight = module.down_proj[expert.number]
         weight = weight[:, channel] if module.is_transposed else weight[channel]
-        bias = module.down_proj_bias[number][channel] if module.has_bias else None
+        bias = module.down_proj_bias[expert.number][channel] if module.has_bias else None
     else:
         gate, h = 1.0, x[row]
         weight, bias = _linear_row(bank, module, channel)
@@ -251,7 +249,7 @@ def _resolve(
         for j, total in zip(order.tolist(), cumulative, strict=True)
     )
     place = (expert.position, expert.token_id, expert.sequence_id, expert.source)
-    return SuperWeight(_place(expert), channel, *place, float(value), expert.value, gate, contributions)
+    return SuperWeight(expert.place, channel, *place, float(value), expert.value, gate, contributions)
 
 
 def _linear_row(bank: Bank, module: nn.Module, channel: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -260,11 +258,3 @@ def _linear_row(bank: Bank, module: nn.Module, channel: int) -> tuple[torch.Tens
     if weight is None or weight.shape != (bank.hidden, bank.intermediate):
         raise SedetectError(f"{bank.path} ({type(module).__name__}): its weights cannot be read; load them unquantized")
     return weight[channel], None if bias is None else bias[channel]
-
-
-def _number(expert: Place) -> int:
-    return 0 if isinstance(expert.expert, str) else expert.expert
-
-
-def _place(expert: Place) -> Place:
-    return Place(expert.stack, expert.layer, expert.kind, expert.expert)

@@ -10,7 +10,6 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from sedetect.place import Place
 from sedetect.ranking import Ranking, SuperExpert
 from sedetect.stats import ModelStats
 from sedetect.stream import Residual
@@ -37,7 +36,7 @@ def print_ranking(
 ) -> None:
     """The headline, a table of the paper's set and of the experts that stand out beside it, and the evidence."""
     console.print(ranking.headline, style="bold", markup=False, highlight=False, soft_wrap=True)
-    experts = ranking.super_experts + ranking.others
+    experts = ranking.judged
     if experts:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("expert", no_wrap=True)
@@ -70,12 +69,11 @@ def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
     if expert.first_gate is not None and expert.rest_gate is not None:
         parts.append(f"mean routing weight {expert.first_gate:.2g} and {expert.rest_gate:.2g}")
     if residual is not None:
-        place = Place(expert.stack, expert.layer, expert.kind, expert.expert)
-        carried = residual.carried_by(place)
+        carried = residual.carried_by(expert.place)
         if carried:
             one = max(carried, key=lambda formation: abs(formation.jump))
             parts.append(
-                f"writes {one.share_of(place):.0%} of a massive activation in channel {one.channel}, carried to L{one.carried_to}"
+                f"writes {one.share_of(expert.place):.0%} of a massive activation in channel {one.channel}, carried to L{one.carried_to}"
             )
         else:
             parts.append("writes no massive activation that later layers carry")
@@ -84,7 +82,7 @@ def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
 
 def print_domains(console: Console, domains: dict[str, Ranking]) -> None:
     """One line: the super experts of each domain alone."""
-    found = {name: ", ".join(str(e) for e in r.super_experts if e.verdict == "super") for name, r in domains.items()}
+    found = {name: ", ".join(str(e) for e in r.found) for name, r in domains.items()}
     if len(set(found.values())) == 1:
         _line(console, f"each domain alone ({', '.join(found)}): {next(iter(found.values())) or 'none'}")
     else:
@@ -118,9 +116,7 @@ def folded(notes: Sequence[str]) -> list[str]:
 
 def coverage(stats: ModelStats) -> str:
     """One line: how many rows the experts saw, and how many saw none or few."""
-    rows = [
-        count for bank, state in stats.banks.items() if bank.kind.startswith("routed") for count in state.rows.tolist()
-    ]
+    rows = [count for bank, state in stats.banks.items() if bank.routed for count in state.rows.tolist()]
     if not rows:
         return "coverage: no routed experts"
     unseen, few = sum(n == 0 for n in rows), sum(0 < n < FEW_ROWS for n in rows)

@@ -205,8 +205,8 @@ class _Tracer:
         banks = {bank.id: bank for bank in find_banks(model)}
         chosen: dict[BankId, list[Place]] = defaultdict(list)
         for expert in experts:
-            bank = banks.get(BankId(expert.stack, expert.layer, expert.kind))
-            if bank is None or (0 if isinstance(expert.expert, str) else expert.expert) >= bank.experts:
+            bank = banks.get(expert.bank)
+            if bank is None or expert.number >= bank.experts:
                 raise SedetectError(f"{expert}: {type(model).__name__} has no such expert")
             chosen[bank.id].append(expert)
         self.calls = [

@@ -458,7 +458,7 @@ class _Dense:
 
 
 def _layers_with_experts(model: nn.Module) -> dict[str, nn.Module]:
-    paths = [layer_path(bank) for bank in find_banks(model) if bank.id.kind.startswith("routed")]
+    paths = [layer_path(bank) for bank in find_banks(model) if bank.id.routed]
     return {path: model.get_submodule(path) for path in paths}
 
 

@@ -323,7 +323,7 @@ def check_rows(family: Family, stats: ModelStats, ids: torch.Tensor) -> None:
     """Rows of a layer's routed banks add up to tokens x top_k; to less in all where some slots are no expert's."""
     routed = defaultdict(int)
     for bank, state in stats.banks.items():
-        if bank.kind.startswith("routed"):
+        if bank.routed:
             assert (state.out_max > 0).sum() >= 2, f"{bank}: this tiny model routes everything to one expert"
             if bank.stack == "decoder":
                 routed[bank.layer] += int(state.rows.sum())
@@ -345,7 +345,7 @@ def check_planted(name, model, inputs, ids, stats, backend) -> None:
     plant(model, path, expert)
     expected = reference(name, model, inputs, ids, backend).seen[path][expert]
     found = sedetect.rank(profile(model, inputs, backend)).super_experts
-    here = [e for e in found if Place(e.stack, e.layer, e.kind, e.expert) == Place(*bank, expert)]
+    here = [e for e in found if e.place == Place(*bank, expert)]
     assert here, f"planted {Place(*bank, expert)}, found {[str(e) for e in found]}"
     one = here[0]
     close(f"planted {one}", one.value, expected.out_max, model.dtype)

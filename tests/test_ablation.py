@@ -12,7 +12,7 @@ from sedetect.ablation import ablate
 from sedetect.calibration import Windows
 from sedetect.errors import SedetectError
 from sedetect.evaluation import Question, exact_match, load_questions, perplexity
-from sedetect.place import Place, Weight, parse_place
+from sedetect.place import Place, Weight
 
 
 def token_ids(seed=0):
@@ -24,19 +24,6 @@ def token_ids(seed=0):
 def logits(model, ids, what=(), **how):
     with torch.no_grad(), ablate(model, what, **how):
         return model(input_ids=ids).logits
-
-
-@pytest.mark.parametrize(
-    "name", ["L1E28", "L8shared", "L8shared_1", "encoder.L2E0", "L3E4_vision", "L0dense", "L8sharedE2"]
-)
-def test_names_are_read_as_they_are_printed(name):
-    assert str(parse_place(name)) == name
-
-
-@pytest.mark.parametrize("name", ["", "1E28", "L1", "L1E", "L1E28,", "LxE1", "L1 E2", "L1sharedE2x"])
-def test_other_names_are_refused(name):
-    with pytest.raises(SedetectError, match="not the name of an expert"):
-        parse_place(name)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])

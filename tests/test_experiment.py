@@ -137,7 +137,7 @@ def test_choosing_experts(subject):
     assert drawn != choose_experts("random:5", model, seed=2)
     busiest = choose_experts("top-frequency:3", model, stats)
     rows = sorted((int(n) for state in stats.banks.values() for n in state.rows), reverse=True)
-    assert [int(stats.banks[p.stack, p.layer, p.kind].rows[p.expert]) for p in busiest] == rows[:3]
+    assert [int(stats.banks[p.bank].rows[p.expert]) for p in busiest] == rows[:3]
     for spec, said in (
         ("random:0", "is no number"), ("random:999", "is no number"), ("best", "not the name of an expert"),
         ("L9E32", "no such expert"), ("L8shared", "no such expert"), ("L1E28[256,0]", "its down_proj is 256 x 48"),

@@ -158,9 +158,9 @@ def test_shared_and_dense_banks_have_none_and_rank_by_out_max():
     routed = [expert for expert in ranking.super_experts if expert.kind == "routed"]
     assert shared and routed
     for expert in shared + routed:
-        state = stats.banks[(expert.stack, expert.layer, expert.kind)]
+        state = stats.banks[expert.bank]
         values = state.out_max if expert.kind == "shared" else state.published_max
-        assert expert.value == float(values[0 if expert.kind == "shared" else expert.expert])
+        assert expert.value == float(values[expert.number])
 
 
 def test_rank_refuses_statistics_without_first_rows():

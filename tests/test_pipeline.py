@@ -193,7 +193,7 @@ def test_a_tokenizer_prefix_that_data_lacks_is_said():
     with sedetect.profile(model, prefix=0) as prof:
         model(input_ids=ids)
     assert any("do not begin with the prefix token" in note for note in prof.stats.header.notes)
-    assert not [e for e in sedetect.rank(prof.stats).super_experts if e.verdict == "super"]
+    assert not sedetect.rank(prof.stats).found
 
 
 def test_the_ranking_document_is_json(tiny):

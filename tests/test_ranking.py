@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import COLUMN, COUNTS, SUMS, float_bits
-from sedetect.place import BankId
+from sedetect.place import BankId, Place, parse_place
 from sedetect.ranking import Ranking, rank
 from sedetect.stats import Bank, BankStats, Header, ModelStats
 
@@ -45,7 +46,7 @@ def bank(rest, first=None, gates=None) -> BankStats:
 def model(banks: dict[tuple, BankStats], layers: int | dict[str, int], top_k: int = 4) -> ModelStats:
     """Statistics of banks keyed (layer, kind) or (stack, layer, kind)."""
     named = {BankId(*(key if len(key) == 3 else ("decoder", *key))): state for key, state in banks.items()}
-    known = {str(b): Bank(module=str(b), top_k=top_k if b.kind.startswith("routed") else 1) for b in named}
+    known = {str(b): Bank(module=str(b), top_k=top_k if b.routed else 1) for b in named}
     return ModelStats(named, Header(layers=layers if isinstance(layers, dict) else {"decoder": layers}, banks=known))
 
 
@@ -422,6 +423,31 @@ def test_evidence_is_of_the_record_behind_the_maximum():
     (found,) = rank(model({(0, "routed"): state}, 1)).super_experts
     assert (found.value, found.sign, found.channel) == (701.0, 1, 2)
     assert (found.source, found.sequence_id, found.position, found.token_id) == (None, -1, -1, -1)
+
+
+def test_places_of_a_ranking():
+    banks = {(0, "routed"): bank([1.0] * 250), (0, "shared"): bank([900.0]), (1, "routed"): bank([1.0] * 250)}
+    banks[1, "routed"].outliers[7] = banks[0, "shared"].outliers[0]
+    ranking = rank(model(banks, 4), percentile=99)
+    found = {str(expert): expert for expert in ranking.super_experts}
+    assert found.keys() == {"L0shared", "L1E7"}
+    for name, expert in found.items():
+        assert expert.place == parse_place(name) != expert and type(expert.place) is Place
+        assert (expert.bank, expert.number) == (expert.place.bank, expert.place.number)
+
+
+def test_what_is_found_and_judged():
+    banks = {(layer, "routed"): bank([1.0] * 300) for layer in range(8)}
+    for layer, value in ((0, 900.0), (1, 800.0), (7, 850.0)):
+        banks[layer, "routed"] = bank([value] + [1.0] * 299)
+    ranking = rank(model(banks, 8))
+    assert names(ranking.super_experts) == names(ranking.found) == ["L0E0", "L1E0"]
+    assert names(ranking.judged) == ["L0E0", "L1E0", "L7E0"] and ranking.others == ranking.judged[2:]
+    first, second = ranking.super_experts
+    outlier = replace(ranking, super_experts=[replace(first, verdict="outlier"), second])
+    assert outlier.found == [second] and outlier.judged == [*outlier.super_experts, *ranking.others]
+    nothing = one_layer([1.0] * 300)
+    assert nothing.found == [] and all(expert.verdict == "unsupported" for expert in nothing.super_experts)
 
 
 def test_order_of_banks_does_not_matter():

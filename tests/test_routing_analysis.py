@@ -90,7 +90,7 @@ def test_logits_of_every_architecture(family):
     for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "bias" in path and 8 <= tensor.numel() <= 16:
             tensor.data.zero_()
-    banks = [bank for bank in find_banks(model) if bank.id.kind.startswith("routed") and bank.id.stack != "vision"]
+    banks = [bank for bank in find_banks(model) if bank.id.routed and bank.id.stack != "vision"]
     agreed = {}
 
     def call(bank, module, x, index, weights):

@@ -76,7 +76,7 @@ def test_counts_and_maxima_are_those_of_a_profile(tiny, domains, traces):
         stats = stats.merge(prof.stats)
     for trace in traces.experts:
         place = trace.expert
-        bank = stats.banks[place.stack, place.layer, place.kind]
+        bank = stats.banks[place.bank]
         assert trace.rows == int(bank.rows[place.expert])
         assert trace.kinds["first"].rows == int(bank.first_rows[place.expert])
         assert trace.top[0].value == pytest.approx(float(bank.out_max[place.expert]), rel=1e-4)
@@ -141,7 +141,7 @@ def test_shared_and_dense_experts_see_every_token():
     for trace, kind in ((shared, "shared"), (dense, "dense")):
         place = trace.expert
         assert place.kind == kind and trace.rows == 60 and len(trace.top) == 5
-        state = prof.stats.banks[place.stack, place.layer, place.kind]
+        state = prof.stats.banks[place.bank]
         assert trace.top[0].value == pytest.approx(float(state.out_max[0]), rel=1e-4)
         assert trace.top[0].gate == 1 and trace.top[0].text is None
         assert set(trace.kinds) == {"first", "text"}

@@ -171,7 +171,7 @@ def test_stacks_and_blocks_that_are_not_run_layer_by_layer(checkpoint, family):
     model = tiny_model(family, FAMILIES[family])
     result = analyze_weights(checkpoint(family), pairs=1)
     banks = find_banks(model)
-    assert list(result.layers) == [bank.id for bank in banks if bank.id.kind.startswith("routed")]
+    assert list(result.layers) == [bank.id for bank in banks if bank.id.routed]
     for bank in banks:
         if bank.id in result.layers:
             mine = result.layers[bank.id].arrays
@@ -187,7 +187,7 @@ def test_matrices_of_every_architecture(family):
     for bank in find_banks(model):
         found = expert_matrices(model, bank)
         assert {m.shape for m in found.values()} == {(bank.experts, bank.intermediate, bank.hidden)}
-        if not bank.id.kind.startswith("routed"):
+        if not bank.id.routed:
             continue
         router = find_router(model, bank)
         assert router is not None and len(router.weight) >= bank.experts

@@ -58,7 +58,7 @@ def export_command(
 
 def _sizes(state: ModelStats, experts: list, model: Path | None) -> str:
     """One line: what each granularity costs, where the experts are otherwise stored in 4 bits."""
-    total = sum(s.num_experts for bank, s in state.banks.items() if bank.kind.startswith("routed"))
+    total = sum(s.num_experts for bank, s in state.banks.items() if bank.routed)
     sizes = None
     if model is not None:
         empty = empty_model(model)

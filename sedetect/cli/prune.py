@@ -83,13 +83,13 @@ def prune_command(
             model, output, kept, facts=facts, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
     experts, left = len(next(iter(saliency(state, by).values()))), len(next(iter(kept.values())))
-    lost = [str(p) for p in found if p.kind == "routed" and p.expert not in kept[p.stack, p.layer, p.kind]]
+    lost = [str(p) for p in found if p.kind == "routed" and p.expert not in kept[p.bank]]
     print_line(f"{output}: {left} of {experts} experts in each of {len(kept)} layers, by {by}", "bold")
     if not found:
         print_line("no super expert to protect")
     elif protect == "super":
         alone = choose_kept(state, by, ratio, groups=groups)
-        saved = [str(p) for p in found if p.kind == "routed" and p.expert not in alone[p.stack, p.layer, p.kind]]
+        saved = [str(p) for p in found if p.kind == "routed" and p.expert not in alone[p.bank]]
         print_line(
             f"protected: {', '.join(map(str, found))}; {by} alone would prune {', '.join(saved) or 'none of them'}"
         )

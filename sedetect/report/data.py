@@ -4,7 +4,6 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from sedetect.place import BankId
 from sedetect.ranking import Ranking
 from sedetect.report.evidence import Evidence
 from sedetect.report.numbers import FP8_MAX, FP16_MAX, ExpertRow, LayerRow, expert_rows, layer_rows
@@ -114,10 +113,8 @@ def _kept(evidence: Evidence) -> Records:
     contexts = {(c.source, c.sequence, c.position): c for c in evidence.run.contexts} if evidence.run else {}
     sources = sorted(evidence.stats.header.sources)
     records = []
-    for expert in evidence.ranking.super_experts + evidence.ranking.others:
-        number = 0 if isinstance(expert.expert, str) else expert.expert
-        state = evidence.stats.banks[BankId(expert.stack, expert.layer, expert.kind)]
-        for row in strongest(state, number, KEPT_ROWS):
+    for expert in evidence.ranking.judged:
+        for row in strongest(evidence.stats.banks[expert.bank], expert.number, KEPT_ROWS):
             if row["position"] < 0 or row["value"] <= 0:
                 continue
             source = sources[row["source"]] if row["source"] < len(sources) else None

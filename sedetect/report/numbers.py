@@ -49,7 +49,7 @@ class ExpertRow:
 
 def expert_rows(stats: ModelStats, ranking: Ranking) -> list[ExpertRow]:
     """Every routed and shared expert, in the order of the model."""
-    verdicts = {str(expert): expert.verdict for expert in ranking.super_experts + ranking.others}
+    verdicts = {str(expert): expert.verdict for expert in ranking.judged}
     found: list[dict[str, Any]] = []
     for bank in _ordered(stats):
         state = stats.banks[bank]
@@ -118,7 +118,7 @@ def layer_rows(stats: ModelStats) -> list[LayerRow]:
         values = values[np.isfinite(values)]
         hidden = np.concatenate([column(s.in_max, "value")[:, 0].double().numpy() for s in states])
         hidden = hidden[np.isfinite(hidden) & (hidden >= 0)]
-        routed = [stats.banks[bank].rows.numpy() for bank in banks if bank.kind.startswith("routed")]
+        routed = [stats.banks[bank].rows.numpy() for bank in banks if bank.routed]
         rows = np.concatenate(routed) if routed else np.array([])
         result.append(
             LayerRow(
@@ -169,7 +169,7 @@ def thin_experts(stats: ModelStats) -> list[Thin]:
     thin = [
         Thin(str(place_of(bank, e, state.num_experts)), rows, more_tokens(rows, tokens))
         for bank in _ordered(stats)
-        if bank.kind.startswith("routed")
+        if bank.routed
         for state in [stats.banks[bank]]
         for e, rows in enumerate(state.rows.tolist())
         if rows < FEW_ROWS
@@ -214,7 +214,7 @@ def headroom(stats: ModelStats) -> list[Headroom]:
     """Per kind of bank, in the order routed, shared, dense."""
     result = []
     for kind in ("routed", "shared", "dense"):
-        banks = [bank for bank in _ordered(stats, dense=True) if bank.kind.split("_")[0] == kind]
+        banks = [bank for bank in _ordered(stats, dense=True) if bank.base == kind]
         if not banks:
             continue
         states = [stats.banks[bank] for bank in banks]
@@ -241,7 +241,7 @@ def _largest(values: np.ndarray, names: list[str]) -> tuple[float | None, str | 
 
 def _ordered(stats: ModelStats, dense: bool = False) -> list[BankId]:
     """The banks in the order of the forward: other stacks before the decoder."""
-    banks = [bank for bank in stats.banks if dense or not bank.kind.startswith("dense")]
+    banks = [bank for bank in stats.banks if dense or bank.base != "dense"]
     return sorted(banks, key=lambda bank: (bank.stack == "decoder", bank))
 
 

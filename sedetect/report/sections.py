@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from sedetect.place import BankId
 from sedetect.ranking import SuperExpert
 from sedetect.report.data import Records, row_name
 from sedetect.report.evidence import Evidence
@@ -10,14 +9,13 @@ from sedetect.report.experiments import ablation_section, inside_section, residu
 from sedetect.report.numbers import FP8_MAX, FP16_MAX, headroom, layer_rows, thin_experts
 from sedetect.report.table import MOST, NONE, Named, Table, make_table
 from sedetect.report.text import number, percent, whole
-from sedetect.stability import found_in
 from sedetect.tables import FEW_ROWS, coverage
 
 
 def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
     """The variables of the template."""
     ranking, header = evidence.ranking, evidence.stats.header
-    experts = ranking.super_experts + ranking.others
+    experts = ranking.judged
     limits = ", ".join(
         f"{'' if s == 'decoder' else s + ' '}layers below {limit}" for s, limit in ranking.layer_limits.items()
     )
@@ -31,7 +29,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "sections": list(anchors.items()),
         "header": header,
         "ranking": ranking,
-        "found": bool(found_in(ranking)),
+        "found": bool(ranking.found),
         "kept_out": [f"{e} (|y| {number(e.value)})" for e in experts if e.verdict == "outlier"][:MOST],
         "facts": _facts(evidence),
         "named": _experts(evidence, experts[:MOST]),
@@ -60,11 +58,11 @@ def _facts(evidence: Evidence) -> list[dict[str, str]]:
     stats, ranking = evidence.stats, evidence.ranking
     rooms = headroom(stats)
     top = max((room for room in rooms if room.out_max is not None), key=lambda room: room.out_max, default=None)
-    routed = [s for bank, s in stats.banks.items() if bank.kind.startswith("routed")]
+    routed = [s for bank, s in stats.banks.items() if bank.routed]
     rows = [n for state in routed for n in state.rows.tolist()]
     few = sum(n < FEW_ROWS for n in rows)
     over = {"fp16": sum(r.over_fp16 for r in rooms), "fp8": sum(r.over_fp8 for r in rooms)}
-    layers = len({(bank.stack, bank.layer) for bank in stats.banks if bank.kind.startswith("routed")})
+    layers = len({(bank.stack, bank.layer) for bank in stats.banks if bank.routed})
     facts = [
         ("routed experts", whole(len(rows)), f"in {layers} layers, {stats.header.dtype}"),
         ("calibration tokens", whole(stats.header.tokens), f"in {whole(stats.header.sequences)} sequences"),
@@ -105,7 +103,7 @@ def _experts(evidence: Evidence, experts: list[SuperExpert]) -> Table:
 def _modules(evidence: Evidence, experts: list[SuperExpert]) -> list[str]:
     """Where the experts are in the model: "L1E28 in model.layers.1.mlp.experts"."""
     banks = evidence.stats.header.banks
-    return [f"{e} in {banks[str(BankId(e.stack, e.layer, e.kind))].module}" for e in experts]
+    return [f"{e} in {banks[str(e.bank)].module}" for e in experts]
 
 
 def _largest(experts: Records) -> Table:
@@ -122,7 +120,7 @@ def _domains(evidence: Evidence) -> Table:
     rows = []
     for name, (stats, ranking) in evidence.domains.items():
         top = max((room.out_max for room in headroom(stats) if room.out_max is not None), default=None)
-        names = ", ".join(f"{e} ({number(e.value)})" for e in found_in(ranking)) or "none"
+        names = ", ".join(f"{e} ({number(e.value)})" for e in ranking.found) or "none"
         thin = thin_experts(stats)
         few = [whole(len(thin)), whole(sum(one.rows == 0 for one in thin))]
         rows.append([name, names, number(top), whole(stats.header.tokens), *few])

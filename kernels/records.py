@@ -13,7 +13,7 @@ rounding, NaN above Inf, the same on every device.
     source    number of the calibration source, in the sorted order of the sources' names
     sequence  sequence id within the source; -1 where rows could not be mapped
     position  position of the token in its sequence; -1 where rows could not be mapped
-    token     token id; -1 for inputs_embeds and where rows could not be mapped
+    token_id  -1 for inputs_embeds and where rows could not be mapped
     gate      bits of the routing weight as float32
     in_value  bits of the largest |h| of that row as float32, with h's sign in bit 31
     in_channel  its channel
@@ -22,11 +22,29 @@ Records sort by value, descending, then by (source, sequence, position, channel)
 sorted; empty ones come last. Keeping the first K of a union is commutative and associative.
 """
 
+from typing import NamedTuple
+
 import torch
 
 COUNTS = ("rows", "first_rows", "nonfinite", "over_fp16", "over_fp8")
 SUMS = ("gate_sum", "gate_first_sum", "norm_sum", "sqnorm_sum", "gate_norm_sum")
-RECORD = ("value", "sign", "channel", "source", "sequence", "position", "token", "gate", "in_value", "in_channel")
+
+class Record(NamedTuple):
+    """A record as numbers: as the columns above, but value, gate and in_value are floats, and sign is 1 or -1."""
+
+    value: float
+    sign: int
+    channel: int
+    source: int
+    sequence: int
+    position: int
+    token_id: int
+    gate: float
+    in_value: float
+    in_channel: int
+
+
+RECORD = Record._fields
 COLUMN = {name: i for i, name in enumerate(RECORD)}
 TIE_ORDER = ("source", "sequence", "position", "channel")
 NAN_BITS = 0x7FC00000
@@ -63,6 +81,13 @@ def column(records: torch.Tensor, name: str) -> torch.Tensor:
     if name == "value":
         return torch.where(raw == EMPTY, -1.0, bits_float(raw))
     return bits_float(raw) if name in ("gate", "in_value") else raw
+
+
+def decode(records: torch.Tensor) -> list[Record | None]:
+    """Records (N, 10) as numbers; None for an empty slot."""
+    columns = {name: column(records, name).tolist() for name in RECORD}
+    columns["sign"] = [-1 if negative else 1 for negative in columns["sign"]]
+    return [None if record.value == EMPTY else record for record in map(Record, *columns.values())]
 
 
 def sort_records(records: torch.Tensor, k: int) -> torch.Tensor:

@@ -58,7 +58,7 @@ def update_torch(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: 
         "source": rows.source,
         "sequence": rows.sequence[token],
         "position": rows.position[token],
-        "token": rows.token[token],
+        "token_id": rows.token[token],
         "gate": float_bits(gate),
         "in_value": float_bits(stats.in_peak),
         "in_channel": stats.in_channel,

@@ -29,7 +29,6 @@ from typing import Any
 from sedetect.listed import DOWN_NAMES
 from sedetect.documents import Document
 from sedetect.errors import SedetectError
-from sedetect.kernels.records import column
 from sedetect.place import BankId, Place
 from sedetect.ranking import Ranking, rank
 from sedetect.saliency import super_places
@@ -134,7 +133,7 @@ def kept_experts(stats: ModelStats, experts: list[Protected], granularity: str) 
 
 
 def _protected(stats: ModelStats, place: Place, why: str) -> Protected:
-    peak = stats.banks[place.bank].peak()[place.number]
+    peak = stats.banks[place.bank].peak_of(place.number)
     module = stats.header.banks[str(place.bank)].module
     path, _, name = module.rpartition(".")
     if place.bank.routed and name != "experts":
@@ -143,7 +142,7 @@ def _protected(stats: ModelStats, place: Place, why: str) -> Protected:
         )
     if name in DOWN_NAMES:
         module = path  # of a shared expert, whose bank is its down_proj
-    value, channel, intermediate = (column(peak, name).item() for name in ("value", "channel", "in_channel"))
+    value, channel, intermediate = (0.0, 0, 0) if peak is None else (peak.value, peak.channel, peak.in_channel)
     return Protected(place, module, value, why, channel, intermediate)
 
 

@@ -30,7 +30,7 @@ import numpy as np
 from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.files import finite
-from sedetect.kernels.records import RECORD, column
+from sedetect.kernels.records import decode
 from sedetect.place import BankId, Place, place_of
 from sedetect.stats import BankStats, Header, ModelStats
 from sedetect.stream import Residual
@@ -327,7 +327,7 @@ class _View:
         self.first_max, self.rest_max = state.first_max.cpu().numpy(), state.rest_max.cpu().numpy()
         self.rows, self.first_rows = state.rows.cpu().numpy(), state.first_rows.cpu().numpy()
         self.gate_sum, self.gate_first_sum = state.gate_sum.cpu().numpy(), state.gate_first_sum.cpu().numpy()
-        self.peak = state.peak().cpu()
+        self.peaks = decode(state.peak())
         self.sources = sorted(header.sources)
         self.top_k = header.banks[str(bank)].top_k if str(bank) in header.banks else None
 
@@ -338,7 +338,7 @@ class _View:
     def evidence(self, e: int, median: float | None, tests: _Tests, min_gate_ratio: float) -> dict[str, Any]:
         """The fields of SuperExpert for expert e but its place and verdict."""
         value, first_max = float(self.values[e]), float(self.first_max[e])
-        peak = {part: column(self.peak[e], part).item() for part in RECORD}
+        peak = self.peaks[e]
         first_gate, rest_gate = self.gates(e)
         if self.first_rows.sum() == 0:
             signature = None
@@ -350,13 +350,13 @@ class _View:
             signature = None if rest_gate is None else first_gate > min_gate_ratio * rest_gate
         return {
             "value": value,
-            "sign": -1 if peak["sign"] else 1,
-            "channel": peak["channel"],
-            "position": peak["position"],
-            "token_id": peak["token"],
-            "sequence_id": peak["sequence"],
-            "source": self.sources[peak["source"]] if peak["source"] < len(self.sources) else None,
-            "gate": peak["gate"],
+            "sign": peak.sign,
+            "channel": peak.channel,
+            "position": peak.position,
+            "token_id": peak.token_id,
+            "sequence_id": peak.sequence,
+            "source": self.sources[peak.source] if peak.source < len(self.sources) else None,
+            "gate": peak.gate,
             "ratio": _quotient(value, median),
             "next_ratio": _quotient(value, tests.next_below(value)),
             "first_gate": first_gate,

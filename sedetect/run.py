@@ -10,10 +10,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sedetect.documents import Document
-from sedetect.kernels.records import column
+from sedetect.kernels.records import decode
 from sedetect.pipeline import ModelProfile
 from sedetect.ranking import Ranking
-from sedetect.stats import BankStats
 
 KEPT = 3  # of an expert's strongest rows on first tokens, and as many on all others
 BEFORE, AFTER = 24, 12  # tokens of a context
@@ -63,19 +62,19 @@ class Run(Document):
     def from_dict(cls, document: dict[str, Any]) -> "Run":
         """The inverse of to_dict."""
         fields = {name: document[name] for name in cls.__dataclass_fields__}
-        fields["tokens"] = {int(token): text for token, text in document["tokens"].items()}
+        fields["tokens"] = {int(token_id): text for token_id, text in document["tokens"].items()}
         fields["contexts"] = [Context(**context) for context in document["contexts"]]
         return cls(**fields)
 
 
 def describe_run(result: ModelProfile, ranking: Ranking) -> Run:
     """What there is to say of a profile that has a tokenizer; ranking names the experts whose contexts are kept."""
-    decode, banks = result.tokenizer.decode, result.stats.banks
-    peaks = {int(token) for state in banks.values() for token in column(state.peak(), "token")}
+    text_of, banks = result.tokenizer.decode, result.stats.banks
+    peaks = {peak.token_id for state in banks.values() for peak in decode(state.peak()) if peak is not None}
     places = {}
     for expert in ranking.judged:
-        for row in strongest(banks[expert.bank], expert.number, KEPT):
-            places[row["source"], row["sequence"], row["position"]] = None
+        for row, _ in banks[expert.bank].strongest(expert.number, KEPT):
+            places[row.source, row.sequence, row.position] = None
     sources = sorted(result.stats.header.sources)
     windows = {
         (w.source, int(number)): ids for w in result.windows.values() for number, ids in zip(w.numbers, w.ids.tolist())
@@ -84,38 +83,23 @@ def describe_run(result: ModelProfile, ranking: Ranking) -> Run:
     for source, sequence, position in places:
         name = sources[source]
         if (ids := windows.get((name, sequence))) is not None and 0 <= position < len(ids):
-            contexts.append(Context(name, sequence, position, *_around(ids, position, decode)))
+            contexts.append(Context(name, sequence, position, *_around(ids, position, text_of)))
     return Run(
         digest=result.stats.header.digest,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         device=result.device,
         seconds=result.seconds,
         asked=result.asked,
-        tokens={token: decode([token]) for token in sorted(peaks) if token >= 0},
+        tokens={token_id: text_of([token_id]) for token_id in sorted(peaks) if token_id >= 0},
         contexts=contexts,
     )
 
 
-def _around(ids: list[int], at: int, decode: Callable[[list[int]], str]) -> tuple[str, str, str]:
+def _around(ids: list[int], at: int, text_of: Callable[[list[int]], str]) -> tuple[str, str, str]:
     """Text before token number at, of it, and after it. A token that is a part of a character is given the whole."""
     ids, at = ids[max(at - BEFORE, 0) : at + 1 + AFTER], min(at, BEFORE)
-    before, token, after, text = (decode(part) for part in (ids[:at], [ids[at]], ids[at + 1 :], ids))
+    before, token, after, text = (text_of(part) for part in (ids[:at], [ids[at]], ids[at + 1 :], ids))
     before, after = before.rstrip("\ufffd"), after.lstrip("\ufffd")
     if len(before) + len(after) < len(text) and text.startswith(before) and text.endswith(after):
         token = text[len(before) : len(text) - len(after)]
     return before.lstrip("\ufffd"), token, after.rstrip("\ufffd")  # what is cut at the far ends
-
-
-def strongest(state: BankStats, expert: int, count: int) -> list[dict[str, Any]]:
-    """Of expert's kept rows the count strongest on first tokens and the count strongest on others, by value,
-    descending: value, gate, source, sequence, position, token, and whether first."""
-    rows = []
-    for records, first in ((state.first_outliers, True), (state.outliers, False)):
-        for record in records[expert, :count]:
-            row = {
-                name: column(record, name).item()
-                for name in ("value", "gate", "source", "sequence", "position", "token")
-            }
-            if row["value"] >= 0:  # not an empty slot
-                rows.append(row | {"first": first})
-    return sorted(rows, key=lambda row: -row["value"])

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from sedetect.documents import Document
 from sedetect.errors import SedetectError
 from sedetect.files import finite
-from sedetect.kernels.records import column
 from sedetect.place import Place
 from sedetect.ranking import rank
 from sedetect.stats import ModelStats
@@ -197,9 +196,8 @@ class Peak(NamedTuple):
 
 def peak_of(stats: ModelStats, place: Place) -> Peak:
     """The largest |y| of an expert, wherever it ranks. Raises KeyError for a bank that the statistics lack."""
-    record = stats.banks[place.bank].peak()[place.number]
-    value = float(column(record, "value"))
-    return Peak(0.0, None) if value < 0 else Peak(value, int(column(record, "channel")))
+    record = stats.banks[place.bank].peak_of(place.number)
+    return Peak(0.0, None) if record is None else Peak(record.value, record.channel)
 
 
 def check_banks(runs: list[ModelStats], names: list[str]) -> None:

@@ -8,6 +8,7 @@ agree to 1e-12 relative. The kernels mutate a BankStats on the device; files hol
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -26,7 +27,9 @@ from sedetect.kernels.records import (
     EMPTY,
     RECORD,
     SUMS,
+    Record,
     column,
+    decode,
     empty_records,
     float_bits,
     merge_records,
@@ -47,6 +50,7 @@ _FILE_DTYPE = {
     "in_value": torch.float32,
     "in_channel": torch.int32,
 }
+_FILE_NAME = {"token_id": "token"}  # where it is not the column's
 
 
 @dataclass
@@ -147,6 +151,22 @@ class BankStats:
         """(E, 10) int64: the record behind out_max; its value is empty for an expert that saw nothing."""
         return merge_records(self.first_outliers[:, :1], self.outliers[:, :1])[:, 0]
 
+    def peak_of(self, expert: int) -> Record | None:
+        """The record behind one expert's out_max; None for one that saw nothing."""
+        (record,) = decode(self.peak()[expert, None])
+        return record
+
+    def kept_rows(self, expert: int, first: bool) -> list[Record]:
+        """An expert's kept rows on first tokens of sequences, or those on all others, by value, descending."""
+        records = self.first_outliers if first else self.outliers
+        return [record for record in decode(records[expert]) if record is not None]
+
+    def strongest(self, expert: int, count: int) -> list[tuple[Record, bool]]:
+        """Of an expert's kept rows the count strongest on first tokens and the count strongest on others, by value,
+        descending; beside each, whether its token is a first one. Rows whose value is NaN are left out."""
+        rows = [(record, first) for first in (True, False) for record in self.kept_rows(expert, first)[:count]]
+        return sorted((row for row in rows if not math.isnan(row[0].value)), key=lambda row: -row[0].value)
+
     def to(self, device: torch.device | str) -> "BankStats":
         """A copy on another device (always a copy)."""
         return BankStats(
@@ -210,7 +230,7 @@ class BankStats:
         for name in RECORDS:
             for part in RECORD:
                 values = column(getattr(self, name), part)
-                out[f"{name}.{part}"] = values.to(_FILE_DTYPE.get(part, torch.int64)).contiguous()
+                out[f"{name}.{_FILE_NAME.get(part, part)}"] = values.to(_FILE_DTYPE.get(part, torch.int64)).contiguous()
         return out | {name: getattr(self, name) for name in OPTIONAL if getattr(self, name) is not None}
 
     @classmethod
@@ -223,7 +243,7 @@ class BankStats:
         for name, k in RECORDS.items():
             records = empty_records(parts["counts"].shape[0], k)
             for part in RECORD:
-                values = tensors[f"{name}.{part}"]
+                values = tensors[f"{name}.{_FILE_NAME.get(part, part)}"]
                 bits = float_bits(values) if values.dtype == torch.float32 else values.to(torch.int64)
                 if part == "value":
                     bits = torch.where(values == EMPTY, EMPTY, bits)

@@ -24,7 +24,7 @@ def synthetic_stats(layers: int, experts: int, *, model: str = "synthetic", doma
                 values[3] = 700.0
                 state.sums[3, 1] = 8 * 0.9
             records[..., COLUMN["value"]] = float_bits(values.sort(1, descending=True).values)
-            for column, most in (("sign", 2), ("channel", 2048), ("sequence", 16), ("token", 50000)):
+            for column, most in (("sign", 2), ("channel", 2048), ("sequence", 16), ("token_id", 50000)):
                 records[..., COLUMN[column]] = torch.randint(most, records.shape[:2], generator=generator)
             if name == "outliers":
                 records[..., COLUMN["position"]] = torch.randint(1, 512, records.shape[:2], generator=generator)

@@ -236,7 +236,7 @@ def test_statistics_are_those_of_the_stored_output(backend, dtype, shape, skew):
 
 
 def assert_records(records, expected, name):
-    order = ("value", "source", "sequence", "position", "channel", "sign", "token", "gate", "in_value", "in_channel")
+    order = ("value", "source", "sequence", "position", "channel", "sign", "token_id", "gate", "in_value", "in_channel")
     columns = {part: column(records, part).tolist() for part in order}
     kept = sum(value != -1 for value in columns["value"])
     assert kept == min(len(records), len(expected)), name

@@ -412,14 +412,14 @@ def test_others_are_judged_within_their_stack():
 
 def test_evidence_is_of_the_record_behind_the_maximum():
     state = bank([1.0] * 300, {0: 5.0})
-    where = {"source": 1, "sequence": 12, "position": 77, "token": 4095}
+    where = {"source": 1, "sequence": 12, "position": 77, "token_id": 4095}
     write(state.outliers, 3, value=700.0, sign=1, channel=940, gate=0.75, **where)
     stats = model({(0, "routed"): state}, 1)
     stats.header.sources = {"a": None, "b": None}
     (found,) = rank(stats).super_experts
     assert (found.value, found.sign, found.channel, found.gate) == (700.0, -1, 940, 0.75)
     assert (found.source, found.sequence_id, found.position, found.token_id) == ("b", 12, 77, 4095)
-    write(state.first_outliers, 3, value=701.0, channel=2, sequence=-1, position=-1, token=-1)
+    write(state.first_outliers, 3, value=701.0, channel=2, sequence=-1, position=-1, token_id=-1)
     (found,) = rank(model({(0, "routed"): state}, 1)).super_experts
     assert (found.value, found.sign, found.channel) == (701.0, 1, 2)
     assert (found.source, found.sequence_id, found.position, found.token_id) == (None, -1, -1, -1)

@@ -35,7 +35,7 @@ from sedetect.report.evidence import Evidence, load_evidence
 from sedetect.report.experiments import ablation_section
 from sedetect.report.style import DARK, LIGHT
 from sedetect.report.write import write_report
-from sedetect.run import Run, strongest
+from sedetect.run import Run
 from sedetect.stats import BankStats
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}\u202e\"'&amp;"
@@ -192,7 +192,7 @@ def test_every_expert_has_its_row(stats):
             assert (row.value, row.rows, row.column) == (value, state.rows[e].item(), str(e))
             same = [r for r in kept if column(r, "value").item() == value]
             assert not seen or (row.channel, row.position, row.token_id) in [
-                tuple(column(r, name).item() for name in ("channel", "position", "token")) for r in same
+                tuple(column(r, name).item() for name in ("channel", "position", "token_id")) for r in same
             ]
             assert row.inside == (layer < 8)
     assert sum(row.inside for row in rows.values()) == ranking.population
@@ -295,7 +295,7 @@ def test_run_document(tiny, stats):
     assert abs((datetime.now(UTC) - datetime.fromisoformat(kept.date)).total_seconds()) < 3600
     assert kept.digest == stats.header.digest and kept.asked == 2048 and kept.seconds > 0 and kept.device
     tokenizer = load_tokenizer(TINY)
-    peaks = {int(column(s.peak(), "token")[e]) for s in stats.banks.values() for e in range(32) if s.rows[e] > 0}
+    peaks = {int(column(s.peak(), "token_id")[e]) for s in stats.banks.values() for e in range(32) if s.rows[e] > 0}
     assert peaks <= kept.tokens.keys() and all(kept.tokens[t] == tokenizer.decode([t]) for t in peaks)
 
 
@@ -311,10 +311,10 @@ def test_contexts_are_where_the_token_stands(tiny, stats):
     sources = sorted(stats.header.sources)
     wanted = set()
     for layer, expert in ((1, 28), (9, 7)):
-        for row in strongest(stats.banks[BankId("decoder", layer, "routed")], expert, 3):
-            wanted.add((sources[row["source"]], row["sequence"], row["position"]))
-            ids = windows[sources[row["source"]], row["sequence"]]
-            assert ids[row["position"]] == row["token"]
+        for row, _ in stats.banks[BankId("decoder", layer, "routed")].strongest(expert, 3):
+            wanted.add((sources[row.source], row.sequence, row.position))
+            ids = windows[sources[row.source], row.sequence]
+            assert ids[row.position] == row.token_id
     assert {(c.source, c.sequence, c.position) for c in kept.contexts} == wanted
     for context in kept.contexts:
         ids = windows[context.source, context.sequence]
@@ -560,12 +560,12 @@ def test_the_page_in_a_browser(full, opened):
     for layer, e in ((1, 28), (9, 7), (4, 11)):
         state = stats.banks[BankId("decoder", layer, "routed")]
         shown = tooltip(page, 32 * layer + e)
-        peak = {name: column(state.peak()[e], name).item() for name in ("channel", "position", "token")}
+        peak = {name: column(state.peak()[e], name).item() for name in ("channel", "position", "token_id")}
         assert shown["expert"] == f"L{layer}E{e}"
         assert float(shown["max|y|"]) == pytest.approx(state.out_max[e].item(), rel=1e-4)
         assert shown["channel"] == str(peak["channel"]) and shown["position"] == str(peak["position"])
         assert shown["rows"] == f"{state.rows[e].item():,}"
-        assert shown["token"] == load_evidence(folder).token(peak["token"])
+        assert shown["token"] == load_evidence(folder).token(peak["token_id"])
     assert tooltip(page, 60)["token"] == "'<|bos|>'"
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.set_viewport_size({"width": 420, "height": 900})

@@ -47,7 +47,7 @@ def assert_rows(stats, texts, tokens_known=True):
         for name in ("outliers", "first_outliers", "in_max"):
             records = getattr(state, name)
             kept = records[column(records, "value") >= 0]
-            places = zip(*(column(kept, part).tolist() for part in ("sequence", "position", "token")))
+            places = zip(*(column(kept, part).tolist() for part in ("sequence", "position", "token_id")))
             for sequence, position, token in places:
                 assert token == (int(texts[sequence][position]) if tokens_known else -1)
                 assert (position == 0) == (name == "first_outliers") or name == "in_max"
@@ -206,7 +206,7 @@ def assert_unmapped(stats, tokens, note):
     for state in stats.banks.values():
         assert state.rows.sum() == tokens * TOP_K and state.first_rows.sum() == 0
         kept = state.outliers[column(state.outliers, "value") >= 0]
-        assert len(kept) and (column(kept, "position") == -1).all() and (column(kept, "token") == -1).all()
+        assert len(kept) and (column(kept, "position") == -1).all() and (column(kept, "token_id") == -1).all()
     assert sedetect.rank(stats).super_experts[0].signature is None
 
 

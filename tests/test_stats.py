@@ -1,6 +1,7 @@
 """The state as a value: files, merging, headers."""
 
 import json
+import math
 from dataclasses import fields
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sedetect import ops
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic, write_json
+from sedetect.kernels.records import COLUMN, RECORD, Record, decode, empty_records, float_bits
 from sedetect.kernels.rows import Rows
 from sedetect.place import BankId
 from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, merge_all, ranges_of
@@ -53,6 +55,57 @@ def test_a_file_holds_the_state_bit_for_bit(tmp_path, special):
         assert mine.dtype == theirs.dtype
         assert torch.equal(mine.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8)), field.name
     assert loaded.banks[BANK].rows[-1] == 0 and loaded.banks[BANK].out_max[-1] == 0
+
+
+# one row as it is packed (bits of -2.5 have the sign in bit 31), and as it reads
+PACKED = {
+    "value": 0x43FA0000, "sign": 1, "channel": 101, "source": 1, "sequence": 12, "position": 77, "token_id": 4095,
+    "gate": 0x3F400000, "in_value": 0xC0200000, "in_channel": 14,
+}  # fmt: skip
+ROW = Record(500.0, -1, 101, 1, 12, 77, 4095, 0.75, -2.5, 14)
+
+
+def packed(value: float, **parts: int) -> torch.Tensor:
+    """PACKED with another value, and other columns."""
+    bits = float_bits(torch.tensor([value])).item()
+    return torch.tensor([(PACKED | {"value": bits} | parts)[name] for name in RECORD])
+
+
+def test_records_read_as_they_are_packed():
+    records = empty_records(1, 4)[0]
+    records[0] = torch.tensor([PACKED[name] for name in RECORD])
+    records[2] = packed(math.inf, sign=0, sequence=-1, position=-1, token_id=-1)
+    row, empty, unmapped, last = decode(records)
+    assert row == ROW and empty is None and last is None
+    assert unmapped == ROW._replace(value=math.inf, sign=1, sequence=-1, position=-1, token_id=-1)
+    assert [type(x) for x in row] == [float, *[int] * 6, float, float, int]
+    (seen,) = decode(packed(math.nan)[None])  # NaN is a value, not an empty slot
+    assert math.isnan(seen.value) and seen._replace(value=500.0) == ROW
+    (zero,) = decode(packed(0.0)[None])
+    assert zero == ROW._replace(value=0.0) and decode(records[:0]) == []
+
+
+def test_rows_of_an_expert():
+    state = BankStats.empty(3)
+    for slot, value in enumerate((math.nan, 700.0, 3.0)):
+        state.outliers[1, slot] = packed(value, position=slot + 1)
+    for slot, value in enumerate((800.0, 3.0)):
+        state.first_outliers[1, slot] = packed(value, position=0, sequence=slot)
+    state.first_outliers[2, 0] = packed(5.0)
+    rest, first = state.kept_rows(1, first=False), state.kept_rows(1, first=True)
+    assert [row.position for row in rest] == [1, 2, 3] and rest[1] == ROW._replace(value=700.0, position=2)
+    assert first == [ROW._replace(value=v, position=0, sequence=n) for n, v in enumerate((800.0, 3.0))]
+    assert state.strongest(2, 8) == [(ROW._replace(value=5.0), True)]
+    assert state.kept_rows(0, first=True) == state.kept_rows(0, first=False) == state.strongest(0, 8) == []
+    assert state.peak_of(0) is None and state.peak_of(2).value == 5
+    assert math.isnan(state.peak_of(1).value) and state.peak_of(1).position == 1
+    assert [row.value for row, _ in state.strongest(1, 8)] == [800.0, 700.0, 3.0, 3.0]  # NaN has no place among them
+    assert [row.value for row, _ in state.strongest(1, 1)] == [800.0]
+    state.outliers[1, :2] = state.outliers[1, 1:3].clone()
+    state.outliers[1, 2, COLUMN["value"]] = -1
+    kept = [(row.value, row.position, is_first) for row, is_first in state.strongest(1, 8)]
+    assert kept == [(800.0, 0, True), (700.0, 2, False), (3.0, 0, True), (3.0, 3, False)]
+    assert [row.value for row, _ in state.strongest(1, 1)] == [800.0, 700.0] and state.peak_of(1) == first[0]
 
 
 def test_the_documented_tensors_are_in_the_file(tmp_path):

@@ -41,7 +41,7 @@ from sedetect.stats import BankStats
 from sedetect.triton_backend import TritonBackend
 
 DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda")
-PLACE = [COLUMN[name] for name in ("sign", "channel", "sequence", "position", "token", "in_channel")]
+PLACE = [COLUMN[name] for name in ("sign", "channel", "sequence", "position", "token_id", "in_channel")]
 ON_GPU = pytest.mark.skipif(interpreter.INTERPRETED, reason="needs a GPU")
 
 if interpreter.INTERPRETED:

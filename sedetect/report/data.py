@@ -7,7 +7,6 @@ from typing import Any
 from sedetect.ranking import Ranking
 from sedetect.report.evidence import Evidence
 from sedetect.report.numbers import FP8_MAX, FP16_MAX, ExpertRow, LayerRow, expert_rows, layer_rows
-from sedetect.run import strongest
 from sedetect.tables import FEW_ROWS
 
 Records = list[dict[str, Any]]
@@ -114,23 +113,23 @@ def _kept(evidence: Evidence) -> Records:
     sources = sorted(evidence.stats.header.sources)
     records = []
     for expert in evidence.ranking.judged:
-        for row in strongest(evidence.stats.banks[expert.bank], expert.number, KEPT_ROWS):
-            if row["position"] < 0 or row["value"] <= 0:
+        for row, first in evidence.stats.banks[expert.bank].strongest(expert.number, KEPT_ROWS):
+            if row.position < 0 or row.value <= 0:
                 continue
-            source = sources[row["source"]] if row["source"] < len(sources) else None
-            context = contexts.get((source, row["sequence"], row["position"]))
+            source = sources[row.source] if row.source < len(sources) else None
+            context = contexts.get((source, row.sequence, row.position))
             info = evidence.stats.header.sources[source].info if source is not None else {}
             records.append(
                 {
                     "expert": str(expert),
                     "verdict": expert.verdict,
-                    "tokens": "first token" if row["first"] else "other token",
-                    "value": row["value"],
-                    "gate": row["gate"],
+                    "tokens": "first token" if first else "other token",
+                    "value": row.value,
+                    "gate": row.gate,
                     "domain": info.get("domain", "–"),
-                    "sequence": row["sequence"],
-                    "position": row["position"],
-                    "token": evidence.token(row["token"]) or (repr(context.token) if context else "–"),
+                    "sequence": row.sequence,
+                    "position": row.position,
+                    "token": evidence.token(row.token_id) or (repr(context.token) if context else "–"),
                     "context": None if context is None else [context.before, context.token, context.after],
                 }
             )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sedetect.kernels.records import column
+from sedetect.kernels.records import column, decode
 from sedetect.place import BankId, Place, place_of
 from sedetect.ranking import Ranking
 from sedetect.stats import ModelStats
@@ -53,12 +53,9 @@ def expert_rows(stats: ModelStats, ranking: Ranking) -> list[ExpertRow]:
     found: list[dict[str, Any]] = []
     for bank in _ordered(stats):
         state = stats.banks[bank]
-        peak = state.peak()
-        parts = {name: column(peak, name).tolist() for name in ("channel", "position", "token", "gate")}
-        columns = zip(state.out_max.tolist(), state.first_max.tolist(), state.rest_max.tolist(), state.rows.tolist())
-        for e, (value, first, rest, rows) in enumerate(columns):
+        columns = (values.tolist() for values in (state.out_max, state.first_max, state.rest_max, state.rows))
+        for e, (peak, value, first, rest, rows) in enumerate(zip(decode(state.peak()), *columns)):
             place = place_of(bank, e, state.num_experts)
-            known = {name: parts[name][e] if rows and parts[name][e] >= 0 else None for name in ("position", "token")}
             finite = math.isfinite(value)
             found.append(
                 {
@@ -70,10 +67,10 @@ def expert_rows(stats: ModelStats, ranking: Ranking) -> list[ExpertRow]:
                     "value": value if finite else None,
                     "first": first,
                     "rest": rest,
-                    "channel": parts["channel"][e] if rows else None,
-                    "position": known["position"],
-                    "token_id": known["token"],
-                    "gate": parts["gate"][e] if rows else None,
+                    "channel": peak and peak.channel,
+                    "position": peak.position if peak and peak.position >= 0 else None,
+                    "token_id": peak.token_id if peak and peak.token_id >= 0 else None,
+                    "gate": peak and peak.gate,
                     "rows": rows,
                     "inside": finite and bank.layer < ranking.layer_limits[bank.stack],
                 }

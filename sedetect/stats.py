@@ -277,7 +277,7 @@ class Source:
 
 
 @dataclass
-class Bank:
+class BankInfo:
     """What is known of a bank beside its statistics."""
 
     module: str
@@ -297,7 +297,7 @@ class Header:
     digest: str = ""
     dtype: str = ""
     layers: dict[str, int] = field(default_factory=dict)
-    banks: dict[str, Bank] = field(default_factory=dict)
+    banks: dict[str, BankInfo] = field(default_factory=dict)
     sources: dict[str, Source] = field(default_factory=dict)
     tokens: int = 0
     sequences: int = 0
@@ -311,7 +311,7 @@ class Header:
     @classmethod
     def from_json(cls, text: str) -> "Header":
         header = cls(**json.loads(text))
-        header.banks = {name: Bank(**bank) for name, bank in header.banks.items()}
+        header.banks = {name: BankInfo(**bank) for name, bank in header.banks.items()}
         header.sources = {name: Source(**source) for name, source in header.sources.items()}
         return header
 

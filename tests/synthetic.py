@@ -4,7 +4,7 @@ import torch
 
 from sedetect.kernels.records import COLUMN, float_bits
 from sedetect.place import BankId
-from sedetect.stats import Bank, BankStats, Header, ModelStats, Source
+from sedetect.stats import BankInfo, BankStats, Header, ModelStats, Source
 
 
 def synthetic_stats(layers: int, experts: int, *, model: str = "synthetic", domain: str = "text", seed: int = 0):
@@ -29,7 +29,7 @@ def synthetic_stats(layers: int, experts: int, *, model: str = "synthetic", doma
             if name == "outliers":
                 records[..., COLUMN["position"]] = torch.randint(1, 512, records.shape[:2], generator=generator)
         bank = BankId("decoder", layer, "routed")
-        banks[bank], described[str(bank)] = state, Bank(f"model.layers.{layer}.mlp.experts", 8, ["cpu"])
+        banks[bank], described[str(bank)] = state, BankInfo(f"model.layers.{layer}.mlp.experts", 8, ["cpu"])
     header = Header(
         model=model,
         digest="0123456789abcdef",

@@ -12,7 +12,7 @@ from sedetect.errors import SedetectError
 from sedetect.kernels.records import COLUMN, COUNTS, SUMS, float_bits
 from sedetect.place import BankId, Place, parse_place
 from sedetect.ranking import Ranking, rank
-from sedetect.stats import Bank, BankStats, Header, ModelStats
+from sedetect.stats import BankInfo, BankStats, Header, ModelStats
 
 ROWS, FIRST_ROWS = COUNTS.index("rows"), COUNTS.index("first_rows")
 GATE_SUM, GATE_FIRST_SUM = SUMS.index("gate_sum"), SUMS.index("gate_first_sum")
@@ -46,7 +46,7 @@ def bank(rest, first=None, gates=None) -> BankStats:
 def model(banks: dict[tuple, BankStats], layers: int | dict[str, int], top_k: int = 4) -> ModelStats:
     """Statistics of banks keyed (layer, kind) or (stack, layer, kind)."""
     named = {BankId(*(key if len(key) == 3 else ("decoder", *key))): state for key, state in banks.items()}
-    known = {str(b): Bank(module=str(b), top_k=top_k if b.routed else 1) for b in named}
+    known = {str(b): BankInfo(module=str(b), top_k=top_k if b.routed else 1) for b in named}
     return ModelStats(named, Header(layers=layers if isinstance(layers, dict) else {"decoder": layers}, banks=known))
 
 

@@ -14,7 +14,7 @@ from sedetect.files import write_atomic, write_json
 from sedetect.kernels.records import COLUMN, RECORD, Record, decode, empty_records, float_bits
 from sedetect.kernels.rows import Rows
 from sedetect.place import BankId
-from sedetect.stats import Bank, BankStats, Header, ModelStats, Source, merge_all, ranges_of
+from sedetect.stats import BankInfo, BankStats, Header, ModelStats, Source, merge_all, ranges_of
 
 BANK = BankId("decoder", 3, "routed")
 
@@ -37,7 +37,7 @@ def measured(seed, rows=200, experts=5, scale=1.0, special=False):
 
 def model_stats(seed, source="text", **kwargs):
     header = Header(
-        "model", "d1", "float32", {"decoder": 4}, {str(BANK): Bank("layers.3", 2, ["cpu"])},
+        "model", "d1", "float32", {"decoder": 4}, {str(BANK): BankInfo("layers.3", 2, ["cpu"])},
         {source: Source([[1000 * seed, 1000 * seed + 20]], {"domain": source})}, 200, 20, 10, {"torch": "2"}, [],
     )  # fmt: skip
     return ModelStats({BANK: measured(seed, **kwargs)}, header)

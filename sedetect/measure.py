@@ -61,8 +61,8 @@ class Measurement:
         """A state that has seen nothing, of all experts or so many."""
         channels = (self.bank.hidden, self.bank.intermediate) if self.channels else None
         coactivation = self.coactivation and self.bank.experts > 1
-        first_rows = self.first_rows and self.bank.id.routed
-        return BankStats.empty(experts or self.bank.experts, device, channels, coactivation, first_rows)
+        published = self.first_rows and self.bank.id.routed
+        return BankStats.empty(experts or self.bank.experts, device, channels, coactivation, published)
 
     def prepare(self, device: torch.device) -> BankStats:
         """The state on this device."""

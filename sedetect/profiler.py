@@ -20,7 +20,7 @@ from sedetect.errors import SedetectError
 from sedetect.identity import model_digest, model_name
 from sedetect.measure import Measurement, measure
 from sedetect.rows import Batch
-from sedetect.stats import Bank as BankInfo, BankInfo, BankStats, Header, ModelStats, Source
+from sedetect.stats import BankInfo, BankStats, Header, ModelStats, Source
 from sedetect.tracking import TrackedModel
 from sedetect.version import __version__
 

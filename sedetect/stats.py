@@ -97,9 +97,9 @@ class BankStats:
         device: torch.device | str = "cpu",
         channels: tuple[int, int] | None = None,
         coactivation: bool = False,
-        first_rows: bool = False,
+        published: bool = False,
     ) -> "BankStats":
-        """The state that has seen nothing. channels is (H, I) to keep the per-channel statistics, first_rows keeps
+        """The state that has seen nothing. channels is (H, I) to keep the per-channel statistics, published keeps
         published_max."""
         e = num_experts
         state = cls(
@@ -114,7 +114,7 @@ class BankStats:
             state.in_channel_sq = torch.zeros(e, intermediate, dtype=torch.float64, device=device)
         if coactivation:
             state.coactivation = torch.zeros(e, e, dtype=torch.int64, device=device)
-        if first_rows:
+        if published:
             state.published_max = torch.zeros(e, dtype=torch.float32, device=device)
         return state
 
@@ -180,7 +180,7 @@ class BankStats:
         """The state of num_experts experts: these are those from first on, the others have seen nothing. It keeps no
         coactivation, which is of all experts or of none."""
         channels = None if self.channel_max is None else (self.channel_max.shape[1], self.in_channel_max.shape[1])
-        whole = BankStats.empty(num_experts, self.counts.device, channels, first_rows=self.published_max is not None)
+        whole = BankStats.empty(num_experts, self.counts.device, channels, published=self.published_max is not None)
         for f in fields(self):
             if (own := getattr(self, f.name)) is not None and f.name != "coactivation":
                 getattr(whole, f.name)[first : first + self.num_experts] = own

@@ -379,11 +379,11 @@ def test_general_path_and_banks_of_one_expert(backend):
     assert served == 2 * [("cuda", None)]
     assert_same_state(state, reference)
     call = make_call((50, 2, 4, 32, 16), torch.bfloat16, 8)
-    routed = BankStats.empty(4, DEVICE, channels=(32, 16), coactivation=True, first_rows=True)
+    routed = BankStats.empty(4, DEVICE, channels=(32, 16), coactivation=True, published=True)
     out = moe_mlp(call | {"gate": swiglu}, routed, make_rows(50, 1))
     assert_close("general", out.cpu(), loop_over_slots(call), torch.bfloat16)
     assert torch.allclose(routed.channel_max.amax(1), routed.out_max)
-    fused = BankStats.empty(4, DEVICE, first_rows=True)
+    fused = BankStats.empty(4, DEVICE, published=True)
     moe_mlp(call, fused, make_rows(50, 1))
     assert torch.allclose(fused.published_max, routed.published_max, rtol=0.02) and fused.published_max.all()
 

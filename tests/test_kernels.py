@@ -450,7 +450,7 @@ def test_the_default_dtype_does_not_matter(backend):
     for dtype in (torch.float32, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:
-            state = BankStats.empty(8, channels=(64, 32), coactivation=True, first_rows=True)
+            state = BankStats.empty(8, channels=(64, 32), coactivation=True, published=True)
             plain = BankStats.empty(8)
             out = [moe_mlp(call, state=one, rows=rows, backend=backend) for one in (state, plain)]
         finally:

@@ -22,7 +22,7 @@ BANK = BankId("decoder", 3, "routed")
 def measured(seed, rows=200, experts=5, scale=1.0, special=False):
     """A state of random rows; ties and, with special, NaN and Inf among them."""
     generator = torch.Generator().manual_seed(seed)
-    state = BankStats.empty(experts, channels=(12, 6), coactivation=True, first_rows=True)
+    state = BankStats.empty(experts, channels=(12, 6), coactivation=True, published=True)
     down = torch.randn(experts, 12, 6, generator=generator)
     x = (torch.randn(rows, 6, generator=generator) * scale).round(decimals=1)
     if special:
@@ -128,7 +128,7 @@ def test_merge_of_random_states_commutes_and_associates():
     assert a.merge(b).equal(b.merge(a))
     assert a.merge(b).merge(c).equal(a.merge(b.merge(c)))
     assert not a.merge(b).equal(a)
-    empty = BankStats.empty(5, channels=(12, 6), coactivation=True, first_rows=True)
+    empty = BankStats.empty(5, channels=(12, 6), coactivation=True, published=True)
     assert a.merge(empty).equal(a) and empty.merge(a).equal(a)
 
 

@@ -353,7 +353,7 @@ def test_first_rows_and_a_norm_in_place(gate):
     """What reads the row statistics after the kernels, and what changes the rows after they were measured."""
     call = on_device(make_call((40, 2, 4, 32, 16), torch.float32, 8)) | {"gate": gate}
     for norm in (None, lambda y: y.mul_(0.5)):
-        states = {name: BankStats.empty(4, DEVICE, first_rows=True) for name in ("triton", "torch")}
+        states = {name: BankStats.empty(4, DEVICE, published=True) for name in ("triton", "torch")}
         for name, state in states.items():
             moe_mlp(call, post_norm=norm, state=state, rows=make_rows(40, 1).to(DEVICE), backend=name)
         mine, reference = states.values()

@@ -11,7 +11,7 @@ class Rows:
 
     counted   (T,) bool: not padding, not after the end of its sequence
     first     (T,) bool: first counted token of its sequence
-    sequence, position, token  (T,) int64; -1 where unknown
+    sequence, position, token_id  (T,) int64; -1 where unknown
     source    number of the calibration source
     """
 
@@ -19,7 +19,7 @@ class Rows:
     first: torch.Tensor
     sequence: torch.Tensor
     position: torch.Tensor
-    token: torch.Tensor
+    token_id: torch.Tensor
     source: int = 0
 
     @classmethod
@@ -30,7 +30,7 @@ class Rows:
         return cls(everything, ~everything, unknown, unknown, unknown)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [self.counted, self.first, self.sequence, self.position, self.token]
+        return [self.counted, self.first, self.sequence, self.position, self.token_id]
 
     def to(self, device: torch.device) -> "Rows":
         # The host would read a copy to it that nobody waits for before it is made.

@@ -58,7 +58,7 @@ def update_torch(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: 
         "source": rows.source,
         "sequence": rows.sequence[token],
         "position": rows.position[token],
-        "token_id": rows.token[token],
+        "token_id": rows.token_id[token],
         "gate": float_bits(gate),
         "in_value": float_bits(stats.in_peak),
         "in_channel": stats.in_channel,
@@ -466,7 +466,7 @@ def update(state, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) 
     )  # fmt: skip
     _update_experts[(experts, len(records))](
         found.best, found.part, found.in_parts, found.y, found.h, plan.order, plan.offsets, gates,
-        rows.sequence, rows.position, rows.token,
+        rows.sequence, rows.position, rows.token_id,
         counts, sums, heads, numbers, offers,
         state.counts, state.sums, *records,
         slots, blocks, rows.source,

@@ -189,7 +189,7 @@ class _Rows(NamedTuple):
     domain: torch.Tensor
     sequence: torch.Tensor
     position: torch.Tensor
-    token: torch.Tensor
+    token_id: torch.Tensor
     first: torch.Tensor
     gate: torch.Tensor
     value: torch.Tensor
@@ -241,7 +241,7 @@ class _Tracer:
     def _add(self, place: Place, rows: Rows, token: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> None:
         value, channel = y.float().abs().max(1)
         domain = torch.full_like(token, self.domain)
-        known = [part[token] for part in (rows.sequence, rows.position, rows.token, rows.first)]
+        known = [part[token] for part in (rows.sequence, rows.position, rows.token_id, rows.first)]
         self._parts[place].append(_Rows(*(t.cpu() for t in (domain, *known, gate.float(), value, channel))))
 
 
@@ -253,17 +253,17 @@ class _Texts:
         self.special = set() if tokenizer is None else set(tokenizer.all_special_ids)
         if tokenizer is not None:
             self.special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.token = torch.cat([windows.ids.reshape(-1) for windows in domains.values()])
+        self.token_id = torch.cat([windows.ids.reshape(-1) for windows in domains.values()])
         position = torch.cat([torch.arange(w.ids.shape[1]).repeat(len(w.ids)) for w in domains.values()])
-        self.kind, self.bucket = self._kinds(self.token, position == 0), _buckets(position)
+        self.kind, self.bucket = self._kinds(self.token_id, position == 0), _buckets(position)
 
     def trace(self, expert: Place, rows: _Rows, top: int) -> ExpertTrace:
         def groups(mine: torch.Tensor, all_of_text: torch.Tensor, names: list[int]) -> dict[int, Group]:
             return {name: _group(rows, mine == name, int((all_of_text == name).sum())) for name in names}
 
-        kind, bucket = self._kinds(rows.token, rows.first != 0), _buckets(rows.position)
+        kind, bucket = self._kinds(rows.token_id, rows.first != 0), _buckets(rows.position)
         order = rows.value.argsort(descending=True, stable=True)  # NaN first
-        strongest = list(dict.fromkeys(rows.token[order].long().tolist()))[:_TOKENS]
+        strongest = list(dict.fromkeys(rows.token_id[order].long().tolist()))[:_TOKENS]
         kinds = groups(kind, self.kind, kind.unique().tolist())
         positions = groups(bucket, self.bucket, bucket.unique().tolist())
         return ExpertTrace(
@@ -273,29 +273,29 @@ class _Texts:
             top=[self._fired(rows, row) for row in order[:top].tolist()],
             kinds={KINDS[name]: group for name, group in kinds.items()},
             positions={bucket_name(name): group for name, group in positions.items()},
-            tokens=groups(rows.token, self.token, strongest),
-            texts={token: self.text(token) for token in strongest},
+            tokens=groups(rows.token_id, self.token_id, strongest),
+            texts={token_id: self.text(token_id) for token_id in strongest},
         )
 
-    def text(self, token: int) -> str | None:
-        return None if self.tokenizer is None or token < 0 else self.tokenizer.decode([token])
+    def text(self, token_id: int) -> str | None:
+        return None if self.tokenizer is None or token_id < 0 else self.tokenizer.decode([token_id])
 
-    def _kinds(self, token: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    def _kinds(self, token_id: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """(N,) index into KINDS."""
-        unique, inverse = token.long().unique(return_inverse=True)
+        unique, inverse = token_id.long().unique(return_inverse=True)
         kinds = [KINDS.index(self._kind(t)) for t in unique.tolist()]
         return torch.tensor(kinds, dtype=torch.int64)[inverse].masked_fill(first, KINDS.index("first"))
 
-    def _kind(self, token: int) -> str:
-        if token < 0 or token in self.special:
-            return "unknown" if token < 0 else "special"
-        text = self.text(token)
+    def _kind(self, token_id: int) -> str:
+        if token_id < 0 or token_id in self.special:
+            return "unknown" if token_id < 0 else "special"
+        text = self.text(token_id)
         return "delimiter" if text is not None and is_delimiter(text) else "text"
 
     def _fired(self, rows: _Rows, row: int) -> Fired:
-        domain, sequence, position, token, _, gate, value, channel = (column[row].item() for column in rows)
+        domain, sequence, position, token_id, _, gate, value, channel = (column[row].item() for column in rows)
         finite = value if math.isfinite(value) else None
-        return Fired(self.domains[domain], sequence, position, token, self.text(token), gate, finite, channel)
+        return Fired(self.domains[domain], sequence, position, token_id, self.text(token_id), gate, finite, channel)
 
 
 def is_delimiter(text: str) -> bool:

@@ -220,7 +220,7 @@ def test_statistics_are_those_of_the_stored_output(backend, dtype, shape, skew):
             values, inputs = y[r].float(), h[r].float()
             channel, in_channel = int(values.abs().argmax()), int(inputs.abs().argmax())
             key = (3, int(rows.sequence[t]), int(rows.position[t]))
-            entry = (-float(values.abs()[channel]), *key, channel, float(values[channel]) < 0, int(rows.token[t]),
+            entry = (-float(values.abs()[channel]), *key, channel, float(values[channel]) < 0, int(rows.token_id[t]),
                      float(gate), float(inputs[in_channel]), in_channel)  # fmt: skip
             lists["first_outliers" if rows.first[t] else "outliers"].append(entry)
             lists["in_max"].append((-float(inputs.abs()[in_channel]), *key, in_channel, float(inputs[in_channel]) < 0,

@@ -17,7 +17,7 @@ mapped, those of the encoder are not.
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,7 @@ from sedetect.stats import ranges_of
 
 UNMAPPED_CALL = "rows not mapped: layers ran outside a forward of the model whose rows are known"
 UNMAPPED_CACHE = "rows not mapped: a cache was filled where this profile could not see it"
+UNMAPPED_UNKNOWN = "rows not mapped: the model was called with {}, which is no cache that is known here"
 UNMAPPED_INPUT = "rows not mapped: the model was called without input_ids or inputs_embeds"
 UNMAPPED_MASK = "rows not mapped: the attention mask is not (batch, length), so padding was counted"
 UNMAPPED_RESIZED = "rows not mapped: a cache was continued with another batch size"
@@ -39,7 +40,10 @@ NO_PREFIX = (
     "sequences do not begin with the prefix token their tokenizer adds; super experts may stay silent without it"
 )
 
-_CACHES = ("past_key_values", "cache_params")
+# What releases of transformers call the cache, in a forward's arguments as in its output: cache since 5.24.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+# Arguments whose names speak of a cache and whose values are none.
+_NO_CACHES = ("use_cache", "cache_position")
 
 
 @dataclass
@@ -105,8 +109,8 @@ class RowTracker:
         self.prefix = prefix
         self.pending: Batch | None = None
         self.notes: set[str] = set()
-        self._signature = inspect.signature(model.forward)
-        self._stack = "decoder_" if "decoder_input_ids" in self._signature.parameters else ""
+        self._names = tuple(inspect.signature(model.forward).parameters)
+        self._stack = "decoder_" if "decoder_input_ids" in self._names else ""
         self._config = getattr(model, "generation_config", None)
         self._generation: Generation | None = None
         self._running: Running | None = None
@@ -122,8 +126,8 @@ class RowTracker:
         batch, self.pending = self.pending or Batch(), None
         self._cache = self._running = None
         call = self._read(args, kwargs)
-        if call is None:
-            return self._unmapped(UNMAPPED_INPUT)
+        if isinstance(call, str):
+            return self._unmapped(call)
         per_token = batch.sequence_ids is not None and batch.sequence_ids.dim() == 2
         rows = self._explicit(call, batch) if per_token else self._follow(call, batch)
         if rows is None:
@@ -135,7 +139,7 @@ class RowTracker:
     def end(self, output: Any) -> None:
         """Remember which cache continues the sequences of this call."""
         if self._running is not None:
-            for cache in (self._cache, *(getattr(output, name, None) for name in _CACHES)):
+            for cache in (self._cache, *_caches(_named(output))):
                 if cache is not None:
                     self._by_cache[cache] = self._running
         self._cache = self._running = None
@@ -167,7 +171,7 @@ class RowTracker:
         if self._stack:  # an encoder-decoder: the prompt is the encoder's, the decoder begins with its start token
             begun = kwargs.get("decoder_input_ids")
             mask, columns = None, 1 if begun is None else begun.shape[1]
-        self._generation = Generation(columns, mask, eos, any(kwargs.get(name) is not None for name in _CACHES))
+        self._generation = Generation(columns, mask, eos, bool(_caches(kwargs)))
         try:
             yield
         finally:
@@ -198,18 +202,21 @@ class RowTracker:
     def _unmapped(self, note: str) -> None:
         self.notes.add(note)
 
-    def _read(self, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
-        call = self._signature.bind_partial(*args, **kwargs)
-        arguments = {**call.arguments, **call.arguments.get("kwargs", {})}
+    def _read(self, args: tuple, kwargs: dict[str, Any]) -> _Call | str:
+        """The arguments of one forward, or the note that says why its rows cannot be mapped."""
+        arguments = {**dict(zip(self._names, args)), **kwargs}
         stack = self._stack
         tokens, embeds = arguments.get(f"{stack}input_ids"), arguments.get(f"{stack}inputs_embeds")
         if tokens is None:
             if embeds is None:
-                return None
+                return UNMAPPED_INPUT
             tokens = torch.full(embeds.shape[:2], -1, device=embeds.device)
-        cache = next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
+        caches = _caches(arguments)
+        for name, value in arguments.items():
+            if _like_cache(name) and not any(value is known for known in (None, False, True, *caches)):
+                return UNMAPPED_UNKNOWN.format(name)
         mask, positions = arguments.get(f"{stack}attention_mask"), arguments.get(f"{stack}position_ids")
-        return _Call(tokens, mask, positions, cache)
+        return _Call(tokens, mask, positions, caches[0] if caches else None)
 
     def _explicit(self, call: _Call, batch: Batch) -> tuple[torch.Tensor, ...] | None:
         """Rows of a call whose every token was given its sequence id: whole sequences, in any arrangement."""
@@ -236,6 +243,8 @@ class RowTracker:
             return self._unmapped(UNMAPPED_RESIZED)
         # Without a cache generate() feeds the whole prefix again: the columns seen before do not count twice.
         again = running.columns if call.cache is None else 0
+        if again and length <= again:  # not the whole prefix: something else remembers it
+            return self._unmapped(UNMAPPED_CACHE)
         start = 0 if call.cache is None else running.columns
         counted = self._visible(call, batch, start)
         if counted is None:
@@ -342,6 +351,30 @@ class RowTracker:
         totals = torch.stack([counted.sum(), first.sum(), (packed & counted).sum(), (bare & ~packed).sum()])
         device = tokens.device
         self._totals.setdefault(device, torch.zeros_like(totals)).add_(totals)
+
+
+def unknown_caches(names: Iterable[str]) -> list[str]:
+    """Those of a forward's arguments that are called like a cache, and not as any that is known."""
+    return [name for name in names if _like_cache(name) and name not in CACHE_NAMES]
+
+
+def _like_cache(name: str) -> bool:
+    return ("cache" in name or "past" in name) and name not in _NO_CACHES
+
+
+def _caches(named: Mapping[Any, Any]) -> list[Any]:
+    """The values that are caches: under a known name, these first, or because they count their tokens as caches do."""
+    known = [named.get(name) for name in CACHE_NAMES]
+    # A tuple or dictionary of tensors, of old models, is another object at every call.
+    known = [value for value in known if value is not None and not isinstance(value, (bool, tuple, list, dict))]
+    return known + [value for value in named.values() if hasattr(value, "get_seq_length")]
+
+
+def _named(output: Any) -> dict[Any, Any]:
+    """What a forward returned, by name, or by number in the tuple of return_dict=False."""
+    if isinstance(output, tuple):
+        return dict(enumerate(output))
+    return dict(output.items() if isinstance(output, dict) else getattr(output, "__dict__", {}))
 
 
 def _cached_length(cache: Any) -> int | None:

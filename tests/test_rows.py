@@ -1,13 +1,27 @@
 """Which row is which token: every way a model is fed, against what was fed."""
 
+import importlib
+import inspect
+
 import pytest
 import torch
+import transformers
+from families import FAMILIES, MODELS, discover
 from models import random_model
 
 import sedetect
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import column
-from sedetect.rows import UNMAPPED_INPUT, UNMAPPED_MASK, UNMAPPED_PACKED, UNMAPPED_RESIZED
+from sedetect.rows import (
+    UNMAPPED_CACHE,
+    UNMAPPED_INPUT,
+    UNMAPPED_MASK,
+    UNMAPPED_PACKED,
+    UNMAPPED_RESIZED,
+    UNMAPPED_UNKNOWN,
+    RowTracker,
+    unknown_caches,
+)
 
 TOP_K = 2
 EOS, PAD = 2, 0
@@ -81,15 +95,75 @@ def test_inputs_embeds(model):
     assert_rows(prof.stats, dict(enumerate(texts)), tokens_known=False)
 
 
+def cache_names(model):
+    """past_key_values, which every release takes, and what the installed one calls it."""
+    return sorted({"past_key_values", *({"cache"} & set(inspect.signature(model.forward).parameters))})
+
+
 def test_decoding_by_hand_continues_the_sequences_of_its_cache(model):
     texts = sequences(7, 7)
     ids = torch.stack(texts)
+    for name in cache_names(model):
+        with sedetect.profile(model) as prof:
+            cache = model(input_ids=ids[:, :4], use_cache=True)[name]
+            model(input_ids=ids[:, 4:6], **{name: cache})
+            model(input_ids=sequences(3, seed=1)[0][None])  # another sequence between
+            model(input_ids=ids[:, 6:], **{name: cache})
+        assert_rows(prof.stats, {0: texts[0], 1: texts[1], 2: sequences(3, seed=1)[0]})
+
+
+def test_a_cache_that_a_tuple_holds(model):
+    text = sequences(7)[0]
     with sedetect.profile(model) as prof:
-        cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
-        model(input_ids=ids[:, 4:6], past_key_values=cache)
-        model(input_ids=sequences(3, seed=1)[0][None])  # another sequence between
-        model(input_ids=ids[:, 6:], past_key_values=cache)
-    assert_rows(prof.stats, {0: texts[0], 1: texts[1], 2: sequences(3, seed=1)[0]})
+        cache = model(input_ids=text[None, :4], use_cache=True, return_dict=False)[1]
+        model(input_ids=text[None, 4:], past_key_values=cache)
+    assert_rows(prof.stats, {0: text})
+
+
+def test_a_cache_is_told_by_what_it_does(model):
+    """Under any name, so that one that a release brings is seen before it is in the table."""
+    text, tracker = sequences(7)[0], RowTracker(model)
+    cache = transformers.DynamicCache(config=model.config)
+    for begin, end in ((0, 4), (4, 7)):
+        rows = tracker.begin((), {"input_ids": text[None, begin:end], "memory_of_keys": cache})
+        assert rows.position.tolist() == list(range(begin, end)) and not rows.sequence.any()
+        keys = torch.zeros(1, 2, end - begin, 8)
+        for layer in range(3):
+            cache.update(keys, keys, layer)
+        tracker.end(None)
+    assert not tracker.notes
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "layer_past", "cache_of_keys"])
+def test_what_is_no_cache_that_is_known_is_said(model, name):
+    old = ((torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8)),)
+    tracker = RowTracker(model)
+    assert tracker.begin((), {"input_ids": torch.tensor([[5]]), name: old}) is None
+    assert tracker.notes == {UNMAPPED_UNKNOWN.format(name)}
+    for value in (None, False, True):
+        assert RowTracker(model).begin((), {"input_ids": torch.tensor([[5]]), name: value}) is not None
+
+
+def test_a_model_that_remembers_unseen_is_said(model):
+    """generate() that feeds less than the whole prefix, without a cache in the arguments."""
+    ids, tracker = torch.stack(sequences(6, 6)), RowTracker(model)
+    with tracker.generating((ids,), {}):
+        assert tracker.begin((), {"input_ids": ids}).counted.all()
+        assert tracker.begin((), {"input_ids": ids[:, -1:]}) is None
+    assert tracker.notes == {UNMAPPED_CACHE}
+
+
+@pytest.mark.parametrize("name", sorted({name.partition(":")[0] for name in FAMILIES} | set(discover())))
+def test_every_cache_of_a_forward_is_known(name):
+    """An argument of a Mixture-of-Experts model that is called like a cache is one that the rows are followed by."""
+    if not (MODELS / name).is_dir():
+        return
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    models = {c: inspect.signature(c.forward).parameters for c in own if issubclass(c, transformers.PreTrainedModel)}
+    readers = {c: names for c, names in models.items() if {"input_ids", "decoder_input_ids"} & set(names)}
+    assert readers
+    assert not {c.__name__: unknown_caches(names) for c, names in readers.items() if unknown_caches(names)}
 
 
 def test_a_prompt_that_is_all_padding_at_first(model):

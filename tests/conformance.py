@@ -331,7 +331,8 @@ def check_rows(family: Family, stats: ModelStats, ids: torch.Tensor) -> None:
     if family.skips:
         assert sum(routed.values()) < slots * len(routed), f"rows {dict(routed)} of {slots} slots each: none skipped"
     else:
-        assert set(routed.values()) == {slots}, f"rows {dict(routed)} of {slots} slots each"
+        expected = {layer: slots * family.passes.get(layer, 1) for layer in routed}
+        assert routed == expected, f"rows {dict(routed)}, expected {expected}"
 
 
 def check_planted(name, model, inputs, ids, stats, backend) -> None:

@@ -73,6 +73,7 @@ class Family:
     config   what its config needs beyond COMMON; nested for sub-configs
     model    the class to build, where it is not the last ForConditionalGeneration or ForCausalLM of the file
     top_k    experts per token
+    passes   layer -> how often one forward goes through it, where that is not once
     skips    some slots are no expert's: skip experts, identity experts, dropped tokens
     inputs   what the model is called with, given ids (B, L); input_ids alone by default
     refused  part of the line that refuses it, where it is not served
@@ -85,6 +86,7 @@ class Family:
     config: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     top_k: int = 2
+    passes: dict[int, int] = field(default_factory=dict)
     skips: bool = False
     inputs: Callable[[torch.Tensor], dict[str, Any]] | None = None
     refused: str | None = None
@@ -289,10 +291,19 @@ FAMILIES: dict[str, Family] = {
         {"text_config": {"dense_mlp_idx": 1}, "vision_config": {"n_layers": 4}},
     ),
     "inkling2": Family("R R R", {"vision_config": {"text_hidden_size": 32}}),
+    "inkling2_loop": Family(
+        "R R R",
+        {
+            "text_config": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2},
+            "vision_config": {"model_type": "inkling2_vision", "text_hidden_size": 32},
+        },
+        passes={1: 3},
+    ),
     "jamba": Family("D R D", {"attn_layer_period": 3, "attn_layer_offset": 2}),
     "kimi_linear": Family("D RS RS", {"linear_head_dim": 8, "linear_num_heads": 4}),
     "kolibri1": ALL_SHARED,
     "laguna": FIRST_DENSE,
+    "lara_mini": ALL_SHARED,
     "lfm2_moe": Family("D R R", {"num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]}),
     "mellum": ALL_ROUTED,
     "mimo_v2_flash": Family("D R R", {"head_dim": 24, "num_attention_heads": 8}),

@@ -6,7 +6,8 @@ import inspect
 import pytest
 import torch
 import transformers
-from families import FAMILIES, MODELS, discover
+from conformance import available
+from families import discover
 from models import random_model
 
 import sedetect
@@ -153,11 +154,9 @@ def test_a_model_that_remembers_unseen_is_said(model):
     assert tracker.notes == {UNMAPPED_CACHE}
 
 
-@pytest.mark.parametrize("name", sorted({name.partition(":")[0] for name in FAMILIES} | set(discover())))
+@pytest.mark.parametrize("name", sorted({name.partition(":")[0] for name in available()} | set(discover())))
 def test_every_cache_of_a_forward_is_known(name):
     """An argument of a Mixture-of-Experts model that is called like a cache is one that the rows are followed by."""
-    if not (MODELS / name).is_dir():
-        return
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
     models = {c: inspect.signature(c.forward).parameters for c in own if issubclass(c, transformers.PreTrainedModel)}

@@ -112,7 +112,7 @@ else:
 setup(
     # find_packages passes over sedetect/kernels, a symlink to a folder without __init__.py.
     packages=[*find_packages(include=["sedetect", "sedetect.*"]), "sedetect.kernels"],
-    package_data={"": ["py.typed", "corpus/*", "template/*"]},
+    package_data={"": ["py.typed", "*.pyi", "corpus/*", "template/*"]},
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
 )

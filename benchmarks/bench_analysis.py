@@ -15,7 +15,7 @@ Outputs of all experts on all tokens, with mean cosines, norms, and the counts o
 
     loop       one expert after another over all tokens, all outputs kept; every pair by cosine_similarity
     loop+bmm   the same outputs, all pairs of a token in one product, as one would write it with care
-    torch, ...  sedetect.output_analysis: tokens in chunks, by the stages of that backend; angular similarities too
+    torch, ...  sedetect.analysis.outputs: tokens in chunks, by the stages of that backend; angular similarities too
 
 memory is what a run takes at most beyond the layer itself. The variants' results are compared: difference is the
 largest from a cosine of the loop (outputs: a mean cosine).
@@ -34,11 +34,11 @@ from rich.table import Table
 from timing import interleaved, machine
 
 from sedetect import ops
-from sedetect.analysis import off_diagonal
-from sedetect.backends import BACKENDS
+from sedetect.analysis.common import off_diagonal
+from sedetect.analysis.outputs import OutputSums, chunk_tokens
+from sedetect.analysis.weights import matrix_similarity, neuron_means, regress, vector_similarity
 from sedetect.kernels.gate import Gate
-from sedetect.output_analysis import OutputSums, chunk_tokens
-from sedetect.weight_analysis import matrix_similarity, neuron_means, regress, vector_similarity
+from sedetect.ops.choose import BACKENDS
 
 
 class Layer(NamedTuple):

@@ -49,11 +49,11 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from sedetect import ops
-from sedetect.cuda_backend import CudaBackend
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.rows import Rows
-from sedetect.stats import BankStats
-from sedetect.triton_backend import TritonBackend
+from sedetect.ops.cuda import CudaBackend
+from sedetect.ops.triton import TritonBackend
+from sedetect.stats.bank import BankStats
 
 
 class Shape(NamedTuple):

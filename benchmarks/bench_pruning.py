@@ -19,12 +19,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
-from sedetect.budget import held_out
-from sedetect.calibration import calibration_windows, prefix_ids
-from sedetect.evaluation import perplexity
-from sedetect.pruning import choose_kept, prune_checkpoint
-from sedetect.ranking import rank
-from sedetect.saliency import super_places
+from sedetect.calibration.windows import calibration_windows, prefix_ids
+from sedetect.compression.budget import held_out
+from sedetect.compression.pruning import choose_kept, prune_checkpoint
+from sedetect.experiments.evaluation import perplexity
+from sedetect.ranking.rule import rank
+from sedetect.ranking.saliencies import super_places
 
 TINY = Path(__file__).parents[1] / "tests/data/tiny-moe"
 

@@ -20,7 +20,7 @@ from timing import interleaved, machine
 
 from sedetect import ops
 from sedetect.kernels.dequantize import QuantizedWeights
-from sedetect.stats import BankStats
+from sedetect.stats.bank import BankStats
 
 BYTES = {"bf16": 2, "fp8": 1, "mxfp4": 0.5 + 1 / 32}  # per weight; fp8's scales are less than a thousandth
 Weights = torch.Tensor | QuantizedWeights

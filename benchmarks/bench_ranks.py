@@ -35,9 +35,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen3MoeConfig
 
 import sedetect
-from sedetect import calibration
-from sedetect.checkpoint import load_tokenizer
-from sedetect.ranks import Ranks, join
+from sedetect.calibration import windows
+from sedetect.models.loading import load_tokenizer
+from sedetect.profiling.processes import Ranks, join
 
 BEGUN = time.perf_counter()
 
@@ -52,7 +52,7 @@ def random_model(small: bool, device: str) -> nn.Module:
 
 def tokenised_once() -> AbstractContextManager:
     """Texts that come again, while the context lasts, are not tokenised again."""
-    tokenise, known = calibration._tokenise, {}
+    tokenise, known = windows._tokenise, {}
 
     def remember(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[list[int]]:
         key = (tokenizer.name_or_path, *documents)
@@ -60,7 +60,7 @@ def tokenised_once() -> AbstractContextManager:
             known[key] = tokenise(tokenizer, documents)
         return known[key]
 
-    return patch.object(calibration, "_tokenise", remember)
+    return patch.object(windows, "_tokenise", remember)
 
 
 def tell(ranks: Ranks, what: str) -> None:

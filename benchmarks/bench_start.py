@@ -63,8 +63,9 @@ def cut_batches(folder: Path, tokens: int, seq_len: int, batch_size: int, file: 
     """The batches that the profile runs."""
     from safetensors.torch import save_file
 
-    from sedetect.calibration import batches, load_texts, make_windows
-    from sedetect.checkpoint import load_tokenizer
+    from sedetect.calibration.texts import load_texts
+    from sedetect.calibration.windows import batches, make_windows
+    from sedetect.models.loading import load_tokenizer
 
     domains = make_windows(load_tokenizer(folder), load_texts(None), tokens=tokens, seq_len=seq_len).domains
     cut = [ids for windows in domains.values() for ids, _ in batches(windows, batch_size)]

@@ -46,13 +46,13 @@ from timing import machine
 from transformers import Qwen3MoeConfig
 
 import sedetect
-from sedetect import staging
-from sedetect.banks import find_banks
-from sedetect.calibration import calibration_windows
-from sedetect.checkpoint import load_tokenizer
-from sedetect.stats import ModelStats
-from sedetect.streaming import stream_profile
-from sedetect.streaming_weights import StreamedModel, open_streamed
+from sedetect.calibration.windows import calibration_windows
+from sedetect.checkpoints import staging
+from sedetect.models.banks import find_banks
+from sedetect.models.loading import load_tokenizer
+from sedetect.models.streamed import StreamedModel, open_streamed
+from sedetect.profiling.streaming import stream_profile
+from sedetect.stats.model import ModelStats
 
 SHARD = 2.5e9  # bytes
 SLACK = 1.15  # of the time per layer
@@ -258,7 +258,7 @@ def main() -> int:
     def run(serial: bool = False) -> tuple[dict[str, ModelStats], Clock]:
         clock = Clock()
         how = {"channels": False, "coactivation": False, "first_rows": False, "prefix": None}
-        executor = patch("sedetect.streaming.ThreadPoolExecutor", OneAfterAnother) if serial else nullcontext()
+        executor = patch("sedetect.profiling.streaming.ThreadPoolExecutor", OneAfterAnother) if serial else nullcontext()
         with clock.watching(streamed), executor:
             stats, _ = stream_profile(
                 streamed, banks, domains, 8, {"backend": options.backend, **how},

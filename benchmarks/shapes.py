@@ -4,7 +4,7 @@ import os
 import random
 from pathlib import Path
 
-from sedetect.stats import ModelStats
+from sedetect.stats.model import ModelStats
 
 TOKENIZER = Path(__file__).parents[1] / "tests/data/tiny-moe"
 # Of Qwen3-30B-A3B, but for the number of layers.

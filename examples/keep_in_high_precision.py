@@ -1,6 +1,6 @@
 """A toy weight quantizer that keeps the experts which, by their profile, the model cannot live without.
 
-The down_proj of every other routed expert is rounded to nearest (sedetect.quantization), in place. The statistics come
+The down_proj of every other routed expert is rounded to nearest (sedetect.compression.simulated), in place. The statistics come
 from the quantizer's own calibration loop, or from a file that `sedetect profile` wrote. `sedetect budget` does the like
 for whole experts, in several formats, beside random experts kept.
 """
@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import sedetect
-from sedetect.calibration import load_texts, make_windows
-from sedetect.identity import model_digest
-from sedetect.quantization import fake_quantize
+from sedetect.calibration.texts import load_texts
+from sedetect.calibration.windows import make_windows
+from sedetect.compression.simulated import fake_quantize
+from sedetect.models.identity import model_digest
 
 
 def choose(stats: sedetect.ModelStats, out_max: float, min_rows: int) -> tuple[dict[tuple, str], set[tuple]]:

@@ -1,6 +1,6 @@
 """Records: the kept rows of an expert, as integers that order and merge exactly; and the columns of every table.
 
-COUNTS and SUMS are the columns of the int64 and float64 tables beside them: sedetect.stats.BankStats says what each
+COUNTS and SUMS are the columns of the int64 and float64 tables beside them: sedetect.stats.bank.BankStats says what each
 is, and csrc/columns.h repeats the three lists.
 
 A record says which routed row produced an extreme value, and where. Records are stored as int64 of shape

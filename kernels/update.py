@@ -28,7 +28,7 @@ def update_torch(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: 
     """Merge one call into state, in place.
 
     Args:
-        state: sedetect.stats.BankStats of E experts.
+        state: sedetect.stats.bank.BankStats of E experts.
         stats: of the S sorted rows.
         gates: (T, k) routing weights.
         rows: of the T tokens.

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, TypeVar
 from sedetect.files import RESIDUAL, STATS
 
 if TYPE_CHECKING:
-    from sedetect.analysis import Analysis
-    from sedetect.experiment import Experiment
-    from sedetect.run import Run
-    from sedetect.stats import ModelStats
-    from sedetect.stream import Observation, Residual
-    from sedetect.traces import Traces
+    from sedetect.analysis.common import Analysis
+    from sedetect.experiments.study import Experiment
+    from sedetect.experiments.traces import Traces
+    from sedetect.profiling.record import Run
+    from sedetect.stats.model import ModelStats
+    from sedetect.stats.residual import Observation, Residual
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Parts:
 
     def load(self) -> "dict[str, ModelStats]":
         """All of them, by name; none where there is no folder. Raises SedetectError for a damaged file."""
-        from sedetect.stats import ModelStats
+        from sedetect.stats.model import ModelStats
 
         return {file.stem: ModelStats.load(file) for file in sorted(self.path.glob("*.safetensors"))}
 
@@ -65,46 +65,46 @@ class Results:
         self.resume_path = self.path / "resume"
 
     def stats(self) -> "ModelStats":
-        from sedetect.stats import ModelStats
+        from sedetect.stats.model import ModelStats
 
         return ModelStats.load(self.path)
 
     def run(self) -> "Run | None":
-        from sedetect.run import Run
+        from sedetect.profiling.record import Run
 
         return _read(self.run_path, Run.load)
 
     def residual(self) -> "Residual | None":
         """The residual stream of the model as it is."""
-        from sedetect.stream import Residual
+        from sedetect.stats.residual import Residual
 
         return _read(self.residual_path, Residual.load)
 
     def observation(self) -> "Observation | None":
         """residual(), and what was observed without some experts."""
-        from sedetect.stream import Observation
+        from sedetect.stats.residual import Observation
 
         return _read(self.residual_path, Observation.load)
 
     def traces(self) -> "Traces | None":
-        from sedetect.traces import Traces
+        from sedetect.experiments.traces import Traces
 
         return _read(self.traces_path, Traces.load)
 
     def ablation(self) -> "Experiment | None":
-        from sedetect.experiment import Experiment
+        from sedetect.experiments.study import Experiment
 
         return _read(self.ablation_path, Experiment.load)
 
     def analysis_path(self, kind: str) -> Path:
-        """kind: one of sedetect.analysis.KINDS."""
-        from sedetect.analysis import file_of
+        """kind: one of sedetect.analysis.common.KINDS."""
+        from sedetect.analysis.common import file_of
 
         return file_of(self.path, kind)
 
     def analyses(self) -> "dict[str, Analysis]":
         """Those there are, by kind, in the order of KINDS."""
-        from sedetect.analysis import KINDS, Analysis
+        from sedetect.analysis.common import KINDS, Analysis
 
         paths = {kind: self.analysis_path(kind) for kind in KINDS}
         return {kind: Analysis.load(path, kind) for kind, path in paths.items() if path.is_file()}

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import sedetect
-from sedetect.exporting import GRANULARITIES, export, protect_list
+from sedetect.compression.protect import GRANULARITIES, export, protect_list
 
 TINY = Path(__file__).parent / "data" / "tiny-moe"
 PROTECTED = [(1, 28), (9, 7)]

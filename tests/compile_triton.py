@@ -30,7 +30,7 @@ from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.rows import Rows
 from sedetect.kernels.sort_rows import sort_rows
 from sedetect.kernels.update import update
-from sedetect.stats import BankStats
+from sedetect.stats.bank import BankStats
 
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB of shared memory a program may use
 GATES = [Gate(), Gate("gelu"), Gate("gelu_tanh"), Gate("relu2", gated=False),

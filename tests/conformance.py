@@ -32,11 +32,11 @@ from models import snapshot
 from torch import nn
 
 import sedetect
-from sedetect.ablation import ablate
-from sedetect.attach import SubstitutedDown
 from sedetect.errors import SedetectError
-from sedetect.place import BankId, Place
-from sedetect.stats import ModelStats
+from sedetect.experiments.ablation import ablate
+from sedetect.models.attach import SubstitutedDown
+from sedetect.stats.model import ModelStats
+from sedetect.stats.place import BankId, Place
 
 BATCH, LENGTH = 2, 12
 KINDS = {"R": "routed", "V": "routed_vision", "S": "shared", "T": "shared_1", "D": "dense"}

@@ -17,8 +17,8 @@ import torch
 from test_kernels import assert_close, make_call, make_rows, moe_mlp, swiglu
 
 from sedetect import ops
-from sedetect.backends import BACKENDS
-from sedetect.stats import BankStats
+from sedetect.ops.choose import BACKENDS
+from sedetect.stats.bank import BankStats
 
 INITCHECK = "initcheck" in sys.argv[2:]
 DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda", 0)

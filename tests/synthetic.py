@@ -3,8 +3,9 @@
 import torch
 
 from sedetect.kernels.records import COLUMN, float_bits
-from sedetect.place import BankId
-from sedetect.stats import BankInfo, BankStats, Header, ModelStats, Source
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import BankInfo, Header, ModelStats, Source
+from sedetect.stats.place import BankId
 
 
 def synthetic_stats(layers: int, experts: int, *, model: str = "synthetic", domain: str = "text", seed: int = 0):

@@ -8,11 +8,11 @@ from models import TINY, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
-from sedetect.ablation import ablate
-from sedetect.calibration import Windows
+from sedetect.calibration.windows import Windows
 from sedetect.errors import SedetectError
-from sedetect.evaluation import Question, exact_match, load_questions, perplexity
-from sedetect.place import Place, Weight
+from sedetect.experiments.ablation import ablate
+from sedetect.experiments.evaluation import Question, exact_match, load_questions, perplexity
+from sedetect.stats.place import Place, Weight
 
 
 def token_ids(seed=0):

@@ -11,11 +11,11 @@ from test_profile import assert_equal, assert_logits_close, token_ids
 from torch import nn
 
 import sedetect
-from sedetect.ablation import ablate
-from sedetect.banks import find_banks
+from sedetect.analysis.matrices import gate_states
 from sedetect.errors import SedetectError
-from sedetect.expert_matrices import gate_states
-from sedetect.layers import expert_output
+from sedetect.experiments.ablation import ablate
+from sedetect.models.banks import find_banks
+from sedetect.models.experts import expert_output
 
 NAMES = {"w": ("w1", "w3", "w2"), "proj": ("gate_proj", "up_proj", "down_proj")}
 

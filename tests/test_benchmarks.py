@@ -10,7 +10,7 @@ import torch
 from models import TINY
 
 import sedetect
-from sedetect.stats import ModelStats
+from sedetect.stats.model import ModelStats
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))

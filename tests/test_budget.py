@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import sedetect.compression.budget as budget_module
 import torch
 from families import FAMILIES, tiny_model
 from models import TINY, random_model
@@ -13,15 +14,14 @@ from test_cli import refused, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
-import sedetect.budget as budget_module
-from sedetect.ablation import ablate
-from sedetect.budget import conclusion, held_out, make_budget
-from sedetect.calibration import calibration_windows
+from sedetect.calibration.windows import calibration_windows
+from sedetect.compression.budget import conclusion, held_out, make_budget
+from sedetect.compression.pruning import choose_kept
+from sedetect.compression.simulated import expert_sizes, fake_quantize, quantized_experts, stored_bits
 from sedetect.errors import SedetectError
-from sedetect.evaluation import perplexity
-from sedetect.place import Place, Weight
-from sedetect.pruning import choose_kept
-from sedetect.quantization import expert_sizes, fake_quantize, quantized_experts, stored_bits
+from sedetect.experiments.ablation import ablate
+from sedetect.experiments.evaluation import perplexity
+from sedetect.stats.place import Place, Weight
 
 SUPER = Place("decoder", 1, "routed", 28)
 

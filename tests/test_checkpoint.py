@@ -9,9 +9,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from sedetect.checkpoint import _check_loaded, load_model, load_tokenizer
-from sedetect.checkpoint_files import check_checkpoint, weights_digest
+from sedetect.checkpoints.files import check_checkpoint, weights_digest
 from sedetect.errors import SedetectError
+from sedetect.models.loading import _check_loaded, load_model, load_tokenizer
 
 TINY = Path(__file__).parent / "data" / "tiny-moe"
 SHARD = "model-00002-of-00003.safetensors"

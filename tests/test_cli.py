@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 
 import sedetect
 from sedetect import ModelStats, SedetectError, SuperExpert, cli
-from sedetect.backends import choose_backend
-from sedetect.checkpoint import load_tokenizer
-from sedetect.place import BankId
+from sedetect.models.loading import load_tokenizer
+from sedetect.ops.choose import choose_backend
+from sedetect.stats.place import BankId
 
 # Serves tiny-moe in its own precision on the device that is chosen where none is named.
 BACKEND = choose_backend(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)[0].name

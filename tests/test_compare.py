@@ -12,8 +12,8 @@ from test_cli import run
 from test_ranking import bank, model
 
 import sedetect
-from sedetect.compare import compare, spearman
 from sedetect.errors import SedetectError
+from sedetect.ranking.comparison import compare, spearman
 
 
 def layer(*large, channel=None):

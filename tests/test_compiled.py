@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import sedetect
 from sedetect.kernels.rows import Rows
-from sedetect.stats import ModelStats
+from sedetect.stats.model import ModelStats
 
 BATCHES = [torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 

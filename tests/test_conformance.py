@@ -7,7 +7,7 @@ import torch
 from conformance import Seen, attempt, available, check
 from families import FAMILIES, Family, discover, tiny_model
 
-from sedetect.banks import find_banks, layers_per_stack
+from sedetect.models.banks import find_banks, layers_per_stack
 
 
 @pytest.mark.parametrize("name", available())

@@ -22,10 +22,8 @@ from test_triton import (
     random_rows,
 )
 
-from sedetect import cuda_backend, ops
-from sedetect.backends import BACKENDS, choose_backend
-from sedetect.contract import ExpertWeights
-from sedetect.cuda_backend import CudaBackend
+from sedetect import ops
+from sedetect.adapters.quantized import QuantizedWeights
 from sedetect.kernels import tiles
 from sedetect.kernels.gate import ACTIVATIONS, Gate
 from sedetect.kernels.gate_up import gate_up_torch
@@ -35,8 +33,11 @@ from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.rows import Rows
 from sedetect.kernels.update import update_torch
-from sedetect.quantized import QuantizedWeights
-from sedetect.stats import BankStats
+from sedetect.ops import cuda
+from sedetect.ops.choose import BACKENDS, choose_backend
+from sedetect.ops.contract import ExpertWeights
+from sedetect.ops.cuda import CudaBackend
+from sedetect.stats.bank import BankStats
 
 DEVICE = torch.device("cuda", 0)
 REFUSAL = (
@@ -126,8 +127,8 @@ def test_its_gemms_serve_where_experts_have_rows_enough(monkeypatch, tokens):
     """Chosen by itself for few rows, too, but then without its own GEMMs."""
     called, served = [], []
     for name in ("gate_up", "down", "update"):
-        its = getattr(cuda_backend._cuda, name)
-        monkeypatch.setattr(cuda_backend._cuda, name, lambda *a, n=name, f=its: (called.append(n), f(*a)))
+        its = getattr(cuda._cuda, name)
+        monkeypatch.setattr(cuda._cuda, name, lambda *a, n=name, f=its: (called.append(n), f(*a)))
     call = on_device(make_call((tokens, 1, 8, 64, 32), torch.bfloat16, 1))
     any_moe_mlp(call, state=BankStats.empty(8, DEVICE), served=lambda *note: served.append(note))
     assert served == [("cuda", None)]
@@ -240,7 +241,7 @@ def test_rows_sorted_before_give_the_same(backend, monkeypatch, dtype, shape, ga
     gate = call["gate"] if gated else next(g for g in GATES if not g.gated)
     found = []
     for columns in (0, 2**31):
-        monkeypatch.setattr(cuda_backend, "SORTED_COLUMNS", columns)
+        monkeypatch.setattr(cuda, "SORTED_COLUMNS", columns)
         found.append(backend._gate_up(call["x"], plan, weights_of(call), gate, parts=True))
     routed = int(plan.offsets[-1])
     (h, parts), (same, same_parts) = found

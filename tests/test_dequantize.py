@@ -22,8 +22,8 @@ from sedetect.kernels.dequantize import QuantizedWeights, decode_e8m0, dequantiz
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up
 from sedetect.kernels.plan import plan
-from sedetect.stats import BankStats
-from sedetect.triton_backend import TritonBackend
+from sedetect.ops.triton import TritonBackend
+from sedetect.stats.bank import BankStats
 
 DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda")
 FP8 = torch.float8_e4m3fn

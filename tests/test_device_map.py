@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
 from sedetect import SedetectError
-from sedetect.ablation import ablate
-from sedetect.place import Place
+from sedetect.experiments.ablation import ablate
+from sedetect.stats.place import Place
 
 FORWARDS = ("forward", "_old_forward")
 OUTSIDE = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")

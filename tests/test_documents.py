@@ -10,15 +10,15 @@ from dataclasses import replace
 
 import pytest
 
-import sedetect
 from sedetect.documents import Document
 from sedetect.errors import SedetectError
-from sedetect.experiment import Experiment, Outcome
-from sedetect.ranking import Place, Ranking
-from sedetect.resume import Finished
-from sedetect.run import Context, Run
-from sedetect.stream import Formation, LayerResidual, Observation, Residual, Writer
-from sedetect.traces import ExpertTrace, Fired, Group, Traces
+from sedetect.experiments.study import Experiment, Outcome
+from sedetect.experiments.traces import ExpertTrace, Fired, Group, Traces
+from sedetect.profiling.record import Context, Run
+from sedetect.profiling.resume import Finished
+from sedetect.ranking.result import Ranking
+from sedetect.stats.place import Place
+from sedetect.stats.residual import Formation, LayerResidual, Observation, Residual, Writer
 
 EXPERT = Place("decoder", 1, "routed", 28)
 
@@ -53,9 +53,10 @@ SAMPLES = {
 
 def documents():
     """Every class of the package that is a Document."""
-    for module in pkgutil.iter_modules(sedetect.__path__):
-        if module.name not in ("__main__", "_C", "_cuda", "kernels", "report", "cli", "triton_backend", "cuda_backend"):
-            importlib.import_module(f"sedetect.{module.name}")
+    for package in ("analysis", "compression", "experiments", "profiling", "ranking", "stats"):
+        face = importlib.import_module(f"sedetect.{package}")
+        for module in pkgutil.iter_modules(face.__path__, f"{face.__name__}."):
+            importlib.import_module(module.name)
     return sorted(Document.__subclasses__(), key=lambda cls: cls.__name__)
 
 

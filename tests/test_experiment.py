@@ -8,19 +8,13 @@ import pytest
 from models import TINY
 
 import sedetect
-from sedetect.ablation import resolve
-from sedetect.calibration import calibration_windows
-from sedetect.checkpoint import open_model
+from sedetect.calibration.windows import calibration_windows
 from sedetect.cli import main
 from sedetect.errors import SedetectError
-from sedetect.experiment import (
-    check_choice,
-    choose_experts,
-    conclusion,
-    random_controls,
-    routed_experts,
-    run_experiment,
-)
+from sedetect.experiments.ablation import resolve
+from sedetect.experiments.study import conclusion, run_experiment
+from sedetect.experiments.targets import check_choice, choose_experts, random_controls, routed_experts
+from sedetect.models.loading import open_model
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from test_profile import token_ids
 from transformers.distributed import DistributedConfig
 
 import sedetect
-from sedetect.stats import BankStats, ModelStats
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import ModelStats
 
 RANK = """
 import inspect, json, os, sys
@@ -26,8 +27,8 @@ from test_profile import token_ids
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 import sedetect
-from sedetect.ablation import ablate
-from sedetect.place import Place
+from sedetect.experiments.ablation import ablate
+from sedetect.stats.place import Place
 
 torch.set_num_threads(1)
 checkpoint, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])

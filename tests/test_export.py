@@ -16,9 +16,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 import sedetect
 from sedetect import BankId, ModelStats
-from sedetect.channel_exports import write_awq_scales, write_imatrix
+from sedetect.compression.channels import write_awq_scales, write_imatrix
+from sedetect.compression.protect import export, protect_list
 from sedetect.errors import SedetectError
-from sedetect.exporting import export, protect_list
 
 # What the quantizers see: one linear module per matrix of an expert, after they have taken the fused ones apart.
 LINEARS = {

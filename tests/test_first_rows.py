@@ -10,7 +10,8 @@ import sedetect
 from sedetect import ops
 from sedetect.errors import SedetectError
 from sedetect.kernels.rows import Rows
-from sedetect.stats import BankStats, ModelStats
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import ModelStats
 
 EXPERTS = 5
 

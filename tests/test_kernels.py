@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from sedetect import ops
-from sedetect.backends import BACKENDS as ALL_BACKENDS
-from sedetect.backends import CpuBackend, choose_backend
 from sedetect.kernels.combine import combine_torch
-from sedetect.kernels.gate import ACTIVATIONS, Gate, candidate_gates, gate_torch, probe_gate
+from sedetect.kernels.gate import ACTIVATIONS, Gate, gate_torch
 from sedetect.kernels.gate_up import gate_up_torch
 from sedetect.kernels.grouped import grouped_linear_torch
 from sedetect.kernels.plan import plan_torch, single_plan
@@ -15,8 +13,12 @@ from sedetect.kernels.records import COUNTS, RECORD, SUMS, column
 from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.rows import Rows
 from sedetect.kernels.update import update_torch
-from sedetect.stats import BankStats
-from sedetect.triton_backend import TritonBackend
+from sedetect.models.gate import candidate_gates, probe_gate
+from sedetect.ops.choose import BACKENDS as ALL_BACKENDS
+from sedetect.ops.choose import choose_backend
+from sedetect.ops.cpu import CpuBackend
+from sedetect.ops.triton import TritonBackend
+from sedetect.stats.bank import BankStats
 
 # (worst element, RMS), both relative to the RMS of a float64 reference.
 TOLERANCES = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (1e-1, 8e-3), torch.float16: (1.2e-2, 1e-3)}

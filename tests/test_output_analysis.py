@@ -12,19 +12,19 @@ from test_quantized import in_fp8, listed_twins, packed, twins
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sedetect import ops
-from sedetect.analysis import Analysis, LayerArrays, Text, read_texts
-from sedetect.attach import is_attached
-from sedetect.banks import find_banks
-from sedetect.calibration import Windows, calibration_windows
+from sedetect.adapters.stacked import Adapter
+from sedetect.analysis.common import Analysis, LayerArrays, Text, read_texts
+from sedetect.analysis.matrices import expert_matrices
+from sedetect.analysis.outputs import OutputSums, analyze_outputs, standings, summarize
+from sedetect.analysis.routing import analyze_routing
+from sedetect.calibration.windows import Windows, calibration_windows
 from sedetect.errors import SedetectError
-from sedetect.expert_matrices import expert_matrices
 from sedetect.kernels.gate import Gate
-from sedetect.layers import run_tokens
-from sedetect.output_analysis import OutputSums, analyze_outputs, standings, summarize
-from sedetect.place import BankId
+from sedetect.models.attach import is_attached
+from sedetect.models.banks import find_banks
+from sedetect.models.layers import run_tokens
 from sedetect.report.pictures import pictures_of
-from sedetect.routing_analysis import analyze_routing
-from sedetect.stacked import Adapter
+from sedetect.stats.place import BankId
 
 # experts and their gates; router, and down projections of shared experts, in the layer's MoE block
 PLACES = {
@@ -217,7 +217,7 @@ def test_tiny_moe(tiny):
 def test_chunks_are_added_up(tiny, monkeypatch):
     model, _, domains = tiny
     whole = analyze_outputs(model, domains, layers=[3], batch_size=2)
-    monkeypatch.setattr("sedetect.output_analysis._CHUNK", {"cpu": 32 * 256 * 5})
+    monkeypatch.setattr("sedetect.analysis.outputs._CHUNK", {"cpu": 32 * 256 * 5})
     parts = analyze_outputs(model, domains, layers=[3], batch_size=2)
     bank = BankId("decoder", 3, "routed")
     for name, array in whole.layers[bank].arrays.items():

@@ -13,15 +13,16 @@ from test_cli import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
-from sedetect import checkpoint, compiled, profiler
-from sedetect.backends import missing_fast_path
-from sedetect.banks import find_banks
-from sedetect.calibration import load_texts
-from sedetect.checkpoint import load_tokenizer
+from sedetect.calibration.texts import load_texts
 from sedetect.errors import SedetectError
-from sedetect.evaluation import perplexity
-from sedetect.residual import observe_residual
-from sedetect.stats import merge_all
+from sedetect.experiments.evaluation import perplexity
+from sedetect.experiments.residual_stream import observe_residual
+from sedetect.models import compiled, loading
+from sedetect.models.banks import find_banks
+from sedetect.models.loading import load_tokenizer
+from sedetect.ops.choose import missing_fast_path
+from sedetect.profiling import profiler
+from sedetect.stats.model import merge_all
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +73,8 @@ def counted(monkeypatch):
         monkeypatch.setattr(module, name, counting)
 
     for module, name in (
-        (checkpoint, "check_checkpoint"),
-        (checkpoint, "find_banks"),
+        (loading, "check_checkpoint"),
+        (loading, "find_banks"),
         (profiler, "find_banks"),
         (profiler, "attach"),
         (profiler, "model_digest"),
@@ -197,7 +198,7 @@ def test_a_tokenizer_prefix_that_data_lacks_is_said():
 
 
 def test_the_ranking_document_is_json(tiny):
-    from sedetect.tables import ranking_document
+    from sedetect.cli.tables import ranking_document
 
     document = ranking_document(sedetect.rank(tiny.stats), tiny.tokenizer)
     assert json.loads(json.dumps(document, allow_nan=False)) == document

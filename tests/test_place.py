@@ -3,7 +3,7 @@
 import pytest
 
 from sedetect import BankId, SedetectError
-from sedetect.place import Place, Weight, parse_place, parse_target, place_of
+from sedetect.stats.place import Place, Weight, parse_place, parse_target, place_of
 
 # name, bank, expert, number
 FORMS = [

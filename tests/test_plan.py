@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from test_cli import refused, run
 from test_streaming import save_random, to_fp8
 
-from sedetect.checkpoint import load_model
-from sedetect.plan import Plan, make_plan, measure_read
+from sedetect.models.loading import load_model
+from sedetect.profiling.estimate import Plan, make_plan, measure_read
 
 
 def plan_without_reading(folder) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sedetect.staging.read_bytes", lambda *_: pytest.fail("read a weight"))
+        patch.setattr("sedetect.checkpoints.staging.read_bytes", lambda *_: pytest.fail("read a weight"))
         return make_plan(folder)
 
 

@@ -5,10 +5,10 @@ import torch
 from models import TINY
 
 from sedetect import SedetectError, profile_model
-from sedetect.checkpoint import load_model
-from sedetect.checkpoint_files import shards_of
-from sedetect.prefetch import Prefetched, prefetch
-from sedetect.staging import stored_tensors
+from sedetect.checkpoints.files import shards_of
+from sedetect.checkpoints.prefetch import Prefetched, prefetch
+from sedetect.checkpoints.staging import stored_tensors
+from sedetect.models.loading import load_model
 
 CPU = torch.device("cpu")
 

@@ -10,13 +10,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import sedetect
-from sedetect.attach import SubstitutedDown
-from sedetect.backends import BACKENDS
 from sedetect.errors import SedetectError
 from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.update import update_torch
-from sedetect.place import BankId
-from sedetect.stats import BankStats, ModelStats, merge_all
+from sedetect.models.attach import SubstitutedDown
+from sedetect.ops.choose import BACKENDS
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import ModelStats, merge_all
+from sedetect.stats.place import BankId
 
 BANKS = {
     "qwen3_moe": [(0, "routed"), (1, "routed"), (2, "routed")],

@@ -13,12 +13,13 @@ from test_cli import put_tokenizer, refused, run
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
-from sedetect import BankId, ModelStats, pruning
-from sedetect.ablation import ablate
+from sedetect import BankId, ModelStats
+from sedetect.compression import pruning
+from sedetect.compression.pruning import choose_kept, prune_checkpoint
 from sedetect.errors import SedetectError
-from sedetect.place import Place
-from sedetect.pruning import choose_kept, prune_checkpoint
-from sedetect.saliency import SALIENCIES, saliency
+from sedetect.experiments.ablation import ablate
+from sedetect.ranking.saliencies import SALIENCIES, saliency
+from sedetect.stats.place import Place
 
 
 @pytest.fixture(scope="module")

@@ -28,23 +28,23 @@ from transformers.integrations.finegrained_fp8 import (
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 import sedetect
-from sedetect.ablation import ablate
-from sedetect.adapters import serve_quantized
-from sedetect.backends import BACKENDS, choose_backend
-from sedetect.banks import find_banks
-from sedetect.contract import ExpertWeights
-from sedetect.checkpoint import load_model
+from sedetect.adapters.quantized import has_kernel, linear_weight, serve_linears
+from sedetect.adapters.registry import serve_quantized
+from sedetect.analysis.matrices import expert_matrices
 from sedetect.errors import SedetectError
-from sedetect.expert_matrices import expert_matrices
-from sedetect.identity import model_digest
+from sedetect.experiments.ablation import ablate
 from sedetect.kernels.dequantize import QuantizedWeights, dequantize
+from sedetect.kernels.gate import Gate
 from sedetect.kernels.rows import Rows
-from sedetect.measure import Measurement, measure
-from sedetect.ops import Gate
-from sedetect.place import Place, Weight
-from sedetect.quantized import has_kernel, linear_weight, serve_linears
-from sedetect.streaming_weights import open_streamed
-from sedetect.triton_backend import TritonBackend
+from sedetect.models.banks import find_banks
+from sedetect.models.identity import model_digest
+from sedetect.models.loading import load_model
+from sedetect.models.measure import Measurement, measure
+from sedetect.models.streamed import open_streamed
+from sedetect.ops.choose import BACKENDS, choose_backend
+from sedetect.ops.contract import ExpertWeights
+from sedetect.ops.triton import TritonBackend
+from sedetect.stats.place import Place, Weight
 
 DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda")
 KINDS = {"fp8": torch.float8_e4m3fn, "fp8-ue8m0": torch.float8_e4m3fn, "fp4": torch.int8, "mxfp4": torch.uint8}

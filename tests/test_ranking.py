@@ -10,9 +10,11 @@ import torch
 
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import COLUMN, COUNTS, SUMS, float_bits
-from sedetect.place import BankId, Place, parse_place
-from sedetect.ranking import Ranking, rank
-from sedetect.stats import BankInfo, BankStats, Header, ModelStats
+from sedetect.ranking.result import Ranking
+from sedetect.ranking.rule import rank
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import BankInfo, Header, ModelStats
+from sedetect.stats.place import BankId, Place, parse_place
 
 ROWS, FIRST_ROWS = COUNTS.index("rows"), COUNTS.index("first_rows")
 GATE_SUM, GATE_FIRST_SUM = SUMS.index("gate_sum"), SUMS.index("gate_first_sum")

@@ -32,7 +32,8 @@ ARGS = ("--tokens", 400, "--seq-len", 16, "--batch-size", 3)
 # imported but not computed. [folder, port, ending, arguments] of each comes as JSON.
 RANKS = """
 import json, os, signal, sys
-from sedetect import cli, pipeline
+from sedetect import cli
+from sedetect.profiling import pipeline
 
 def rank_of(rank, folder, port, ending, arguments):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}

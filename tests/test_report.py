@@ -25,18 +25,18 @@ from synthetic import synthetic_stats
 
 import sedetect
 from sedetect import ModelStats, cli
-from sedetect.checkpoint import load_tokenizer
+from sedetect.experiments.study import Experiment
 from sedetect.kernels.records import COLUMN, column, float_bits
-from sedetect.experiment import Experiment
-from sedetect.place import BankId
+from sedetect.models.loading import load_tokenizer
+from sedetect.profiling.record import Run
 from sedetect.report import numbers, text
 from sedetect.report.data import datasets
 from sedetect.report.evidence import Evidence, load_evidence
 from sedetect.report.experiments import ablation_section
 from sedetect.report.style import DARK, LIGHT
 from sedetect.report.write import write_report
-from sedetect.run import Run
-from sedetect.stats import BankStats
+from sedetect.stats.bank import BankStats
+from sedetect.stats.place import BankId
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}\u202e\"'&amp;"
 EVERY = ["heatmap", "tail", "first-rest", "by-layer", "by-expert", "positions", "residual", "sinks", "ablation",
@@ -303,9 +303,9 @@ def test_contexts_are_where_the_token_stands(tiny, stats):
     kept = Run.from_dict(json.loads((tiny / "run.json").read_text()))
     tokenizer = load_tokenizer(TINY)
     windows = {}
-    for domain in sedetect.calibration.DOMAINS:
-        for part in sedetect.calibration.make_windows(
-            tokenizer, {domain: sedetect.calibration.load_texts()[domain]}, tokens=512, seq_len=128, seed=None, chat_template=False
+    for domain in sedetect.calibration.texts.DOMAINS:
+        for part in sedetect.calibration.windows.make_windows(
+            tokenizer, {domain: sedetect.calibration.texts.load_texts()[domain]}, tokens=512, seq_len=128, seed=None, chat_template=False
         ).domains.values():  # fmt: skip
             windows |= {(part.source, int(n)): ids.tolist() for n, ids in zip(part.numbers, part.ids)}
     sources = sorted(stats.header.sources)

@@ -14,17 +14,18 @@ from models import CONFIGS, TINY, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from sedetect.ablation import ablate
-from sedetect.banks import find_banks
-from sedetect.calibration import Windows, load_texts, make_windows
+from sedetect.calibration.texts import load_texts
+from sedetect.calibration.windows import Windows, make_windows
 from sedetect.cli import app
 from sedetect.errors import SedetectError
-from sedetect.layers import attention_blocks, decoder_layers
-from sedetect.pipeline import profile_model
-from sedetect.place import parse_place
-from sedetect.profiler import profile
-from sedetect.ranking import rank
-from sedetect.residual import Residual, Writer, observe_residual, sink_decay
+from sedetect.experiments.ablation import ablate
+from sedetect.experiments.residual_stream import Residual, Writer, observe_residual, sink_decay
+from sedetect.models.banks import find_banks
+from sedetect.models.layers import attention_blocks, decoder_layers
+from sedetect.profiling.pipeline import profile_model
+from sedetect.profiling.profiler import profile
+from sedetect.ranking.rule import rank
+from sedetect.stats.place import parse_place
 
 SE = parse_place("L1E28")
 

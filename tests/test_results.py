@@ -9,13 +9,13 @@ import torch
 from synthetic import synthetic_stats
 from test_documents import RESIDUAL, SAMPLES
 
-from sedetect.analysis import KINDS, Analysis
+from sedetect.analysis.common import KINDS, Analysis
 from sedetect.errors import SedetectError
-from sedetect.experiment import Experiment
+from sedetect.experiments.study import Experiment
+from sedetect.experiments.traces import Traces
+from sedetect.profiling.record import Run
 from sedetect.results import Results
-from sedetect.run import Run
-from sedetect.stream import Observation
-from sedetect.traces import Traces
+from sedetect.stats.residual import Observation
 
 READERS = {"run": Run, "observation": Observation, "ablation": Experiment, "traces": Traces}
 

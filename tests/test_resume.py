@@ -18,8 +18,9 @@ from test_streaming import TEXTS, assert_equal, save_random
 from transformers import Qwen3MoeConfig
 
 import sedetect
-from sedetect import ModelStats, SedetectError, streaming
-from sedetect.resume import Progress
+from sedetect import ModelStats, SedetectError
+from sedetect.profiling import streaming
+from sedetect.profiling.resume import Progress
 
 ARGS = ("--tokens", 400, "--seq-len", 16, "--batch-size", 3, "--stream")
 RESULTS = {
@@ -69,7 +70,8 @@ def assert_results(out: Path, expected: Path) -> None:
 KILLER = """
 import json, os, random, shutil, signal, sys
 
-from sedetect import cli, resume
+from sedetect import cli
+from sedetect.profiling import resume
 
 out, kills = sys.argv.pop(1), int(sys.argv.pop(1))
 chosen, killed, resumed, calls, number = random.Random(7), 0, [], 0, 0
@@ -229,7 +231,7 @@ def test_command_line(checkpoint, data, expected, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         original(model, ids)
 
-    monkeypatch.setattr("sedetect.streaming.run_tokens", interrupting)
+    monkeypatch.setattr("sedetect.profiling.streaming.run_tokens", interrupting)
     cut = run(*command)
     assert cut.code == 130 and cut.out == ""
     assert "; 2 layers are finished, and the same command goes on from there" in cut.err
@@ -240,7 +242,7 @@ def test_command_line(checkpoint, data, expected, tmp_path, monkeypatch):
     again = run(*command, "--no-resume")
     assert again.code == 0 and "kept for a restart 0.00 s" in again.out
     assert_results(tmp_path, expected)
-    monkeypatch.setattr("sedetect.fit.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("sedetect.checkpoints.memory.free_memory", lambda device: 100_000)
     chosen = run(*(word for word in command if word != "--stream"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert chosen.code == 0 and f"of weights do not fit the 100 kB free on {device}" in chosen.err
@@ -258,7 +260,7 @@ def test_hidden_states_are_written_beside_the_computation(tmp_path, monkeypatch)
         save_file(tensors, file, metadata)
         written.append(file)
 
-    monkeypatch.setattr("sedetect.resume.save_file", slow)
+    monkeypatch.setattr("sedetect.profiling.resume.save_file", slow)
     progress = Progress(tmp_path / "r", {})
     batches = [torch.full((2, 3), float(i)) for i in range(4)]
     for number in (0, 1):
@@ -277,7 +279,7 @@ def test_hidden_states_are_written_beside_the_computation(tmp_path, monkeypatch)
     def full(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr("sedetect.resume.save_file", full)
+    monkeypatch.setattr("sedetect.profiling.resume.save_file", full)
     progress.write_hidden(2, 0, batches[0])
     with pytest.raises(SedetectError, match=r"00000.safetensors: cannot be written \(no space\); free space"):
         progress.finish(1, [], 1.0, last=False)

@@ -14,14 +14,14 @@ from models import TINY, snapshot
 from test_output_analysis import PLACES, random_ids, text_of, windows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sedetect.analysis import Analysis, read_texts
-from sedetect.attach import attach, run_inner
-from sedetect.banks import find_banks
-from sedetect.calibration import calibration_windows
-from sedetect.layers import run_tokens
-from sedetect.place import BankId
-from sedetect.routers import RouterWatch
-from sedetect.routing_analysis import analyze_routing, chosen_slots, distance, effective, lift, standings
+from sedetect.analysis.common import Analysis, read_texts
+from sedetect.analysis.routing import analyze_routing, chosen_slots, distance, effective, lift, standings
+from sedetect.calibration.windows import calibration_windows
+from sedetect.models.attach import attach, run_inner
+from sedetect.models.banks import find_banks
+from sedetect.models.layers import run_tokens
+from sedetect.models.routers import RouterWatch
+from sedetect.stats.place import BankId
 
 # whose routers do not choose by the size of their logits, and why; biases that correct the choice are set to 0 below
 OTHER_CHOICES = {

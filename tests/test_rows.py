@@ -13,7 +13,7 @@ from models import random_model
 import sedetect
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import column
-from sedetect.rows import (
+from sedetect.models.row_context import (
     UNMAPPED_CACHE,
     UNMAPPED_INPUT,
     UNMAPPED_MASK,

@@ -11,7 +11,7 @@ from test_cli import refused, run
 import sedetect
 from sedetect import BankId, ModelStats
 from sedetect.errors import SedetectError
-from sedetect.saliency import SALIENCIES, ascending, saliency, saliency_document
+from sedetect.ranking.saliencies import SALIENCIES, ascending, saliency, saliency_document
 
 NORMS = ("ean-sum", "ean-mean", "man", "msan", "reap", "max")
 

@@ -11,12 +11,12 @@ from test_cli import run
 from test_ranking import bank, model, one_layer
 
 import sedetect
-from sedetect.calibration import load_texts
+from sedetect.calibration.texts import load_texts
 from sedetect.errors import SedetectError
-from sedetect.pipeline import ROUND_WINDOWS, _stable_after
-from sedetect.place import Place
-from sedetect.stability import agreement, peak_of, sensitivity
-from sedetect.stats import ModelStats, merge_all
+from sedetect.profiling.pipeline import ROUND_WINDOWS, _stable_after
+from sedetect.ranking.stability import agreement, peak_of, sensitivity
+from sedetect.stats.model import ModelStats, merge_all
+from sedetect.stats.place import Place
 
 DOMAINS = ["english", "chinese", "mathematics", "code"]
 

@@ -13,8 +13,9 @@ from sedetect.errors import SedetectError
 from sedetect.files import write_atomic, write_json
 from sedetect.kernels.records import COLUMN, RECORD, Record, decode, empty_records, float_bits
 from sedetect.kernels.rows import Rows
-from sedetect.place import BankId
-from sedetect.stats import BankInfo, BankStats, Header, ModelStats, Source, merge_all, ranges_of
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import BankInfo, Header, ModelStats, Source, merge_all, ranges_of
+from sedetect.stats.place import BankId
 
 BANK = BankId("decoder", 3, "routed")
 

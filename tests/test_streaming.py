@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig
 from transformers.utils import logging as transformers_logging
 
 import sedetect
-from sedetect import SedetectError, compiled, profiler
-from sedetect.checkpoint import load_model
-from sedetect.fit import dequantized_here, free_memory, too_large, weight_bytes
-from sedetect.staging import StoredTensor
-from sedetect.streaming import check_layers
-from sedetect.streaming_weights import StreamedModel, open_streamed
+from sedetect import SedetectError
+from sedetect.checkpoints.memory import dequantized_here, free_memory, too_large, weight_bytes
+from sedetect.checkpoints.staging import StoredTensor
+from sedetect.models import compiled
+from sedetect.models.loading import load_model
+from sedetect.models.streamed import StreamedModel, open_streamed
+from sedetect.profiling import profiler
+from sedetect.profiling.streaming import check_layers
 
 WORDS = {"greek": "alpha beta gamma delta", "numbers": "one two three four five", "colours": "red green blue"}
 TEXTS = {domain: [" ".join(f"{words} {n}" for n in range(60))] for domain, words in WORDS.items()}
@@ -138,7 +140,7 @@ def test_fp8(tmp_path, name, device):
 
 def test_hidden_states_on_disk_alone(checkpoint, tmp_path, monkeypatch):
     expected = sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, **SHORT)
-    monkeypatch.setattr("sedetect.fit.free_memory", lambda device: 1000)
+    monkeypatch.setattr("sedetect.checkpoints.memory.free_memory", lambda device: 1000)
     with pytest.raises(SedetectError, match=r"hidden states of \d+ tokens take .*-o DIR"):
         sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, **SHORT)
     found = sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, resume=tmp_path / "r", **SHORT)
@@ -150,9 +152,9 @@ def test_chosen_where_the_weights_do_not_fit(checkpoint, monkeypatch):
     folder = checkpoint("gpt_oss")
     needed = sum(p.nbytes for p in load_model(folder).parameters())
     for free, dtype, streamed in [(needed, "auto", True), (2 * needed, "auto", False), (2 * needed, "float64", True)]:
-        monkeypatch.setattr("sedetect.fit.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("sedetect.checkpoints.memory.free_memory", lambda device, free=free: free)
         assert (too_large(folder, "cpu", dtype) is not None) == streamed
-    monkeypatch.setattr("sedetect.fit.free_memory", lambda device: needed)
+    monkeypatch.setattr("sedetect.checkpoints.memory.free_memory", lambda device: needed)
     with pytest.warns(UserWarning, match="of weights do not fit the .* free on cpu: streaming them layer by layer"):
         assert sedetect.profile_model(folder, TEXTS, device="cpu", **SHORT).streamed.layers == 3
     assert sedetect.profile_model(folder, TEXTS, device="cpu", stream=False, **SHORT).streamed is None
@@ -174,9 +176,9 @@ def test_packed_weights_take_what_they_stand_for(tmp_path, monkeypatch):
     assert weight_bytes(tmp_path, dequantized={"mxfp4"}) == as_stored + 3 * 128
     assert weight_bytes(tmp_path, "float32", {"mxfp4"}) == weight_bytes(tmp_path, "float32") + 7 * 128
     both = weight_bytes(tmp_path, dequantized={"fp8", "mxfp4"})
-    monkeypatch.setattr("sedetect.fit.dequantized_here", lambda: {"fp8", "mxfp4"})
+    monkeypatch.setattr("sedetect.checkpoints.memory.dequantized_here", lambda: {"fp8", "mxfp4"})
     for free, fits in ((both, False), (2 * both, True)):
-        monkeypatch.setattr("sedetect.fit.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("sedetect.checkpoints.memory.free_memory", lambda device, free=free: free)
         assert (too_large(tmp_path, "cpu") is None) == fits
 
 
@@ -187,13 +189,13 @@ def test_packed_weights_take_what_they_stand_for(tmp_path, monkeypatch):
 def test_what_transformers_dequantizes(monkeypatch, capability, kernels, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr("sedetect.fit.is_kernels_available", lambda: kernels)
+    monkeypatch.setattr("sedetect.checkpoints.memory.is_kernels_available", lambda: kernels)
     assert dequantized_here() == expected
 
 
 def test_free_memory_in_a_container(tmp_path, monkeypatch):
     """What the limit leaves, cached files not counted as used."""
-    monkeypatch.setattr("sedetect.fit._CGROUP", tmp_path)
+    monkeypatch.setattr("sedetect.checkpoints.memory._CGROUP", tmp_path)
     everything = free_memory(torch.device("cpu"))
     for name, text in {"max": "1000000", "current": "900000"}.items():
         (tmp_path / f"memory.{name}").write_text(f"{text}\n")
@@ -274,7 +276,7 @@ def test_a_tensor_anywhere_in_a_file(tmp_path, start):
 
 
 def test_damage_is_found_before_a_weight_is_read(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("sedetect.staging.read_bytes", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("sedetect.checkpoints.staging.read_bytes", lambda *_: pytest.fail("read"))
     folder = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
 
@@ -314,7 +316,7 @@ def test_damage_is_found_before_a_weight_is_read(checkpoint, tmp_path, monkeypat
 def test_state_that_crosses_layers_is_refused(tmp_path, monkeypatch, config, own, why):
     folder = save_random(config(**_COMMON | own), tmp_path)
     assert sedetect.profile_model(folder, TEXTS, stream=False, **SHORT).stats.banks
-    monkeypatch.setattr("sedetect.streaming_weights.StreamedModel.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("sedetect.models.streamed.StreamedModel.load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SedetectError, match=f"{why}.*so its layers cannot be run one after another; load it whole"):
         sedetect.profile_model(folder, TEXTS, stream=True, resume=tmp_path / "resume", **SHORT)
     assert not (tmp_path / "resume").exists()
@@ -393,8 +395,8 @@ import ctypes, sys, warnings
 import sedetect
 import torch
 from pathlib import Path
-from sedetect.staging import Staging
-from sedetect.streaming_weights import StreamedModel
+from sedetect.checkpoints.staging import Staging
+from sedetect.models.streamed import StreamedModel
 
 def status(name):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))

@@ -10,11 +10,11 @@ from test_cli import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
-from sedetect.ablation import ablate
-from sedetect.calibration import Windows
+from sedetect.calibration.windows import Windows
 from sedetect.errors import SedetectError
-from sedetect.place import Weight
-from sedetect.super_weights import super_weights
+from sedetect.experiments.ablation import ablate
+from sedetect.experiments.super_weights import find_super_weights
+from sedetect.stats.place import Weight
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def tiny():
     """tiny-moe in float32, its profile, and the result."""
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     result = sedetect.profile_model(model, tokens=2048, seq_len=128, tokenizer=AutoTokenizer.from_pretrained(TINY))
-    return model, result, super_weights(model, sedetect.rank(result.stats), result.windows)
+    return model, result, find_super_weights(model, sedetect.rank(result.stats), result.windows)
 
 
 def test_the_super_weight_of_tiny_moe(tiny):
@@ -84,7 +84,7 @@ def test_switching_it_off_takes_its_share_of_the_outlier(tiny):
 def is_visited(model, expert, windows: Windows) -> bool:
     """Whether its token comes to it in an unprofiled run, too."""
     try:
-        super_weights(model, [expert], [windows])
+        find_super_weights(model, [expert], [windows])
     except SedetectError as error:
         assert "does not visit it in this run" in str(error)
         return False
@@ -111,7 +111,7 @@ def test_every_layout(name, dtype):
         experts = visited
     assert len({expert.position for expert in experts}) > 3
     before = model.config.to_json_string()
-    found = super_weights(model, experts, [windows], top=100)
+    found = find_super_weights(model, experts, [windows], top=100)
     assert [str(one.expert) for one in found] == [str(expert) for expert in experts]
     for one, expert in zip(found, experts, strict=True):
         assert abs(one.value) == pytest.approx(expert.value, rel=1e-4 if dtype == torch.float32 else 0.05)
@@ -128,7 +128,7 @@ def test_every_layout(name, dtype):
 def test_it_can_run_under_an_ablation(tiny):
     model, result, _ = tiny
     with ablate(model, ["L0E0"]):
-        (inside,) = super_weights(model, sedetect.rank(result.stats), result.windows)
+        (inside,) = find_super_weights(model, sedetect.rank(result.stats), result.windows)
         assert model.model.layers[0].mlp.experts.config.sedetect_call
     assert inside.intermediate == 14
 
@@ -140,7 +140,7 @@ def test_refusals(tiny):
 
     def refused(experts, windows=None, match="", **options):
         with pytest.raises(SedetectError, match=match):
-            super_weights(model, experts, result.windows if windows is None else windows, **options)
+            find_super_weights(model, experts, result.windows if windows is None else windows, **options)
 
     refused(ranking, {}, "L1E28: sequence 0 of source .* is not among the windows")
     refused([replace(expert, layer=11)], match="L11E28: Qwen3MoeForCausalLM has no such expert")
@@ -149,7 +149,7 @@ def test_refusals(tiny):
     refused([replace(expert, position=500)], match="position 500 is outside its window of 128")
     refused([replace(expert, expert=27)], match="L1E27: token 0 of sequence 0 does not visit it in this run")
     refused(ranking, top=0, match="top 0: must be at least 1")
-    assert super_weights(model, [], result.windows) == []
+    assert find_super_weights(model, [], result.windows) == []
     assert not hasattr(model.model.layers[1].mlp.experts.config, "sedetect_call"), "restored after an error"
 
 

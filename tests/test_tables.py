@@ -1,6 +1,6 @@
 """What a person reads of a profile: lines that need no model to be checked."""
 
-from sedetect.tables import folded
+from sedetect.ranking.coverage import folded
 
 
 def test_what_several_banks_note_is_said_once():

@@ -9,13 +9,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import sedetect
-from sedetect.attach import SubstitutedDown, is_attached
-from sedetect.banks import find_banks
-from sedetect.calibration import Windows, load_texts, make_windows
+from sedetect.calibration.texts import load_texts
+from sedetect.calibration.windows import Windows, make_windows
 from sedetect.cli import app
 from sedetect.errors import SedetectError
-from sedetect.place import parse_place
-from sedetect.traces import bucket_name, is_delimiter, trace_experts
+from sedetect.experiments.traces import bucket_name, is_delimiter, trace_experts
+from sedetect.models.attach import SubstitutedDown, is_attached
+from sedetect.models.banks import find_banks
+from sedetect.stats.place import parse_place
 
 SE, LATE = parse_place("L1E28"), parse_place("L9E7")
 

@@ -23,8 +23,7 @@ from test_kernels import (
     weights_of,
 )
 
-from sedetect import ops, triton_backend
-from sedetect.backends import BACKENDS
+from sedetect import ops
 from sedetect.kernels import tiles
 from sedetect.kernels.combine import combine, combine_torch
 from sedetect.kernels.down import down
@@ -37,8 +36,10 @@ from sedetect.kernels.row_stats import RowParts, row_stats_torch
 from sedetect.kernels.rows import Rows
 from sedetect.kernels.sort_rows import sort_rows, sort_rows_torch
 from sedetect.kernels.update import update, update_torch
-from sedetect.stats import BankStats
-from sedetect.triton_backend import TritonBackend
+from sedetect.ops import triton as triton_backend
+from sedetect.ops.choose import BACKENDS
+from sedetect.ops.triton import TritonBackend
+from sedetect.stats.bank import BankStats
 
 DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda")
 PLACE = [COLUMN[name] for name in ("sign", "channel", "sequence", "position", "token_id", "in_channel")]

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from test_cli import INDEX, SMALL, files_of, put_model, ranked, refused, row, run
 
 import sedetect
-from sedetect import ModelStats, SedetectError, pipeline
-from sedetect.tables import evidence
-from sedetect.stream import Residual
+from sedetect import ModelStats, SedetectError
+from sedetect.cli.tables import evidence
+from sedetect.profiling import pipeline
+from sedetect.stats.residual import Residual
 
 TEXT = ("--tokens", 2048, "--seq-len", 128)
 

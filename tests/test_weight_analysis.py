@@ -13,13 +13,9 @@ from models import TINY
 from sklearn.decomposition import PCA
 from transformers import MistralConfig, MistralForCausalLM
 
-from sedetect.analysis import Analysis, parse_layers
-from sedetect.banks import find_banks
-from sedetect.errors import SedetectError
-from sedetect.expert_matrices import expert_matrices, gate_states
-from sedetect.place import BankId
-from sedetect.routers import find_router
-from sedetect.weight_analysis import (
+from sedetect.analysis.common import Analysis, parse_layers
+from sedetect.analysis.matrices import expert_matrices, gate_states
+from sedetect.analysis.weights import (
     analyze_group,
     analyze_weights,
     kept_neurons,
@@ -30,6 +26,10 @@ from sedetect.weight_analysis import (
     standings,
     stray,
 )
+from sedetect.errors import SedetectError
+from sedetect.models.banks import find_banks
+from sedetect.models.routers import find_router
+from sedetect.stats.place import BankId
 
 FAMILIES_HERE = [name for name in BLOCKS if name != "qwen3_moe"]
 TOLERANCE = 2e-6  # of cosines, which float32 products give
@@ -262,7 +262,7 @@ def test_against_a_dense_model(checkpoint, tmp_path):
 
 def test_a_layer_at_a_time(checkpoint, monkeypatch):
     """Nothing but the layer under way has weights, and no forward is run."""
-    from sedetect.streaming_weights import StreamedModel
+    from sedetect.models.streamed import StreamedModel
 
     held, own = [], StreamedModel.load
 

@@ -7,11 +7,11 @@ from transformers.utils import logging as transformers_logging
 
 from sedetect.cli import (
     ablate,
-    analyze,
+    analyze_experts,
+    analyze_residual,
     budget,
     compare,
     export,
-    inside,
     plan,
     profile,
     prune,
@@ -24,12 +24,12 @@ from sedetect.errors import SedetectError
 
 __all__ = [
     "ablate",
-    "analyze",
+    "analyze_experts",
+    "analyze_residual",
     "app",
     "budget",
     "compare",
     "export",
-    "inside",
     "main",
     "plan",
     "profile",

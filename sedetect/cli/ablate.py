@@ -10,10 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sedetect.ablation import HOW
-from sedetect.calibration import calibration_windows, prefix_ids
-from sedetect.checkpoint import open_model
-from sedetect.cli.choice import choose
+from sedetect.calibration.windows import calibration_windows, prefix_ids
 from sedetect.cli.shared import (
     Attn,
     BatchSize,
@@ -30,9 +27,12 @@ from sedetect.cli.shared import (
     print_whole,
     progress_bar,
 )
+from sedetect.cli.targets import choose
 from sedetect.errors import SedetectError
-from sedetect.evaluation import load_questions
-from sedetect.experiment import Experiment, Outcome, conclusion, run_experiment
+from sedetect.experiments.ablation import HOW
+from sedetect.experiments.evaluation import load_questions
+from sedetect.experiments.study import Experiment, Outcome, conclusion, run_experiment
+from sedetect.models.loading import open_model
 from sedetect.results import Results
 
 
@@ -105,7 +105,7 @@ def _questions(evaluate: str | None) -> list:
     if evaluate is None:
         return []
     if evaluate == "arithmetic":
-        with importlib.resources.as_file(importlib.resources.files("sedetect") / "corpus/arithmetic.jsonl") as path:
+        with importlib.resources.as_file(importlib.resources.files("sedetect.calibration") / "corpus/arithmetic.jsonl") as path:
             return load_questions(path)
     return load_questions(evaluate)
 

@@ -7,10 +7,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from sedetect.budget import RATIOS, Budget, Cost, conclusion, held_out, make_budget
-from sedetect.calibration import calibration_windows, prefix_ids
-from sedetect.checkpoint import open_model
-from sedetect.cli.saliency import By, load_ranked
+from sedetect.calibration.windows import calibration_windows, prefix_ids
+from sedetect.cli.ranked import By, load_ranked
 from sedetect.cli.shared import (
     Attn,
     BatchSize,
@@ -28,15 +26,17 @@ from sedetect.cli.shared import (
     print_line,
     progress_bar,
 )
+from sedetect.compression.budget import RATIOS, Budget, Cost, conclusion, held_out, make_budget
+from sedetect.compression.pruning import check_ratio, router_groups
+from sedetect.compression.simulated import FORMATS, GROUP, bits_of, expert_sizes
 from sedetect.errors import SedetectError
-from sedetect.experiment import check_choice, choose_experts
-from sedetect.identity import model_digest
-from sedetect.pipeline import profile_model
-from sedetect.pruning import check_ratio, router_groups
-from sedetect.quantization import FORMATS, GROUP, bits_of, expert_sizes
-from sedetect.ranking import rank
+from sedetect.experiments.targets import check_choice, choose_experts
+from sedetect.models.identity import model_digest
+from sedetect.models.loading import open_model
+from sedetect.profiling.pipeline import profile_model
+from sedetect.ranking.rule import rank
+from sedetect.ranking.saliencies import check_saliency, super_places
 from sedetect.results import Results
-from sedetect.saliency import check_saliency, super_places
 
 
 @app.command("budget")

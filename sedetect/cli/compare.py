@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from sedetect.cli.shared import app, console, print_line
-from sedetect.compare import Comparison, Moved, compare
 from sedetect.errors import SedetectError
 from sedetect.files import STATS
-from sedetect.stats import ModelStats
+from sedetect.ranking.comparison import Comparison, Moved, compare
+from sedetect.stats.model import ModelStats
 
 _SHOWN = 20
 

@@ -6,16 +6,16 @@ from typing import Annotated
 
 import typer
 
-from sedetect.channel_exports import write_awq_scales, write_imatrix
-from sedetect.checkpoint import empty_model
-from sedetect.cli.saliency import load_ranked
+from sedetect.cli.ranked import load_ranked
 from sedetect.cli.shared import app, console, stderr
+from sedetect.compression.channels import write_awq_scales, write_imatrix
+from sedetect.compression.protect import GRANULARITIES, TOOLS, export, kept_experts, protect_list
+from sedetect.compression.simulated import expert_sizes
 from sedetect.errors import SedetectError
-from sedetect.exporting import GRANULARITIES, TOOLS, export, kept_experts, protect_list
 from sedetect.files import write_atomic
-from sedetect.identity import model_digest
-from sedetect.quantization import expert_sizes
-from sedetect.stats import ModelStats
+from sedetect.models.identity import model_digest
+from sedetect.models.loading import empty_model
+from sedetect.stats.model import ModelStats
 
 _CHANNELS = {"imatrix": write_imatrix, "awq": write_awq_scales}
 

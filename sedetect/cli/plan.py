@@ -4,9 +4,9 @@ import torch
 from rich import box
 from rich.table import Table
 
+from sedetect.checkpoints.memory import WEIGHTS_SHARE, choose_device, dequantized_here, free_memory, size
 from sedetect.cli.shared import Device, Dtype, Model, Tokens, TrustRemoteCode, app, print_line, print_whole
-from sedetect.fit import WEIGHTS_SHARE, choose_device, dequantized_here, free_memory, size
-from sedetect.plan import Plan, make_plan, measure_read
+from sedetect.profiling.estimate import Plan, make_plan, measure_read
 
 
 @app.command("plan")

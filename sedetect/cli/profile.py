@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sedetect.cli.saliency import By, print_saliency
+from sedetect.checkpoints.memory import too_large
+from sedetect.cli.ranked import By, print_saliency
 from sedetect.cli.shared import (
     Attn,
     Backend,
@@ -28,20 +29,19 @@ from sedetect.cli.shared import (
     progress_bar,
     stderr,
 )
+from sedetect.cli.tables import print_domains, print_ranking, print_run, ranking_document
 from sedetect.errors import SedetectError
 from sedetect.files import remove_leftovers, write_json
-from sedetect.fit import too_large
-from sedetect.pipeline import ModelProfile, profile_model
-from sedetect.ranking import rank
-from sedetect.ranks import join
+from sedetect.profiling.pipeline import ModelProfile, profile_model
+from sedetect.profiling.processes import join
+from sedetect.profiling.record import describe_run
+from sedetect.profiling.resume import discard
+from sedetect.profiling.streaming import Streamed
+from sedetect.ranking.rule import rank
+from sedetect.ranking.saliencies import check_saliency, saliency_document
 from sedetect.results import Results
-from sedetect.resume import discard
-from sedetect.run import describe_run
-from sedetect.saliency import check_saliency, saliency_document
-from sedetect.stats import ModelStats
-from sedetect.stream import Residual
-from sedetect.streaming import Streamed
-from sedetect.tables import print_domains, print_ranking, print_run, ranking_document
+from sedetect.stats.model import ModelStats
+from sedetect.stats.residual import Residual
 
 Percentile = Annotated[float, typer.Option(help="percentile of the population an expert must exceed")]
 Fraction = Annotated[float, typer.Option(help="fraction of the largest value an expert must exceed")]

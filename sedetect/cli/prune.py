@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sedetect.cli.saliency import By, load_ranked
+from sedetect.cli.ranked import By, load_ranked
 from sedetect.cli.shared import (
     Attn,
     BatchSize,
@@ -20,12 +20,19 @@ from sedetect.cli.shared import (
     print_line,
     progress_bar,
 )
+from sedetect.compression.pruning import (
+    check_model,
+    check_prunable,
+    choose_kept,
+    prune_checkpoint,
+    read_config,
+    router_groups,
+)
 from sedetect.errors import SedetectError
 from sedetect.files import check_new_folder
-from sedetect.pipeline import profile_model
-from sedetect.pruning import check_model, check_prunable, choose_kept, prune_checkpoint, read_config, router_groups
-from sedetect.ranking import rank
-from sedetect.saliency import check_saliency, saliency, super_places
+from sedetect.profiling.pipeline import profile_model
+from sedetect.ranking.rule import rank
+from sedetect.ranking.saliencies import check_saliency, saliency, super_places
 
 
 @app.command("prune")

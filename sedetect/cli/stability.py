@@ -6,8 +6,8 @@ from rich.table import Table
 
 from sedetect.cli.compare import Json, Runs, load_runs
 from sedetect.cli.shared import app, console, print_line
+from sedetect.ranking.stability import Agreement, Grid, Stability, agreement, sensitivity
 from sedetect.results import Results
-from sedetect.stability import Agreement, Grid, Stability, agreement, sensitivity
 
 _SHOWN = 20
 

@@ -7,7 +7,6 @@ import typer
 from rich import box
 from rich.table import Table
 
-from sedetect.checkpoint import open_model
 from sedetect.cli.shared import (
     Attn,
     Backend,
@@ -25,9 +24,10 @@ from sedetect.cli.shared import (
     console,
     progress_bar,
 )
-from sedetect.pipeline import profile_model
-from sedetect.ranking import rank
-from sedetect.super_weights import SuperWeight, SuperWeights, super_weights
+from sedetect.experiments.super_weights import SuperWeight, SuperWeights, find_super_weights
+from sedetect.models.loading import open_model
+from sedetect.profiling.pipeline import profile_model
+from sedetect.ranking.rule import rank
 
 
 @app.command("super-weights")
@@ -61,7 +61,7 @@ def super_weights_command(
         run = {"tokenizer": tokenizer, "batch_size": batch_size, "backend": backend, "progress": show}
         result = profile_model(loaded, data, **cut, **run)
         ranking = rank(result.stats)
-        found = super_weights(loaded, ranking, result.windows, top=top)
+        found = find_super_weights(loaded, ranking, result.windows, top=top)
     if json is not None:
         SuperWeights(ranking.model, ranking.headline, found).save(json)
     console.print(ranking.headline, style="bold", markup=False, highlight=False, soft_wrap=True)

@@ -4,10 +4,10 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from sedetect.ranking import Ranking
+from sedetect.ranking.coverage import FEW_ROWS
+from sedetect.ranking.result import Ranking
 from sedetect.report.evidence import Evidence
 from sedetect.report.numbers import FP8_MAX, FP16_MAX, ExpertRow, LayerRow, expert_rows, layer_rows
-from sedetect.tables import FEW_ROWS
 
 Records = list[dict[str, Any]]
 KEPT_ROWS = 8  # of an expert's strongest rows on first tokens, and as many on all others

@@ -4,16 +4,17 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sedetect.analysis import Analysis
+from sedetect.analysis.common import Analysis
 from sedetect.errors import SedetectError
-from sedetect.experiment import Experiment
-from sedetect.ranking import Ranking, rank
+from sedetect.experiments.study import Experiment
+from sedetect.experiments.traces import Traces
+from sedetect.profiling.record import Run
+from sedetect.ranking.result import Ranking
+from sedetect.ranking.rule import rank
 from sedetect.report.text import token_text
 from sedetect.results import Results
-from sedetect.run import Run
-from sedetect.stats import ModelStats
-from sedetect.stream import Residual
-from sedetect.traces import Traces
+from sedetect.stats.model import ModelStats
+from sedetect.stats.residual import Residual
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-from sedetect.analysis_tables import Cells, layers_table, marked_experts, standings_tables
-from sedetect.experiment import Experiment, Outcome, conclusion
+from sedetect.analysis.tables import Cells, layers_table, marked_experts, standings_tables
+from sedetect.experiments.study import Experiment, Outcome, conclusion
 from sedetect.report.evidence import Evidence
 from sedetect.report.table import MOST, NONE, Table, make_table
 from sedetect.report.text import number, percent, token_text, whole
-from sedetect.stream import Formation
+from sedetect.stats.residual import Formation
 
 
 def residual_section(evidence: Evidence) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from sedetect.kernels.records import column, decode
-from sedetect.place import BankId, Place, place_of
-from sedetect.ranking import Ranking
-from sedetect.stats import ModelStats
-from sedetect.tables import FEW_ROWS
+from sedetect.ranking.coverage import FEW_ROWS
+from sedetect.ranking.result import Ranking
+from sedetect.stats.model import ModelStats
+from sedetect.stats.place import BankId, Place, place_of
 
 FP16_MAX = 65504.0
 FP8_MAX = 448.0  # of E4M3; E5M2 reaches 57344

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from sedetect import output_analysis, weight_analysis
-from sedetect.analysis import Analysis, LayerArrays
-from sedetect.analysis_tables import layer_name
-from sedetect.expert_matrices import NAMES
-from sedetect.place import BankId
+from sedetect.analysis import outputs, weights
+from sedetect.analysis.common import Analysis, LayerArrays
+from sedetect.analysis.matrices import NAMES
+from sedetect.analysis.routing import effective, lift, router_spread
+from sedetect.analysis.tables import layer_name
 from sedetect.report.data import Records
-from sedetect.routing_analysis import effective, lift, router_spread
+from sedetect.stats.place import BankId
 
 _CELLS = 8192  # of a grid that a page shows
 _NEURONS = 128  # of a picture of states
@@ -67,7 +67,7 @@ def _for_page(result: Analysis, marked: dict[str, str]) -> list[BankId]:
 
 
 def _weights(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
-    summaries = {bank: weight_analysis.summarize(layer) for bank, layer in result.layers.items()}
+    summaries = {bank: weights.summarize(layer) for bank, layer in result.layers.items()}
     for field_name, title, text in (
         ("similarity", "cosine of matrices", "Mean cosine of the routed experts' matrices in every layer."),
         (
@@ -87,7 +87,7 @@ def _weights(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
 
 
 def _outputs(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
-    summaries = {bank: output_analysis.summarize(layer) for bank, layer in result.layers.items()}
+    summaries = {bank: outputs.summarize(layer) for bank, layer in result.layers.items()}
     chosen = {"chosen": "chosen experts", "by_chance": "by chance", "top": "first choice is the largest"}
     alike = {"cosine": "routed experts", "shared": "shared with routed"}
     for name, title, series, text in (
@@ -188,7 +188,7 @@ def _outputs_of(
         if "text.states" not in arrays:
             continue
         states = arrays["text.states"][place].t()
-        kept = weight_analysis.kept_neurons(len(states), _NEURONS)
+        kept = weights.kept_neurons(len(states), _NEURONS)
         text = f"Intermediate states act(W_gate x) of every expert {where} for token {token}"
         text += "." if len(kept) == len(states) else f", {len(kept)} of {len(states)} neurons."
         yield _grid(

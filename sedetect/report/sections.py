@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from sedetect.ranking import SuperExpert
+from sedetect.ranking.coverage import FEW_ROWS, coverage
+from sedetect.ranking.result import SuperExpert
 from sedetect.report.data import Records, row_name
 from sedetect.report.evidence import Evidence
 from sedetect.report.experiments import ablation_section, inside_section, residual_section, traces_section
 from sedetect.report.numbers import FP8_MAX, FP16_MAX, headroom, layer_rows, thin_experts
 from sedetect.report.table import MOST, NONE, Named, Table, make_table
 from sedetect.report.text import number, percent, whole
-from sedetect.tables import FEW_ROWS, coverage
 
 
 def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import vl_convert
 
-from sedetect.analysis import Analysis
-from sedetect.analysis_tables import marked_experts
+from sedetect.analysis.common import Analysis
+from sedetect.analysis.tables import marked_experts
 from sedetect.files import write_atomic
+from sedetect.report.analyses import Inside
 from sedetect.report.charts import Charts
 from sedetect.report.data import Records, datasets
 from sedetect.report.drawing import VEGA_LITE, Chart
 from sedetect.report.evidence import Evidence
-from sedetect.report.inside import Inside
 from sedetect.report.page import render_page
 from sedetect.report.pictures import Picture, pictures_of
 

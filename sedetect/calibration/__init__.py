@@ -1,0 +1,8 @@
+"""What a profile reads: texts, and the token windows cut from them.
+
+Knows tokenizers; of a model no more than its vocabulary and its positions.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,164 @@
+"""How a checkpoint stores its experts: which tensor is whose, told from its name and shape, and which refuse to tell.
+
+Experts stand in the MoE block of a decoder layer, model.layers.N.<mlp, block_sparse_moe, feed_forward or mixer>, either
+one by one (experts.E.down_proj.weight) or together, with the expert as the first dimension (experts.down_proj; in
+Granite's models input_linear.weight). Beside them stand the router, of which weights and biases have a row per expert,
+and shared experts, which stay as they are. Any other tensor in a block is refused by name: it may count experts too.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+
+from sedetect.checkpoints.files import shards_of
+from sedetect.errors import SedetectError
+
+_BLOCK = r"((?:.*\.)?layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward|mixer))"
+_ONE = re.compile(_BLOCK + r"\.experts\.(\d+)\.(.+)")
+_TOGETHER = re.compile(_BLOCK + r"\.(?:experts\.\w+(?:\.\w+)?|(?:input|output)_linear\.weight)")
+_IN_BLOCK = re.compile(_BLOCK + r"\.(.+)")
+_SHARED = ("shared_expert.", "shared_experts.", "shared_expert_gate.", "shared_mlp.")
+# Name in the block -> dimension that counts experts.
+_ROUTER = {
+    "gate.weight": 0,
+    "gate.bias": 0,
+    "gate.e_score_correction_bias": 0,
+    "gate.wg.weight": 0,
+    "router.weight": 0,
+    "router.bias": 0,
+    "router.gate.weight": 0,
+    "router.layer.weight": 0,
+    "e_score_correction_bias": 0,
+    "expert_bias": 0,
+    "moe_statics.e_score_correction_bias": 1,
+}
+# What a config calls its number of experts; a list of numbers per layer is none of these.
+NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Heads that predict further tokens: transformers does not load them, so that no statistics tell of their experts.
+_PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
+
+
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint. layer and expert, or layer and dimension: whose it is; neither: nobody's.
+
+    expert: it belongs to this expert alone; dimension: the one that counts the layer's experts.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    layer: int | None = None
+    expert: int | None = None
+    dimension: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a checkpoint by name, in the order of its files; those of predictor heads are left out.
+
+    experts: per layer that has them. dropped: number of tensors left out.
+    """
+
+    tensors: dict[str, Tensor]
+    experts: dict[int, int]
+    dropped: int
+
+
+def read_layout(folder: Path, config: dict[str, Any]) -> Layout:
+    """Whose every tensor of a checkpoint folder is, from the headers of its files alone.
+
+    config is its config.json. Raises SedetectError, naming the tensor, where that cannot be told.
+    """
+    found: dict[str, Tensor] = {}
+    for file in shards_of(folder):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  no mapping
+                part = opened.get_slice(name)
+                found[name] = Tensor(file, tuple(part.get_shape()), part.get_dtype())
+    layers = (config.get("text_config") or config).get("num_hidden_layers")
+    blocks_in = (_ONE.fullmatch(name) or _TOGETHER.fullmatch(name) for name in found)
+    roots = {match[1].rpartition("layers.")[0] for match in blocks_in if match}
+    kept = {name: tensor for name, tensor in found.items() if not _is_predictor(name, roots, layers)}
+    experts: dict[int, int] = {}
+    blocks: dict[int, str] = {}
+    for name, tensor in kept.items():
+        one, together = _ONE.fullmatch(name), _TOGETHER.fullmatch(name)
+        match = one or together
+        if match is None:
+            if "experts." in name and "shared" not in name:
+                raise SedetectError(f"{folder}: {name}: this layout of experts is not known; it cannot be pruned yet")
+            continue
+        layer = int(match[2])
+        if blocks.setdefault(layer, match[1]) != match[1]:
+            raise SedetectError(f"{folder}: {name}: a second set of experts in layer {layer}; it cannot be pruned yet")
+        number = int(one[3]) + 1 if one else tensor.shape[0] if tensor.shape else 0
+        experts[layer] = max(experts.get(layer, 0), number)
+    if not experts:
+        raise SedetectError(f"{folder}: no experts found in its tensors; give the checkpoint of a MoE model")
+    tensors = {name: _owned(folder, name, tensor, blocks, experts) for name, tensor in kept.items()}
+    return Layout(tensors, experts, len(found) - len(kept))
+
+
+def renamed(name: str, expert: int) -> str:
+    """The name of an expert's own tensor under another number."""
+    block, _, _, rest = _ONE.fullmatch(name).groups()
+    return f"{block}.experts.{expert}.{rest}"
+
+
+def with_fewer_experts(config: dict[str, Any], experts: int, kept: int, dropped: bool) -> dict[str, Any]:
+    """A config.json for a checkpoint with kept of so many experts, and without predictor heads where dropped.
+
+    Raises SedetectError where the config does not state its number of experts, or names experts by number.
+    """
+    parts = [config] + ([config["text_config"]] if isinstance(config.get("text_config"), dict) else [])
+    changed = {id(part): dict(part) for part in parts}
+    named = [(new, key) for new in changed.values() for key in NUMBER_OF_EXPERTS if new.get(key) == experts]
+    if not named:
+        raise SedetectError(
+            f"config.json: {experts} experts in the weights, but none of {', '.join(NUMBER_OF_EXPERTS)} says so; "
+            "this architecture cannot be pruned yet"
+        )
+    for new, key in named:
+        new[key] = kept
+    for new in changed.values():
+        for key in _PREDICTORS if dropped else ():
+            if key in new:
+                new[key] = 0
+    document = changed[id(config)]
+    if len(parts) > 1:
+        document["text_config"] = changed[id(parts[1])]
+    if numbered := re.search(r"[\w.]*experts\.\d+[\w.]*", str(document)):
+        raise SedetectError(
+            f"config.json: names an expert by number ({numbered[0]}), which would mean another one; "
+            "prune before quantizing"
+        )
+    return document
+
+
+def _is_predictor(name: str, roots: set[str], layers: int | None) -> bool:
+    """Whether a tensor belongs to a head: a stack of its own, or layers after the last of a stack with experts."""
+    match = re.match(r"((?:.*\.)?)layers\.(\d+)\.", name)
+    after = match is not None and match[1] in roots and layers is not None and int(match[2]) >= layers
+    return after or name.startswith("mtp.")
+
+
+def _owned(folder: Path, name: str, tensor: Tensor, blocks: dict[int, str], experts: dict[int, int]) -> Tensor:
+    """tensor with its owner; SedetectError for one of a MoE block that is not known."""
+    match = _IN_BLOCK.fullmatch(name)
+    if match is None or blocks.get(int(match[2])) != match[1] or match[3].startswith(_SHARED):
+        return tensor
+    layer, inside = int(match[2]), match[3]
+    if one := _ONE.fullmatch(name):
+        return tensor._replace(layer=layer, expert=int(one[3]))
+    dimension = 0 if _TOGETHER.fullmatch(name) else _ROUTER.get(inside)
+    if dimension is None:
+        raise SedetectError(f"{folder}: {name}: its part in the MoE block is not known; it cannot be pruned yet")
+    if len(tensor.shape) <= dimension or tensor.shape[dimension] != experts[layer]:
+        raise SedetectError(
+            f"{folder}: {name}: shape {tensor.shape} where dimension {dimension} should count the {experts[layer]} "
+            f"experts of layer {layer}; it cannot be pruned yet"
+        )
+    return tensor._replace(layer=layer, dimension=dimension)

@@ -1,0 +1,286 @@
+"""sedetect analyze weights, outputs, routing: the analyses of "A Closer Look into Mixture-of-Experts"."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from sedetect.analysis.common import Analysis, LayerArrays, parse_layers, read_texts
+from sedetect.analysis.outputs import analyze_outputs
+from sedetect.analysis.routing import analyze_routing
+from sedetect.analysis.tables import Cells, layer_name, layers_table, marked_experts, standings_tables
+from sedetect.analysis.weights import analyze_weights
+from sedetect.calibration.windows import calibration_windows
+from sedetect.cli.analyze_residual import ChatTemplate, analyze
+from sedetect.cli.ranked import load_ranked
+from sedetect.cli.shared import (
+    Attn,
+    Backend,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    Revision,
+    SeqLen,
+    Tokens,
+    TrustRemoteCode,
+    check_writable,
+    plain_table,
+    print_line,
+    print_whole,
+    progress_bar,
+)
+from sedetect.errors import SedetectError
+from sedetect.models.identity import model_digest, model_name
+from sedetect.models.loading import open_model
+from sedetect.ranking.result import Ranking
+from sedetect.results import Results
+from sedetect.stats.model import ModelStats
+
+DEFAULT_TEXT = "As an open source alternative to"  # the published analysis's
+_TEXT_LAYERS = 8  # that a table by token shows
+_Known = tuple[Path, ModelStats, Ranking]  # statistics to mark experts by, and where they lie
+
+Layers = Annotated[str | None, typer.Option(help="numbers of layers: 0,5,10-12 (default: all with experts)")]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option(help=f"a short text to show token by token; may be repeated (default: '{DEFAULT_TEXT}')"),
+]
+Stats = Annotated[
+    Path | None,
+    typer.Option(help="statistics of this model, to mark its super experts (default: those in the folder of -o)"),
+]
+Figures = Annotated[bool, typer.Option("--figures", help="with -o: pictures of every layer, as PNG and SVG")]
+
+
+@analyze.command("weights")
+def weights_command(
+    model: Model,
+    against: Annotated[
+        str | None, typer.Option(help="a dense model of the same width: its MLPs take part as F")
+    ] = None,
+    pairs: Annotated[int, typer.Option(help="pairs of experts per layer whose neurons are matched")] = 32,
+    stats: Stats = None,
+    layers: Layers = None,
+    output: Output = None,
+    figures: Figures = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """How alike the experts of MODEL are in their weights, layer by layer, without running it."""
+    known = _check(stats, output, figures)
+    with progress_bar("layers") as bar:
+        task = bar.add_task("reading", total=None)
+        result = analyze_weights(
+            model,
+            against=against,
+            layers=parse_layers(layers),
+            pairs=pairs,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
+        )
+    _finish(result, known, output, figures)
+
+
+@analyze.command("outputs")
+def outputs_command(
+    model: Model,
+    texts: Texts = None,
+    stats: Stats = None,
+    layers: Layers = None,
+    output: Output = None,
+    figures: Figures = False,
+    data: Data = None,
+    tokens: Tokens = 8192,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    chat_template: ChatTemplate = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    backend: Backend = None,
+    revision: Revision = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """All experts of MODEL on all tokens: how alike their outputs are, and whether its routers choose large ones."""
+    known = _check(stats, output, figures)
+    run = partial(analyze_outputs, layers=parse_layers(layers), batch_size=batch_size, backend=backend)
+    cut, how = (data, tokens, seq_len, chat_template), (device, dtype, revision, attn, trust_remote_code)
+    _finish(_over_text(run, model, known, texts, *cut, *how), known, output, figures)
+
+
+@analyze.command("routing")
+def routing_command(
+    model: Model,
+    texts: Texts = None,
+    stats: Stats = None,
+    layers: Layers = None,
+    output: Output = None,
+    figures: Figures = False,
+    data: Data = None,
+    tokens: Tokens = 8192,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    chat_template: ChatTemplate = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Which experts MODEL chooses: their load in every layer and domain, together with whom, and token by token."""
+    known = _check(stats, output, figures)
+    run = partial(analyze_routing, layers=parse_layers(layers), batch_size=batch_size)
+    cut, how = (data, tokens, seq_len, chat_template), (device, dtype, revision, attn, trust_remote_code)
+    _finish(_over_text(run, model, known, texts, *cut, *how), known, output, figures)
+
+
+def _check(stats: Path | None, output: Path | None, figures: bool) -> _Known | None:
+    """Fail before the work, not after it. Gives the statistics to mark experts by: those of the folder of results where
+    none are named."""
+    if output is not None:
+        check_writable(output)
+    elif figures:
+        raise SedetectError("--figures: there is no folder for them; give one with -o DIR")
+    if figures:
+        _write_figures()
+    if stats is None and output is not None and Results(output).stats_path.is_file():
+        stats = output
+    return None if stats is None else (stats, *load_ranked(stats))
+
+
+def _check_model(known: _Known | None, name: str, digest: str) -> None:
+    """Raise SedetectError for statistics of another model."""
+    if known is not None and known[1].header.digest != digest:
+        stats, state, _ = known
+        raise SedetectError(
+            f"{stats}: statistics of another model ({state.header.model}); give those of {name} with --stats, or "
+            "another folder with -o"
+        )
+
+
+def _write_figures() -> Callable[..., int]:
+    try:
+        from sedetect.report.write import write_pictures
+    except ModuleNotFoundError as error:
+        raise SedetectError(f"--figures needs {error.name}; install it with: pip install 'sedetect[report]'") from None
+    return write_pictures
+
+
+def _over_text(
+    run: Callable[..., Analysis],
+    model: str,
+    known: _Known | None,
+    texts: list[str] | None,
+    data: str | None,
+    tokens: int,
+    seq_len: int,
+    chat_template: bool,
+    device: str | None,
+    dtype: str,
+    revision: str | None,
+    attn: str | None,
+    trust_remote_code: bool,
+) -> Analysis:
+    """Load a model, cut the text, and run an analysis over both."""
+    loaded, tokenizer, notes, _ = open_model(
+        model, device=device, dtype=dtype, revision=revision, attn=attn, trust_remote_code=trust_remote_code
+    )
+    _check_model(known, model_name(loaded), model_digest(loaded))
+    short = read_texts(tokenizer, [DEFAULT_TEXT] if texts is None else texts)
+    calibration = calibration_windows(
+        loaded, tokenizer, data, tokens=tokens, seq_len=seq_len, seed=None, chat_template=chat_template
+    )
+    with progress_bar() as bar:
+        task = bar.add_task("running", total=calibration.used)
+        result = run(
+            loaded,
+            calibration.domains,
+            texts=short,
+            progress=lambda domain, done: bar.update(task, description=domain, advance=done),
+        )
+    result.notes += [*notes, *calibration.notes]
+    return result
+
+
+def _finish(result: Analysis, known: _Known | None, output: Path | None, figures: bool) -> None:
+    """Write what there is a folder for, before anything can be refused, and print the tables."""
+    print_line(f"{result.model}: {result.kind}", "bold")
+    if output is not None:
+        print_line(f"written to {result.save(output)}")
+    _check_model(known, result.model, result.digest)
+    marked = {} if known is None else marked_experts(known[2])
+    layers = layers_table(result)
+    _print_cells(layers)
+    print_line(layers.text)
+    for title, cells in standings_tables(result, marked).items():
+        print_line(title, "bold")
+        _print_cells(cells)
+    if result.kind != "weights":
+        _print_tokens(result, set(marked))
+    for note in result.notes:
+        print_line(f"note: {note}")
+    if figures:
+        drawn = Results(output).figures_path
+        with progress_bar("pictures") as bar:
+            task = bar.add_task("figures", total=None)
+            count = _write_figures()(result, marked, drawn, lambda n, of: bar.update(task, completed=n, total=of))
+        print_line(f"{count} pictures as PNG and SVG in {drawn}")
+
+
+def _print_cells(cells: Cells) -> None:
+    table = plain_table(*cells.columns)
+    for row in cells.rows:
+        table.add_row(*map(escape, row))
+    print_whole(table)
+
+
+def _print_tokens(result: Analysis, marked: set[str]) -> None:
+    """A table for every text: a row per token, a column per layer."""
+    known = [(bank, layer) for bank, layer in result.layers.items() if "text.index" in layer.arrays]
+    start, shown = 0, known[:_TEXT_LAYERS]
+    cell = _choice if result.kind == "routing" else _largest
+    for text in result.settings["texts"] if shown else ():
+        cells = Cells(["token", *(layer_name(bank) for bank, _ in shown)])
+        for place, token in enumerate(text["tokens"], start):
+            cells.rows.append([repr(token), *(cell(layer, place, marked) for _, layer in shown)])
+        start += len(text["tokens"])
+        _print_cells(cells)
+    if not result.settings["texts"] or not shown:
+        return
+    what = {
+        "routing": "experts chosen for each token, by routing weight",
+        "outputs": "for each token the expert with the largest output, its norm, its place among the chosen (or -)",
+    }[result.kind]
+    more = f"; the first {len(shown)} of {len(known)} layers (--layers chooses)" if len(known) > len(shown) else ""
+    print_line(what + more + ("; *: one of those above" if marked else ""))
+
+
+def _choice(layer: LayerArrays, token: int, marked: set[str]) -> str:
+    return " ".join(f"{e}{'*' * (layer.members[e] in marked)}" for e in _chosen(layer, token))
+
+
+def _largest(layer: LayerArrays, token: int, marked: set[str]) -> str:
+    norms = layer.arrays["text.norm"][token, : layer.experts]
+    if not norms.isfinite().all():
+        return "- (NaN or Inf)"
+    largest, chosen = int(norms.argmax()), _chosen(layer, token)
+    place = chosen.index(largest) + 1 if largest in chosen else "-"
+    return f"{largest}{'*' * (layer.members[largest] in marked)} {float(norms[largest]):.3g} {place}"
+
+
+def _chosen(layer: LayerArrays, token: int) -> list[int]:
+    """Experts that a token of the texts chose, the one with the largest routing weight first."""
+    index, weight = (layer.arrays[f"text.{name}"][token] for name in ("index", "weight"))
+    order = weight.argsort(descending=True, stable=True).tolist()
+    return [int(index[slot]) for slot in order if weight[slot] and 0 <= index[slot] < layer.experts]

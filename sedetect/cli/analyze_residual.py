@@ -1,0 +1,258 @@
+"""sedetect analyze residual, trace: where massive activations form and who writes them, when and where experts fire."""
+
+from collections import defaultdict
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sedetect.calibration.windows import Windows, calibration_windows, prefix_ids
+from sedetect.cli.shared import (
+    Attn,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Model,
+    Output,
+    Revision,
+    SeqLen,
+    Tokens,
+    TrustRemoteCode,
+    app,
+    check_writable,
+    console,
+    plain_table,
+    print_line,
+    progress_bar,
+)
+from sedetect.cli.targets import choose
+from sedetect.errors import SedetectError
+from sedetect.experiments.ablation import ablate
+from sedetect.experiments.residual_stream import Residual, observe_residual, sink_decay
+from sedetect.experiments.targets import Target
+from sedetect.experiments.traces import ExpertTrace, Group, trace_experts
+from sedetect.models.loading import open_model
+from sedetect.results import Results
+from sedetect.stats.place import Weight
+from sedetect.stats.residual import Formation, Observation
+
+analyze = typer.Typer(no_args_is_help=True, help="What a model's experts do inside it.")
+app.add_typer(analyze, name="analyze")
+
+ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="put the texts through it")]
+_SHOWN = 12
+
+
+@analyze.command("residual")
+def residual_command(
+    model: Model,
+    ablated: Annotated[
+        str | None,
+        typer.Option("--ablate", help="also without these: super, names (L1E28,L8shared), random:N, top-frequency:N"),
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="sequences to observe, one at a time")] = 8,
+    min_ratio: Annotated[float, typer.Option(help="least multiple of the median of a massive activation")] = 100.0,
+    output: Output = None,
+    data: Data = None,
+    tokens: Tokens = 8192,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    chat_template: ChatTemplate = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """The residual stream of MODEL, layer by layer, and its attention sinks.
+
+    --tokens is the text of the profile that 'super' needs; observed are --sequences windows.
+    """
+    if sequences < 1:
+        raise SedetectError(f"--sequences {sequences}: must be at least 1")
+    if output is not None:
+        check_writable(output)
+    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
+    loaded, tokenizer, notes, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
+    cut = {"seq_len": seq_len, "seed": None, "chat_template": chat_template}
+    domains = calibration_windows(loaded, tokenizer, data, **cut, tokens=sequences * seq_len).domains
+    settings = {"prefix": len(prefix_ids(tokenizer)), "sequences": sequences, "min_ratio": min_ratio}
+    experts: list[Target] = []
+    if ablated is not None:
+        experts = choose("--ablate", ablated, loaded, tokenizer, data, batch_size=batch_size, tokens=tokens, **cut)
+    before = _observe("observing", loaded, domains, settings)
+    after = None
+    if experts:
+        with ablate(loaded, experts):
+            after = _observe("without them", loaded, domains, settings)
+    if output is not None:
+        Observation(before, after, [str(e) for e in experts]).save(Results(output).residual_path)
+    _print_residual(before, tokenizer, notes)
+    if after is not None:
+        _print_ablated(before, after, experts)
+    if output is not None:
+        print_line(f"written to {Results(output).residual_path}")
+
+
+@analyze.command("trace")
+def trace_command(
+    model: Model,
+    experts: Annotated[str, typer.Option(help="super, names (L1E28,L8shared), random:N or top-frequency:N")] = "super",
+    top: Annotated[int, typer.Option(help="strongest rows to keep of each expert")] = 100,
+    output: Output = None,
+    data: Data = None,
+    tokens: Tokens = 8192,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    chat_template: ChatTemplate = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """When and where chosen experts of MODEL fire: at which positions and tokens, and how strongly."""
+    if top < 1:
+        raise SedetectError(f"--top {top}: must be at least 1")
+    if output is not None:
+        check_writable(output)
+    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
+    loaded, tokenizer, notes, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
+    cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": chat_template}
+    calibration = calibration_windows(loaded, tokenizer, data, **cut)
+    chosen = choose("--experts", experts, loaded, tokenizer, data, batch_size=batch_size, **cut)
+    weights = [str(one) for one in chosen if isinstance(one, Weight)]
+    if weights:
+        raise SedetectError(f"--experts {weights[0]}: is a single weight; name experts to trace")
+    if not chosen:
+        return
+    with progress_bar() as bar:
+        task = bar.add_task("tracing", total=calibration.used)
+        traces = trace_experts(
+            loaded,
+            calibration.domains,
+            chosen,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            top=top,
+            progress=lambda done: bar.advance(task, done),
+        )
+    if output is not None:
+        traces.save(Results(output).traces_path)
+    print_line(
+        f"{traces.model}: {traces.tokens:,} tokens in {sum(traces.sequences.values()):,} sequences; rows of all such "
+        "tokens came to the expert; max|y| and its mean over them, mean routing weight"
+    )
+    for trace in traces.experts:
+        _print_trace(trace)
+    for note in [*notes, *calibration.notes, *traces.notes]:
+        print_line(f"note: {note}")
+    if output is not None:
+        print_line(f"written to {Results(output).traces_path}")
+
+
+def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], settings: dict[str, Any]) -> Residual:
+    windows = min(settings["sequences"], sum(len(windows.ids) for windows in domains.values()))
+    length = max(windows.ids.shape[1] for windows in domains.values())
+    with progress_bar() as bar:
+        task = bar.add_task(label, total=windows * length)
+        return observe_residual(model, domains, **settings, progress=lambda done: bar.advance(task, done))
+
+
+def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
+    print_line(residual.headline, "bold")
+    table = plain_table(
+        "layer", "max|x|", "/median", "channel", "pos", "token", "massive", "sink", "head max", left="token"
+    )
+    for layer in residual.layers:
+        table.add_row(
+            str(layer.layer),
+            f"{layer.maximum:.5g}",
+            "-" if layer.ratio is None else f"{layer.ratio:.0f}",
+            str(layer.channel),
+            str(layer.position),
+            _text(tokenizer.decode([layer.token_id])),
+            str(layer.massive),
+            _number(layer.sink_mean),
+            _number(layer.sinks and max(layer.sinks)),
+        )
+    console.print(table)
+    if residual.formations:
+        _print_formations(residual.formations)
+    shown = ", ".join(f"{domain} {count}" for domain, count in residual.sequences.items())
+    print_line(
+        f"{residual.model}: {sum(residual.sequences.values())} sequences of {residual.seq_len} tokens ({shown}); "
+        f"massive: |x| > {residual.min_value:g} and at least {residual.min_ratio:g} times the median; sink: attention to "
+        "the first token, mean over sequences, the queries in their last three quarters, and heads; and the largest head"
+    )
+    for note in [*notes, *residual.notes]:
+        print_line(f"note: {note}")
+
+
+def _print_formations(formations: list[Formation]) -> None:
+    """One line per layer, channel, position and token: the largest, and how many sequences have it."""
+    places: dict[tuple[int, ...], list[Formation]] = defaultdict(list)
+    for one in formations:
+        places[one.layer, one.channel, one.position, one.token_id].append(one)
+    table = plain_table(
+        "formed in", "channel", "pos", "seqs", "before", "after", "attn", "writers", "up to", left="writers"
+    )
+    for (layer, channel, position, _), same in list(places.items())[:_SHOWN]:
+        one = max(same, key=lambda f: abs(f.after))
+        shares = [f"{w.expert} {w.share:.0%}" for w in one.writers if abs(w.share) >= 0.05]
+        values = (f"{one.before:.4g}", f"{one.after:.4g}", "-" if one.attention is None else f"{one.attention:.0%}")
+        place = (f"L{layer}", str(channel), str(position), str(len(same)))
+        table.add_row(*place, *values, escape("\n".join(shares) or "-"), f"L{one.carried_to}")
+    console.print(table)
+    if len(places) > _SHOWN:
+        print_line(f"... and {len(places) - _SHOWN} more")
+
+
+def _print_ablated(before: Residual, after: Residual, experts: list[Target]) -> None:
+    print_line(f"without {', '.join(map(str, experts))}", "bold")
+    table = plain_table("layer", "max|x|", "without", "sink", "without", "D_sink")
+    for old, new, decay in zip(before.layers, after.layers, sink_decay(before, after), strict=True):
+        values = (f"{old.maximum:.5g}", f"{new.maximum:.5g}", _number(old.sink_mean), _number(new.sink_mean))
+        table.add_row(str(old.layer), *values, _number(decay))
+    console.print(table)
+    print_line(
+        f"mean sink {_number(before.sink_mean)} to {_number(after.sink_mean)}; largest |x| between the first and the "
+        f"last layer {before.inner_max:.5g} to {after.inner_max:.5g}; D_sink: 1 - mean over heads of sink without / "
+        "with them, of no meaning in layers whose heads are no sinks"
+    )
+
+
+def _print_trace(trace: ExpertTrace) -> None:
+    print_line(f"{trace.expert}: {trace.rows:,} rows", "bold")
+    if not trace.rows:
+        return
+    table = plain_table("tokens", "rows", "of all", "max|y|", "mean", "gate")
+    for name, group in {
+        **trace.kinds,
+        **{f"position {name}": group for name, group in trace.positions.items()},
+    }.items():
+        table.add_row(name, *_cells(group))
+    for token in list(trace.tokens)[:_SHOWN]:
+        table.add_row(f"#{token} {_text(trace.texts[token])}", *_cells(trace.tokens[token]))
+    console.print(table)
+
+
+def _cells(group: Group) -> list[str]:
+    return [
+        f"{group.rows:,}",
+        f"{group.seen:,}",
+        _number(group.maximum, 5),
+        _number(group.mean, 4),
+        _number(group.gate),
+    ]
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def _text(text: str | None) -> str:
+    shown = repr(text or "")
+    return escape(shown if len(shown) <= 12 else f"{shown[:11]}…")

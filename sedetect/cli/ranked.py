@@ -1,0 +1,57 @@
+"""What the commands that read statistics for compression share: the option --by, loading, and the table by layer."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from sedetect.cli.shared import console
+from sedetect.ranking.result import Ranking
+from sedetect.ranking.rule import rank
+from sedetect.ranking.saliencies import SALIENCIES, Saliencies
+from sedetect.results import Results
+from sedetect.stats.model import ModelStats
+
+_SHOWN = 3  # experts at each end of a layer
+
+By = Annotated[str | None, typer.Option(help=f"a saliency: {', '.join(SALIENCIES)}")]
+
+
+def load_ranked(stats: Path) -> tuple[ModelStats, Ranking]:
+    """Statistics and their ranking; by the residual stream too where the folder of a profile holds it."""
+    results = Results(stats)
+    state = results.stats()
+    return state, rank(state, residual=results.residual())
+
+
+def print_saliency(known: Saliencies) -> None:
+    """Where the super experts stand, and a table of the lowest and highest of each layer."""
+    found = [f"{one['name']} ({one['place']} of {one['of']} from below)" for one in known.super_experts]
+    headline = f"{known.model} by {known.by}; super experts in their layers: {', '.join(found) or 'none'}"
+    console.print(headline, style="bold", markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("layer", "lowest", "median", "highest"):
+        table.add_column(name, justify="right" if name == "median" else "left")
+    for layer in known.layers:
+        stack, number, kind = layer["bank"].split(".")
+        name = f"{'' if stack == 'decoder' else stack + '.'}L{number}{kind.removeprefix('routed')}"
+        order, values = layer["ascending"], layer["values"]
+        finite = [e for e in order if values[e] is not None]
+        middle = _short(values[finite[len(finite) // 2]]) if finite else "-"
+        low, high = order[: min(_SHOWN, len(order) // 2)], order[::-1][: min(_SHOWN, (len(order) + 1) // 2)]
+        table.add_row(escape(name), _listed(low, values), middle, _listed(high, values))
+    console.print(table)
+    text = "each layer's experts with the lowest and the highest saliency; layers do not compare with each other"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _listed(experts: list[int], values: list[float | None]) -> str:
+    # No break between an expert and its number.
+    return "  ".join(f"E{e}\u00a0{'unknown' if values[e] is None else _short(values[e])}" for e in experts)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if 1000 <= value < 1e6 else f"{value:.4g}"

@@ -1,0 +1,128 @@
+"""What a person reads of a profile: the table of super experts, the coverage line, and super_experts.json."""
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from sedetect.ranking.coverage import coverage, folded
+from sedetect.ranking.result import Ranking, SuperExpert
+from sedetect.stats.model import ModelStats
+from sedetect.stats.residual import Residual
+
+_SHOWN = 12
+_STYLES = {"super": "bold green", "outlier": "yellow", "unsupported": "dim"}
+
+
+def ranking_document(ranking: Ranking, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """super_experts.json: Ranking.to_dict(), and for every expert "token", the text of its token_id (None: unknown)."""
+    document = ranking.to_dict()
+    for expert in document["super_experts"] + document["others"]:
+        expert["token"] = _token(tokenizer, expert["token_id"])
+    return document
+
+
+def print_ranking(
+    console: Console,
+    ranking: Ranking,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    residual: Residual | None = None,
+) -> None:
+    """The headline, a table of the paper's set and of the experts that stand out beside it, and the evidence."""
+    console.print(ranking.headline, style="bold", markup=False, highlight=False, soft_wrap=True)
+    experts = ranking.judged
+    if experts:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        table.add_column("expert", no_wrap=True)
+        for name in ("max|y|", "/median", "/next", "channel", "pos"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name in ("token", "in set", "verdict"):
+            table.add_column(name, no_wrap=True)
+        for expert in experts[:_SHOWN]:
+            table.add_row(*_cells(expert, tokenizer, expert in ranking.super_experts))
+        console.print(table)
+        if len(experts) > _SHOWN:
+            console.print(f"... and {len(experts) - _SHOWN} more")
+        for expert in experts[:_SHOWN]:
+            if expert.verdict != "unsupported":
+                _line(console, evidence(expert, residual))
+    if residual is not None:
+        number = sum(residual.sequences.values())
+        _line(console, f"{residual.headline} ({number} sequence{'s' * (number != 1)} observed)")
+    for note in ranking.notes:
+        _line(console, f"note: {note}")
+
+
+def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
+    """One sentence: first tokens against the rest, in output and routing, and what later layers carry of its writing."""
+    parts = []
+    if expert.signature is None and not expert.first_max:
+        parts.append("first tokens not observed")
+    else:
+        parts.append(f"|y| {expert.first_max:.4g} on first tokens, {expert.rest_max:.4g} on the rest")
+    if expert.first_gate is not None and expert.rest_gate is not None:
+        parts.append(f"mean routing weight {expert.first_gate:.2g} and {expert.rest_gate:.2g}")
+    if residual is not None:
+        carried = residual.carried_by(expert.place)
+        if carried:
+            one = max(carried, key=lambda formation: abs(formation.jump))
+            parts.append(
+                f"writes {one.share_of(expert.place):.0%} of a massive activation in channel {one.channel}, carried to L{one.carried_to}"
+            )
+        else:
+            parts.append("writes no massive activation that later layers carry")
+    return f"{expert}: {'; '.join(parts)}"
+
+
+def print_domains(console: Console, domains: dict[str, Ranking]) -> None:
+    """One line: the super experts of each domain alone."""
+    found = {name: ", ".join(str(e) for e in r.found) for name, r in domains.items()}
+    if len(set(found.values())) == 1:
+        _line(console, f"each domain alone ({', '.join(found)}): {next(iter(found.values())) or 'none'}")
+    else:
+        _line(console, "by domain: " + "; ".join(f"{name} {experts or 'none'}" for name, experts in found.items()))
+
+
+def print_run(console: Console, stats: ModelStats, seconds: float | None = None) -> None:
+    """What was run: tokens, speed, backends, coverage, and everything the header notes."""
+    header = stats.header
+    speed = f" in {seconds:.1f} s ({header.tokens / seconds:,.0f} tokens/s)" if seconds else ""
+    served = sorted({backend for bank in header.banks.values() for backend in bank.backends})
+    _line(
+        console,
+        f"{header.model} ({header.dtype}): {header.tokens:,} tokens in {header.sequences:,} sequences{speed}, "
+        f"backend {', '.join(served) or 'none'}",
+    )
+    _line(console, coverage(stats))
+    for note in folded(header.notes):
+        _line(console, f"note: {note}")
+
+
+def _line(console: Console, text: str) -> None:
+    """Plain text, left to the terminal to wrap."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cells(expert: SuperExpert, tokenizer: PreTrainedTokenizerBase | None, named: bool) -> list[str]:
+    token = _token(tokenizer, expert.token_id)
+    partial = token is None or "\ufffd" in token  # some bytes of a character: the id says more
+    shown = "-" if expert.token_id < 0 else f"#{expert.token_id}" if partial else f"{token!r}"
+    style = _STYLES[expert.verdict]
+    return [
+        f"[{style}]{escape(str(expert))}[/]",
+        f"{expert.value:.5g}",
+        "-" if expert.ratio is None else f"{expert.ratio:.1f}",
+        "-" if expert.next_ratio is None else f"{expert.next_ratio:.1f}",
+        str(expert.channel),
+        "-" if expert.position < 0 else str(expert.position),
+        escape(shown),
+        "yes" if named else "no",
+        f"[{style}]{expert.verdict}[/]",
+    ]
+
+
+def _token(tokenizer: PreTrainedTokenizerBase | None, token_id: int) -> str | None:
+    return None if tokenizer is None or token_id < 0 else tokenizer.decode([token_id])

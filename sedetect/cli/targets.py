@@ -1,0 +1,66 @@
+"""What --experts and --ablate choose: super, names, random:N, top-frequency:N."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sedetect.cli.shared import console, progress_bar
+from sedetect.errors import SedetectError
+from sedetect.experiments.targets import Target, check_choice, choose_experts, needs_statistics
+from sedetect.models.identity import model_digest
+from sedetect.profiling.pipeline import profile_model
+from sedetect.ranking.rule import rank
+from sedetect.results import Results
+from sedetect.stats.model import ModelStats
+
+
+def choose(
+    option: str,
+    spec: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | None,
+    *,
+    stats: Path | None = None,
+    draw: int = 0,
+    **settings: Any,
+) -> list[Target]:
+    """The experts that an option names, by stats or else by a profile with these settings where that takes statistics.
+
+    draw is the seed of random:N. Where "super" finds none, the headline is printed and the list is empty.
+    """
+    state, residual = None, None
+    try:
+        check_choice(spec, model)
+        if needs_statistics(spec):
+            if stats is None:
+                state = _profile(model, tokenizer, data, settings)
+            else:
+                state = Results(stats).stats()
+                if state.header.digest != model_digest(model):
+                    raise SedetectError(
+                        f"{stats}: statistics of another model ({state.header.model}); profile this one"
+                    )
+                residual = Results(stats).residual()
+        chosen = choose_experts(spec, model, state, draw, residual)
+    except SedetectError as error:
+        raise SedetectError(str(error).replace("--experts", option)) from None
+    if not chosen:
+        found = rank(state, residual=residual).headline
+        console.print(f"{option} {spec}: {found}", markup=False, highlight=False, soft_wrap=True)
+    return chosen
+
+
+def _profile(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: str | None, settings: dict[str, Any]
+) -> ModelStats:
+    with progress_bar() as bar:
+        task = bar.add_task("profile", total=None)
+        return profile_model(
+            model,
+            data,
+            tokenizer=tokenizer,
+            progress=lambda domain, done, total: bar.update(task, completed=done, total=total),
+            **settings,
+        ).stats

@@ -1,0 +1,6 @@
+"""What to do with the answer: prune, budget, simulate quantization, and protect lists for quantizers.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,9 @@
+from .budget import Budget as Budget
+from .budget import make_budget as make_budget
+from .protect import ProtectList as ProtectList
+from .protect import export as export
+from .protect import protect_list as protect_list
+from .pruning import Pruning as Pruning
+from .pruning import prune_checkpoint as prune_checkpoint
+from .simulated import fake_quantize as fake_quantize
+from .simulated import quantized_experts as quantized_experts

@@ -1,0 +1,94 @@
+"""What the per-channel statistics give to other tools: importance matrices for llama.cpp, AWQ scales.
+
+Measured is the input of each expert's down_proj, h, per intermediate channel (profile --channels): sum of h^2 over the
+expert's finite rows, before the routing weight. So both speak of down_proj alone; inputs of gate_proj and up_proj are
+not measured.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from sedetect.errors import SedetectError
+from sedetect.files import write_atomic
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import ModelStats
+from sedetect.stats.place import BankId
+
+# Kind of a bank -> name of its down projection in a GGUF file.
+_GGUF = {"routed": "ffn_down_exps", "shared": "ffn_down_shexp", "dense": "ffn_down"}
+
+
+def write_imatrix(stats: ModelStats, path: str | os.PathLike) -> int:
+    """Write an importance matrix in llama.cpp's GGUF form; returns its number of entries.
+
+    Per bank: blk.<layer>.ffn_down_exps.weight.in_sum2 (E, I) and .counts (E, 1), both float32, as llama-imatrix writes
+    them: sums of squares, and rows they are over. Shared experts are ffn_down_shexp, dense MLPs ffn_down. Tensors that
+    it does not name are quantized without importance, which the types of the fewest bits refuse; llama-imatrix
+    --in-file merges it with a file of its own.
+    Raises SedetectError for statistics without channels, several stacks, or several banks of one kind in a layer.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise SedetectError(f"{path}: an imatrix needs the package gguf; pip install 'sedetect[export]'") from None
+    banks = _with_channels(stats)
+    odd = [bank for bank in banks if bank.stack != "decoder" or bank.kind not in _GGUF]
+    if odd:
+        raise SedetectError(
+            f"{path}: {odd[0]} has no name in llama.cpp's layout; an imatrix of this model is not known"
+        )
+
+    def write(temporary: Path) -> None:
+        writer = gguf.GGUFWriter(temporary, "imatrix")
+        writer.add_type("imatrix")
+        names = [source.info.get("domain", name) for name, source in stats.header.sources.items()]
+        writer.add_array("imatrix.datasets", names or ["unknown"])  # its reader takes the first
+        writer.add_uint32("imatrix.chunk_count", stats.header.sequences)
+        writer.add_uint32("imatrix.chunk_size", stats.header.window or 512)  # its default, where windows differed
+        for bank, state in banks.items():
+            name = f"blk.{bank.layer}.{_GGUF[bank.kind]}.weight"
+            writer.add_tensor(f"{name}.in_sum2", state.in_channel_sq.float().numpy())
+            writer.add_tensor(f"{name}.counts", state.rows.float()[:, None].numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    write_atomic(path, write)
+    return len(banks)
+
+
+def write_awq_scales(stats: ModelStats, path: str | os.PathLike, alpha: float = 0.5) -> int:
+    """Write activation-aware scales of each down_proj's input channels (safetensors); returns the number of banks.
+
+    One tensor per bank, "<module>.down_proj" for routed experts, (E, I) float32: s = r**alpha / sqrt(max * min of it
+    over the channels), r the root mean square of h per channel. AWQ (arXiv 2306.00978) takes mean|h| for r, and searches
+    alpha by the error of the quantized output; 0.5 is the middle of its grid. Weights are multiplied by s and h divided
+    by it before quantizing. No tool reads this file: it is for those who do that themselves. An expert without rows has
+    ones. Raises SedetectError for statistics without channels.
+    """
+    tensors = {}
+    for bank, state in _with_channels(stats).items():
+        module = stats.header.banks[str(bank)].module
+        name = f"{module}.down_proj" if bank.routed else module
+        tensors[name] = _awq(state, alpha)
+    metadata = {"format": "sedetect-awq-scales", "version": "1", "alpha": str(alpha), "model": stats.header.model}
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+    return len(tensors)
+
+
+def _awq(state: BankStats, alpha: float) -> torch.Tensor:
+    rms = (state.in_channel_sq / state.rows.clamp(min=1)[:, None]).sqrt()
+    scales = rms.clamp(min=1e-4) ** alpha
+    scales = scales / (scales.amax(1, keepdim=True) * scales.amin(1, keepdim=True)).sqrt()
+    return torch.where(state.rows[:, None] > 0, scales, 1.0).float()
+
+
+def _with_channels(stats: ModelStats) -> dict[BankId, BankStats]:
+    banks = {bank: state for bank, state in sorted(stats.banks.items()) if state.in_channel_sq is not None}
+    if not banks:
+        raise SedetectError("the statistics hold no channels; profile again with --channels")
+    return banks

@@ -1,0 +1,245 @@
+"""Protect lists: the super experts, in the form in which each quantizer takes what it must leave alone.
+
+    experts = protect_list(stats, neighbours=2)
+    document, notes = export(stats, experts, "gptqmodel")
+
+A list protects whole experts (every matrix of the expert), or with granularity "layer" all experts of their layers:
+engines that run a layer's experts as one operation want one scheme for all of them, and a GGUF file stores them as one
+tensor. No tool here takes single channels; the json form names them (the output and the intermediate channel of each
+expert's largest output, whose weight is the super weight in the published models).
+
+Forms, by the release whose sources were read; `checked` says what the test or tests/check_exports.py runs:
+
+    llm-compressor  0.14.0.1  a recipe (JSON), its ignore list     checked: its recipe parser, compressed_tensors' matcher
+    gptqmodel       7.7.0     QuantizeConfig(dynamic=...)          checked: its dynamic_get
+    auto-round      0.16.1    AutoRound(ignore_layers=...)         checked: its get_fp_layer_names
+    modelopt        0.47.0    entries for config["quant_cfg"]      checked: its normalizer and quantizer matcher
+    bitsandbytes    0.50.2    BitsAndBytesConfig(...) of transformers   checked: should_convert_module of transformers
+    llama.cpp                 llama-quantize --tensor-type-file    by its documentation
+    json                      everything that is known             this package's own form
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sedetect.adapters.listed import DOWN_NAMES
+from sedetect.documents import Document
+from sedetect.errors import SedetectError
+from sedetect.ranking.result import Ranking
+from sedetect.ranking.rule import rank
+from sedetect.ranking.saliencies import super_places
+from sedetect.stats.model import ModelStats
+from sedetect.stats.place import BankId, Place
+
+GRANULARITIES = ("expert", "layer")
+
+
+@dataclass(frozen=True)
+class Protected:
+    """One expert of a protect list.
+
+    module          path of its layer's experts module, or of the shared expert itself
+    value           its largest |y|; why: "super" or "neighbour"
+    channel         output channel of that value, intermediate: channel of the largest |h| of the same row (-1: unseen)
+    """
+
+    place: Place
+    module: str
+    value: float
+    why: str
+    channel: int
+    intermediate: int
+
+    @property
+    def tail(self) -> str:
+        """module from its layer on, without what stands before: "layers.1.mlp.experts"."""
+        match = re.search(r"[^.]+\.\d+\..*", self.module)
+        return match[0] if match else self.module
+
+    @property
+    def routed(self) -> bool:
+        return self.place.bank.routed
+
+
+@dataclass(frozen=True)
+class ProtectList(Document):
+    """A protect list in this package's own form: the modules to leave alone, and all that is known of the experts."""
+
+    FORMAT = "sedetect-protect-list"
+
+    model: str
+    digest: str
+    tokens: int
+    granularity: str
+    modules: list[str]
+    experts: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """format, version and every field, for JSON."""
+        return super().to_dict() | vars(self)
+
+
+def protect_list(stats: ModelStats, neighbours: int = 0, ranking: Ranking | None = None) -> list[Protected]:
+    """The experts with the verdict "super", and the routed experts with the next largest |y|, as many as neighbours.
+
+    ranking is rank(stats) where it is not given. Raises SedetectError where there is nothing to protect.
+    """
+    if neighbours < 0:
+        raise SedetectError(f"--neighbours {neighbours}: must be at least 0")
+    ranking = ranking or rank(stats)
+    found = super_places(ranking)
+    if not found:
+        raise SedetectError(f"nothing to protect: {ranking.headline}; profile more text, or another model")
+    maxima = [
+        (float(value), Place(*bank, e))
+        for bank, state in sorted(stats.banks.items())
+        if bank.routed
+        for e, value in enumerate(state.out_max.tolist())
+        if math.isfinite(value)
+    ]
+    others = sorted((one for one in maxima if one[1] not in set(found)), key=lambda one: -one[0])[:neighbours]
+    return [_protected(stats, place, "super") for place in found] + [
+        _protected(stats, place, "neighbour") for _, place in others
+    ]
+
+
+def export(
+    stats: ModelStats, experts: list[Protected], tool: str, granularity: str = "expert"
+) -> tuple[dict[str, Any] | str, list[str]]:
+    """The protect list experts of stats in a tool's form (a JSON document, or text for llama.cpp), and what the reader must know.
+
+    Raises SedetectError for an unknown tool or granularity, and for one that the tool cannot express.
+    """
+    if tool not in TOOLS:
+        raise SedetectError(f"--to {tool}: is not known; use one of {', '.join(TOOLS)}")
+    if granularity not in GRANULARITIES:
+        raise SedetectError(f"--granularity {granularity}: is not known; use expert or layer")
+    if tool == "llama.cpp" and granularity == "expert":
+        raise SedetectError("--to llama.cpp: GGUF stores a layer's experts as one tensor; give --granularity layer")
+    document = TOOLS[tool](experts, granularity)
+    if tool == "json":
+        header = stats.header
+        document = ProtectList(header.model, header.digest, header.tokens, **document).to_dict()
+    return document, NOTES.get((tool, granularity), [])
+
+
+def kept_experts(stats: ModelStats, experts: list[Protected], granularity: str) -> dict[BankId, int]:
+    """How many routed experts of each bank a list leaves alone."""
+    kept = Counter(e.place.bank for e in experts if e.routed)
+    return {bank: stats.banks[bank].num_experts if granularity == "layer" else count for bank, count in kept.items()}
+
+
+def _protected(stats: ModelStats, place: Place, why: str) -> Protected:
+    peak = stats.banks[place.bank].peak_of(place.number)
+    module = stats.header.banks[str(place.bank)].module
+    path, _, name = module.rpartition(".")
+    if place.bank.routed and name != "experts":
+        raise SedetectError(
+            f"{place}: {module} does not hold its experts by number; protect the layer by hand, no list can name them"
+        )
+    if name in DOWN_NAMES:
+        module = path  # of a shared expert, whose bank is its down_proj
+    value, channel, intermediate = (0.0, 0, 0) if peak is None else (peak.value, peak.channel, peak.in_channel)
+    return Protected(place, module, value, why, channel, intermediate)
+
+
+def _regexes(experts: list[Protected], granularity: str) -> list[str]:
+    """One per expert or layer, for re.match on a module's full name, whatever stands before its layer."""
+    return list(dict.fromkeys(rf"(.*\.)?{re.escape(_unit(e.tail, e, granularity))}(\.|$)" for e in experts))
+
+
+def _names(experts: list[Protected], granularity: str) -> list[str]:
+    return list(dict.fromkeys(_unit(expert.module, expert, granularity) for expert in experts))
+
+
+def _unit(path: str, expert: Protected, granularity: str) -> str:
+    return f"{path}.{expert.place.expert}" if expert.routed and granularity == "expert" else path
+
+
+def _llm_compressor(experts: list[Protected], granularity: str) -> dict[str, Any]:
+    always = ["lm_head", r"re:.*\.(gate|router)$", r"re:.*shared_expert_gate$"]
+    modifier = {
+        "targets": ["Linear"],
+        "scheme": "W4A16",
+        "ignore": always + [f"re:{regex}" for regex in _regexes(experts, granularity)],
+    }
+    return {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
+
+
+def _gptqmodel(experts: list[Protected], granularity: str) -> dict[str, Any]:
+    return {"dynamic": {f"-:{regex}": {} for regex in _regexes(experts, granularity)}}
+
+
+def _auto_round(experts: list[Protected], granularity: str) -> dict[str, Any]:
+    return {"ignore_layers": ",".join(_names(experts, granularity))}
+
+
+def _modelopt(experts: list[Protected], granularity: str) -> dict[str, Any]:
+    names: list[str] = []
+    for expert in experts:
+        if expert.routed and granularity == "expert":
+            # Fused experts: a list of weight quantizers per matrix. Experts that are modules: quantizers inside.
+            names += [f"*{expert.tail}.*_weight_quantizers.{expert.place.expert}"]
+        names += [f"*{_unit(expert.tail, expert, granularity)}.*"]
+    return {"quant_cfg": [{"quantizer_name": name, "enable": False} for name in dict.fromkeys(names)]}
+
+
+def _bitsandbytes(experts: list[Protected], granularity: str) -> dict[str, Any]:
+    # A list replaces the default, which is the output embedding.
+    return {"llm_int8_skip_modules": ["lm_head", *_names(experts, granularity)]}
+
+
+def _llama_cpp(experts: list[Protected], _: str) -> str:
+    odd = [e.place for e in experts if e.place.stack != "decoder" or e.place.kind not in ("routed", "shared")]
+    if odd:
+        raise SedetectError(f"--to llama.cpp: {odd[0]}: GGUF has no name for it; protect it by hand")
+    lines = [
+        rf"^blk\.{e.place.layer}\.ffn_(gate|up|gate_up|down)_{'exps' if e.routed else 'shexp'}\.weight=bf16"
+        for e in experts
+    ]
+    return "\n".join(dict.fromkeys(lines)) + "\n"
+
+
+def _json(experts: list[Protected], granularity: str) -> dict[str, Any]:
+    listed = [
+        {"name": str(e.place), "layer": e.place.layer, "kind": e.place.kind, "expert": e.place.expert, "why": e.why,
+         "module": e.module, "value": e.value, "channel": e.channel, "intermediate": e.intermediate}
+        for e in experts
+    ]  # fmt: skip
+    return {"granularity": granularity, "modules": _names(experts, granularity), "experts": listed}
+
+
+TOOLS: dict[str, Callable[[list[Protected], str], dict[str, Any] | str]] = {
+    "llm-compressor": _llm_compressor,
+    "gptqmodel": _gptqmodel,
+    "auto-round": _auto_round,
+    "modelopt": _modelopt,
+    "bitsandbytes": _bitsandbytes,
+    "llama.cpp": _llama_cpp,
+    "json": _json,
+}
+_FUSED = "vLLM and SGLang run a layer's experts as one operation and want one scheme for all; use --granularity layer"
+_APPEND = "append the entries to the quant_cfg of a stock config"
+_SHARED_INPUT = (
+    "fused experts share their input quantizer: with quantized activations only their weights stay as they are"
+)
+_LINEAR_ONLY = (
+    "transformers >= 5 gives bitsandbytes nn.Linear modules only: experts kept in one parameter per layer stay as they "
+    "are without any list; it acts on shared experts, and on models whose experts are modules"
+)
+_IGNORED_LAYERS = "vLLM (from its PR 28878 on) and SGLang (from its PR 17828 on) load MoE layers left out as a whole"
+NOTES: dict[tuple[str, str], list[str]] = {
+    ("llm-compressor", "expert"): [_FUSED],
+    ("llm-compressor", "layer"): [_IGNORED_LAYERS],
+    ("gptqmodel", "expert"): [_FUSED],
+    ("auto-round", "expert"): [_FUSED],
+    ("modelopt", "expert"): [_APPEND, _SHARED_INPUT, _FUSED],
+    ("modelopt", "layer"): [_APPEND],
+    ("bitsandbytes", "expert"): [_LINEAR_ONLY],
+    ("bitsandbytes", "layer"): [_LINEAR_ONLY],
+    ("llama.cpp", "layer"): ["for llama-quantize --tensor-type-file FILE; llama.cpp loads tensors of mixed types"],
+}

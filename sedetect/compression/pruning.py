@@ -1,0 +1,297 @@
+"""Pruning: a checkpoint with fewer experts in every layer, those with the lowest saliency gone.
+
+    kept = choose_kept(stats, "reap", 0.25, super_places(rank(stats)))
+    prune_checkpoint("model", "model-pruned", kept)
+
+Every layer loses the same number, because a config has one number of experts for all layers. The router's rows and
+biases, and the config, follow. Where a router chooses groups of experts first (n_group), every group loses the same
+number, so that its groups stay what they were. The model that is left routes as the original does with those experts
+removed (sedetect.experiments.ablation, how="remove").
+
+Files are streamed: what is in memory at a time is one output file, at most MAX_FILE, and one tensor.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sedetect.checkpoints.files import check_checkpoint
+from sedetect.checkpoints.layout import Layout, Tensor, read_layout, renamed, with_fewer_experts
+from sedetect.documents import Document
+from sedetect.errors import SedetectError
+from sedetect.files import new_folder, write_json
+from sedetect.models.banks import find_banks
+from sedetect.models.identity import model_digest
+from sedetect.models.loading import empty_model
+from sedetect.ranking.saliencies import ascending, saliency
+from sedetect.stats.model import ModelStats
+from sedetect.stats.place import BankId, Place
+
+MAX_FILE = "2GB"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
+_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pruning(Document):
+    """What pruning.json says of a pruned checkpoint: the experts kept, per bank, and facts of whoever chose them."""
+
+    FORMAT = "sedetect-pruning"
+
+    facts: dict[str, Any]
+    kept: dict[BankId, list[int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """format, version, the facts, and kept by the names of the banks."""
+        return super().to_dict() | self.facts | {"kept": {str(bank): one for bank, one in self.kept.items()}}
+
+
+def choose_kept(
+    stats: ModelStats, by: str, ratio: float, protected: Iterable[Place] = (), *, groups: int = 1
+) -> dict[BankId, list[int]]:
+    """The experts to keep, ascending, per routed bank: all but the floor(ratio * E) of lowest saliency.
+
+    protected experts are kept whatever their saliency, and others go in their place. groups is the router's n_group:
+    consecutive groups of E / groups experts, each of which loses the same number.
+    Raises SedetectError for an unknown saliency, a ratio that is not between 0 and 1 or prunes nothing, fewer experts
+    left than top_k, layers of different size, a number that does not divide by groups, and more protected experts than
+    places.
+    """
+    protected = set(protected)
+    kept = {}
+    for bank, values in saliency(stats, by).items():
+        experts = len(values)
+        gone = _number_gone(experts, ratio, stats.header.banks[str(bank)].top_k, groups)
+        safe = {p.expert for p in protected if p.bank == bank}
+        kept[bank] = []
+        size = experts // groups
+        for group in range(groups):
+            members = range(group * size, (group + 1) * size)
+            order = [e for e in ascending(values) if e in members and e not in safe]
+            if len(order) < gone // groups:
+                raise SedetectError(
+                    f"{bank}: {size - len(order)} of {size} experts are protected and {gone // groups} are to go; "
+                    "choose a smaller --ratio"
+                )
+            kept[bank] += sorted(set(members) - set(order[: gone // groups]))
+    if not kept:
+        raise SedetectError("the statistics hold no routed experts; profile a Mixture-of-Experts model")
+    if len({(stats.banks[bank].num_experts, len(one)) for bank, one in kept.items()}) > 1:
+        sizes = sorted({stats.banks[bank].num_experts for bank in kept})
+        raise SedetectError(f"layers of {sizes} experts: a config has one number for all; this model cannot be pruned")
+    return kept
+
+
+def router_groups(config: dict[str, Any]) -> int:
+    """Number of groups that the router of a config.json chooses among before it chooses experts; 1 without groups."""
+    return (config.get("text_config") or config).get("n_group") or 1
+
+
+def check_ratio(ratio: float) -> None:
+    if not 0 < ratio < 1:
+        raise SedetectError(f"--ratio {ratio:g}: must be above 0 and below 1, the share of the experts to prune")
+
+
+def check_prunable(source: str | Path, ratio: float) -> None:
+    """What prune_checkpoint and choose_kept refuse of a checkpoint and a ratio, before any statistics are there."""
+    config = read_config(source)
+    layout = read_layout(Path(source), config)
+    top_k = (config.get("text_config") or config).get("num_experts_per_tok") or 1
+    for experts in layout.experts.values():
+        gone = _number_gone(experts, ratio, top_k, router_groups(config))
+        with_fewer_experts(config, experts, experts - gone, layout.dropped > 0)
+        _check_groups(config, experts - gone)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder that is verified (check_checkpoint)."""
+    check_checkpoint(folder)
+    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+
+
+def check_model(folder: str | Path, stats: ModelStats) -> None:
+    """Raise SedetectError where stats are not of the model in folder."""
+    digest = model_digest(empty_model(folder))
+    if digest != stats.header.digest:
+        raise SedetectError(
+            f"the statistics are of {stats.header.model} ({stats.header.digest}), not of {folder} ({digest}); "
+            "profile this folder"
+        )
+
+
+def prune_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    kept: dict[BankId, list[int]],
+    *,
+    facts: dict[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Write a copy of a checkpoint folder that has only the kept experts, renumbered in their order.
+
+    The tokenizer and whatever else lies beside the weights is copied, but README.md and folders in it. pruning.json
+    says which experts were kept: number i of a layer was number kept[i].
+
+    Args:
+        source: a folder with config.json and safetensors files.
+        out: a folder that is new or empty; nothing of it appears before all is written.
+        kept: as choose_kept gives it; every layer with experts, the same number in each.
+        facts: what pruning.json says beside kept.
+        progress: called with bytes written, and in all.
+    Returns:
+        notes: what the reader must know.
+    Raises:
+        SedetectError: for a layout that is not known, naming the tensor, before anything is written.
+    """
+    source, out = Path(source), Path(out)
+    config = read_config(source)
+    layout = read_layout(source, config)
+    by_layer = _by_layer(kept, layout, source)
+    number = len(next(iter(by_layer.values())))
+    new_config = with_fewer_experts(config, max(layout.experts.values()), number, layout.dropped > 0)
+    _check_groups(config, number)
+    pieces = _pieces(layout, by_layer)
+    size = sum(math.prod(shape) * _dtype(tensor).itemsize for _, tensor, shape in pieces.values())
+    with new_folder(out) as folder:
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise SedetectError(
+                f"{out}: {size:,} bytes to write and {free:,} free; free space or choose another folder"
+            )
+        write_json(folder / "config.json", new_config, allow_nan=True)  # some configs have "Infinity" in them
+        _check_architecture(source, folder, number)
+        for file in sorted(source.iterdir()):
+            # README.md is the card of another model, which may name experts by numbers that changed.
+            if file.is_file() and file.name not in ("config.json", "README.md") and not file.name.endswith(_WEIGHTS):
+                shutil.copy(file, folder)
+        _write_weights(folder, pieces, by_layer, size, progress)
+        Pruning(facts or {}, kept).save(folder / "pruning.json")
+    if not layout.dropped:
+        return []
+    return [
+        f"{layout.dropped} tensors of heads that predict further tokens left out: no statistics tell of their experts"
+    ]
+
+
+def _number_gone(experts: int, ratio: float, top_k: int, groups: int) -> int:
+    """How many of a layer's experts a ratio prunes. Raises SedetectError where that does not work."""
+    check_ratio(ratio)
+    gone = math.floor(round(ratio * experts, 9))  # 0.29 * 100 is 28.999...
+    if not gone:
+        raise SedetectError(f"--ratio {ratio:g}: prunes none of {experts} experts; give at least {1 / experts:.4g}")
+    if experts - gone < top_k:
+        raise SedetectError(
+            f"--ratio {ratio:g}: leaves {experts - gone} of {experts} experts, and every token takes {top_k}; "
+            f"give at most {(experts - top_k) / experts:.4g}"
+        )
+    if gone % groups:
+        below, above = gone // groups * groups / experts, -(-gone // groups) * groups / experts
+        raise SedetectError(
+            f"--ratio {ratio:g}: prunes {gone} of {experts} experts, which does not divide by the {groups} groups of the "
+            f"router (n_group); give {below:.4g} or {above:.4g}"
+        )
+    return gone
+
+
+def _check_groups(config: dict[str, Any], number: int) -> None:
+    """Raise where groups of the size that is left do not hold what the router takes from them."""
+    text = config.get("text_config") or config
+    groups, chosen, top_k = router_groups(config), text.get("topk_group") or 1, text.get("num_experts_per_tok") or 1
+    size = number // groups
+    if groups > 1 and (size < 2 or size * chosen < top_k):
+        raise SedetectError(
+            f"{groups} groups of {size} experts are left; the router takes {top_k} experts from {chosen} of them and "
+            "rates a group by its best two; choose a smaller --ratio"
+        )
+
+
+def _by_layer(kept: dict[BankId, list[int]], layout: Layout, source: Path) -> dict[int, list[int]]:
+    other = [bank for bank in kept if (bank.stack, bank.kind) != ("decoder", "routed")]
+    if other:
+        raise SedetectError(f"{source}: {other[0]}: only one set of experts per decoder layer can be pruned yet")
+    by_layer = {bank.layer: one for bank, one in kept.items()}
+    if by_layer.keys() != layout.experts.keys():
+        odd = min(by_layer.keys() ^ layout.experts.keys())
+        raise SedetectError(
+            f"{source}: layer {odd} has experts in the {'statistics' if odd in by_layer else 'checkpoint'} alone; "
+            "profile this checkpoint"
+        )
+    for layer, one in by_layer.items():
+        if not one or max(one) >= layout.experts[layer]:
+            raise SedetectError(
+                f"{source}: layer {layer} has {layout.experts[layer]} experts, not those to keep: {one}"
+            )
+    return by_layer
+
+
+def _pieces(layout: Layout, kept: dict[int, list[int]]) -> dict[str, tuple[str, Tensor, tuple[int, ...]]]:
+    """New name -> name in the source, tensor there, new shape."""
+    pieces = {}
+    for name, tensor in layout.tensors.items():
+        shape, new = tensor.shape, name
+        if tensor.expert is not None:
+            if tensor.expert not in kept[tensor.layer]:
+                continue
+            new = renamed(name, kept[tensor.layer].index(tensor.expert))
+        elif tensor.dimension is not None:
+            sizes = list(shape)
+            sizes[tensor.dimension] = len(kept[tensor.layer])
+            shape = tuple(sizes)
+        pieces[new] = (name, tensor, shape)
+    return pieces
+
+
+def _write_weights(
+    folder: Path,
+    pieces: dict[str, tuple[str, Tensor, tuple[int, ...]]],
+    kept: dict[int, list[int]],
+    size: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    plan = {new: torch.empty(shape, dtype=_dtype(t), device="meta") for new, (_, t, shape) in pieces.items()}
+    split = split_torch_state_dict_into_shards(plan, max_shard_size=MAX_FILE)
+    done = 0
+    with ExitStack() as stack:
+        files = {f: stack.enter_context(safe_open(f, framework="pt")) for f in {t.file for _, t, _ in pieces.values()}}
+        for file_name, names in split.filename_to_tensors.items():
+            tensors = {}
+            for new in names:
+                name, tensor, _ = pieces[new]
+                values = files[tensor.file].get_tensor(name)
+                if tensor.dimension is not None:
+                    values = values.index_select(tensor.dimension, torch.tensor(kept[tensor.layer]))
+                tensors[new] = values
+                done += values.nbytes
+                progress(done, size)
+            save_file(tensors, folder / file_name, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": {"total_size": size}, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def _check_architecture(source: Path, folder: Path, number: int) -> None:
+    """Build the pruned model without weights: every layer must have that many experts by the new config."""
+    for bank in find_banks(empty_model(source, folder)):
+        if bank.routed and bank.experts != number:
+            raise SedetectError(
+                f"{source}: with {number} experts in its config, {bank.path} still has {bank.experts}; "
+                "this architecture cannot be pruned yet"
+            )
+
+
+def _dtype(tensor: Tensor) -> torch.dtype:
+    if tensor.dtype not in _TORCH:
+        raise SedetectError(f"{tensor.file}: weights stored as {tensor.dtype}; prune before quantizing")
+    return _TORCH[tensor.dtype]

@@ -1,0 +1,16 @@
+from .ablation import ablate as ablate
+from .evaluation import Perplexity as Perplexity
+from .evaluation import exact_match as exact_match
+from .evaluation import perplexity as perplexity
+from .residual_stream import observe_residual as observe_residual
+from .study import Experiment as Experiment
+from .study import Outcome as Outcome
+from .study import conclusion as conclusion
+from .study import run_experiment as run_experiment
+from .super_weights import SuperWeights as SuperWeights
+from .super_weights import find_super_weights as find_super_weights
+from .targets import choose_experts as choose_experts
+from .targets import random_controls as random_controls
+from .targets import routed_experts as routed_experts
+from .traces import Traces as Traces
+from .traces import trace_experts as trace_experts

@@ -1,0 +1,118 @@
+"""What an intervention costs: perplexity per text domain, and exact answers after greedy decoding."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sedetect.calibration.windows import Windows, batches
+from sedetect.errors import SedetectError
+from sedetect.models.layers import refuse_encoder_decoder
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood (nats) over predictions next-token predictions."""
+
+    value: float
+    predictions: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    domains: dict[str, Windows],
+    *,
+    prefix: int,
+    batch_size: int = 8,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Perplexity]:
+    """Perplexity of every domain, over all tokens of its windows but the prefix (and the first, without a prefix).
+
+    Args:
+        prefix: how many tokens of each window are the tokenizer's prefix.
+        progress: called with the number of tokens after every batch.
+    Raises:
+        SedetectError: for an encoder-decoder model.
+    """
+    refuse_encoder_decoder(model, "perplexity")
+    results = {}
+    for domain, windows in domains.items():
+        total, count = 0.0, 0
+        for ids, _ in batches(windows, batch_size):
+            ids = ids.to(model.device)
+            start = max(prefix, 1)
+            logits = model(input_ids=ids, use_cache=False).logits[:, start - 1 : -1]
+            targets = ids[:, start:]
+            # float32, one sequence at a time: the logits of a large vocabulary are most of the memory.
+            for row, target in zip(logits, targets, strict=True):
+                total += float(torch.nn.functional.cross_entropy(row.float(), target, reduction="sum").double())
+            count += targets.numel()
+            progress(ids.numel())
+        mean = total / count
+        results[domain] = Perplexity(math.exp(mean) if mean < 700 else math.inf, count)
+    return results
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the answer that greedy decoding must begin with."""
+
+    prompt: str
+    answer: str
+
+
+def load_questions(path: str | os.PathLike) -> list[Question]:
+    """Read a .jsonl file, one object with "prompt" and "answer" per line. Raises SedetectError for anything else."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SedetectError(f"{path}: cannot be read ({error}); give a .jsonl of prompts with answers") from None
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            question = Question(record["prompt"], record["answer"])
+            if not all(isinstance(text, str) and text.strip() for text in (question.prompt, question.answer)):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise SedetectError(
+                f'{path}: line {number} is no object with the texts "prompt" and "answer"; mend it'
+            ) from None
+        questions.append(question)
+    if not questions:
+        raise SedetectError(f"{path}: no questions in it; give one object per line")
+    return questions
+
+
+@torch.no_grad()
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[Question],
+    *,
+    progress: Callable[[int], None] = lambda questions: None,
+) -> float:
+    """Share of questions whose answer is what greedy decoding writes first, white space at its ends apart.
+
+    As many tokens are decoded as the answer has, and two more; what follows the answer, but for the rest of its last
+    word or number, does not count.
+    """
+    right = 0
+    for question in questions:
+        ids = tokenizer(question.prompt, return_tensors="pt").input_ids.to(model.device)
+        wanted = question.answer.strip()
+        length = len(tokenizer(question.answer, add_special_tokens=False).input_ids) + 2
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False)
+        written = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        after = written[len(wanted) : len(wanted) + 1]
+        right += written.startswith(wanted) and not after.isalnum()  # "18" does not answer "1"
+        progress(1)
+    return right / len(questions)

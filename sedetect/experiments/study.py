@@ -1,0 +1,235 @@
+"""Ablation experiments: what a set of experts is worth, beside controls of the same size.
+
+Perplexity alone proves little in a small model, where first-layer experts can work as look-up tables of tokens and
+cost much when they are missing. So three things are judged together: the perplexity beside that of random experts of
+the same layers, the attention on the first token (sinks), and the largest value of the residual stream.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sedetect.calibration.windows import Windows
+from sedetect.documents import Document
+from sedetect.errors import SedetectError
+from sedetect.experiments.ablation import ablate, resolve
+from sedetect.experiments.evaluation import Question, exact_match, perplexity
+from sedetect.experiments.residual_stream import observe_residual, sink_decay
+from sedetect.experiments.targets import Target, random_controls
+from sedetect.files import finite
+from sedetect.stats.place import Place
+
+
+@dataclass
+class Outcome:
+    """One run over the evaluation text.
+
+    label         what was done, for people; experts (or weights), how and tokens say it exactly (see ablate)
+    perplexity    per domain
+    change        per domain, relative to the unchanged model (0.1 is 10 % worse); mean_change their mean
+    sink_mean     mean attention on the first token (residual.Residual); sinks: of each layer, mean over its heads
+    sink_decay    D_sink of each layer against the unchanged model (stream.sink_decay)
+    residual_max  largest |x| of the residual stream after any layer but the first and the last
+    accuracy      share of questions answered exactly, None without questions
+    """
+
+    label: str
+    experts: list[str]
+    how: str
+    tokens: str
+    perplexity: dict[str, float]
+    sink_mean: float | None
+    sinks: list[float | None]
+    sink_decay: list[float | None]
+    residual_max: float
+    accuracy: float | None = None
+    change: dict[str, float] = field(default_factory=dict)
+    mean_change: float = 0.0
+
+
+@dataclass
+class Experiment(Document):
+    """Experts or weights switched off in several ways, and controls of the same size.
+
+    model, digest, dtype: as in the header of statistics; tokens: of evaluation text, per domain; sequences: how many the
+    residual stream was observed on.
+    controls: "same layers" and "anywhere", one outcome per draw, all under "skip": as many random experts of the same
+    banks, and of all; for a weight, a random weight of the same down_proj, and of any routed expert's.
+    """
+
+    FORMAT = "sedetect-ablation"
+    REMEDY = "run `sedetect ablate MODEL -o DIR` to make one"
+
+    model: str
+    digest: str
+    dtype: str
+    tokens: dict[str, int]
+    baseline: Outcome
+    outcomes: list[Outcome]
+    controls: dict[str, list[Outcome]]
+    sequences: int
+
+    @property
+    def sink_layer(self) -> int | None:
+        """Of the layers that the ablation can change, the one with the strongest sinks in the unchanged model."""
+        first = min(int(re.search(r"L(\d+)", name)[1]) for name in self.outcomes[0].experts)
+        seen = [(sink, n) for n, sink in enumerate(self.baseline.sinks) if sink is not None and n > first]
+        return max(seen)[1] if seen else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ablation.json; conclusion is conclusion(self)."""
+        document = super().to_dict() | finite(asdict(self))
+        return document | {"sink_layer": self.sink_layer, "conclusion": conclusion(self)}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Experiment":
+        """The inverse of to_dict."""
+        return cls(
+            model=document["model"],
+            digest=document["digest"],
+            dtype=document["dtype"],
+            tokens=document["tokens"],
+            baseline=_outcome(document["baseline"]),
+            outcomes=[_outcome(outcome) for outcome in document["outcomes"]],
+            controls={name: [_outcome(run) for run in runs] for name, runs in document["controls"].items()},
+            sequences=document["sequences"],
+        )
+
+
+def _outcome(document: dict[str, Any]) -> Outcome:
+    """The inverse of finite: None is NaN, "inf" is infinity, where there must be a number."""
+    outcome = Outcome(**document)
+    outcome.perplexity, outcome.change = (
+        {domain: _float(value) for domain, value in of.items()} for of in (outcome.perplexity, outcome.change)
+    )
+    outcome.mean_change, outcome.residual_max = _float(outcome.mean_change), _float(outcome.residual_max)
+    return outcome
+
+
+def _float(value: float | str | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def run_experiment(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    domains: dict[str, Windows],
+    experts: Sequence[Target],
+    *,
+    prefix: int,
+    hows: Sequence[str] = ("skip", "renormalize", "remove"),
+    positions: bool = True,
+    controls: int = 5,
+    sequences: int = 8,
+    batch_size: int = 8,
+    questions: Sequence[Question] = (),
+    progress: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> Experiment:
+    """Switch experts off, and as many others, and measure what it costs.
+
+    Args:
+        domains: evaluation windows per domain, each beginning with prefix tokens of the tokenizer's prefix.
+        experts: at least one; experts, or single weights of a down_proj.
+        hows: interventions of ablate for the experts; "skip" alone serves shared experts and weights.
+        positions: also only at first tokens, and only at all others.
+        controls: number of random sets of the same size, in the same layers and anywhere.
+        sequences: how many sequences the residual stream and the attention are observed on.
+        progress: called with (label, runs done, runs in all).
+    """
+    experts = list(resolve(model, experts))
+    plain = all(isinstance(one, Place) and one.bank.routed for one in experts)
+    allowed = [how for how in hows if plain or how == "skip"]
+    if not allowed:
+        raise SedetectError(f"how {', '.join(hows)}: shared experts and single weights know only skip; use that")
+    plan: list[tuple[str, list[Target], str, str]] = [("none", [], "skip", "all")]
+    plan += [(how, list(experts), how, "all") for how in allowed]
+    if positions:
+        plan += [(f"skip, {tokens} only", list(experts), "skip", tokens) for tokens in ("first", "rest")]
+    drawn = {
+        place: [(f"random, {place}, draw {n}", targets, "skip", "all") for n, targets in enumerate(draws)]
+        for place, draws in random_controls(model, experts, controls).items()
+    }
+    runs = [*plan, *drawn["same layers"], *drawn["anywhere"]]
+
+    outcomes, before = [], None
+    for number, (label, targets, how, tokens) in enumerate(runs):
+        progress(label, number, len(runs))
+        with ablate(model, targets, how=how, tokens=tokens) if targets else nullcontext():
+            measured = perplexity(model, domains, prefix=prefix, batch_size=batch_size)
+            residual = observe_residual(model, domains, prefix=prefix, sequences=sequences)
+            accuracy = exact_match(model, tokenizer, list(questions)) if questions else None
+        before = before or residual
+        outcomes.append(
+            Outcome(
+                label,
+                [str(target) for target in targets],
+                how,
+                tokens,
+                {domain: p.value for domain, p in measured.items()},
+                residual.sink_mean,
+                [layer.sink_mean for layer in residual.layers],
+                sink_decay(before, residual),
+                residual.inner_max,
+                accuracy,
+            )
+        )
+    progress("done", len(runs), len(runs))
+    base = outcomes[0]
+    for outcome in outcomes:
+        outcome.change = {d: outcome.perplexity[d] / base.perplexity[d] - 1 for d in base.perplexity}
+        outcome.mean_change = statistics.fmean(outcome.change.values())
+    same = outcomes[len(plan) : len(plan) + len(drawn["same layers"])]
+    anywhere = outcomes[len(plan) + len(same) :]
+    return Experiment(
+        model=before.model,
+        digest=before.digest,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        tokens={domain: windows.ids.numel() for domain, windows in domains.items()},
+        baseline=base,
+        outcomes=outcomes[1 : len(plan)],
+        controls={"same layers": same, "anywhere": anywhere},
+        sequences=sum(before.sequences.values()),
+    )
+
+
+def conclusion(experiment: Experiment) -> str:
+    """One sentence on the first intervention: which of the three signs of a super expert it shows.
+
+    perplexity: worse than every random set of the same layers; sinks: attention on first tokens less than half;
+    residual: its maximum less than half. An expert that feeds a super expert shows them too.
+    """
+    base, main = experiment.baseline, experiment.outcomes[0]
+    same = [outcome.mean_change for outcome in experiment.controls["same layers"]]
+    shown, texts = [], []
+    if same:
+        if main.mean_change > max(0, *same):
+            shown.append("perplexity")
+        beside = f"{max(same):+.1%} for the worst of {len(same)} random sets of the same layers"
+        texts.append(f"perplexity {main.mean_change:+.1%} (against {beside})")
+    else:
+        texts.append(f"perplexity {main.mean_change:+.1%} (not judged: no controls)")
+    both = [pair for pair in zip(base.sinks, main.sinks, strict=True) if None not in pair]
+    if both:
+        old, new = map(statistics.fmean, zip(*both))
+        text = f"attention on first tokens {old:.3f} to {new:.3f}"
+        layer = experiment.sink_layer
+        if layer is not None and main.sink_decay[layer] is not None:
+            text += f" (D_sink {main.sink_decay[layer]:.2f} in layer {layer})"
+        texts.append(text)
+        if new < old / 2:
+            shown.append("sinks")
+    else:
+        texts.append("attention not observed")
+    texts.append(f"residual maximum {base.residual_max:.4g} to {main.residual_max:.4g}")
+    if main.residual_max < base.residual_max / 2:
+        shown.append("residual")
+    verdict = {3: "all signs of super experts", 0: "no sign of super experts"}.get(
+        len(shown), f"{len(shown)} of 3 signs of super experts ({', '.join(shown)})"
+    )
+    return f"without {', '.join(main.experts)}: {verdict}: {'; '.join(texts)}"

@@ -1,0 +1,85 @@
+"""The decoder layers of a live model: where they are, what their attention gives, and what each expert adds.
+
+Layers and the attention blocks directly in them may be hooked; experts and MLPs are stepped into where
+sedetect.models.attach attaches.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sedetect.errors import SedetectError
+from sedetect.models.banks import Bank
+
+# Children of a decoder layer that mix tokens, unless they hold experts.
+ATTENTION_NAMES = ("self_attn", "attn", "attention", "linear_attn", "mamba", "conv", "mixer")
+
+
+def decoder_layers(model: nn.Module, banks: list[Bank]) -> nn.ModuleList:
+    """The layers of the decoder stack, dense ones too. Raises SedetectError for a model whose decoder has no experts."""
+    paths = Counter(b.path.partition(f".{b.id.layer}.")[0] for b in banks if b.id.stack == "decoder")
+    if not paths:
+        raise SedetectError(f"{type(model).__name__}: no experts in its decoder; the residual stream there is observed")
+    return model.get_submodule(paths.most_common(1)[0][0])
+
+
+def attention_blocks(layer: nn.Module, path: str, banks: list[Bank]) -> list[nn.Module]:
+    """The attention blocks (or state-space, convolution blocks) directly in a decoder layer at path."""
+    with_experts = {bank.path.removeprefix(f"{path}.").partition(".")[0] for bank in banks if bank.routed}
+    found = [child for name, child in layer.named_children() if name in ATTENTION_NAMES and name not in with_experts]
+    return [block for child in found for block in (child if isinstance(child, nn.ModuleList) else [child])]
+
+
+def attention_weights(output: object, length: int) -> torch.Tensor | None:
+    """The attention probabilities (heads, L, L) in an attention block's output for one sequence; None without them."""
+    weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+    if not isinstance(weights, torch.Tensor) or weights.dim() != 4 or weights.shape[2:] != (length, length):
+        return None
+    last = weights[0, :, -1].float()
+    # A linear attention's state may have that shape; it is no distribution. With a learned sink the sum is below 1.
+    return weights[0] if bool((last >= 0).all() and (last.sum(-1) < 1.01).all()) else None
+
+
+def run_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """One forward over ids (B, L), without a cache, and without all logits but the last, where the model can do so.
+
+    An encoder and its decoder read the same text.
+    """
+    known = inspect.signature(model.forward).parameters
+    wanted = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    if "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):  # which passes it on
+        wanted["use_cache"] = False
+    if model.device.type != "meta":  # of offloaded embeddings, whose hooks move the ids
+        ids = ids.to(model.device, non_blocking=model.device.type == "cuda")  # without waiting for the forward before
+    if model.config.is_encoder_decoder:
+        wanted["decoder_input_ids"] = ids
+    model(input_ids=ids, **wanted)
+
+
+def refuse_encoder_decoder(model: PreTrainedModel, what: str) -> None:
+    """Raise SedetectError for a model whose decoder does not read the text alone."""
+    if model.config.is_encoder_decoder:
+        raise SedetectError(f"{type(model).__name__}: has an encoder and a decoder; {what} takes a decoder-only model")
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Attention that returns its weights, while the context lasts. A model that cannot switch keeps what it has."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    for config in list(configs.values()):
+        nested = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+        configs.update({id(c): c for c in nested if c is not None})
+    known = [c for c in configs.values() if "_attn_implementation_internal" in vars(c)]
+    before = [(config, config._attn_implementation_internal) for config in known]
+    try:
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        for config, implementation in before:
+            # Not by set_attn_implementation, which gives one name to every part of a composite model.
+            config._attn_implementation_internal = implementation

@@ -1,0 +1,318 @@
+"""Opening a checkpoint: its model and tokenizer, and what of them is refused. Nothing is unpickled."""
+
+import importlib.util
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sedetect.adapters.registry import serve_quantized
+from sedetect.calibration.windows import prefix_ids
+from sedetect.checkpoints.files import check_checkpoint, read_json
+from sedetect.checkpoints.memory import choose_device, choose_dtype
+from sedetect.checkpoints.prefetch import Prefetched, prefetch
+from sedetect.errors import SedetectError, shorten
+from sedetect.models.banks import Bank, find_banks
+
+# Tried in this order: a text-only class leaves the vision tower of a multimodal checkpoint out.
+_AUTO_CLASSES = (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModel,
+)
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def load_model(
+    path_or_name: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a checkpoint folder, or a model of the hub, in eval mode. A folder's files are not verified: check_checkpoint.
+
+    Args:
+        path_or_name: a Prefetched folder gives the weights that are on their way already; they are used up.
+        device: where it goes; None is cuda if there is one, else cpu.
+        dtype: "auto" is the checkpoint's own; otherwise a torch floating-point type or its name.
+        revision: branch, tag or commit of a hub model.
+        attn: attention implementation of transformers ("eager", "sdpa", ...); None leaves the choice to it.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Weights in the checkpoint that the model has no place for are warned about (UserWarning, one line).
+    Raises SedetectError for a model type that the installed transformers does not know, for weights that are missing
+    or of another shape, and where transformers cannot load the model.
+    """
+    name = _resolve(path_or_name)
+    if Path(name).is_dir():
+        _refuse_unknown_type(Path(name), trust_remote_code)
+    device, dtype = choose_device(device), choose_dtype(dtype)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _one_line_errors(name):
+        config = AutoConfig.from_pretrained(name, **options)
+    method = _quantization(config)
+    auto_class = _auto_class(name, config, trust_remote_code)
+    if attn is not None:
+        options["attn_implementation"] = attn
+    if device.type != "cpu" and importlib.util.find_spec("accelerate"):
+        options["device_map"] = {"": device}  # straight to the device; without accelerate by way of host memory
+    with _one_line_errors(name), _captured_report() as report, _prefetched_weights(path_or_name):
+        try:
+            model, loaded = auto_class.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
+            )
+        except RuntimeError:
+            _refuse_unconverted(name, report)
+            raise
+        _check_loaded(name, type(model).__name__, loaded, method)
+        if "device_map" not in options and not any(p.is_meta for p in model.parameters()):  # see streaming_weights
+            model = model.to(device)
+    if method == "mxfp4" and _quantization(model.config) is None:
+        warnings.warn(
+            f"{name}: transformers dequantized its MXFP4 experts, as it does without a GPU or the package kernels: the "
+            "same numbers in four times the memory; where that is too much, pip install kernels on a GPU",
+            stacklevel=2,
+        )
+    serve_quantized(model)  # for good: without kernels its own forwards would raise
+    return model.eval()
+
+
+@contextmanager
+def _prefetched_weights(source: object) -> Iterator[None]:
+    """Let from_pretrained take the tensors of a Prefetched folder, instead of opening its files."""
+    if not isinstance(source, Prefetched):
+        yield
+        return
+    original = PreTrainedModel._load_pretrained_model
+    with source.weights() as tensors:
+
+        def load(model: PreTrainedModel, state_dict: object, *args: Any, **kwargs: Any) -> Any:
+            return original(model, tensors, *args, **kwargs)
+
+        with replaced_method(PreTrainedModel, "_load_pretrained_model", staticmethod(load)):
+            yield
+
+
+@contextmanager
+def replaced_method(owner: type, name: str, method: Any) -> Iterator[None]:
+    """A class with another method, while the context lasts."""
+    original = vars(owner)[name]
+    setattr(owner, name, method)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+class OpenModel(NamedTuple):
+    """A model and its tokenizer, notes on how it loaded, and its banks."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    notes: list[str]
+    banks: list[Bank]
+
+
+def open_model(
+    model: str | os.PathLike | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+    load: Callable[..., PreTrainedModel] = load_model,
+) -> OpenModel:
+    """A MoE model with its tokenizer; a checkpoint is verified and loaded by load, a loaded model passed on.
+
+    Raises SedetectError for what check_checkpoint, load_model, load_tokenizer and find_banks refuse, and for a loaded
+    model without tokenizer.
+    """
+    notes: list[str] = []
+    if isinstance(model, (str, os.PathLike)):
+        if Path(model).is_dir():
+            check_checkpoint(model)
+            _refuse_unknown_type(Path(model), trust_remote_code)  # before its tokenizer, which would fail too
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = tokenizer or load_tokenizer(model, **options)
+        if load is load_model:
+            model = prefetch(model, device) or model
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model = load(model, device=device, dtype=dtype, attn=attn, **options)
+        notes = [str(warning.message) for warning in caught if "weights are not used" in str(warning.message)]
+    elif tokenizer is None:
+        raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")
+    banks = find_banks(model)  # refuse what is no MoE before anything is asked of it
+    if not prefix_ids(tokenizer) and tokenizer.bos_token is not None:
+        notes.append(
+            f"the tokenizer has a {tokenizer.bos_token} but puts nothing before a text; "
+            "if the model was trained with it, super experts stay silent without it"
+        )
+    return OpenModel(model, tokenizer, notes, banks)
+
+
+def empty_model(folder: str | Path, config: str | Path | None = None) -> PreTrainedModel:
+    """The model of a checkpoint folder without its weights, on the meta device.
+
+    config is a folder to take config.json from instead. Raises SedetectError where transformers cannot build it.
+    """
+    _refuse_unknown_type(Path(config or folder), False)
+    with _one_line_errors(str(folder)):
+        read = AutoConfig.from_pretrained(str(config or folder))
+        read._name_or_path = str(folder)
+        with torch.device("meta"):
+            return _auto_class(str(folder), read, False).from_config(read).eval()
+
+
+def load_tokenizer(
+    path_or_name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint folder or hub model. Raises SedetectError where there is none."""
+    name = _resolve(path_or_name)
+    with _one_line_errors(name, "tokenizer "):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    # without any tokenizer file transformers makes an empty one, which turns every text into no tokens
+    if not tokenizer("a 1", add_special_tokens=False)["input_ids"]:
+        raise SedetectError(f"{name}: no tokenizer in it; add the model's tokenizer.json and tokenizer_config.json")
+    return tokenizer
+
+
+def _resolve(path_or_name: str | Path) -> str:
+    """The name to give to transformers: an existing folder, or what can only be a hub name."""
+    name = str(path_or_name)
+    if Path(name).is_file():
+        raise SedetectError(f"{name}: is a file; give the folder of the checkpoint")
+    if not Path(name).is_dir() and not _HUB_NAME.fullmatch(name):
+        raise SedetectError(f"{name}: no such folder; give a checkpoint folder or a hub name (owner/name)")
+    return name
+
+
+def _refuse_unknown_type(folder: Path, trust_remote_code: bool) -> None:
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in config):
+        remote = ", or pass --trust-remote-code to run the model code it brings" if "auto_map" in config else ""
+        raise SedetectError(
+            f"{folder / 'config.json'}: model_type {model_type!r} is unknown to transformers "
+            f"{transformers.__version__}; install a newer transformers{remote}"
+        )
+
+
+def _auto_class(name: str, config: PreTrainedConfig, trust_remote_code: bool) -> type:
+    remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
+    for auto_class in _AUTO_CLASSES:
+        if auto_class.__name__ in remote or type(config) in auto_class._model_mapping:
+            return auto_class
+    raise SedetectError(f"{name}: transformers has no language model for {type(config).__name__}; give one that has")
+
+
+def _check_loaded(name: str, model: str, loaded: dict[str, Any], method: str | None) -> None:
+    """Judge what from_pretrained says of the weights: missing and mismatched are errors, unexpected a warning."""
+    if missing := sorted(loaded["missing_keys"]):
+        if method is not None and (experts := [weight for weight in missing if "experts" in weight]):
+            raise SedetectError(
+                f"{name}: transformers does not put weights quantized by {method} into the experts of {model}, first "
+                f"{experts[0]}; give the unquantized checkpoint, or one in FP8, MXFP4 or compressed-tensors"
+            )
+        raise SedetectError(
+            f"{name}: {len(missing)} weights of {model} are missing, first {missing[0]}; give a complete checkpoint"
+        )
+    if mismatched := sorted(loaded["mismatched_keys"]):
+        weight, stored, wanted = mismatched[0]
+        raise SedetectError(
+            f"{name}: {len(mismatched)} weights do not fit {model}, first {weight}: {tuple(stored)} in the checkpoint, "
+            f"{tuple(wanted)} by its config.json; give a complete checkpoint with its own config"
+        )
+    if unexpected := sorted(loaded["unexpected_keys"]):
+        warnings.warn(f"{name}: {len(unexpected)} weights are not used by {model}, first {unexpected[0]}", stacklevel=3)
+
+
+def _quantization(config: PreTrainedConfig) -> str | None:
+    """Name of the method that a config says the weights are quantized by."""
+    given = getattr(config, "quantization_config", None)
+    method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+    return getattr(method, "value", method)
+
+
+def _refuse_unconverted(name: str, report: list[str]) -> None:
+    """Name the first weight that transformers could not fuse (experts of unequal shapes); its exception does not."""
+    if weights := re.findall(r"^(\S+) *\|.*CONVERSION", "\n".join(report), re.MULTILINE):
+        raise SedetectError(
+            f"{name}: {len(weights)} weights cannot be put together from the checkpoint's, first {weights[0]}; "
+            "give a complete checkpoint with its own config"
+        ) from None
+
+
+@contextmanager
+def _captured_report() -> Iterator[list[str]]:
+    """Collect the table of missing and unexpected weights that transformers logs, instead of printing it."""
+    report: list[str] = []
+    logger = logging.getLogger("transformers.modeling_utils")
+    own, level = logger.level, logger.getEffectiveLevel()
+
+    def divert(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if "LOAD REPORT" not in message:
+            return record.levelno >= level
+        report.append(message)
+        return False
+
+    logger.addFilter(divert)
+    logger.setLevel(min(level, logging.WARNING))  # the report is a warning, which may be switched off
+    try:
+        yield report
+    finally:
+        logger.setLevel(own)
+        logger.removeFilter(divert)
+
+
+@contextmanager
+def _one_line_errors(name: str, what: str = "") -> Iterator[None]:
+    """Whatever transformers raises inside becomes one line; a damaged config can make a model raise anything."""
+    try:
+        yield
+    except SedetectError:
+        raise
+    except Exception as error:
+        if Path(name).is_dir():
+            failure, way_out = (
+                "cannot be loaded",
+                "check its files and the options given, or try another version of transformers",
+            )
+        else:
+            what, failure = "", f"is no local folder, and its {what or 'model '}cannot be loaded from the hub"
+            way_out = "check the name and the connection, or give a folder"
+        raise SedetectError(f"{name}: {what}{failure} ({shorten(error)}); {way_out}") from error

@@ -1,0 +1,179 @@
+"""What computes a bank in place of its module, by our ops, and measures it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from sedetect.adapters.forwards import replaced_forward
+from sedetect.adapters.stacked import Adapter
+from sedetect.kernels.dequantize import QuantizedWeights
+from sedetect.kernels.gate import Gate
+from sedetect.kernels.rows import Rows
+from sedetect.models import compiled
+from sedetect.models.banks import Bank, is_plain_linear
+from sedetect.models.gate import candidate_gates, probe_gate
+from sedetect.ops.contract import ExpertWeights
+from sedetect.ops.functions import linear_stats, moe_mlp, output_stats
+from sedetect.stats.bank import BankStats
+
+
+@dataclass(eq=False)
+class Measurement:
+    """What measures one bank, and what it has seen.
+
+    rows_of: asks the profile which token each of T rows of a bank is. state is made on the device of the first row it
+    sees, or before, where the weights are. here: the experts that state is of where ranks share them, as Bank.here;
+    None once the ranks have joined theirs. number: its name in compiled graphs.
+    """
+
+    bank: Bank
+    rows_of: Callable[[Bank, int, torch.device], Rows]
+    backend: str | None = None
+    channels: bool = False
+    coactivation: bool = False
+    first_rows: bool = False
+    gate: Gate | Callable[[torch.Tensor], torch.Tensor] | None = None
+    number: int = -1
+    here: range | None = field(init=False)
+    state: BankStats | None = field(init=False)
+    top_k: int = field(init=False)
+    served: set[str] = field(init=False)
+    fallbacks: set[str] = field(init=False)
+
+    def __post_init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self.here, self.state, self.top_k = self.bank.here, None, 1
+        self.served, self.fallbacks = set(), set()
+
+    def note(self, backend: str, why: str | None) -> None:
+        """Remember which backend served a call, and why it was not the one asked for."""
+        self.served.add(backend)
+        if why is not None:
+            self.fallbacks.add(why)
+
+    def empty(self, device: torch.device | str, experts: int | None = None) -> BankStats:
+        """A state that has seen nothing, of all experts or so many."""
+        channels = (self.bank.hidden, self.bank.intermediate) if self.channels else None
+        coactivation = self.coactivation and self.bank.experts > 1
+        published = self.first_rows and self.bank.id.routed
+        return BankStats.empty(experts or self.bank.experts, device, channels, coactivation, published)
+
+    def prepare(self, device: torch.device) -> BankStats:
+        """The state on this device."""
+        if self.state is None or (self.state.counts.device != device and not self.served):
+            self.state = self.empty(device, self.bank.experts if self.here is None else len(self.here))
+        return self.state
+
+    def prepare_where_the_weights_are(self) -> None:
+        """The state before the first row comes: a graph that made it would be compiled again where it finds one."""
+        module = self.bank.module
+        weight = module.down_proj if self.bank.routed else getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and not weight.is_meta:
+            self.prepare(weight.device)
+
+    def whole(self) -> BankStats:
+        """What was seen, of all experts, on the CPU."""
+        if self.state is None:
+            return self.empty("cpu")
+        state = self.state.to("cpu")
+        return state if self.here is None else state.among(self.here.start, self.bank.experts)
+
+    def compute(self, state: BankStats, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
+        """The module's result, from (x, top_k_index, top_k_weights) where it is routed, else from (x,)."""
+        compute = _compute_experts if self.bank.routed else _compute_down
+        return compute(self, state, rows, *inputs)
+
+    def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the result of an x of this dtype."""
+        bank = self.bank
+        return dtype if bank.routed or not is_plain_linear(bank.module) else bank.module.weight.dtype
+
+
+def measure(measurement: Measurement) -> Callable[..., torch.Tensor]:
+    """The call for attach that computes a bank by our ops and updates its state."""
+    bank = measurement.bank
+    if bank.routed and getattr(bank.module, "fusable", True):
+        measurement.gate = gate_of(bank)
+    measurement.prepare_where_the_weights_are()
+    return partial(_measure, measurement)
+
+
+def _measure(measurement: Measurement, module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+    tokens = len(routing[0]) if routing else x.shape[:-1].numel()
+    state, rows = measurement.prepare(x.device), measurement.rows_of(measurement.bank, tokens, x.device)
+    if torch.compiler.is_compiling():
+        return compiled.measure(measurement, rows, x, *routing)
+    return measurement.compute(state, rows, x, *routing)
+
+
+def _compute_experts(
+    measurement: Measurement,
+    state: BankStats,
+    rows: Rows,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    module, measurement.top_k = measurement.bank.module, top_k_index.shape[-1]
+    how = {"rows": rows, "backend": measurement.backend, "served": measurement.note}
+    if isinstance(module, Adapter):
+        how |= {"gate": measurement.gate} if module.fusable else {}
+        return module.compute(hidden_states, top_k_index, top_k_weights, state, **how)
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+    weights = ExpertWeights.of(module, measurement.gate)
+    out = moe_mlp(x, top_k_index, top_k_weights, weights, state, post_norm=norm, **how)
+    return out.reshape(hidden_states.shape)
+
+
+def _compute_down(measurement: Measurement, state: BankStats, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+    """A plain nn.Linear is computed by our op; anything else (quantized, split) computes itself and is read."""
+    original, flat = measurement.bank.module, x.reshape(-1, x.shape[-1])
+    how = {"rows": rows, "backend": measurement.backend, "served": measurement.note}
+    if is_plain_linear(original):
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            y = linear_stats(x.reshape(-1, x.shape[-1]), original.weight, original.bias, state, **how)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+
+        if not hasattr(original, "_hf_hook"):
+            return forward(x)
+        with replaced_forward(original, forward):  # the same kernel, inside the hooks that bring an offloaded weight
+            return original(x)
+    y = original(x)
+    weight = getattr(original, "weight", None)
+    if isinstance(weight, DTensor) and any(p.is_shard(1) for p in weight.placements):
+        # Split by tensor parallelism: y is whole, but this rank has a part of every row of x.
+        flat = _gathered(flat, weight.device_mesh.get_group())
+    output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, **how)
+    return y
+
+
+def gate_of(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
+    """The module's gate as a Gate that a kernel can fuse, where one agrees with it; else its own function."""
+    module, holder = bank.module, bank.stored_in
+    own = module._apply_gate if module.has_gate else module.act_fn
+    config = {name: value for name, value in vars(getattr(holder, "config", module.config)).items() if "limit" in name}
+    limits = [value for value in (*vars(holder).values(), *config.values()) if isinstance(value, float) and value > 0]
+    weight = module.down_proj
+    device = "cpu" if weight.is_meta else weight.device
+    # The type of the activations is not known before they come where weights are quantized: 16 bits is the strictest.
+    quantized = isinstance(weight, QuantizedWeights) or weight.dtype is None  # as a list of modules says it
+    dtype = torch.bfloat16 if quantized else weight.dtype
+    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), dtype, device) or own
+
+
+def _gathered(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """The whole of rows that are split over ranks: (T, I / ranks) -> (T, I)."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)

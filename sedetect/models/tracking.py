@@ -1,0 +1,88 @@
+"""A model whose forwards are followed, so that whoever computes its experts can ask which row is which token."""
+
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from sedetect.kernels.rows import Rows
+from sedetect.models.banks import Bank
+from sedetect.models.row_context import UNMAPPED_CALL, RowTracker
+
+
+class TrackedModel:
+    """Context manager: one wrapper around the top-level forward, and one around generate(), put back on exit."""
+
+    def __init__(self, model: nn.Module, prefix: int | None = None):
+        self._model, self._prefix = model, prefix
+        self.restart()
+        self._rows: dict[torch.device, Rows] | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    def restart(self) -> None:
+        """Follow from here on as if nothing had run."""
+        self.tracker = RowTracker(self._model, prefix=self._prefix)
+
+    def __enter__(self) -> "TrackedModel":
+        self._wrap("forward", self._forward)
+        if hasattr(self._model, "generate"):
+            self._wrap("generate", self._generate)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def rows_of(self, bank: Bank, tokens: int, device: torch.device) -> Rows:
+        """The rows (T = tokens) of a bank's call in the forward under way, on device; unmapped ones where unknown."""
+        if self._rows is None:
+            self.tracker.notes.add(UNMAPPED_CALL)
+            return Rows.unmapped(tokens, device)
+        if bank.id.stack != "decoder":
+            self.tracker.notes.add(f"rows not mapped: those of the {bank.id.stack} stack")
+            return Rows.unmapped(tokens, device)
+        rows = next(iter(self._rows.values()))
+        if len(rows.counted) != tokens:
+            self.tracker.notes.add(f"{bank.id} ({bank.path}): rows not mapped, the module regroups its tokens")
+            return Rows.unmapped(tokens, device)
+        if device not in self._rows:
+            self._rows[device] = rows.to(device)
+        return self._rows[device]
+
+    def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
+        """Replace a method of the model by wrapper(original, ...)."""
+        original = getattr(self._model, name)
+        previous = self._model.__dict__.get(name)
+        setattr(self._model, name, functools.wraps(original)(functools.partial(wrapper, original)))
+
+        def undo() -> None:
+            if previous is None:
+                delattr(self._model, name)
+            else:
+                setattr(self._model, name, previous)
+
+        self._undo.append(undo)
+
+    @torch.compiler.disable(recursive=False)
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        rows = self.tracker.begin(args, kwargs)
+        self._rows = None if rows is None else {rows.counted.device: rows}
+        try:
+            output = original(*args, **kwargs)
+        except BaseException:
+            self.tracker.notes.add("a forward failed before its end: its first layers counted rows, later ones did not")
+            raise
+        finally:
+            self._rows = None
+        self.tracker.end(output)
+        return output
+
+    @torch.compiler.disable(recursive=False)
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.tracker.generating(args, kwargs):
+            return original(*args, **kwargs)

@@ -1,0 +1,10 @@
+from .contract import ExpertWeights as ExpertWeights
+from .contract import Gate as Gate
+from .contract import Halves as Halves
+from .contract import QuantizedWeights as QuantizedWeights
+from .functions import down_stats as down_stats
+from .functions import every_expert as every_expert
+from .functions import linear_stats as linear_stats
+from .functions import moe_mlp as moe_mlp
+from .functions import moe_modules as moe_modules
+from .functions import output_stats as output_stats

@@ -1,0 +1,60 @@
+"""Backends: the same stages (sedetect.ops.contract), computed in different ways.
+
+torch is the definition and runs anywhere. cpu is torch's GEMMs with the row statistics of csrc/, taken while the
+output is in cache. triton are the kernels of kernels/, cuda those of csrc/cuda/ for Hopper GPUs. Every stage takes and
+gives what the torch reference of its file in kernels/ documents.
+"""
+
+from typing import Any
+
+import torch
+
+from sedetect.errors import SedetectError
+from sedetect.ops.contract import Backend, ExpertWeights
+from sedetect.ops.cpu import CpuBackend
+from sedetect.ops.cuda import CudaBackend
+from sedetect.ops.reference import TorchBackend
+from sedetect.ops.triton import TritonBackend
+
+# In the order of preference.
+BACKENDS: dict[str, Backend[Any]] = {
+    "cpu": CpuBackend(),
+    "cuda": CudaBackend(),
+    "triton": TritonBackend(),
+    "torch": TorchBackend(),
+}
+
+
+def choose_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    wanted: str | None = None,
+    experts: int = 1,
+    weights: ExpertWeights | None = None,
+) -> tuple[Backend[Any], str | None]:
+    """The backend that serves a call, and why it is not the wanted one (None if it is, or none was named).
+
+    Without experts and weights: the backend that serves calls of a layer, where nothing about them stands against it.
+
+    Raises SedetectError for an unknown name.
+    """
+    check_backend(wanted)
+    call, why = (device, dtype, experts, weights), None
+    if wanted is not None:
+        reason = BACKENDS[wanted].refusal(*call)
+        if reason is None:
+            return BACKENDS[wanted], None
+        why = f"backend {wanted} does not serve {dtype} on {device}: {reason}"
+    return next(b for b in BACKENDS.values() if b.refusal(*call) is None), why
+
+
+def missing_fast_path(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the cuda backend does not serve a GPU's layers of this dtype; None where it does, and on other devices."""
+    reason = BACKENDS["cuda"].refusal(device, dtype) if device.type == "cuda" else None
+    return reason and f"the cuda backend served nothing: {reason}"
+
+
+def check_backend(name: str | None) -> None:
+    """Raise SedetectError for a backend that does not exist."""
+    if name is not None and name not in BACKENDS:
+        raise SedetectError(f"backend {name!r} does not exist; choose one of {', '.join(BACKENDS)}")

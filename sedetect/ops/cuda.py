@@ -1,0 +1,209 @@
+"""The CUDA backend: the kernels of csrc/cuda, for Hopper GPUs.
+
+Plan, both GEMMs and the update of the statistics are its own. The row kernels (combine and row statistics) are
+Triton's, which wait for memory and nothing else. So are the GEMMs where experts have few rows: the weights' traffic
+decides there, and their tiles are smaller; and plans of few slots. Addresses go to sedetect._cuda, which knows nothing
+of torch; a stage is one call of it, because at small T the host is what takes the time.
+"""
+
+import importlib.util
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from sedetect.kernels import tiles
+from sedetect.kernels.gate import Gate
+from sedetect.kernels.plan import Plan, Schedule, scheduled
+from sedetect.kernels.row_stats import RowParts
+from sedetect.kernels.rows import Rows
+from sedetect.kernels.sort_rows import sort_rows
+from sedetect.ops.contract import ExpertWeights, gate_refusal
+from sedetect.ops.triton import TritonBackend, on
+from sedetect.stats.bank import BankStats
+
+_cuda: Any = None
+if importlib.util.find_spec("sedetect._cuda") is not None:
+    _cuda = importlib.import_module("sedetect._cuda")
+
+# Columns of gate_up's weights from which on its rows are sorted before it, so that the copy engine loads them: sorting
+# takes as long as 2000 to 8000 columns gain by it (benchmarks/RESULTS.md).
+SORTED_COLUMNS = 8192
+
+# csrc/cuda/stages.h and grouped_gemm.h
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4}
+_NO_GATE = (0, False, math.inf, 1.0, 0.0)
+
+
+class CudaBackend(TritonBackend):
+    """No stage synchronises with the host; rows of no expert are left undefined."""
+
+    name = "cuda"
+    activations = frozenset(_ACTIVATIONS)
+
+    def refusal(
+        self, device: torch.device, dtype: torch.dtype, experts: int = 1, weights: ExpertWeights | None = None
+    ) -> str | None:
+        if device.type != "cuda":
+            return f"it serves CUDA tensors, these are on {device}"
+        if _cuda is None:
+            return (
+                "sedetect._cuda is not built; install sedetect again where nvcc of CUDA 12.5 or later is found, and with "
+                "9.0 in TORCH_CUDA_ARCH_LIST if that is set"
+            )
+        if _capability(device) != (9, 0):
+            return "it is for GPUs of compute capability 9.0, this one has {}.{}".format(*_capability(device))
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"it has no kernel for {dtype}"
+        if experts > _cuda.MAX_EXPERTS:
+            return f"there are {experts} experts, it takes {_cuda.MAX_EXPERTS}"
+        if weights is None:
+            return None
+        return _weights_refusal(weights, dtype) or gate_refusal(weights, self.activations)
+
+    def plan(self, top_k_index: torch.Tensor, num_experts: int) -> Plan:
+        if top_k_index.numel() <= tiles.SLOTS:  # Triton's is one launch then, and no cooperative one
+            return super().plan(top_k_index, num_experts)
+        index = top_k_index.contiguous()
+        if index.dtype not in (torch.int64, torch.int32):
+            index = index.to(torch.int64)
+        slots, device = index.numel(), index.device
+        order = torch.empty(slots, dtype=torch.int64, device=device)
+        offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=device)
+        schedule = Schedule.empty(slots, num_experts, device)
+        processors = tiles.limits(device).processors
+        blocks = _cuda.plan_blocks(slots, processors)
+        counts = torch.empty(blocks * (num_experts + 1), dtype=torch.int32, device=device)
+        with on(device):
+            _cuda.plan(
+                index.data_ptr(), index.dtype == torch.int32, order.data_ptr(), offsets.data_ptr(),
+                _addresses(schedule), counts.data_ptr(), slots, num_experts, processors, _stream(device),
+            )  # fmt: skip
+        return Plan(order, offsets, top_k_index.shape[1], schedule)
+
+    def update(self, state: BankStats, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
+        slots, device = len(plan.order), plan.order.device
+        if slots == 0:
+            return
+        with on(device):
+            schedule, gates = scheduled(plan).schedule, _gates(gates)
+            records = (state.outliers, state.first_outliers, state.in_max)
+            size = _cuda.update_scratch(len(schedule.tiles), schedule.rows)
+            scratch = torch.empty(size, dtype=torch.uint8, device=device)
+            _cuda.update(
+                _row_parts(found), plan.order.data_ptr(), _addresses(schedule),
+                gates.data_ptr(), _TYPES[gates.dtype], [t.data_ptr() for t in rows.tensors()],
+                state.counts.data_ptr(), state.sums.data_ptr(),
+                [t.data_ptr() for t in records], [t.shape[1] for t in records],
+                scratch.data_ptr(), slots, plan.top_k, rows.source, _stream(device),
+            )  # fmt: skip
+
+    def _gate_up(
+        self, x: torch.Tensor, plan: Plan, weights: ExpertWeights, gate: Gate | None = None, parts: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if plan.schedule.rows != _cuda.TILE_ROWS:
+            return super()._gate_up(x, plan, weights, gate, parts)
+        weight = weights.gate_up
+        x = _aligned(x.to(weight.dtype))
+        experts, columns, hidden = weight.shape
+        _check_sizes("gate_up", x, weight, hidden, plan)
+        slots, gated = len(plan.order), gate is not None and gate.gated
+        width = columns // 2 if gated else columns
+        h, found = x.new_empty(slots, width), None
+        if parts:
+            found = x.new_empty(_cuda.column_tiles(width, gated), slots, dtype=torch.float32)
+        schedule, order = plan.schedule, plan.order.data_ptr()
+        if columns >= SORTED_COLUMNS:
+            x, order = sort_rows(x, plan), 0
+        _cuda.gate_up(
+            x.data_ptr(), weight.data_ptr(), order,
+            schedule.tiles.data_ptr(), schedule.count.data_ptr(), h.data_ptr(), found.data_ptr() if parts else 0,
+            _gate(gate), _TYPES[x.dtype], slots, plan.top_k, experts, hidden, width,
+            tiles.limits(x.device).processors, _stream(x.device),
+        )  # fmt: skip
+        return h, found
+
+    def _down(self, h: torch.Tensor, plan: Plan, weights: ExpertWeights) -> torch.Tensor:
+        if plan.schedule.rows != _cuda.TILE_ROWS:
+            return super()._down(h, plan, weights)
+        weight = weights.down
+        h = _aligned(h.to(weight.dtype))
+        experts, hidden, width = weight.shape
+        _check_sizes("down", h, weight, width, plan)
+        slots, schedule = len(plan.order), plan.schedule
+        y = h.new_empty(slots, hidden)
+        _cuda.down(
+            h.data_ptr(), weight.data_ptr(), schedule.tiles.data_ptr(),
+            schedule.count.data_ptr(), y.data_ptr(), _TYPES[h.dtype], slots, experts, hidden, width,
+            tiles.limits(h.device).processors, _stream(h.device),
+        )  # fmt: skip
+        return y
+
+
+def _check_sizes(name: str, x: torch.Tensor, weight: torch.Tensor, width: int, plan: Plan) -> None:
+    """The kernels take their sizes from the weight alone."""
+    if x.shape[1] != width or len(weight) != plan.num_experts:
+        raise ValueError(
+            f"{name}: rows of {x.shape[1]} and a weight {tuple(weight.shape)} do not fit a plan of {plan.num_experts} "
+            "experts"
+        )
+
+
+def _weights_refusal(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
+    if weights.storage:
+        return "the weights are quantized"
+    if weights.transposed:
+        return "the weights are transposed"
+    if weights.gate_up_bias is not None or weights.down_bias is not None:
+        return "the experts have biases"
+    if weights.fused_gate is not None and weights.fused_gate.interleaved:
+        return "gate and up are interleaved"
+    for weight in weights.matrices:
+        size = tuple(weight.shape)
+        if weight.dtype != dtype:
+            return f"the weights are of {weight.dtype} and {dtype}"
+        if size[1] % 8 or size[2] % 8:
+            return f"the weights are {size}, their dimensions must be multiples of 8"
+        if not weight.is_contiguous() or weight.data_ptr() % 16:
+            return "the weights are not contiguous, on 16-byte boundaries"
+    return None
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache
+def _gate(gate: Gate | None) -> tuple[int, bool, float, float, float]:
+    if gate is None:
+        return _NO_GATE
+    limit = math.inf if gate.limit is None else gate.limit
+    return _ACTIVATIONS[gate.activation], gate.gated, limit, gate.slope, gate.shift
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _gates(gates: torch.Tensor) -> torch.Tensor:
+    return (gates if gates.dtype in _TYPES else gates.float()).contiguous()
+
+
+def _addresses(schedule: Schedule) -> tuple[int, ...]:
+    tensors = (schedule.row, schedule.tiles, schedule.count, schedule.arrived)
+    return *(t.data_ptr() for t in tensors), schedule.rows, len(schedule.tiles)
+
+
+def _row_parts(found: RowParts) -> tuple[list[int], list[int]]:
+    y, h = found.y, found.h
+    tensors = (found.best, found.part, found.sqnorm, found.in_parts, y, h)
+    widths = (y.shape[1], h.shape[1], found.y_part_width, found.h_part_width, len(found.in_parts))
+    return [t.data_ptr() for t in tensors], [_TYPES[y.dtype], _TYPES[h.dtype], *widths]
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index)

@@ -1,0 +1,154 @@
+"""What a checkpoint is and what profiling it takes, from its config and the headers of its safetensors files alone."""
+
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from sedetect.checkpoints.files import check_checkpoint
+from sedetect.checkpoints.staging import read_bytes
+from sedetect.errors import SedetectError
+from sedetect.models.banks import find_banks
+from sedetect.models.streamed import open_streamed
+
+SAMPLE = 2**28  # bytes read to measure the bandwidth
+_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token")
+
+
+@dataclass
+class Plan:
+    """A checkpoint by numbers.
+
+    model         class of the model; files: how many safetensors files hold it
+    dtype         the precision it is loaded in and computes in unless another is asked for
+    held          the type that takes the most of its layers' memory on a GPU: dtype, or that of quantized weights
+    layers        decoder layers, dense ones counted; experts: routed experts of each layer that has some
+    top_k         experts per token, where the config says so
+    routed, shared, rest      parameters of routed experts, of shared experts, and of all else
+    stored        bytes in the files; layer_bytes: of them, those of each decoder layer; rest_bytes: outside the layers
+    layer_parameters, rest_parameters    likewise, parameters in memory, scales of quantized weights among them
+    layer_memory, rest_memory            likewise, their bytes in memory on a GPU
+    width         of the hidden states
+    """
+
+    model: str
+    files: int
+    dtype: torch.dtype
+    held: torch.dtype
+    layers: int
+    experts: dict[int, int]
+    top_k: int | None
+    routed: int
+    shared: int
+    rest: int
+    stored: int
+    layer_bytes: list[int]
+    rest_bytes: int
+    layer_parameters: list[int]
+    rest_parameters: int
+    layer_memory: list[int]
+    rest_memory: int
+    width: int
+
+    @property
+    def parameters(self) -> int:
+        return self.routed + self.shared + self.rest
+
+    @property
+    def active(self) -> int | None:
+        """Parameters that compute one token, embeddings counted whole."""
+        if self.top_k is None:
+            return None
+        total = sum(self.experts.values())
+        return self.parameters - self.routed + round(self.routed * self.top_k * len(self.experts) / total)
+
+    def weights(self, dtype: torch.dtype) -> int:
+        """Bytes of all weights in this precision; in that in which they are held, as they are held."""
+        return self.rest_memory + sum(self.layer_memory) if dtype == self.held else self.parameters * dtype.itemsize
+
+    def streamed(self, dtype: torch.dtype) -> int:
+        """Bytes of weights that streaming holds at most: what is outside the layers, and three of the largest layer."""
+        if dtype == self.held:
+            return self.rest_memory + 3 * max(self.layer_memory)
+        return (self.rest_parameters + 3 * max(self.layer_parameters)) * dtype.itemsize
+
+
+def make_plan(folder: str | Path, **options: object) -> Plan:
+    """Plan of a checkpoint folder; options (dtype, revision, attn, trust_remote_code) as in load_model.
+
+    Raises SedetectError for what check_checkpoint, load_model and find_banks refuse.
+    """
+    if not Path(folder).is_dir():
+        raise SedetectError(f"{folder}: no such folder; a plan is made of a checkpoint that is here, download it first")
+    check_checkpoint(folder)
+    streamed = open_streamed(folder, device="cpu", weights=False, **options)
+    model, banks = streamed.model, find_banks(streamed.model)
+    routed = sum(_count(bank.stored_in) for bank in banks if bank.routed)
+    shared_mlps = {bank.path.rpartition(".")[0] for bank in banks if bank.id.base == "shared"}
+    shared = sum(_count(model.get_submodule(path)) for path in shared_mlps)
+    experts: dict[int, int] = {}
+    for bank in banks:
+        if bank.routed:
+            experts[bank.id.layer] = experts.get(bank.id.layer, 0) + bank.experts
+    layer_bytes = [sum(tensor.nbytes for tensor in layer.values()) for layer in streamed.stored]
+    layer_parameters = [_count(layer) for layer in streamed.layers]
+    layer_memory = [_nbytes(layer) for layer in streamed.layers]
+    rest_bytes = sum(tensor.nbytes for tensor in streamed.rest.values())
+    sizes = Counter()
+    for parameter in (parameter for layer in streamed.layers for parameter in layer.parameters()):
+        sizes[parameter.dtype] += parameter.nbytes
+    return Plan(
+        model=type(model).__name__,
+        files=len(streamed.files),
+        dtype=model.dtype,
+        held=max(sizes, key=sizes.get),
+        layers=len(streamed.layers),
+        experts=experts,
+        top_k=_top_k(model.config.get_text_config()),
+        routed=routed,
+        shared=shared,
+        rest=_count(model) - routed - shared,
+        stored=sum(layer_bytes) + rest_bytes,
+        layer_bytes=layer_bytes,
+        rest_bytes=rest_bytes,
+        layer_parameters=layer_parameters,
+        rest_parameters=_count(model) - sum(layer_parameters),
+        layer_memory=layer_memory,
+        rest_memory=_nbytes(model) - sum(layer_memory),
+        width=model.get_input_embeddings().weight.shape[1],
+    )
+
+
+def measure_read(folder: str | Path, limit: int = SAMPLE) -> tuple[float, int]:
+    """(bytes per second, bytes read) of one thread that reads the start of a checkpoint's largest file from disk.
+
+    The pages read are dropped from the system's cache first, where it allows that: what is there already would be read
+    faster than the rest.
+    """
+    file = max(Path(folder).glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    count = min(limit, file.stat().st_size)
+    if hasattr(os, "posix_fadvise"):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, count, os.POSIX_FADV_DONTNEED)
+    buffer = torch.zeros(count, dtype=torch.uint8)
+    start = time.perf_counter()
+    read_bytes(file, 0, buffer)
+    return count / (time.perf_counter() - start), count
+
+
+def _count(module: torch.nn.Module) -> int:
+    """Parameters of a module, tied ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _top_k(config: PreTrainedConfig) -> int | None:
+    found = (getattr(config, name, None) for name in _TOP_K)
+    return next((value for value in found if isinstance(value, int)), None)

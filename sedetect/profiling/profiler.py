@@ -1,0 +1,221 @@
+"""profile: a context manager under which a model's own forward measures its experts."""
+
+import uuid
+from contextlib import ExitStack
+from functools import reduce
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+
+from sedetect.adapters.registry import serve_quantized
+from sedetect.errors import SedetectError
+from sedetect.models import compiled
+from sedetect.models.attach import attach, is_attached
+from sedetect.models.banks import Bank, find_banks, layers_per_stack
+from sedetect.models.identity import model_digest, model_name
+from sedetect.models.measure import Measurement, measure
+from sedetect.models.row_context import Batch
+from sedetect.models.tracking import TrackedModel
+from sedetect.ops.choose import check_backend, missing_fast_path
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import BankInfo, Header, ModelStats, Source
+from sedetect.version import __version__
+
+
+class Profile:
+    """One profile of one model; made by sedetect.profile.
+
+    banks and digest: where they are known already. Only these banks are measured.
+    Inside the with block every forward of the model is measured, in torch.no_grad(). stats may be read there and later.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: str | None,
+        info: dict[str, Any] | None,
+        prefix: int | None,
+        backend: str | None,
+        channels: bool,
+        coactivation: bool,
+        first_rows: bool,
+        banks: list[Bank] | None = None,
+        digest: str | None = None,
+    ):
+        check_backend(backend)
+        self._model = getattr(model, "_orig_mod", model)
+        if self._model.training:
+            raise SedetectError(f"{type(self._model).__name__}: is in training mode; call model.eval() first")
+        self._source = source or f"profile-{uuid.uuid4().hex[:12]}"
+        self._info = info or {}
+        self._banks = find_banks(self._model) if banks is None else banks
+        self._tracked = TrackedModel(self._model, prefix)
+        how = {"backend": backend, "channels": channels, "coactivation": coactivation, "first_rows": first_rows}
+        self._measured = [Measurement(bank, self._tracked.rows_of, **how) for bank in self._banks]
+        parallel = next((bank for bank in self._banks if bank.here is not None), None)
+        if parallel is not None and coactivation:
+            raise SedetectError(
+                f"{parallel.path}: coactivation of experts on different ranks is seen by none; leave it out, or load "
+                "the model on one device"
+            )
+        self._digest = model_digest(self._model) if digest is None else digest
+        self._notes: set[str] = set()  # of the model as it is attached
+        self._exit = ExitStack()
+
+    def __enter__(self) -> "Profile":
+        for bank in self._banks:
+            if is_attached(bank):
+                raise SedetectError(
+                    f"{bank.path}: sedetect is attached already; leave the other context of this model first"
+                )
+        with ExitStack() as stack:
+            restore, served = serve_quantized(self._model)
+            stack.callback(restore)
+            if served:
+                self._notes.add(f"{served} FP8 linears computed with dequantized weights: no kernel here")
+            stack.enter_context(compiled.attached(self._measured))
+            calls = [(one.bank, measure(one)) for one in self._measured]
+            stack.callback(attach(self._model, calls, computes=True))
+            stack.enter_context(self._tracked)
+            stack.enter_context(torch.no_grad())
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+        if kind is None:
+            self._join_ranks()
+
+    def _join_ranks(self) -> None:
+        """Give every rank of an expert-parallel model the statistics of all experts; all ranks come here together."""
+        shared = [one for one in self._measured if one.here is not None]
+        if not shared:
+            return
+        group = shared[0].bank.group
+        parts: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, [one.whole() for one in shared], group=group)
+        for one, states in zip(shared, zip(*parts, strict=True), strict=True):
+            one.state, one.here = reduce(BankStats.merge, states), None
+
+    def batch(
+        self,
+        *,
+        sequence_ids: torch.Tensor | list | None = None,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> None:
+        """Say what the rows of the next forward are, where its arguments do not.
+
+        Args:
+            sequence_ids: (B,) one per row of the batch, or (B, L) one per token for packed sequences; int64, at least
+                0, unique within the profile's source.
+            positions: (B, L) position of each token in its sequence.
+            mask: (B, L) nonzero where a token counts.
+        """
+        ids = None if sequence_ids is None else torch.as_tensor(sequence_ids)
+        if ids is not None:
+            if ids.is_floating_point() or ids.dim() not in (1, 2):
+                raise SedetectError(
+                    f"prof.batch: sequence_ids of shape {tuple(ids.shape)} and {ids.dtype}; give integers"
+                )
+            if ids.device.type == "cpu" and (bool((ids < 0).any()) or ids.dim() == 1 and len(ids.unique()) < len(ids)):
+                raise SedetectError(
+                    f"prof.batch: sequence_ids {ids.tolist()} are negative or not unique; give one each"
+                )
+            ids = ids.to(torch.int64)
+        positions, mask = (None if x is None else torch.atleast_2d(torch.as_tensor(x)) for x in (positions, mask))
+        self._tracked.tracker.pending = Batch(ids, positions, mask)
+
+    @property
+    def stats(self) -> ModelStats:
+        """What was measured so far, on the CPU. Synchronises with the device."""
+        tracker, banks, described, notes = self._tracked.tracker, {}, {}, set(self._notes)
+        for one in self._measured:
+            bank = one.bank
+            if not one.served:
+                notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
+            elif one.backend is None and "cuda" not in one.served and (why := missing_fast_path(one.state.counts.device, self._model.dtype)):
+                notes.add(why)
+            if one.here is not None:
+                ranks = dist.get_world_size(bank.group)
+                notes.add(f"experts of other ranks are not in it: leave the profile on all {ranks} first")
+            notes.update(f"{bank.id}: {why}" for why in one.fallbacks)
+            banks[bank.id] = one.whole()
+            described[str(bank.id)] = BankInfo(bank.path, one.top_k, sorted(one.served))
+        tokens, sequences = tracker.totals()
+        header = Header(
+            model=model_name(self._model),
+            digest=self._digest,
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            layers=layers_per_stack(self._model, self._banks),
+            banks=described,
+            sources={self._source: Source(tracker.ranges(), self._info)},
+            tokens=tokens,
+            sequences=sequences,
+            window=self._info.get("window"),
+            versions={"sedetect": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            notes=sorted(notes | tracker.notes),
+        )
+        return ModelStats(banks, header)
+
+
+class SourcesProfile(Profile):
+    """A profile that is attached once and measures one source after another, each with statistics of its own.
+
+    begin() a source, run its forwards, take() what was measured.
+    """
+
+    def __init__(self, model: nn.Module, banks: list[Bank], digest: str | None = None, **settings: Any):
+        super().__init__(model, None, None, **settings, banks=banks, digest=digest)
+
+    def begin(self, source: str, info: dict[str, Any]) -> None:
+        self._source, self._info = source, info
+        self._tracked.restart()
+        for one in self._measured:
+            one.clear()
+            one.prepare_where_the_weights_are()
+
+    def take(self) -> ModelStats:
+        """The statistics of the source; all ranks of an expert-parallel model come here together."""
+        self._join_ranks()
+        return self.stats
+
+
+def profile(
+    model: nn.Module,
+    *,
+    source: str | None = None,
+    info: dict[str, Any] | None = None,
+    prefix: int | None = None,
+    backend: str | None = None,
+    channels: bool = False,
+    coactivation: bool = False,
+    first_rows: bool = False,
+) -> Profile:
+    """Measure every expert of a model while it runs.
+
+        with sedetect.profile(model) as prof:
+            for input_ids, attention_mask in batches:
+                model(input_ids=input_ids, attention_mask=attention_mask)
+        prof.stats.save("stats.safetensors")
+
+    Args:
+        model: a Hugging Face MoE model in eval mode. It is restored on exit, also after an exception.
+        source: name of the text the sequences come from; sequence ids given by prof.batch are unique within it. A
+            random name by default, with a running count as ids.
+        info: what to remember of the source, as JSON values.
+        prefix: token id that the tokenizer puts before every text, if it does; the profile notes sequences without it.
+        backend: "cpu", "cuda", "triton" or "torch"; the fastest that serves each call by default.
+        channels: keep the per-channel maxima and squares (BankStats.channel_max, in_channel_max, in_channel_sq).
+        coactivation: count the tokens routed to each pair of experts (BankStats.coactivation).
+        first_rows: keep what the published tool reads of each routed expert (BankStats.published_max).
+    Raises:
+        SedetectError: for a model in training mode, without experts, or with experts that cannot be measured.
+    """
+    return Profile(model, source, info, prefix, backend, channels, coactivation, first_rows)

@@ -1,0 +1,9 @@
+from .comparison import Comparison as Comparison
+from .comparison import compare as compare
+from .result import Ranking as Ranking
+from .result import SuperExpert as SuperExpert
+from .rule import rank as rank
+from .saliencies import saliency as saliency
+from .stability import Stability as Stability
+from .stability import agreement as agreement
+from .stability import sensitivity as sensitivity

@@ -1,0 +1,125 @@
+"""What the rule reads of each bank, and its two value tests."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sedetect.errors import SedetectError
+from sedetect.kernels.records import decode
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import Header
+from sedetect.stats.place import BankId, place_of
+
+
+@dataclass(frozen=True)
+class _Tests:
+    """The two value tests of one population, sorted ascending; of an empty one nothing passes."""
+
+    population: np.ndarray
+    maximum: float
+    percentile_value: float
+    threshold: float
+
+    @classmethod
+    def of(cls, values: np.ndarray, criteria: dict[str, Any]) -> "_Tests":
+        if not len(values):
+            return cls(values, math.nan, math.nan, math.nan)
+        maximum = float(values.max())
+        # 1 / 0.1 is exactly 10: the paper divides, and 0.1 * maximum rounds differently.
+        threshold = maximum // 10 if criteria["compat"] else maximum / (1 / criteria["fraction"])
+        return cls(np.sort(values), maximum, float(np.percentile(values, criteria["percentile"])), threshold)
+
+    def passes(self, values: np.ndarray | float) -> np.ndarray | bool:
+        return (values > self.percentile_value) & (values > self.threshold)
+
+    def next_below(self, value: float) -> float | None:
+        """The value that follows one of value in descending order (equal where tied)."""
+        last = int(np.searchsorted(self.population, value, side="right")) - 1
+        return float(self.population[last - 1]) if last > 0 else None
+
+
+class _View:
+    """What ranking reads of one bank of E experts, as (E,) NumPy arrays."""
+
+    def __init__(self, bank: BankId, state: BankStats, header: Header, rows: str):
+        self.bank = bank
+        values = state.published_max if rows == "first" and bank.routed else state.out_max
+        if values is None:
+            raise SedetectError(f"{bank}: the statistics lack the first rows; profile again with --first-rows")
+        self.values = values.double().cpu().numpy()
+        self.first_max, self.rest_max = state.first_max.cpu().numpy(), state.rest_max.cpu().numpy()
+        self.rows, self.first_rows = state.rows.cpu().numpy(), state.first_rows.cpu().numpy()
+        self.gate_sum, self.gate_first_sum = state.gate_sum.cpu().numpy(), state.gate_first_sum.cpu().numpy()
+        self.peaks = decode(state.peak())
+        self.sources = sorted(header.sources)
+        self.top_k = header.banks[str(bank)].top_k if str(bank) in header.banks else None
+
+    def name(self, e: int) -> int | str:
+        """The expert as a Place has it."""
+        return place_of(self.bank, e, len(self.values)).expert
+
+    def evidence(self, e: int, median: float | None, tests: _Tests, min_gate_ratio: float) -> dict[str, Any]:
+        """The fields of SuperExpert for expert e but its place and verdict."""
+        value, first_max = float(self.values[e]), float(self.first_max[e])
+        peak = self.peaks[e]
+        first_gate, rest_gate = self.gates(e)
+        if self.first_rows.sum() == 0:
+            signature = None
+        elif not tests.passes(first_max):
+            signature = False
+        elif not self.bank.routed:
+            signature = True
+        else:
+            signature = None if rest_gate is None else first_gate > min_gate_ratio * rest_gate
+        return {
+            "value": value,
+            "sign": peak.sign,
+            "channel": peak.channel,
+            "position": peak.position,
+            "token_id": peak.token_id,
+            "sequence_id": peak.sequence,
+            "source": self.sources[peak.source] if peak.source < len(self.sources) else None,
+            "gate": peak.gate,
+            "ratio": _quotient(value, median),
+            "next_ratio": _quotient(value, tests.next_below(value)),
+            "first_gate": first_gate,
+            "rest_gate": rest_gate,
+            "first_max": first_max,
+            "rest_max": float(self.rest_max[e]),
+            "signature": signature,
+        }
+
+    def gates(self, e: int) -> tuple[float | None, float | None]:
+        """first_gate and rest_gate of expert e: a token is top_k rows of the bank."""
+        if not self.bank.routed:
+            return None, None
+        if not self.top_k:
+            raise SedetectError(f"{self.bank}: the statistics give its top_k as {self.top_k}; profile the model again")
+        first_tokens = self.first_rows.sum() / self.top_k
+        rest_tokens = (self.rows.sum() - self.first_rows.sum()) / self.top_k
+        return (
+            float(self.gate_first_sum[e] / first_tokens) if first_tokens else None,
+            float((self.gate_sum[e] - self.gate_first_sum[e]) / rest_tokens) if rest_tokens else None,
+        )
+
+
+def _medians(views: dict[BankId, _View]) -> dict[BankId, float | None]:
+    """Per bank, the median value of the experts it is compared with: finite, and seen."""
+    seen = {bank: view.values[(view.rows > 0) & np.isfinite(view.values)] for bank, view in views.items()}
+    medians = {}
+    for bank in views:
+        if bank.routed:
+            peers = seen[bank]
+        else:
+            layer = [seen[b] for b in views if b[:2] == bank[:2] and b.routed]
+            peers = np.concatenate(layer) if layer else np.array([])
+        medians[bank] = float(np.median(peers)) if len(peers) else None
+    return medians
+
+
+def _quotient(value: float, base: float | None) -> float | None:
+    if base is None:
+        return None
+    return value / base if base else math.inf

@@ -1,0 +1,113 @@
+"""What a ranking is: the experts that stand out, with their evidence and verdicts."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sedetect.documents import Document
+from sedetect.files import finite
+from sedetect.stats.place import Place
+
+
+@dataclass(frozen=True)
+class SuperExpert(Place):
+    """An expert the rule names, or one beside the set, with the evidence; y is its down_proj output before the gate.
+
+    value        out_max: largest |y| over all counted rows; sign (1 or -1) and output channel of that element
+    position     of its token in its sequence, token_id, sequence_id: -1 where rows could not be mapped
+    source       name of the calibration source of that sequence, None where the header names none
+    gate         routing weight of that row (1 for shared)
+    ratio        value / median out_max of the bank's finite experts that saw rows, itself included (shared: of the
+                 routed experts of its layer); inf where that median is 0, None where there are none
+    next_ratio   value / next largest value of the population; None where there is none, inf where it is 0
+    first_gate, rest_gate   mean routing weight over the first tokens of sequences, and over all other tokens, 0 where a
+                 token is not routed here; None for shared experts (no router) and where there were no such tokens
+    first_max, rest_max     largest |y| on first tokens, and on all others; 0 where there was none
+    signature    first-token signature, None: not observed (see rank)
+    carried      whether it writes a massive activation that a later layer carries; None: the residual was not observed
+    verdict      "super", "outlier" or "unsupported"
+    """
+
+    value: float
+    sign: int
+    channel: int
+    position: int
+    token_id: int
+    sequence_id: int
+    source: str | None
+    gate: float
+    ratio: float | None
+    next_ratio: float | None
+    first_gate: float | None
+    rest_gate: float | None
+    first_max: float
+    rest_max: float
+    signature: bool | None
+    carried: bool | None
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """name (str(self)) and every field, ready for JSON: NaN is None, infinity is "inf"."""
+        return {"name": str(self)} | {key: finite(value) for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Ranking(Document):
+    """What rank found.
+
+    super_experts     the paper's set, by value, descending; not all of them have the verdict "super"
+    others            experts outside the set that pass both value tests over all layers of their stack, likewise
+    population        number of experts in A; its maximum, percentile_value and threshold (the fraction of the maximum);
+                      the three are NaN for an empty population
+    layer_limits      per stack, the first layer that is not in A
+    unseen            routed and shared experts of all layers that saw no row
+    nonfinite         experts and dense MLPs whose output had a NaN or Inf, in the order of the forward (other stacks
+                      before the decoder; by layer, kind, expert): the first is where such values are born
+    criteria          the arguments of rank by name
+    notes             one line each on what the reader must know
+    headline          the verdict in one sentence
+    """
+
+    FORMAT = "sedetect-ranking"
+
+    model: str
+    headline: str
+    super_experts: list[SuperExpert]
+    others: list[SuperExpert]
+    population: int
+    maximum: float
+    percentile_value: float
+    threshold: float
+    layer_limits: dict[str, int]
+    unseen: int
+    nonfinite: list[Place]
+    criteria: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def found(self) -> list[SuperExpert]:
+        """The experts of the set with the verdict "super"."""
+        return [expert for expert in self.super_experts if expert.verdict == "super"]
+
+    @property
+    def judged(self) -> list[SuperExpert]:
+        """Every expert with a verdict: the set, then the others."""
+        return self.super_experts + self.others
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document super_experts.json; no NaN or infinity in it.
+
+        format, version      "sedetect-ranking", "1"
+        model, headline      strings
+        super_experts        list of SuperExpert.to_dict(), by value, descending
+        others               the same
+        population, unseen   integers
+        maximum, percentile_value, threshold    numbers, null for an empty population
+        layer_limits         {stack: integer}
+        nonfinite            list of names ("L1E28")
+        criteria             {argument of rank: value}
+        notes                list of strings
+        """
+        fields = {key: finite(value) for key, value in vars(self).items()}
+        for key in ("super_experts", "others"):
+            fields[key] = [expert.to_dict() for expert in fields[key]]
+        return super().to_dict() | fields | {"nonfinite": [str(place) for place in self.nonfinite]}

@@ -1,0 +1,218 @@
+"""Ranking: which experts of a profile are super experts, and how sure that is.
+
+rank gives the set of "Unveiling Super Experts in Mixture-of-Experts Large Language Models" (arXiv 2507.23279, Eq. 6
+in the reading of its Algorithm 1 and tool, ZunhaiSu/Super-Experts-Profilling at 573aead) unchanged, and beside it a
+verdict per expert, because that rule names someone in nearly every population, a featureless random one included.
+
+A is the population: out_max of every routed and shared expert in the layers l < round(0.75 * n_layers) of its stack
+(the set L; Python's round, halves to even), experts that saw no row as 0. Dense MLPs are not in A. Expert (l, e) is
+named iff
+
+    a[l,e] > P99.5(A)   and   a[l,e] > max(A) / 10   and   l in L
+
+The paper knows one stack. Of a model with several, A takes all stacks together, each cut at its own L.
+
+Verdicts, each a test on top of the rule:
+
+    super        in the paper's set, |y| >= min_value, >= min_ratio times its layer's median, and its first-token
+                 signature present or not observed
+    outlier      stands out by the same two thresholds, and is in the paper's set without the signature, or passes both
+                 value tests over all layers of its stack without being in the set (most often: a late layer)
+    unsupported  passes only because somebody must: too small, or too close to its layer's median
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from sedetect.errors import SedetectError
+from sedetect.ranking.evidence import _medians, _Tests, _View
+from sedetect.ranking.result import Ranking, SuperExpert
+from sedetect.ranking.wording import _headline, _notes
+from sedetect.stats.model import Header, ModelStats
+from sedetect.stats.place import Place
+from sedetect.stats.residual import Residual
+
+
+def rank(
+    stats: ModelStats,
+    *,
+    criterion: str = "paper",
+    percentile: float = 99.5,
+    fraction: float = 0.1,
+    layers: float | str = 0.75,
+    compat: str | None = None,
+    rows: str = "all",
+    min_value: float = 50.0,
+    min_ratio: float = 10.0,
+    min_gate_ratio: float = 3.0,
+    residual: Residual | None = None,
+) -> Ranking:
+    """The paper's set of super experts (module docstring), each with a verdict.
+
+    criterion: "paper", the only one. percentile in [0, 100) (NumPy's linear interpolation), fraction of max(A) in
+    (0, 1), layers: L as a fraction of the stack's layers in (0, 1]; both value tests are strict.
+    residual is what sedetect.experiments.residual_stream.observe_residual saw of the same model: with it, "super" also needs the expert to
+    write at least half of a massive activation that a later layer carries (its decoder stack only), which tells late
+    outliers apart without a fixed L; and layers="data" takes for L the layers that form such activations. That is a
+    few layers, so both value tests are then over the first three quarters (or up to the last of them, where that is
+    later), and L only cuts the set.
+    compat="published-tool" takes max(A) // 10, as the published tool does, and asks for fraction=0.1.
+    rows="first" ranks routed experts by published_max, the value that the published tool records, instead of out_max;
+    an expert's sign, channel, token and gate stay those of its out_max. The tool reads shared experts whole.
+
+    The thresholds of the verdict, each >= 0. tiny-moe is the checkpoint in tests/data, its super expert L1E28.
+
+    min_value, in units of y: the weakest published super expert (DeepSeek-R1's tenth) is 67. tiny-moe in training: 12.7
+        before its residual stream has a massive activation (step 200), 131 with one (step 400); 1262 in the end.
+    min_ratio, times the layer's median: tiny-moe 69, next best inside L 2.7 (its late outlier L9E7: 18.8). The paper
+        prints no medians; where a layer's median is below the model's tenth largest value, the weakest super experts
+        of Qwen3-30B-A3B, DeepSeek-V2-Lite and Mixtral have at least 35, 19 and 40. DeepSeek-R1's ten largest values
+        are its ten super experts and give no bound.
+    min_gate_ratio, mean routing weight on first tokens over that on the rest: an expert with a balanced load and all of
+        the first token's weight has E, the number of experts: 8 in Mixtral, 32 in tiny-moe, 128 in Qwen3. 3 leaves
+        room for one that is also used elsewhere.
+
+    The signature is present when the largest value on first tokens passes both value tests by itself and, for routed
+    experts, first_gate > min_gate_ratio * rest_gate. It is None (not observed, never counted as absent) where the bank
+    saw no first token, or where the values agree and there is no other token to compare the routing with.
+
+    Experts with a NaN or Inf are left out of every population and named in nonfinite.
+
+    Raises SedetectError for an argument out of its range, for statistics whose header lacks a stack's number of layers
+    or a bank's top_k, for rows="first" where they lack published_max, and for the residual stream of another
+        model.
+    """
+    criteria = {
+        "criterion": criterion,
+        "percentile": percentile,
+        "fraction": fraction,
+        "layers": layers,
+        "compat": compat,
+        "rows": rows,
+        "min_value": min_value,
+        "min_ratio": min_ratio,
+        "min_gate_ratio": min_gate_ratio,
+        "residual": residual is not None,
+    }
+    _check(criteria)
+    header = stats.header
+    if residual is not None and residual.digest != header.digest:
+        raise SedetectError(
+            f"the residual stream is that of {residual.model} ({residual.digest}), the statistics are of {header.model} "
+            f"({header.digest}); observe the same model"
+        )
+    banks = sorted(stats.banks, key=lambda bank: (bank.stack == "decoder", bank))
+    views = {bank: _View(bank, stats.banks[bank], header, rows) for bank in banks}
+    part = 0.75 if layers == "data" else layers
+    limits = {stack: round(part * _layers_of(stack, header)) for stack in sorted({bank.stack for bank in banks})}
+    writers = None if residual is None else residual.writers()
+    formed = residual.forming_layers if layers == "data" else None
+    if formed and "decoder" in limits:
+        limits["decoder"] = max(limits["decoder"], formed[-1] + 1)
+
+    ranked = [bank for bank in banks if bank.base != "dense"]
+    experts = [(bank, e) for bank in ranked for e in range(len(views[bank].values))]
+    values = np.array([views[bank].values[e] for bank, e in experts])
+    finite = np.isfinite(values)
+    inside = finite & np.array([bank.layer < limits[bank.stack] for bank, _ in experts], dtype=bool)
+    # By the data, L is a few layers, whose percentile would admit one expert or two: it filters a population that stays.
+    admitted = inside.copy()
+    if formed is not None:
+        admitted &= np.array([bank.stack == "decoder" and bank.layer in formed for bank, _ in experts], dtype=bool)
+    medians = _medians(views)
+
+    def judge(chosen: np.ndarray, tests: _Tests, in_set: bool) -> list[SuperExpert]:
+        """The experts under the mask chosen, judged, by value, descending."""
+        order = np.flatnonzero(chosen)
+        order = order[np.argsort(-values[order], kind="stable")]
+        found = []
+        for bank, e in (experts[i] for i in order):
+            evidence = views[bank].evidence(e, medians[bank], tests, min_gate_ratio)
+            ratio = evidence["ratio"]
+            # The residual stream is observed in the decoder only.
+            carried = (
+                None if writers is None or bank.stack != "decoder" else Place(*bank, views[bank].name(e)) in writers
+            )
+            if evidence["value"] < min_value or ratio is None or ratio < min_ratio:
+                verdict = "unsupported"
+            else:
+                shown = evidence["signature"] is not False and carried is not False
+                verdict = "super" if in_set and shown else "outlier"
+            found.append(SuperExpert(*bank, views[bank].name(e), **evidence, carried=carried, verdict=verdict))
+        return found
+
+    tests = _Tests.of(values[inside], criteria)
+    named = admitted & tests.passes(values)
+    super_experts = judge(named, tests, in_set=True)
+
+    others = []
+    for stack in limits:
+        mine = finite & np.array([bank.stack == stack for bank, _ in experts], dtype=bool)
+        over_all = _Tests.of(values[mine], criteria)
+        others += judge(mine & over_all.passes(values) & ~named, over_all, in_set=False)
+    others.sort(key=lambda expert: -expert.value)
+
+    # Experts that only the percentile keeps out of the set: where few are in A, or where the largest are tied.
+    no_percentile = replace(tests, percentile_value=-math.inf)
+    barred = judge(admitted & no_percentile.passes(values) & (values >= min_value) & ~named, no_percentile, in_set=True)
+    barred = [expert for expert in barred if expert.verdict == "super"]
+
+    unseen = sum(int((views[bank].rows == 0).sum()) for bank in ranked)
+    nonfinite = [
+        Place(*bank, view.name(e))
+        for bank, view in views.items()
+        for e in np.flatnonzero(~np.isfinite(view.values)).tolist()
+    ]
+    return Ranking(
+        model=header.model,
+        headline=_headline(super_experts, tests, len(experts), limits, formed, nonfinite, criteria),
+        super_experts=super_experts,
+        others=others,
+        population=len(tests.population),
+        maximum=tests.maximum,
+        percentile_value=tests.percentile_value,
+        threshold=tests.threshold,
+        layer_limits=limits,
+        unseen=unseen,
+        nonfinite=nonfinite,
+        criteria=criteria,
+        notes=_notes(super_experts, barred, tests, len(experts), unseen, nonfinite, limits, formed, percentile),
+    )
+
+
+def _check(criteria: dict[str, Any]) -> None:
+    """SedetectError for an argument of rank that is out of its range."""
+    if criteria["criterion"] != "paper":
+        raise SedetectError(f"criterion {criteria['criterion']!r} is not known; use 'paper'")
+    if criteria["compat"] not in (None, "published-tool"):
+        raise SedetectError(f"compat {criteria['compat']!r} is not known; use 'published-tool' or leave it out")
+    if criteria["rows"] not in ("all", "first"):
+        raise SedetectError(f"rows {criteria['rows']!r} is not known; use 'all' or 'first'")
+    ranges = {
+        "percentile": ("at least 0 and below 100", lambda x: 0 <= x < 100),
+        "fraction": ("above 0 and below 1", lambda x: 0 < x < 1),
+        **({} if criteria["layers"] == "data" else {"layers": ("above 0 and at most 1", lambda x: 0 < x <= 1)}),
+        **dict.fromkeys(("min_value", "min_ratio", "min_gate_ratio"), ("at least 0", lambda x: 0 <= x < math.inf)),
+    }
+    for name, (wanted, holds) in ranges.items():
+        value = criteria[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+            raise SedetectError(f"{name} {value!r} is out of range; give a number {wanted}")
+    if criteria["layers"] == "data" and not criteria["residual"]:
+        raise SedetectError(
+            "layers 'data' needs what was seen of the residual stream; pass residual= (--residual) as well"
+        )
+    if criteria["compat"] and criteria["fraction"] != 0.1:
+        raise SedetectError(
+            f"fraction {criteria['fraction']!r} does not go with compat 'published-tool', which takes maximum // 10; "
+            "leave one of them out"
+        )
+
+
+def _layers_of(stack: str, header: Header) -> int:
+    if stack not in header.layers:
+        raise SedetectError(f"stack {stack!r}: the statistics do not say its number of layers; profile the model again")
+    return header.layers[stack]

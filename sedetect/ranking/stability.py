@@ -1,0 +1,221 @@
+"""Stability: does the set of super experts depend on the thresholds, or on the text?
+
+sensitivity asks the first, over the grid of "Unveiling Super Experts in Mixture-of-Experts Large Language Models"
+(arXiv 2507.23279, table 9 of the ICLR 2026 text), where Qwen3-30B-A3B keeps 3 super experts, DeepSeek-V2-Lite 2 and
+Mixtral-8x7B 1 in every cell. agreement asks the second, over domains or over disjoint shards of the calibration text:
+
+    result = sedetect.profile_model(model, keep_rounds=True)
+    agreement(result.domains)
+    agreement({str(number): shard for number, shard in enumerate(result.shards)})
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from sedetect.documents import Document
+from sedetect.errors import SedetectError
+from sedetect.files import finite
+from sedetect.ranking.rule import rank
+from sedetect.stats.model import ModelStats
+from sedetect.stats.place import Place
+
+PERCENTILES = (95.0, 99.0, 99.5, 99.9)
+FRACTIONS = (0.07, 0.08, 0.09, 0.1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pair of thresholds: names of the paper's set, and of those of it with the verdict "super", largest first."""
+
+    percentile: float
+    fraction: float
+    named: tuple[str, ...]
+    found: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The set under every pair of thresholds; cells by percentile, then by fraction, in the order they were given."""
+
+    percentiles: tuple[float, ...]
+    fractions: tuple[float, ...]
+    cells: tuple[Cell, ...]
+
+    @property
+    def constant(self) -> bool:
+        """Whether the super experts (verdict "super") are the same in every cell."""
+        return len({frozenset(cell.found) for cell in self.cells}) <= 1
+
+    @property
+    def rule_constant(self) -> bool:
+        """Whether the paper's set is the same in every cell."""
+        return len({frozenset(cell.named) for cell in self.cells}) <= 1
+
+    def row(self, percentile: float) -> list[Cell]:
+        """The cells of one percentile, by fraction."""
+        return [cell for cell in self.cells if cell.percentile == percentile]
+
+    def to_dict(self) -> dict[str, Any]:
+        """constant, rule_constant, and cells with percentile, fraction, named and found (lists of names), for JSON."""
+        return {
+            "constant": self.constant,
+            "rule_constant": self.rule_constant,
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+
+
+def sensitivity(
+    stats: ModelStats, percentiles: Sequence[float] = PERCENTILES, fractions: Sequence[float] = FRACTIONS
+) -> Grid:
+    """Rank once per pair of thresholds, everything else at rank's defaults.
+
+    Args:
+        percentiles: in [0, 100). fractions: of the largest value, in (0, 1).
+    Raises:
+        SedetectError: for what rank refuses.
+    """
+    cells = []
+    for percentile in percentiles:
+        for fraction in fractions:
+            ranking = rank(stats, percentile=percentile, fraction=fraction)
+            named = tuple(map(str, ranking.super_experts))
+            cells.append(Cell(percentile, fraction, named, tuple(map(str, ranking.found))))
+    return Grid(tuple(percentiles), tuple(fractions), tuple(cells))
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """An expert that is in the set of some part.
+
+    named, found     in how many parts it is in the paper's set, and has the verdict "super"
+    values           its out_max in every part, in the order of the parts; NaN where it gave one
+    lowest, highest  of the others
+    """
+
+    name: str
+    named: int
+    found: int
+    values: tuple[float, ...]
+
+    @property
+    def lowest(self) -> float:
+        return min(value for value in self.values if not math.isnan(value))
+
+    @property
+    def highest(self) -> float:
+        return max(value for value in self.values if not math.isnan(value))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the sets of several parts of the text agree.
+
+    parts    their names; tokens of each
+    found    the super experts (verdict "super") of each part, largest first
+    experts  every expert of the paper's set of any part: those in most sets first, then by their highest value
+    jaccard  of the super experts of each pair of parts, |A and B| / |A or B|, 1 for two empty sets
+    """
+
+    parts: tuple[str, ...]
+    tokens: tuple[int, ...]
+    found: tuple[tuple[str, ...], ...]
+    experts: tuple[Agreed, ...]
+    jaccard: dict[tuple[str, str], float]
+
+    @property
+    def same(self) -> bool:
+        """Whether every part alone gives the same super experts."""
+        return len({frozenset(names) for names in self.found}) <= 1
+
+    @property
+    def mean_jaccard(self) -> float:
+        return sum(self.jaccard.values()) / len(self.jaccard) if self.jaccard else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: same, mean_jaccard; parts with name, tokens, found; experts with lowest and highest; jaccard."""
+        parts = zip(self.parts, self.tokens, self.found, strict=True)
+        return {
+            "same": self.same,
+            "mean_jaccard": self.mean_jaccard,
+            "parts": [{"name": name, "tokens": tokens, "found": list(found)} for name, tokens, found in parts],
+            "experts": [finite(asdict(e) | {"lowest": e.lowest, "highest": e.highest}) for e in self.experts],
+            "jaccard": [{"parts": list(pair), "jaccard": value} for pair, value in self.jaccard.items()],
+        }
+
+
+def agreement(parts: dict[str, ModelStats]) -> Agreement:
+    """Rank each part alone (domain or shard name -> statistics of one model) and compare the sets.
+
+    Raises SedetectError for no parts, and for parts whose banks differ.
+    """
+    check_banks(list(parts.values()), list(parts))
+    rankings = {name: rank(stats) for name, stats in parts.items()}
+    found = {name: tuple(map(str, ranking.found)) for name, ranking in rankings.items()}
+    members = {str(expert): expert for ranking in rankings.values() for expert in ranking.super_experts}
+    experts = [
+        Agreed(
+            name,
+            sum(name in map(str, ranking.super_experts) for ranking in rankings.values()),
+            sum(name in names for names in found.values()),
+            tuple(peak_of(stats, place).value for stats in parts.values()),
+        )
+        for name, place in members.items()
+    ]
+    experts.sort(key=lambda e: (-e.found, -e.named, -e.highest))
+    pairs = {(a, b): _jaccard(set(found[a]), set(found[b])) for a, b in combinations(parts, 2)}
+    tokens = tuple(stats.header.tokens for stats in parts.values())
+    return Agreement(tuple(parts), tokens, tuple(found.values()), tuple(experts), pairs)
+
+
+@dataclass(frozen=True)
+class Stability(Document):
+    """Both answers: a grid per profile, and the agreement of each kind of parts , by name."""
+
+    FORMAT = "sedetect-stability"
+
+    grids: dict[str, Grid]
+    agreement: dict[str, Agreement]
+
+    def to_dict(self) -> dict[str, Any]:
+        """format, version, grids and agreement, for JSON."""
+        return super().to_dict() | {
+            "grids": {name: grid.to_dict() for name, grid in self.grids.items()},
+            "agreement": {name: one.to_dict() for name, one in self.agreement.items()},
+        }
+
+
+class Peak(NamedTuple):
+    """out_max of one expert and its output channel; value 0 and channel None for one that saw nothing."""
+
+    value: float
+    channel: int | None
+
+
+def peak_of(stats: ModelStats, place: Place) -> Peak:
+    """The largest |y| of an expert, wherever it ranks. Raises KeyError for a bank that the statistics lack."""
+    record = stats.banks[place.bank].peak_of(place.number)
+    return Peak(0.0, None) if record is None else Peak(record.value, record.channel)
+
+
+def check_banks(runs: list[ModelStats], names: list[str]) -> None:
+    """Raise SedetectError for no runs, and where two do not have the same banks with the same numbers of experts."""
+    if not runs:
+        raise SedetectError("no statistics to compare; give at least one run")
+    shapes = [{str(bank): state.num_experts for bank, state in run.banks.items()} for run in runs]
+    for name, shape in zip(names[1:], shapes[1:], strict=True):
+        differ = [bank for bank in {**shapes[0], **shape} if shapes[0].get(bank) != shape.get(bank)]
+        if differ:
+            bank = differ[0]
+            each = [f"{s[bank]} experts" if bank in s else "no such bank" for s in (shapes[0], shape)]
+            more = f" (and {len(differ) - 1} more banks)" if len(differ) > 1 else ""
+            raise SedetectError(
+                f"bank {bank}{more}: {names[0]} has {each[0]}, {name} has {each[1]}; "
+                "give runs of models with the same layers and experts"
+            )
+
+
+def _jaccard(a: set[str], b: set[str]) -> float:
+    return len(a & b) / len(a | b) if a | b else 1.0

@@ -1,0 +1,96 @@
+"""The headline and the notes of a ranking."""
+
+import math
+from typing import Any
+
+from sedetect.ranking.evidence import _Tests
+from sedetect.ranking.result import SuperExpert
+from sedetect.stats.place import Place
+
+
+def _headline(
+    named: list[SuperExpert],
+    tests: _Tests,
+    experts: int,
+    limits: dict[str, int],
+    formed: list[int] | None,
+    nonfinite: list[Place],
+    criteria: dict[str, Any],
+) -> str:
+    found = [expert for expert in named if expert.verdict == "super"]
+    if found:
+        text = f"{len(found)} super expert{'s' * (len(found) > 1)}: {_listed(found)}"
+    elif not experts:
+        text = "no super expert: the statistics hold no routed or shared experts"
+    elif not len(tests.population):
+        text = f"no super expert: no finite routed or shared expert in the layers below the limit ({_limits(limits)})"
+    elif formed is not None and not formed:
+        text = "no super expert: no layer forms a massive activation that later layers carry"
+    elif tests.maximum == 0:
+        text = f"no super expert: none of the {len(tests.population)} experts saw a row with an output other than 0"
+    elif not named:
+        at = _short(tests.percentile_value)
+        text = f"no super expert: none of the {len(tests.population)} experts lies above the percentile, {at}"
+    elif named[0].verdict == "outlier":
+        largest = f"the largest the rule names, {_described(named[0])}"
+        lacks = (
+            "lacks the first-token signature" if named[0].signature is False else "writes nothing later layers carry"
+        )
+        text = f"no super expert: {largest}, {lacks}"
+    else:
+        needed = f"needs |y| {_short(criteria['min_value'])} and {_short(criteria['min_ratio'])}x"
+        text = (
+            f"no super expert: the rule names {len(named)} of {len(tests.population)} because it always names someone, "
+            f"and the largest, {_described(named[0])}, does not stand out ({needed})"
+        )
+    return text + (f"; non-finite values from {nonfinite[0]} on" if nonfinite else "")
+
+
+def _notes(
+    named: list[SuperExpert],
+    barred: list[SuperExpert],
+    tests: _Tests,
+    experts: int,
+    unseen: int,
+    nonfinite: list[Place],
+    limits: dict[str, int],
+    formed: list[int] | None,
+    percentile: float,
+) -> list[str]:
+    notes = []
+    population = len(tests.population)
+    room = population - 1 - math.floor((population - 1) * percentile / 100)
+    if population and room <= 1:
+        notes.append(f"small population: percentile {percentile:g} of {population} experts admits {room} at most")
+    if formed:
+        notes.append(f"the set is of the layers that form massive activations: {', '.join(f'L{n}' for n in formed)}")
+    if barred:
+        notes.append(f"kept out of the set by the percentile alone: {_listed(barred)}")
+    unobserved = sum(expert.signature is None for expert in named)
+    if unobserved:
+        notes.append(f"first-token signature not observed for {unobserved} of {len(named)} experts of the set")
+    if unseen:
+        notes.append(f"{unseen} of {experts} experts saw no row and count as 0; calibrate on more tokens")
+    if nonfinite:
+        notes.append(f"{len(nonfinite)} experts or dense MLPs gave NaN or Inf and are left out, first {nonfinite[0]}")
+    if len(limits) > 1:
+        notes.append(f"one population of all stacks, each below its own layer limit ({_limits(limits)})")
+    return notes
+
+
+def _listed(experts: list[SuperExpert], most: int = 10) -> str:
+    more = f" and {len(experts) - most} more" if len(experts) > most else ""
+    return ", ".join(map(_described, experts[:most])) + more
+
+
+def _described(expert: SuperExpert) -> str:
+    ratio = "" if expert.ratio is None else f", {_short(expert.ratio)}x its layer's median"
+    return f"{expert} (|y| {_short(expert.value)}{ratio})"
+
+
+def _limits(limits: dict[str, int]) -> str:
+    return ", ".join(f"{stack} {limit}" for stack, limit in limits.items())
+
+
+def _short(x: float) -> str:
+    return f"{x:.0f}" if 100 <= x < math.inf else f"{x:.3g}"

@@ -1,0 +1,260 @@
+"""The statistics of a whole model: the states of its banks, and the header that says what was run."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sedetect.errors import SedetectError
+from sedetect.files import STATS, file_in, write_atomic
+from sedetect.kernels.records import (
+    COLUMN,
+    EMPTY,
+)
+from sedetect.stats.bank import RECORDS, BankStats
+from sedetect.stats.place import BankId
+
+FORMAT = "sedetect-stats"
+VERSION = "1"
+
+
+@dataclass
+class Source:
+    """Where sequences came from: ids are unique within a source.
+
+    ranges are half-open [start, end) ranges of the sequence ids seen, sorted; info says what they are (corpus, domain,
+    window length, ...), for people.
+    """
+
+    ranges: list[list[int]] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class BankInfo:
+    """What is known of a bank beside its statistics."""
+
+    module: str
+    top_k: int
+    backends: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Header:
+    """What was run, on what. Equal model, digest and dtype are what makes two states mergeable.
+
+    layers: decoder layers per stack, dense ones counted. tokens: counted tokens; sequences: sequences they belong to.
+    notes: one line each on what the reader must know (unmapped rows, missing prefix, ...).
+    """
+
+    model: str = ""
+    digest: str = ""
+    dtype: str = ""
+    layers: dict[str, int] = field(default_factory=dict)
+    banks: dict[str, BankInfo] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
+    tokens: int = 0
+    sequences: int = 0
+    window: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(self, default=lambda o: o.__dict__, sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Header":
+        header = cls(**json.loads(text))
+        header.banks = {name: BankInfo(**bank) for name, bank in header.banks.items()}
+        header.sources = {name: Source(**source) for name, source in header.sources.items()}
+        return header
+
+    def merge(self, other: "Header") -> "Header":
+        """Both runs as one. Raises SedetectError for different models or precisions, or the same sequences twice."""
+        for what in ("digest", "dtype"):
+            if getattr(self, what) != getattr(other, what):
+                raise SedetectError(
+                    f"statistics of different models do not merge: {self.model!r} and {other.model!r} differ in {what} "
+                    f"({getattr(self, what)} and {getattr(other, what)}); merge runs of one model, or compare them"
+                )
+        sources = dict(self.sources)
+        for name, source in other.sources.items():
+            if name in sources:
+                label = f"{name} ({source.info['domain']})" if "domain" in source.info else name
+                ranges = _union_ranges(sources[name].ranges, source.ranges, label)
+                source = Source(ranges, sources[name].info)
+            sources[name] = source
+        banks = dict(self.banks)
+        for name, bank in other.banks.items():
+            mine = banks.get(name, bank)
+            served = sorted({*mine.backends, *bank.backends})
+            banks[name] = replace(mine, top_k=max(mine.top_k, bank.top_k), backends=served)
+        versions = {
+            name: " + ".join(
+                sorted({v for h in (self, other) if name in h.versions for v in h.versions[name].split(" + ")})
+            )
+            for name in {*self.versions, *other.versions}
+        }
+        return Header(
+            model=min(self.model, other.model),
+            digest=self.digest,
+            dtype=self.dtype,
+            layers=self.layers | other.layers,
+            banks=banks,
+            sources=dict(sorted(sources.items())),
+            tokens=self.tokens + other.tokens,
+            sequences=self.sequences + other.sequences,
+            window=self.window if self.window == other.window else None,
+            versions=versions,
+            notes=sorted({*self.notes, *other.notes}),
+        )
+
+
+@dataclass
+class ModelStats:
+    """The states of all banks of a model, and the header that says what was run."""
+
+    banks: dict[BankId, BankStats] = field(default_factory=dict)
+    header: Header = field(default_factory=Header)
+
+    @classmethod
+    def empty(cls) -> "ModelStats":
+        """The identity of merge."""
+        return cls()
+
+    def merge(self, other: "ModelStats") -> "ModelStats":
+        """The state of both runs.
+
+        Raises SedetectError for different models or precisions, and where a source's sequence ids overlap (the same
+        file twice).
+        """
+        if not self.banks:
+            return other
+        if not other.banks:
+            return self
+        header = self.header.merge(other.header)
+        order = {name: number for number, name in enumerate(sorted(header.sources))}
+        mine, theirs = self._renumbered(order), other._renumbered(order)
+        banks = {}
+        for bank in sorted({*mine, *theirs}):
+            if bank in mine and bank in theirs:
+                banks[bank] = mine[bank].merge(theirs[bank])
+            else:
+                banks[bank] = mine.get(bank) or theirs[bank]
+        return ModelStats(banks, header)
+
+    def _renumbered(self, order: dict[str, int]) -> dict[BankId, BankStats]:
+        """The banks with source numbers counted in order (source name -> number)."""
+        numbers = [order[name] for name in sorted(self.header.sources)]
+        if numbers == list(range(len(numbers))):
+            return self.banks
+        lookup = torch.tensor(numbers)
+        banks = {}
+        for bank, state in self.banks.items():
+            renumbered = {}
+            for name in RECORDS:
+                records = getattr(state, name).clone()
+                kept = records[..., COLUMN["value"]] != EMPTY
+                source = records[..., COLUMN["source"]]
+                records[..., COLUMN["source"]] = torch.where(kept, lookup[source], source)
+                renumbered[name] = records
+            banks[bank] = replace(state, **renumbered)
+        return banks
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, tensors named "<stack>.<layer>.<kind>/<field>", atomically.
+
+        Raises SedetectError where the folder cannot be written.
+        """
+        tensors = {f"{bank}/{name}": t for bank, state in self.banks.items() for name, t in state.tensors().items()}
+        metadata = {"format": FORMAT, "version": VERSION, "header": self.header.to_json()}
+        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "ModelStats":
+        """Read a file written by save, or the stats.safetensors of a folder.
+
+        Raises SedetectError for a missing, foreign or damaged file, or another version.
+        """
+        path = file_in(path, STATS)
+        if not path.is_file():
+            raise SedetectError(f"{path}: no such statistics file; run `sedetect profile MODEL -o DIR` to make one")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise SedetectError(
+                        f"{path}: not a sedetect statistics file; give the {STATS} of a profile"
+                    )
+                if metadata.get("version") != VERSION:
+                    raise SedetectError(
+                        f"{path}: statistics version {metadata.get('version')!r}, this sedetect reads {VERSION!r}; "
+                        "profile again or use the sedetect that wrote it"
+                    )
+                by_bank: dict[BankId, dict[str, torch.Tensor]] = {}
+                for key in file.keys():
+                    bank, name = key.split("/")
+                    by_bank.setdefault(BankId.parse(bank), {})[name] = file.get_tensor(key)
+            banks = {bank: BankStats.from_tensors(tensors) for bank, tensors in sorted(by_bank.items())}
+            header = Header.from_json(metadata["header"])
+            if {str(bank) for bank in banks} != header.banks.keys():
+                raise ValueError(f"{len(banks)} banks where its header names {len(header.banks)}")
+            return cls(banks, header)
+        except (SafetensorError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise SedetectError(f"{path}: damaged statistics file ({error}); profile again") from None
+
+
+def merge_all(states: Iterable[ModelStats]) -> ModelStats:
+    """Merge any number of runs; none give the empty state."""
+    return reduce(ModelStats.merge, states, ModelStats.empty())
+
+
+def join_banks(parts: list[ModelStats]) -> ModelStats:
+    """One run from parts of it that hold different banks over the same sequences."""
+    headers = [part.header for part in parts]
+    header = replace(
+        headers[0],
+        layers={stack: count for one in headers for stack, count in one.layers.items()},
+        banks={name: bank for one in headers for name, bank in one.banks.items()},
+        notes=sorted({note for one in headers for note in one.notes}),
+    )
+    return ModelStats({bank: state for part in parts for bank, state in part.banks.items()}, header)
+
+
+def ranges_of(ids: torch.Tensor) -> list[list[int]]:
+    """Half-open ranges that cover the ids (N,) int64, sorted: [3, 1, 2, 7] -> [[1, 4], [7, 8]]."""
+    ids = ids.unique()
+    if not len(ids):
+        return []
+    breaks = (ids.diff() > 1).nonzero().flatten()
+    starts = ids[torch.cat((torch.tensor([0]), breaks + 1))]
+    ends = ids[torch.cat((breaks, torch.tensor([len(ids) - 1])))] + 1
+    return torch.stack((starts, ends), dim=1).tolist()
+
+
+def digest(text: str) -> str:
+    """The first 16 hexadecimal digits of text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _union_ranges(a: list[list[int]], b: list[list[int]], source: str) -> list[list[int]]:
+    """Disjoint union of half-open ranges, adjacent ones joined; SedetectError where they overlap."""
+    union: list[list[int]] = []
+    for start, end in sorted([*a, *b]):
+        if union and start < union[-1][1]:
+            raise SedetectError(
+                f"source {source}: sequences {start} to {min(end, union[-1][1]) - 1} are in both runs; "
+                "the same file or the same text was given twice, leave one out"
+            )
+        if union and start == union[-1][1]:
+            union[-1][1] = end
+        else:
+            union.append([start, end])
+    return union

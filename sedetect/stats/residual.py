@@ -1,0 +1,227 @@
+"""What was seen of a model's residual stream and attention sinks: layers, formations of massive activations, D_sink.
+
+sedetect.experiments.residual_stream observes it; here are its parts, its document residual.json, and what is read off them. x is the output
+of a decoder layer before any final norm; everything is in its units.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sedetect.documents import Document
+from sedetect.files import RESIDUAL
+from sedetect.stats.place import Place, parse_place
+
+
+@dataclass(frozen=True)
+class Writer:
+    """An expert's share of a jump: routing weight x down_proj output in that channel at that token, over the jump.
+
+    gate is the routing weight; of a shared expert that of its gate where it has one, else 1. What the layer does to the
+    sum of its experts afterwards (a norm, a factor) is not in share: see Formation.explained.
+    """
+
+    expert: Place
+    share: float
+    gate: float
+
+
+@dataclass(frozen=True)
+class Formation:
+    """A layer that makes one element of the residual stream massive.
+
+    kind         "formed": massive after the layer, less than half as large before it; "enlarged": more than that
+                 before, but what the layer adds is massive by itself (several layers that write one channel)
+    layer, channel; domain, sequence, position, token_id: the element and its token
+    before, after, jump    x before and after the layer, and their difference, signed
+    attention    share of the jump that the attention block's output has in that channel; None where none is found
+    writers      the 3 largest of the layer's routed, shared and dense experts, by |share|
+    explained    attention + the shares of all experts: 1 but for rounding where the layer adds their outputs as they
+                 are; elsewhere (norms after a block, residual multipliers) shares compare only with each other, which
+                 is what share_of does
+    carried_to   last layer up to which the element stays massive without a gap; layer itself: nobody carries it
+    vanishes     the layer after which it is not massive any more; None where it lasts to the end
+    """
+
+    kind: str
+    layer: int
+    channel: int
+    domain: str
+    sequence: int
+    position: int
+    token_id: int
+    before: float
+    after: float
+    jump: float
+    attention: float | None
+    writers: list[Writer]
+    explained: float
+    carried_to: int
+    vanishes: int | None
+
+    @property
+    def carried(self) -> bool:
+        """Whether a later layer carries the element."""
+        return self.carried_to > self.layer
+
+    def share_of(self, expert: Place) -> float:
+        """The part of what is explained that an expert has; 0 for one that is not among the writers."""
+        shares = [writer.share for writer in self.writers if writer.expert == expert]
+        return shares[0] / self.explained if shares and self.explained > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class LayerResidual:
+    """One decoder layer over all observed sequences.
+
+    maximum      largest finite |x|, at channel, position, token_id, sequence, domain
+    median       the median |x| over all elements of a sequence, averaged over sequences
+    ratio        maximum / median; None where the median is 0
+    massive      elements with a massive activation, all sequences together
+    nonfinite    elements that are NaN or Inf; they count as 0 in everything else
+    sinks        per head, the attention probability of the first token (key 0), averaged over the queries in the last
+                 three quarters of a sequence (never its prefix), then over sequences; None without attention weights.
+                 A layer whose window no longer holds the first token has sinks of 0 for those queries.
+    """
+
+    layer: int
+    maximum: float
+    channel: int
+    position: int
+    token_id: int
+    sequence: int
+    domain: str
+    median: float
+    ratio: float | None
+    massive: int
+    nonfinite: int
+    sinks: list[float] | None
+
+    @property
+    def sink_mean(self) -> float | None:
+        """Mean over heads."""
+        return None if self.sinks is None else sum(self.sinks) / len(self.sinks)
+
+
+@dataclass(frozen=True)
+class Residual(Document):
+    """What observe_residual saw. digest: as in the header of statistics; sequences: how many of each domain; seq_len,
+    prefix: tokens of each, and of its prefix.
+
+    formations are in the order of the forward, at most 16 per layer and sequence (the largest |x|); found counts all.
+    """
+
+    FORMAT = "sedetect-residual"
+    FILE = RESIDUAL
+    REMEDY = "run `sedetect analyze residual MODEL -o DIR` to make one"
+
+    model: str
+    digest: str
+    sequences: dict[str, int]
+    seq_len: int
+    prefix: int
+    min_value: float
+    min_ratio: float
+    layers: list[LayerResidual]
+    formations: list[Formation]
+    found: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def forming_layers(self) -> list[int]:
+        """Layers with a formation that at least one later layer carries."""
+        return sorted({f.layer for f in self.formations if f.carried})
+
+    @property
+    def sink_mean(self) -> float | None:
+        """Mean over layers of the means over heads; None without attention weights."""
+        means = [layer.sink_mean for layer in self.layers if layer.sink_mean is not None]
+        return sum(means) / len(means) if means else None
+
+    @property
+    def inner_max(self) -> float:
+        """Largest |x| after any layer but the first and the last: what is neither embedding nor made for the output."""
+        return max(layer.maximum for layer in self.layers[1:-1] or self.layers)
+
+    @property
+    def headline(self) -> str:
+        """One sentence: in which layers massive activations form that later layers carry, and which experts write them."""
+        forming = ", ".join(f"L{layer}" for layer in self.forming_layers)
+        writers = ", ".join(
+            str(place) for place in sorted(self.writers(), key=lambda p: (p.layer, p.kind, str(p.expert)))
+        )
+        text = (
+            f"massive activations form in {forming}" if forming else "no massive activation that a later layer carries"
+        )
+        return text + (f", written by {writers}" if writers else "")
+
+    def carried_by(self, expert: Place) -> list[Formation]:
+        """The formations that a later layer carries and of which the expert writes at least half (share_of)."""
+        return [f for f in self.formations if f.carried and f.share_of(expert) >= 0.5]
+
+    def writers(self) -> set[Place]:
+        """Experts that write at least half of a formation that a later layer carries."""
+        return {w.expert for f in self.formations for w in f.writers if self.carried_by(w.expert)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document residual.json: every field, experts by name, forming_layers, sink_mean and inner_max; no NaN in it."""
+        document = super().to_dict() | asdict(self)
+        document |= {name: getattr(self, name) for name in ("forming_layers", "sink_mean", "inner_max")}
+        for formation, kept in zip(document["formations"], self.formations):
+            formation["writers"] = [asdict(w) | {"expert": str(w.expert)} for w in kept.writers]
+        return document
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Residual":
+        """The inverse of to_dict; keys beside its own are left out."""
+        fields = {name: document[name] for name in cls.__dataclass_fields__}
+        fields["layers"] = [LayerResidual(**layer) for layer in document["layers"]]
+        fields["formations"] = [
+            Formation(**f | {"writers": [Writer(**w | {"expert": parse_place(w["expert"])}) for w in f["writers"]]})
+            for f in document["formations"]
+        ]
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Observation(Document):
+    """The document residual.json whole: a residual stream and, where it was observed too, the same model's without some
+    experts (their names). Residual.load reads the first alone."""
+
+    FORMAT, FILE, REMEDY = Residual.FORMAT, Residual.FILE, Residual.REMEDY
+
+    residual: Residual
+    ablated: Residual | None = None
+    experts: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Residual.to_dict(), and under "ablated" experts, residual and sink_decay."""
+        document = self.residual.to_dict()
+        if self.ablated is not None:
+            without = {"experts": self.experts, "residual": self.ablated.to_dict()}
+            document["ablated"] = without | {"sink_decay": sink_decay(self.residual, self.ablated)}
+        return document
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Observation":
+        """The inverse of to_dict."""
+        without = document.get("ablated")
+        if without is None:
+            return cls(Residual.from_dict(document))
+        return cls(Residual.from_dict(document), Residual.from_dict(without["residual"]), without["experts"])
+
+
+def sink_decay(before: Residual, after: Residual) -> list[float | None]:
+    """D_sink of each layer: 1 - mean over heads of (attention to the first token after / before).
+
+    The decay of arXiv 2507.23279 with S = {first token}: about 1 where an intervention removes the sinks, 0 where it
+    leaves them. The paper does not say which query it takes; ours is the average over queries and sequences of
+    LayerResidual.sinks, taken before the quotient. Heads without any attention to the first token before are left out;
+    a layer of such heads, or without attention weights, is None. Heads that were no sinks count like the others, so the
+    decay of a layer whose sinks are near 1 / seq_len (uniform attention) says nothing.
+    """
+    decays = []
+    for old, new in zip(before.layers, after.layers, strict=True):
+        pairs = zip(old.sinks or (), new.sinks or ())
+        ratios = [b / a for a, b in pairs if a > 0]
+        decays.append(1 - sum(ratios) / len(ratios) if ratios else None)
+    return decays

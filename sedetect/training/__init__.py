@@ -1,0 +1,2 @@
+"""Training runs that are followed while they happen. Nothing here is imported unless asked for.
+"""

@@ -258,7 +258,9 @@ def main() -> int:
     def run(serial: bool = False) -> tuple[dict[str, ModelStats], Clock]:
         clock = Clock()
         how = {"channels": False, "coactivation": False, "first_rows": False, "prefix": None}
-        executor = patch("sedetect.profiling.streaming.ThreadPoolExecutor", OneAfterAnother) if serial else nullcontext()
+        executor = (
+            patch("sedetect.profiling.streaming.ThreadPoolExecutor", OneAfterAnother) if serial else nullcontext()
+        )
         with clock.watching(streamed), executor:
             stats, _ = stream_profile(
                 streamed, banks, domains, 8, {"backend": options.backend, **how},

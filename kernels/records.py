@@ -29,6 +29,7 @@ import torch
 COUNTS = ("rows", "first_rows", "nonfinite", "over_fp16", "over_fp8")
 SUMS = ("gate_sum", "gate_first_sum", "norm_sum", "sqnorm_sum", "gate_norm_sum")
 
+
 class Record(NamedTuple):
     """A record as numbers: as the columns above, but value, gate and in_value are floats, and sign is 1 or -1."""
 

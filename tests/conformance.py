@@ -119,7 +119,7 @@ def reference(
 ) -> Reference:
     """Loop over what the model's experts modules and down projections are given: run eagerly, or while profiled."""
     calls, exact = [], model.dtype == torch.float32
-    with (eagerly(model) if exact else sedetect.profile(model, backend=backend)), hooks() as add:
+    with eagerly(model) if exact else sedetect.profile(model, backend=backend), hooks() as add:
         for path, module in model.named_modules():
             interface = type(module).__name__ in discover().get(name.partition(":")[0], ())
             if interface or type(module).__name__ in loops.LOOPS:
@@ -248,9 +248,7 @@ class Result:
         return f"{self.name:<24} {self.architecture:<46} {self.banks:<28} {self.backends:<8} {self.result}"
 
 
-def check(
-    name: str, device: str = "cpu", backend: str | None = None, dtype: torch.dtype = torch.float32
-) -> Result:
+def check(name: str, device: str = "cpu", backend: str | None = None, dtype: torch.dtype = torch.float32) -> Result:
     """Raise AssertionError, or SedetectError, where the profile of this family's tiny model is not right."""
     family = FAMILIES[name]
     model = tiny_model(name, family).to(device, dtype)

@@ -211,7 +211,9 @@ def test_another_model_and_damaged_files_are_refused(checkpoint, begun, tmp_path
     with pytest.raises(SedetectError, match=r"000.1.safetensors: no such statistics file"):
         sedetect.profile_model(checkpoint, **settings, resume=folder)
     (folder / "progress.json").write_text("{}")
-    with pytest.raises(SedetectError, match="progress.json: is a document without format.* delete its folder to begin anew"):
+    with pytest.raises(
+        SedetectError, match="progress.json: is a document without format.* delete its folder to begin anew"
+    ):
         sedetect.profile_model(checkpoint, **settings, resume=folder)
     with pytest.raises(SedetectError, match="holds something else than an unfinished profile"):
         sedetect.profile_model(checkpoint, **settings, resume=checkpoint)

@@ -105,7 +105,9 @@ def _questions(evaluate: str | None) -> list:
     if evaluate is None:
         return []
     if evaluate == "arithmetic":
-        with importlib.resources.as_file(importlib.resources.files("sedetect.calibration") / "corpus/arithmetic.jsonl") as path:
+        with importlib.resources.as_file(
+            importlib.resources.files("sedetect.calibration") / "corpus/arithmetic.jsonl"
+        ) as path:
             return load_questions(path)
     return load_questions(evaluate)
 

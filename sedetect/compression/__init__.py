@@ -1,5 +1,4 @@
-"""What to do with the answer: prune, budget, simulate quantization, and protect lists for quantizers.
-"""
+"""What to do with the answer: prune, budget, simulate quantization, and protect lists for quantizers."""
 
 import lazy_loader
 

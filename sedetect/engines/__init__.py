@@ -1,2 +1,1 @@
-"""Serving engines whose own experts are measured. One module per engine; nothing here is imported unless asked for.
-"""
+"""Serving engines whose own experts are measured. One module per engine; nothing here is imported unless asked for."""

@@ -109,9 +109,7 @@ def ablate(
         yield
 
 
-def _selected(
-    tracked: TrackedModel | None, tokens: str, bank: Bank, count: int, device: torch.device
-) -> torch.Tensor:
+def _selected(tracked: TrackedModel | None, tokens: str, bank: Bank, count: int, device: torch.device) -> torch.Tensor:
     """(T,) bool: the rows of this call to which the ablation applies."""
     if tracked is None:
         return torch.ones(count, dtype=torch.bool, device=device)

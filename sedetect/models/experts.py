@@ -1,6 +1,5 @@
 """One expert of a live module by itself: the input and the output of its down_proj."""
 
-
 import torch
 from torch import nn
 

@@ -184,7 +184,9 @@ def open_streamed(
         stack.enter_context(replaced_method(PreTrainedModel, "_load_pretrained_model", staticmethod(load_pretrained)))
         stack.enter_context(replaced_method(PreTrainedModel, "_finalize_model_loading", staticmethod(finalize)))
         if not weights:
-            stack.enter_context(replaced_method(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None))
+            stack.enter_context(
+                replaced_method(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+            )
         load_model(path_or_name, device=device, **options)
     if weights:
         made[0].load_rest()

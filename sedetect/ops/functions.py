@@ -255,9 +255,7 @@ def _finish(
     _update(chosen, state, found, plan, gates, rows)
 
 
-def _update(
-    chosen: Backend[Any], state: BankStats, found: Any, plan: Plan, gates: torch.Tensor, rows: Rows
-) -> None:
+def _update(chosen: Backend[Any], state: BankStats, found: Any, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
     chosen.update(state, found, plan, gates, rows)
     if state.published_max is not None:
         update_published_torch(state, found.best, plan, gates, rows)

@@ -1,2 +1,1 @@
-"""Whole runs: the drop-in profile, calibration from a checkpoint to statistics, streaming, several processes.
-"""
+"""Whole runs: the drop-in profile, calibration from a checkpoint to statistics, streaming, several processes."""

@@ -140,7 +140,11 @@ class Profile:
             bank = one.bank
             if not one.served:
                 notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
-            elif one.backend is None and "cuda" not in one.served and (why := missing_fast_path(one.state.counts.device, self._model.dtype)):
+            elif (
+                one.backend is None
+                and "cuda" not in one.served
+                and (why := missing_fast_path(one.state.counts.device, self._model.dtype))
+            ):
                 notes.add(why)
             if one.here is not None:
                 ranks = dist.get_world_size(bank.group)

@@ -190,9 +190,7 @@ class ModelStats:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise SedetectError(
-                        f"{path}: not a sedetect statistics file; give the {STATS} of a profile"
-                    )
+                    raise SedetectError(f"{path}: not a sedetect statistics file; give the {STATS} of a profile")
                 if metadata.get("version") != VERSION:
                     raise SedetectError(
                         f"{path}: statistics version {metadata.get('version')!r}, this sedetect reads {VERSION!r}; "

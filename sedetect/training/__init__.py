@@ -1,2 +1,1 @@
-"""Training runs that are followed while they happen. Nothing here is imported unless asked for.
-"""
+"""Training runs that are followed while they happen. Nothing here is imported unless asked for."""

@@ -2,7 +2,7 @@
 
 import os
 
-import interpreter  # noqa: F401  before anything imports triton
+import support.interpreter  # noqa: F401  before anything imports triton
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):

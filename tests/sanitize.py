@@ -12,8 +12,8 @@ hold, which nobody reads. Without a GPU the Triton kernels run interpreted, to s
 
 import sys
 
-import interpreter  # before triton
 import torch
+from support.interpreter import INTERPRETED  # before triton
 from test_kernels import assert_close, make_call, make_rows, moe_mlp, swiglu
 
 from sedetect import ops
@@ -21,7 +21,7 @@ from sedetect.ops.choose import BACKENDS
 from sedetect.stats.bank import BankStats
 
 INITCHECK = "initcheck" in sys.argv[2:]
-DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda", 0)
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda", 0)
 SHAPES = [
     (5, 2, 4, 64, 32),  # tiles of 16 rows, most of them tails; a plan of one block
     (40, 2, 2, 72, 40),  # tiles of 64 rows; row tails in the last column tile

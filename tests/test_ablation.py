@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import TINY, random_model
+from support.models import TINY, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect

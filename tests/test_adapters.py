@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from models import random_model, snapshot
+from support.models import random_model, snapshot
 from test_profile import assert_equal, assert_logits_close, token_ids
 from torch import nn
 

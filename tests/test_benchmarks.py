@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from models import TINY
+from support.models import TINY
 
 import sedetect
 from sedetect.stats.model import ModelStats

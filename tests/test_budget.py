@@ -6,14 +6,14 @@ import re
 from dataclasses import replace
 
 import pytest
-import sedetect.compression.budget as budget_module
 import torch
-from families import FAMILIES, tiny_model
-from models import TINY, random_model
+from support.families import FAMILIES, tiny_model
+from support.models import TINY, random_model
 from test_cli import refused, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
+import sedetect.compression.budget as budget_module
 from sedetect.calibration.windows import calibration_windows
 from sedetect.compression.budget import conclusion, held_out, make_budget
 from sedetect.compression.pruning import choose_kept

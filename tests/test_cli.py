@@ -23,9 +23,9 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from models import CONFIGS, TINY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.models import CONFIGS, TINY
 
 import sedetect
 from sedetect import ModelStats, SedetectError, SuperExpert, cli

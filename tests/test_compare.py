@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from models import TINY
+from support.models import TINY
 from test_cli import run
 from test_ranking import bank, model
 

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from models import random_model
+from support.models import random_model
 from torch._dynamo import reset
 from torch._dynamo.utils import counters
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from conformance import Seen, attempt, available, check
-from families import FAMILIES, Family, discover, tiny_model
+from support.conformance import Seen, attempt, available, check
+from support.families import FAMILIES, Family, discover, tiny_model
 
 from sedetect.models.banks import find_banks, layers_per_stack
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import interpreter  # noqa: F401  before triton
 import pytest
 import torch
 from test_kernels import GATES, assert_close, loop_over_slots, make_call, make_rows, swiglu, weights_of

@@ -1,10 +1,10 @@
 """Quantized weights: their definition value by value, and the Triton kernels that dequantize them tile by tile."""
 
-import interpreter  # before triton
 import pytest
 import torch
 import triton
 import triton.language as tl
+from support.interpreter import DEVICE, INTERPRETED
 from test_kernels import (
     SHAPES,
     TOLERANCES,
@@ -25,14 +25,13 @@ from sedetect.kernels.plan import plan
 from sedetect.ops.triton import TritonBackend
 from sedetect.stats.bank import BankStats
 
-DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda")
 FP8 = torch.float8_e4m3fn
 E8M0 = torch.float8_e8m0fnu
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 GPT_OSS = Gate(interleaved=True, limit=7.0, slope=1.702, shift=1.0)
 
 # T, k, E, H, I; packed values take an even H and I.
-if interpreter.INTERPRETED:
+if INTERPRETED:
     SHAPES = [
         (1, 1, 1, 8, 8),  # so few elements that the rounding of each shows
         (7, 2, 3, 36, 18),  # dimensions that divide nothing: no copy engine
@@ -163,7 +162,7 @@ def test_exponents():
     assert out[255].isnan()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16] if interpreter.INTERPRETED else TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if INTERPRETED else TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_experts(name, shape, dtype):

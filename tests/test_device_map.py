@@ -4,11 +4,11 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import attach_execution_device_hook
-from conformance import inputs_of, run
-from conformance import profile as profile_of
-from families import FAMILIES, tiny_model
-from interpreter import INTERPRETED
-from models import CONFIGS, TINY, random_model
+from support.conformance import inputs_of, run
+from support.conformance import profile as profile_of
+from support.families import FAMILIES, tiny_model
+from support.interpreter import INTERPRETED
+from support.models import CONFIGS, TINY, random_model
 from test_adapters import DeepseekBlock, MixtralBlock, as_remote_code
 from test_profile import token_ids
 from test_streaming import OPTIONAL, SHORT, TEXTS, save_random

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from models import TINY
+from support.models import TINY
 
 import sedetect
 from sedetect.calibration.windows import calibration_windows

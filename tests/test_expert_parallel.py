@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from models import random_model
+from support.models import random_model
 from test_profile import token_ids
 from transformers.distributed import DistributedConfig
 

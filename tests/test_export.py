@@ -8,9 +8,9 @@ from fnmatch import fnmatch
 import gguf
 import pytest
 import torch
-from models import CONFIGS, TINY, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.models import CONFIGS, TINY, random_model
 from test_cli import refused, run
 from transformers.quantizers.quantizers_utils import should_convert_module
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import TINY, random_model
+from support.models import TINY, random_model
 from test_cli import run
 from torch import nn
 

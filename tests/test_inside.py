@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from models import CONFIGS, TINY
+from support.models import CONFIGS, TINY
 from test_report import Page, browser, opened, payload, run  # noqa: F401  fixtures
 from test_streaming import save_random
 from transformers import MixtralConfig

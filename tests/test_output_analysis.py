@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conformance import available
-from dense_reference import listen
-from families import FAMILIES, tiny_model
-from models import TINY, random_model, snapshot
+from support.conformance import available
+from support.dense_reference import listen
+from support.families import FAMILIES, tiny_model
+from support.models import TINY, random_model, snapshot
 from test_adapters import DeepseekBlock, MixtralBlock, as_remote_code
 from test_quantized import in_fp8, listed_twins, packed, twins
 from transformers import AutoModelForCausalLM, AutoTokenizer

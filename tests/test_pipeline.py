@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model
-from models import TINY
+from support.families import FAMILIES, tiny_model
+from support.models import TINY
 from test_cli import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,7 +120,7 @@ def test_every_source_has_statistics_of_its_own():
 def test_an_import_registers_nothing():
     code = """
 import sedetect
-from models import random_model
+from support.models import random_model
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 known = [ExpertsInterface().valid_keys(), FP8ExpertsInterface().valid_keys()]

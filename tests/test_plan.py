@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from models import CONFIGS, TINY
 from safetensors.torch import load_file
+from support.models import CONFIGS, TINY
 from test_cli import refused, run
 from test_streaming import save_random, to_fp8
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import TINY
+from support.models import TINY
 
 from sedetect import SedetectError, profile_model
 from sedetect.checkpoints.files import shards_of

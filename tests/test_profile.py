@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import CONFIGS, TINY, random_model, snapshot
+from support.models import CONFIGS, TINY, random_model, snapshot
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from models import CONFIGS, TINY, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.models import CONFIGS, TINY, random_model
 from test_cli import put_tokenizer, refused, run
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 

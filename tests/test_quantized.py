@@ -9,11 +9,11 @@ import json
 import warnings
 from types import SimpleNamespace
 
-import interpreter  # before triton
 import pytest
 import torch
-from models import CONFIGS, random_model, snapshot
 from safetensors.torch import load_file, save_file
+from support.interpreter import DEVICE, INTERPRETED
+from support.models import CONFIGS, random_model, snapshot
 from test_adapters import MixtralBlock, as_remote_code
 from test_dequantize import E8M0, fp4, fp8
 from test_profile import assert_logits_close, token_ids
@@ -46,11 +46,10 @@ from sedetect.ops.contract import ExpertWeights
 from sedetect.ops.triton import TritonBackend
 from sedetect.stats.place import Place, Weight
 
-DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda")
 KINDS = {"fp8": torch.float8_e4m3fn, "fp8-ue8m0": torch.float8_e4m3fn, "fp4": torch.int8, "mxfp4": torch.uint8}
 HOW = ((None, torch.float32), (None, torch.bfloat16), ("torch", torch.float32))
 CASES = [(kind, *how) for kind in KINDS for how in HOW]
-if interpreter.INTERPRETED:  # slowly
+if INTERPRETED:  # slowly
     CASES += [("fp8", "triton", torch.bfloat16), ("mxfp4", "triton", torch.bfloat16)]
 else:
     CASES += [(kind, "triton", dtype) for kind in KINDS for dtype in (torch.float32, torch.bfloat16)]
@@ -142,7 +141,7 @@ def stored_dtypes(model, seen):
 
 
 def profiled(model, backend):
-    ids = token_ids(2, 4 if backend == "triton" and interpreter.INTERPRETED else 8).to(DEVICE)
+    ids = token_ids(2, 4 if backend == "triton" and INTERPRETED else 8).to(DEVICE)
     with sedetect.profile(model, source="text", backend=backend) as prof:
         prof.batch(sequence_ids=torch.arange(len(ids)))
         logits = model(input_ids=ids).logits

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from models import _COMMON
+from support.models import COMMON
 from test_cli import files_of
 from test_streaming import TEXTS, save_random
 from transformers import Qwen3MoeConfig
@@ -90,7 +90,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     sizes = {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 8}
-    return save_random(Qwen3MoeConfig(**_COMMON | sizes), tmp_path_factory.mktemp("checkpoint"))
+    return save_random(Qwen3MoeConfig(**COMMON | sizes), tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

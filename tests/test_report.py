@@ -20,8 +20,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from models import TINY, random_model
-from synthetic import synthetic_stats
+from support.models import TINY, random_model
+from support.synthetic import synthetic_stats
 
 import sedetect
 from sedetect import ModelStats, cli

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import CONFIGS, TINY, random_model
+from support.models import CONFIGS, TINY, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 

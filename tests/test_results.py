@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from synthetic import synthetic_stats
+from support.synthetic import synthetic_stats
 from test_documents import RESIDUAL, SAMPLES
 
 from sedetect.analysis.common import KINDS, Analysis

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import _COMMON
 from safetensors.torch import load_file, save_file
+from support.models import COMMON
 from test_cli import assert_same, files_of, refused, run
 from test_streaming import TEXTS, assert_equal, save_random
 from transformers import Qwen3MoeConfig
@@ -34,7 +34,7 @@ RESULTS = {
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     sizes = {"num_hidden_layers": 6, "num_experts": 8, "moe_intermediate_size": 24, "head_dim": 8}
-    config = Qwen3MoeConfig(**_COMMON | sizes)
+    config = Qwen3MoeConfig(**COMMON | sizes)
     return save_random(config, tmp_path_factory.mktemp("checkpoint"))
 
 

@@ -7,10 +7,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conformance import available
-from dense_reference import listen
-from families import FAMILIES, tiny_model
-from models import TINY, snapshot
+from support.conformance import available
+from support.dense_reference import listen
+from support.families import FAMILIES, tiny_model
+from support.models import TINY, snapshot
 from test_output_analysis import PLACES, random_ids, text_of, windows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

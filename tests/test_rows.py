@@ -6,9 +6,9 @@ import inspect
 import pytest
 import torch
 import transformers
-from conformance import available
-from families import discover
-from models import random_model
+from support.conformance import available
+from support.families import discover
+from support.models import random_model
 
 import sedetect
 from sedetect.errors import SedetectError

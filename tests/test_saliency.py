@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models import TINY, random_model
+from support.models import TINY, random_model
 from test_cli import refused, run
 
 import sedetect

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from models import TINY
+from support.models import TINY
 from test_cli import run
 from test_ranking import bank, model, one_layer
 

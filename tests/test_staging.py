@@ -6,8 +6,8 @@ import time
 
 import pytest
 import torch
-from models import CONFIGS
 from safetensors.torch import save_file
+from support.models import CONFIGS
 from test_streaming import CUDA, OPTIONAL, SHORT, TEXTS, assert_equal, save_random
 
 import sedetect

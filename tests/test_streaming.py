@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import _COMMON, CONFIGS, TINY
 from safetensors.torch import load_file, save_file
+from support.models import COMMON, CONFIGS, TINY
 from test_cli import assert_same
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.utils import logging as transformers_logging
@@ -314,7 +314,7 @@ def test_damage_is_found_before_a_weight_is_read(checkpoint, tmp_path, monkeypat
     ],
 )  # fmt: skip
 def test_state_that_crosses_layers_is_refused(tmp_path, monkeypatch, config, own, why):
-    folder = save_random(config(**_COMMON | own), tmp_path)
+    folder = save_random(config(**COMMON | own), tmp_path)
     assert sedetect.profile_model(folder, TEXTS, stream=False, **SHORT).stats.banks
     monkeypatch.setattr("sedetect.models.streamed.StreamedModel.load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SedetectError, match=f"{why}.*so its layers cannot be run one after another; load it whole"):
@@ -431,7 +431,7 @@ def test_memory_is_that_of_three_layers(tmp_path, how):
         "num_hidden_layers": 6,
         "head_dim": 64,
     }
-    config = Qwen3MoeConfig(**_COMMON | sizes)
+    config = Qwen3MoeConfig(**COMMON | sizes)
     save_random(config, tmp_path, max_shard_size="120MB")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

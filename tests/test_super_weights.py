@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import TINY, random_model
+from support.models import TINY, random_model
 from test_cli import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from models import TINY, random_model
+from support.models import TINY, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 

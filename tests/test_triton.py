@@ -7,9 +7,9 @@ from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
-import interpreter  # before triton
 import pytest
 import torch
+from support.interpreter import DEVICE, INTERPRETED
 from test_kernels import (
     GATES,
     SHAPES,
@@ -41,11 +41,10 @@ from sedetect.ops.choose import BACKENDS
 from sedetect.ops.triton import TritonBackend
 from sedetect.stats.bank import BankStats
 
-DEVICE = torch.device("cpu" if interpreter.INTERPRETED else "cuda")
 PLACE = [COLUMN[name] for name in ("sign", "channel", "sequence", "position", "token_id", "in_channel")]
-ON_GPU = pytest.mark.skipif(interpreter.INTERPRETED, reason="needs a GPU")
+ON_GPU = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 
-if interpreter.INTERPRETED:
+if INTERPRETED:
     SHAPES = [
         (1, 1, 1, 8, 8),
         (1, 4, 16, 64, 32),  # decode: most experts empty
@@ -60,7 +59,7 @@ else:
 @pytest.fixture(autouse=True)
 def triton(monkeypatch):
     """The backend under test by name, and NaN in all memory that no kernel wrote."""
-    assert triton_backend.INTERPRETED == interpreter.INTERPRETED, "import tests/interpreter.py before triton"
+    assert triton_backend.INTERPRETED == INTERPRETED, "import support.interpreter before triton"
     monkeypatch.setitem(BACKENDS, "triton", TritonBackend())
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TINY, random_model
 from safetensors.torch import load_file, save_file
+from support.models import TINY, random_model
 from test_cli import INDEX, SMALL, files_of, put_model, ranked, refused, row, run
 
 import sedetect

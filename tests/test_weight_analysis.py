@@ -6,11 +6,11 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from analysis_loops import BLOCKS, components, cosine, lower, read, read_experts, standardised, table
-from conformance import available
-from families import FAMILIES, tiny_model
-from models import TINY
 from sklearn.decomposition import PCA
+from support.analysis_loops import BLOCKS, components, cosine, lower, read, read_experts, standardised, table
+from support.conformance import available
+from support.families import FAMILIES, tiny_model
+from support.models import TINY
 from transformers import MistralConfig, MistralForCausalLM
 
 from sedetect.analysis.common import Analysis, parse_layers

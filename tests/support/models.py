@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-TINY = Path(__file__).parent / "data" / "tiny-moe"
+TINY = Path(__file__).parents[1] / "data" / "tiny-moe"
 
-_COMMON = {
+COMMON = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -21,18 +21,18 @@ _COMMON = {
     "num_experts_per_tok": 2,
 }
 CONFIGS = {
-    "qwen3_moe": lambda: Qwen3MoeConfig(**_COMMON, num_experts=8, moe_intermediate_size=24, head_dim=8),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**COMMON, num_experts=8, moe_intermediate_size=24, head_dim=8),
     # shared experts in every sparse layer, layer 1 dense
     "qwen2_moe": lambda: Qwen2MoeConfig(
-        **_COMMON, num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=20, mlp_only_layers=[1]
+        **COMMON, num_experts=6, moe_intermediate_size=24, shared_expert_intermediate_size=20, mlp_only_layers=[1]
     ),
     # layer 0 dense, a sigmoid router, shared experts
     "deepseek_v3": lambda: DeepseekV3Config(
-        **_COMMON | {"num_key_value_heads": 4}, n_routed_experts=8, moe_intermediate_size=24, first_k_dense_replace=1,
+        **COMMON | {"num_key_value_heads": 4}, n_routed_experts=8, moe_intermediate_size=24, first_k_dense_replace=1,
         n_group=2, topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
     ),  # fmt: skip
     # interleaved clamped gate, biases, transposed weights
-    "gpt_oss": lambda: GptOssConfig(**_COMMON | {"intermediate_size": 24}, num_local_experts=8, head_dim=8),
+    "gpt_oss": lambda: GptOssConfig(**COMMON | {"intermediate_size": 24}, num_local_experts=8, head_dim=8),
 }  # fmt: skip
 
 

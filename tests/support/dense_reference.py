@@ -7,9 +7,10 @@ behind transformers' experts interface use their own gate, as in conformance.py.
 from dataclasses import dataclass, field
 
 import torch
-from conformance import hooks
-from loops import glu
 from torch import nn
+
+from support.conformance import hooks
+from support.loops import glu
 
 
 def interface(module: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 INTERPRETED = not torch.cuda.is_available()
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")  # where the Triton kernels run
 
 
 def _bfloat16(bits: np.ndarray) -> torch.Tensor:

@@ -1,9 +1,74 @@
-"""Before anything is imported: no test asks the hub, and none depends on the terminal it is run from."""
+"""Before anything is imported: no test asks the hub, and none depends on the terminal it is run from.
+
+And which tests run: those marked gpu where there are as many GPUs as they need, those that open a browser where one is.
+"""
 
 import os
+import shutil
 
+import pytest
 import support.interpreter  # noqa: F401  before anything imports triton
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(name, None)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "browser" in item.fixturenames:
+            item.add_marker("browser")
+
+
+def pytest_runtest_setup(item):
+    for marker in item.iter_markers("gpu"):
+        needed = marker.kwargs.get("number", 1)
+        if torch.cuda.device_count() < needed:
+            pytest.skip("needs a GPU" if needed == 1 else f"needs {needed} GPUs")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium. SEDETECT_NEED_BROWSER=1 makes its absence a failure."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        message = "no Chromium: install the package chromium to open the report in a browser"
+        pytest.fail(message) if os.environ.get("SEDETECT_NEED_BROWSER") else pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    quiet = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    quiet += ["--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=found, args=quiet)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens a page and records what happens on it: open(path, **context options) -> (page, events)."""
+    contexts = []
+
+    def open_page(path, **options):
+        contexts.append(browser.new_context(viewport={"width": 1280, "height": 900}, **options))
+        page, events = contexts[-1].new_page(), []
+        page.on("console", lambda message: events.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: events.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (events.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: events.append(f"request: {request.url}"))
+        page.goto(path.as_uri())
+        page.wait_for_selector("html.drawn", state="attached")
+        assert events.pop(0) == f"request: {path.as_uri()}"
+        return page, events
+
+    yield open_page
+    for context in contexts:
+        context.close()

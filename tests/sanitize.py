@@ -14,7 +14,7 @@ import sys
 
 import torch
 from support.interpreter import INTERPRETED  # before triton
-from test_kernels import assert_close, make_call, make_rows, moe_mlp, swiglu
+from support.kernels import assert_close, make_call, make_rows, moe_mlp, swiglu
 
 from sedetect import ops
 from sedetect.ops.choose import BACKENDS

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.command import refused, run
 from support.families import FAMILIES, tiny_model
 from support.models import TINY, random_model
-from test_cli import refused, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect

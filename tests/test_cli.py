@@ -4,7 +4,6 @@ Most runs are in this process, because importing transformers takes seconds; wha
 Ctrl-C) runs in one of its own.
 """
 
-import io
 import json
 import os
 import re
@@ -14,10 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -25,7 +22,10 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.models import CONFIGS, TINY
+from support.checkpoints import INDEX, put_model, put_tokenizer
+from support.command import SMALL, Result, files_of, ranked, refused, row, run, spawn
+from support.compare import assert_same
+from support.models import TINY
 
 import sedetect
 from sedetect import ModelStats, SedetectError, SuperExpert, cli
@@ -36,82 +36,11 @@ from sedetect.stats.place import BankId
 # Serves tiny-moe in its own precision on the device that is chosen where none is named.
 BACKEND = choose_backend(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)[0].name
 DOMAINS = ["english", "chinese", "mathematics", "code"]
-INDEX = "model.safetensors.index.json"
-SMALL = ("--tokens", 256, "--seq-len", 16)
 LAYERS, EXPERTS, TOP_K = 10, 32, 4  # of tiny-moe
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(*args) -> Result:
-    """`sedetect ARGS` in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", ["sedetect", *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    return Result(ended.value.code, out.getvalue(), err.getvalue())
-
-
-def spawn(*args, **environment) -> Result:
-    """`python -m sedetect ARGS` in a process of its own."""
-    command = [sys.executable, "-m", "sedetect", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def refused(result: Result) -> str:
-    """The message of a refusal, checked to be the only output: one line with what is wrong and the way out."""
-    assert result.code == 2 and result.out == ""
-    assert re.fullmatch(r"sedetect: [^\n]+(; |: must be )[^\n]+\n", result.err), result.err
-    return result.err
-
-
-def row(out: str, name: str) -> list[str]:
-    """Cells of the table's row on an expert: name, max|y|, /median, /next, channel, pos, token, in set, verdict."""
-    (line,) = [line.strip() for line in out.splitlines() if line.strip().startswith(f"{name} ")]
-    return re.split(r"\s{2,}", line)
-
-
-def put_tokenizer(folder: Path) -> Path:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, folder)
-    return folder
-
-
-def put_model(folder: Path, seed: int = 0, **changes) -> Path:
-    """A random Qwen3-MoE checkpoint of 3 layers and 8 experts in several shards, with tiny-moe's tokenizer."""
-    config = CONFIGS["qwen3_moe"]()
-    for name, value in ({"vocab_size": 4096} | changes).items():
-        setattr(config, name, value)
-    torch.manual_seed(seed)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="200KB")
-    return put_tokenizer(folder)
 
 
 def edit_json(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def files_of(folder: Path) -> set[str]:
-    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-
-
-def ranked(file: Path) -> dict:
-    """A ranking document, which must be JSON to the letter: no NaN, no infinity."""
-    text = file.read_text(encoding="utf-8")
-    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in {file.name}"))
-
-
-def assert_same(a: ModelStats, b: ModelStats) -> None:
-    """Bit for bit, sums and header included."""
-    assert a.header.to_json() == b.header.to_json()
-    assert a.banks.keys() == b.banks.keys()
-    for bank, state in a.banks.items():
-        assert state.equal(b.banks[bank], sums_rtol=0), bank
 
 
 def assert_coverage(out: str, stats: ModelStats) -> None:

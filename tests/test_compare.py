@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from support.command import run
 from support.models import TINY
-from test_cli import run
-from test_ranking import bank, model
+from support.synthetic import bank, model
 
 import sedetect
 from sedetect.errors import SedetectError

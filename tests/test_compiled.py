@@ -91,7 +91,7 @@ def test_the_op_is_what_it_says():
             torch.library.opcheck(torch.ops.sedetect.measure.default, arguments)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_inductor_on_a_gpu(mode):
     model = random_model("qwen3_moe").cuda()

@@ -9,17 +9,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_kernels import GATES, assert_close, loop_over_slots, make_call, make_rows, swiglu, weights_of
-from test_kernels import moe_mlp as any_moe_mlp
-from test_triton import (
+from support.kernels import (
+    GATES,
+    assert_close,
     assert_equal_bits,
     assert_parts_of,
     assert_same_state,
     assert_schedule,
     check_update,
     check_update_of_special_rows,
+    loop_over_slots,
+    make_call,
+    make_rows,
     random_rows,
+    swiglu,
+    weights_of,
 )
+from support.kernels import moe_mlp as any_moe_mlp
 
 from sedetect import ops
 from sedetect.adapters.quantized import QuantizedWeights
@@ -39,10 +45,8 @@ from sedetect.ops.cuda import CudaBackend
 from sedetect.stats.bank import BankStats
 
 DEVICE = torch.device("cuda", 0)
-REFUSAL = (
-    CudaBackend().refusal(DEVICE, torch.bfloat16) if torch.cuda.is_available() else "there is no GPU here"
-)  # the reason also where the module is not built: a GPU machine that means to run these tests must see it
-ON_HOPPER = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+# the reason also where the module is not built: a GPU machine that means to run these tests must see it
+REFUSAL = CudaBackend().refusal(DEVICE, torch.bfloat16) if torch.cuda.is_available() else None
 DTYPES = [torch.bfloat16, torch.float16]
 
 # T, k, E, H, I
@@ -64,6 +68,10 @@ SHAPES = [
 # With its own GEMMs for every call, and as users meet it: tiles of few rows go to Triton's.
 OWN_GEMMS, AS_CHOSEN = 128, None
 BOTH = pytest.mark.parametrize("backend", [OWN_GEMMS, AS_CHOSEN], indirect=True, ids=["own-gemms", "as-chosen"])
+
+
+def on_hopper(test):
+    return pytest.mark.gpu(pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))(test))
 
 
 @pytest.fixture
@@ -120,7 +128,7 @@ def test_it_is_preferred_to_triton():
     assert list(BACKENDS) == ["cpu", "cuda", "triton", "torch"]
 
 
-@ON_HOPPER
+@on_hopper
 @pytest.mark.parametrize("tokens", [1, 8 * 8, 8 * 32 - 1, 8 * 96 - 1, 8 * 96, 8 * 400])
 def test_its_gemms_serve_where_experts_have_rows_enough(monkeypatch, tokens):
     """Chosen by itself for few rows, too, but then without its own GEMMs."""
@@ -134,7 +142,7 @@ def test_its_gemms_serve_where_experts_have_rows_enough(monkeypatch, tokens):
     assert called == (["gate_up", "down", "update"] if tokens >= 8 * 96 else ["update"])
 
 
-@ON_HOPPER
+@on_hopper
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("skew", [False, True])
 @pytest.mark.parametrize(
@@ -163,7 +171,7 @@ def test_plan(backend, slots, experts, skew, dtype):
     assert_schedule(mine)
 
 
-@ON_HOPPER
+@on_hopper
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -175,7 +183,7 @@ def test_moe_mlp(backend, dtype, shape, variant):
     assert_close(f"moe_mlp {shape=} {dtype=}", out.cpu(), loop_over_slots(call), dtype)
 
 
-@ON_HOPPER
+@on_hopper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_input_of_another_type_than_the_weights(backend, dtype):
     call = make_call((90, 2, 4, 48, 24), torch.bfloat16, 3)
@@ -184,7 +192,7 @@ def test_input_of_another_type_than_the_weights(backend, dtype):
     assert_close(f"{dtype}", out.cpu(), loop_over_slots(call), torch.bfloat16)
 
 
-@ON_HOPPER
+@on_hopper
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gate", [gate for gate in GATES if not gate.interleaved], ids=str)
 def test_fused_gates(backend, dtype, gate):
@@ -196,7 +204,7 @@ def test_fused_gates(backend, dtype, gate):
     assert_close(f"{gate}", out.cpu(), loop_over_slots(call, GATES[gate]), dtype)
 
 
-@ON_HOPPER
+@on_hopper
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [True, False])
@@ -230,7 +238,7 @@ def test_statistics_are_those_of_the_stored_output(backend, dtype, gated, shape)
         assert reference.nonfinite[:routed].any() and reference.over_fp8[:routed].any()
 
 
-@ON_HOPPER
+@on_hopper
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("gated", [True, False])
@@ -248,7 +256,7 @@ def test_rows_sorted_before_give_the_same(backend, monkeypatch, dtype, shape, ga
     assert_equal_bits("parts", parts[:, :routed].contiguous(), same_parts[:, :routed].contiguous())
 
 
-@ON_HOPPER
+@on_hopper
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gate_up_without_a_gate(backend, dtype, shape):
@@ -276,7 +284,7 @@ def random_call(
     return index, gates, Rows(counted, first, sequence, position, token)
 
 
-@ON_HOPPER
+@on_hopper
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 @pytest.mark.parametrize("experts", [1, 3, 200])
@@ -299,7 +307,7 @@ def test_update_keeps_the_best_in_order(backend, experts, values, hot, dtype):
         assert_same_state(mine, reference)
 
 
-@ON_HOPPER
+@on_hopper
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 @pytest.mark.parametrize("width", [1, 15, 65, 300])
@@ -307,7 +315,7 @@ def test_update_looks_places_up_and_counts(backend, dtype, width):
     check_update_of_special_rows(backend.update, DEVICE, dtype, width)
 
 
-@ON_HOPPER
+@on_hopper
 def test_update_of_many_rows_of_distinct_values(backend):
     """One expert with 58,000 rows, in ascending order: every tile has rows that enter. Sums are the same bits twice."""
     generator = torch.Generator().manual_seed(0)
@@ -329,7 +337,7 @@ def test_update_of_many_rows_of_distinct_values(backend):
     assert torch.equal(states[0].sums.view(torch.int64), states[1].sums.view(torch.int64))
 
 
-@ON_HOPPER
+@on_hopper
 def test_what_it_cannot_serve_goes_to_triton_with_the_reason(backend):
     plain = make_call((40, 2, 4, 64, 32), torch.bfloat16, 2)
     biased = make_call((40, 2, 4, 64, 32), torch.bfloat16, 2, bias=True)
@@ -355,7 +363,7 @@ def test_what_it_cannot_serve_goes_to_triton_with_the_reason(backend):
     assert "2000 experts" in backend.refusal(DEVICE, torch.bfloat16, 2000)
 
 
-@ON_HOPPER
+@on_hopper
 def test_an_activation_that_it_does_not_know_goes_to_torch(backend, monkeypatch):
     monkeypatch.setitem(ACTIVATIONS, "tanh", torch.tanh)
     call = make_call((40, 2, 4, 64, 32), torch.bfloat16, 2) | {"gate": Gate("tanh")}
@@ -366,7 +374,7 @@ def test_an_activation_that_it_does_not_know_goes_to_torch(backend, monkeypatch)
     assert name == "torch" and why.endswith("it has no kernel for the activation tanh")
 
 
-@ON_HOPPER
+@on_hopper
 @BOTH
 def test_general_path_and_banks_of_one_expert(backend):
     x = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
@@ -388,7 +396,7 @@ def test_general_path_and_banks_of_one_expert(backend):
     assert torch.allclose(fused.published_max, routed.published_max, rtol=0.02) and fused.published_max.all()
 
 
-@ON_HOPPER
+@on_hopper
 @pytest.mark.parametrize("backend", [AS_CHOSEN], indirect=True)
 def test_no_tokens(backend):
     call = make_call((1, 2, 4, 16, 8), torch.bfloat16, 0)
@@ -399,7 +407,7 @@ def test_no_tokens(backend):
         assert state.equal(BankStats.empty(4, DEVICE))
 
 
-@ON_HOPPER
+@on_hopper
 @BOTH
 def test_duplicates(backend):
     call = make_call((30, 4, 2, 64, 32), torch.bfloat16, 5)
@@ -409,7 +417,7 @@ def test_duplicates(backend):
     assert_close("duplicates", out.cpu(), loop_over_slots(call), torch.bfloat16)
 
 
-@ON_HOPPER
+@on_hopper
 @BOTH
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

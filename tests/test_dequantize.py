@@ -5,10 +5,11 @@ import torch
 import triton
 import triton.language as tl
 from support.interpreter import DEVICE, INTERPRETED
-from test_kernels import (
+from support.kernels import (
     SHAPES,
     TOLERANCES,
     assert_close,
+    assert_parts_of,
     loop_over_slots,
     make_call,
     make_rows,
@@ -16,7 +17,7 @@ from test_kernels import (
     swiglu,
     weights_of,
 )
-from test_triton import assert_parts_of
+from support.quantized import E2M1, E8M0, FP8, fp4, fp8
 
 from sedetect.kernels.dequantize import QuantizedWeights, decode_e8m0, dequantize
 from sedetect.kernels.gate import Gate
@@ -25,9 +26,6 @@ from sedetect.kernels.plan import plan
 from sedetect.ops.triton import TritonBackend
 from sedetect.stats.bank import BankStats
 
-FP8 = torch.float8_e4m3fn
-E8M0 = torch.float8_e8m0fnu
-E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 GPT_OSS = Gate(interleaved=True, limit=7.0, slope=1.702, shift=1.0)
 
 # T, k, E, H, I; packed values take an even H and I.
@@ -40,35 +38,6 @@ if INTERPRETED:
     ]
 else:
     SHAPES = [*(s for s in SHAPES if s[3] % 2 == s[4] % 2 == 0), (515, 8, 16, 520, 264), (600, 8, 16, 512, 256)]
-
-
-def fp8(weight, block=(128, 128), scales=torch.float32):
-    """(stored, scales) of (E, M, K) weights with one scale for each block."""
-    e, rows, columns = weight.shape
-    high, wide = -(-rows // block[0]), -(-columns // block[1])
-    padded = torch.zeros(e, high * block[0], wide * block[1])
-    padded[:, :rows, :columns] = weight
-    blocks = padded.view(e, high, block[0], wide, block[1])
-    scale = (blocks.abs().amax((2, 4)) / 448).clamp(min=1e-12)
-    if scales == E8M0:
-        scale = scale.log2().ceil().exp2()
-    stored = (blocks / scale[:, :, None, :, None]).view(padded.shape)[:, :rows, :columns].to(FP8)
-    return stored.contiguous(), scale.to(scales)
-
-
-def fp4(weight, scales=torch.uint8):
-    """(stored, scales) of (E, M, K) weights, two values to a byte, one scale for 32 columns."""
-    e, rows, columns = weight.shape
-    wide = -(-columns // 32)
-    padded = torch.zeros(e, rows, wide * 32)
-    padded[:, :, :columns] = weight
-    groups = padded.view(e, rows, wide, 32)
-    exponent = (groups.abs().amax(-1).clamp(min=1e-12) / 6).log2().ceil()
-    values = torch.tensor(E2M1)
-    code = (padded.view(*groups.shape) / exponent.exp2()[..., None])[..., None].sub(values).abs().argmin(-1)
-    code = code.view(padded.shape)[:, :, :columns]
-    stored = (code[..., ::2] | code[..., 1::2] << 4).to(torch.uint8)
-    return stored, (exponent + 127).to(torch.uint8) if scales == torch.uint8 else exponent.exp2().to(scales)
 
 
 def per_half(weight):

@@ -4,14 +4,13 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import attach_execution_device_hook
+from support.checkpoints import OPTIONAL, SHORT, TEXTS, save_random
 from support.conformance import inputs_of, run
 from support.conformance import profile as profile_of
 from support.families import FAMILIES, tiny_model
 from support.interpreter import INTERPRETED
-from support.models import CONFIGS, TINY, random_model
-from test_adapters import DeepseekBlock, MixtralBlock, as_remote_code
-from test_profile import token_ids
-from test_streaming import OPTIONAL, SHORT, TEXTS, save_random
+from support.models import CONFIGS, TINY, random_model, token_ids
+from support.remote_code import DeepseekBlock, MixtralBlock, as_remote_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
@@ -143,7 +142,7 @@ def test_profile_model(tmp_path, name, places):
     assert_equal(stats, sedetect.profile_model(folder, TEXTS, **SHORT, **OPTIONAL, device="cpu").stats)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu(number=2)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("offload", [False, True])
 def test_two_gpus(tmp_path, name, offload):

@@ -10,8 +10,7 @@ import sys
 
 import pytest
 import torch
-from support.models import random_model
-from test_profile import token_ids
+from support.models import random_model, token_ids
 from transformers.distributed import DistributedConfig
 
 import sedetect
@@ -23,7 +22,7 @@ import inspect, json, os, sys
 sys.path[:0] = json.loads(sys.argv[4])
 import torch
 import torch.distributed as dist
-from test_profile import token_ids
+from support.models import token_ids
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 import sedetect

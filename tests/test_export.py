@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.command import refused, run
 from support.models import CONFIGS, TINY, random_model
-from test_cli import refused, run
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import sedetect

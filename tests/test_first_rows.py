@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.command import run
 from support.models import TINY, random_model
-from test_cli import run
 from torch import nn
 
 import sedetect

@@ -9,9 +9,10 @@ from unittest import mock
 
 import pytest
 import torch
+from support.checkpoints import save_random
+from support.command import run
 from support.models import CONFIGS, TINY
-from test_report import Page, browser, opened, payload, run  # noqa: F401  fixtures
-from test_streaming import save_random
+from support.page import Page, payload
 from transformers import MixtralConfig
 
 import sedetect
@@ -129,7 +130,7 @@ def test_only_experts_are_marked(results, marked):
         assert len(bands) == 1 + rows
 
 
-def test_the_section_in_a_browser(folder, tmp_path, opened):  # noqa: F811
+def test_the_section_in_a_browser(folder, tmp_path, opened):
     assert run("report", folder[0], "-o", tmp_path / "report.html")[0] == 0
     page, events = opened(tmp_path / "report.html")
     assert events == []

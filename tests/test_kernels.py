@@ -2,6 +2,19 @@
 
 import pytest
 import torch
+from support.kernels import (
+    GATES,
+    SHAPES,
+    TOLERANCES,
+    assert_close,
+    clamped_swiglu,
+    loop_over_slots,
+    make_call,
+    make_rows,
+    moe_mlp,
+    swiglu,
+    weights_of,
+)
 
 from sedetect import ops
 from sedetect.kernels.combine import combine_torch
@@ -20,99 +33,8 @@ from sedetect.ops.cpu import CpuBackend
 from sedetect.ops.triton import TritonBackend
 from sedetect.stats.bank import BankStats
 
-# (worst element, RMS), both relative to the RMS of a float64 reference.
-TOLERANCES = {torch.float32: (2e-5, 2e-6), torch.bfloat16: (1e-1, 8e-3), torch.float16: (1.2e-2, 1e-3)}
 BACKENDS = [name for name in ALL_BACKENDS if name not in ("triton", "cuda")]  # tests/test_triton.py, test_cuda.py
 FAST = [name for name in BACKENDS if name != "torch"]
-
-# T, k, E, H, I
-SHAPES = [
-    (1, 1, 1, 8, 8),
-    (1, 4, 16, 64, 32),  # decode: most experts empty
-    (7, 2, 3, 33, 17),  # dimensions that divide nothing
-    (300, 4, 8, 130, 70),  # several chunks of one expert, a tail in every row
-    (64, 8, 128, 96, 48),
-    (515, 1, 2, 257, 65),
-]
-
-
-def assert_close(name, out, ref, dtype):
-    worst, rms = TOLERANCES[dtype]
-    scale = ref.double().square().mean().sqrt().clamp(min=1e-30)
-    error = (out.double() - ref.double()) / scale
-    assert error.abs().max() <= worst, f"{name}: worst element {error.abs().max():.2e} at {int(error.abs().argmax())}"
-    assert error.square().mean().sqrt() <= rms, f"{name}: RMS {error.square().mean().sqrt():.2e}"
-
-
-def make_call(shape, dtype, seed, skew=False, transposed=False, bias=False, sentinels=False):
-    """Random inputs of one experts call, on the scale of a trained layer: what moe_mlp and weights_of take."""
-    tokens, k, experts, hidden, intermediate = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*size):
-        return torch.randn(*size, generator=generator)
-
-    scores = randn(tokens, experts)
-    if skew:  # one expert takes nearly all, most take nothing
-        scores[:, 0] += 10
-        scores[:, experts // 2 :] -= 10
-    index = scores.topk(min(k, experts)).indices
-    weights = torch.rand(index.shape, generator=generator).to(dtype)
-    weights[torch.rand(index.shape, generator=generator) < 0.05] = 0
-    if sentinels:
-        index[torch.rand(index.shape, generator=generator) < 0.3] = experts
-    layout = (lambda w: w.transpose(1, 2).contiguous()) if transposed else (lambda w: w)
-    return {
-        "x": randn(tokens, hidden).to(dtype),
-        "top_k_index": index,
-        "top_k_weights": weights,
-        "gate_up": layout(randn(experts, 2 * intermediate, hidden) / hidden**0.5).to(dtype),
-        "down": layout(randn(experts, hidden, intermediate) * 30 / intermediate**0.5).to(dtype),
-        "gate_up_bias": randn(experts, 2 * intermediate).to(dtype) if bias else None,
-        "down_bias": randn(experts, hidden).to(dtype) if bias else None,
-        "transposed": transposed,
-        "gate": Gate(),
-    }
-
-
-def weights_of(call):
-    names = ("gate_up", "down", "gate", "gate_up_bias", "down_bias", "transposed")
-    return ops.ExpertWeights(**{name: call[name] for name in names})
-
-
-def moe_mlp(call, **how):
-    """ops.moe_mlp of a call."""
-    return ops.moe_mlp(*(call[name] for name in ("x", "top_k_index", "top_k_weights")), weights_of(call), **how)
-
-
-def swiglu(gate_up):
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
-
-
-def make_rows(tokens, seed):
-    generator = torch.Generator().manual_seed(seed)
-    sequence = torch.arange(tokens) // 16
-    first = torch.arange(tokens) % 16 == 0
-    counted = torch.rand(tokens, generator=generator) < 0.9
-    token = torch.randint(0, 1000, (tokens,), generator=generator)
-    return Rows(counted, first & counted, sequence, torch.arange(tokens) % 16, token, source=3)
-
-
-def loop_over_slots(call, gate=swiglu):
-    """The experts layer in float64, slot by slot; shares nothing with the package."""
-    out = torch.zeros(call["x"].shape, dtype=torch.float64)
-    layout = (lambda w: w.T) if call["transposed"] else (lambda w: w)
-    for t in range(len(out)):
-        for j, e in enumerate(call["top_k_index"][t].tolist()):
-            if e >= len(call["down"]):
-                continue
-            z = layout(call["gate_up"][e]).double() @ call["x"][t].double()
-            z = z if call["gate_up_bias"] is None else z + call["gate_up_bias"][e].double()
-            y = layout(call["down"][e]).double() @ gate(z)
-            y = y if call["down_bias"] is None else y + call["down_bias"][e].double()
-            out[t] += call["top_k_weights"][t, j].double() * y
-    return out
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -129,28 +51,6 @@ def test_moe_mlp(backend, dtype, shape, variant):
     out = moe_mlp(call, state=state, rows=make_rows(shape[0], 1), backend=backend)
     assert out.dtype == dtype
     assert_close(f"moe_mlp {shape=} {dtype=}", out, loop_over_slots(call), dtype)
-
-
-def gpt_oss(z):
-    """transformers, modeling_gpt_oss: interleaved, clamped, up + 1."""
-    gate, up = z[..., ::2].clamp(max=7.0), z[..., 1::2].clamp(-7.0, 7.0)
-    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
-
-
-def clamped_swiglu(z):
-    gate, up = z.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate.clamp(max=10.0)) * up.clamp(-10.0, 10.0)
-
-
-GATES = {
-    Gate(): swiglu,
-    Gate("gelu_tanh"): lambda z: (
-        torch.nn.functional.gelu(z.chunk(2, dim=-1)[0], approximate="tanh") * z.chunk(2, dim=-1)[1]
-    ),
-    Gate("relu2", gated=False): lambda z: z.relu().square(),
-    Gate(limit=10.0): clamped_swiglu,
-    Gate(interleaved=True, limit=7.0, slope=1.702, shift=1.0): gpt_oss,
-}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from support.analysis import PLACES, random_ids, text_of, windows_of
 from support.conformance import available
 from support.dense_reference import listen
 from support.families import FAMILIES, tiny_model
 from support.models import TINY, random_model, snapshot
-from test_adapters import DeepseekBlock, MixtralBlock, as_remote_code
-from test_quantized import in_fp8, listed_twins, packed, twins
+from support.quantized import in_fp8, listed_twins, packed, twins
+from support.remote_code import DeepseekBlock, MixtralBlock, as_remote_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sedetect import ops
 from sedetect.adapters.stacked import Adapter
-from sedetect.analysis.common import Analysis, LayerArrays, Text, read_texts
+from sedetect.analysis.common import Analysis, LayerArrays, read_texts
 from sedetect.analysis.matrices import expert_matrices
 from sedetect.analysis.outputs import OutputSums, analyze_outputs, standings, summarize
 from sedetect.analysis.routing import analyze_routing
@@ -25,35 +26,6 @@ from sedetect.models.banks import find_banks
 from sedetect.models.layers import run_tokens
 from sedetect.report.pictures import pictures_of
 from sedetect.stats.place import BankId
-
-# experts and their gates; router, and down projections of shared experts, in the layer's MoE block
-PLACES = {
-    "qwen3_moe": ("model.layers.{}.mlp", "experts", "gate", ()),
-    "qwen2_moe": ("model.layers.{}.mlp", "experts", "gate", ("shared_expert.down_proj",)),
-    "deepseek_v3": ("model.layers.{}.mlp", "experts", "gate", ("shared_experts.down_proj",)),
-    "gpt_oss": ("model.layers.{}.mlp", "experts", "router", ()),
-    "mixtral": ("model.layers.{}.mlp", "experts", "gate", ()),
-    "gemma4": ("model.language_model.layers.{}", "experts", "router.proj", ("mlp.down_proj",)),
-    "dbrx": ("transformer.blocks.{}.ffn", "experts", "router.layer", ()),
-    "jetmoe": ("model.layers.{}.mlp", "", "router.layer", ()),
-    "step3p7": ("model.language_model.layers.{}.mlp", "experts", "gate", ("shared_experts.down_proj",)),
-    "nllb_moe": ("model.decoder.layers.{}.ffn", "experts", "router.classifier", ()),
-    "switch_transformers": ("decoder.block.{}.layer.2.mlp", "experts", "router.classifier", ()),
-}
-
-
-def windows_of(ids: torch.Tensor) -> dict[str, Windows]:
-    return {"one": Windows(ids[:1], torch.arange(1), "one", {}), "two": Windows(ids[1:], torch.arange(1), "two", {})}
-
-
-def random_ids(length: int = 9, number: int = 2) -> torch.Tensor:
-    ids = torch.randint(3, 90, (number, length), generator=torch.Generator().manual_seed(2))
-    ids[:, 0] = 1
-    return ids
-
-
-def text_of(ids: torch.Tensor) -> Text:
-    return Text("text", ids, [str(i) for i in ids.tolist()])
 
 
 def loops(y: np.ndarray) -> dict[str, np.ndarray]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.compare import assert_same
 from support.families import FAMILIES, tiny_model
 from support.models import TINY
-from test_cli import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect

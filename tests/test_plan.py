@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.checkpoints import save_random, to_fp8
+from support.command import refused, run
 from support.models import CONFIGS, TINY
-from test_cli import refused, run
-from test_streaming import save_random, to_fp8
 
 from sedetect.models.loading import load_model
 from sedetect.profiling.estimate import Plan, make_plan, measure_read

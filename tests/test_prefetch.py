@@ -51,7 +51,7 @@ def test_nothing_is_read_ahead_where_it_is_no_gain(tmp_path):
     assert prefetch(tmp_path, None) is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_on_a_gpu():
     source = prefetch(TINY, "cuda")
     assert isinstance(source, Prefetched)

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import CONFIGS, TINY, random_model, snapshot
+from support.compare import assert_equal, assert_logits_close
+from support.models import CONFIGS, TINY, random_model, snapshot, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -27,12 +28,6 @@ BANKS = {
 }
 
 
-def token_ids(batch=4, length=24, seed=0):
-    ids = torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
-    ids[:, 0] = 1
-    return ids
-
-
 def eager_logits(model, ids, **kwargs):
     before = model.config._experts_implementation
     model.set_experts_implementation("eager")
@@ -40,12 +35,6 @@ def eager_logits(model, ids, **kwargs):
         logits = model(input_ids=ids, **kwargs).logits
     model.set_experts_implementation(before)
     return logits
-
-
-def assert_logits_close(logits, reference, rtol):
-    scale = reference.double().square().mean().sqrt()
-    error = (logits.double() - reference.double()).abs().max() / scale
-    assert error <= rtol, f"worst logit off by {error:.2e} of their RMS"
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -288,13 +277,6 @@ def test_merging_is_exact_in_every_order_and_grouping(separate_runs):
     assert_equal(left, together)
     assert_equal(right, together)
     assert together.merge(ModelStats.empty()) is together and ModelStats.empty().merge(together) is together
-
-
-def assert_equal(merged, together):
-    assert list(merged.banks) == list(together.banks)
-    for bank, state in merged.banks.items():
-        assert state.equal(together.banks[bank]), bank
-    assert merged.header.to_json() == together.header.to_json()
 
 
 def test_a_run_never_merges_with_itself(separate_runs):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.checkpoints import put_tokenizer
+from support.command import refused, run
 from support.models import CONFIGS, TINY, random_model
-from test_cli import put_tokenizer, refused, run
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 import sedetect

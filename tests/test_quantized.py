@@ -4,26 +4,22 @@ The modules are built as transformers' quantizers build them, and filled here: o
 them.
 """
 
-import copy
 import json
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.compare import assert_logits_close
 from support.interpreter import DEVICE, INTERPRETED
-from support.models import CONFIGS, random_model, snapshot
-from test_adapters import MixtralBlock, as_remote_code
-from test_dequantize import E8M0, fp4, fp8
-from test_profile import assert_logits_close, token_ids
+from support.models import CONFIGS, random_model, snapshot, token_ids
+from support.quantized import fp4, fp8, in_fp8, listed_twins, packed, store, twins
 from torch import nn
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, Qwen2MoeConfig
 from transformers.integrations.finegrained_fp8 import (
     FP8Experts,
     FP8GroupedLinear,
     FP8Linear,
-    replace_with_fp8_linear,
 )
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
@@ -58,74 +54,6 @@ else:
 @pytest.fixture(autouse=True)
 def triton(monkeypatch):
     monkeypatch.setitem(BACKENDS, "triton", TritonBackend())
-
-
-def twins(kind, dtype=torch.float32, block=(16, 8)):
-    """A model stored in this way, and the same with what its weights stand for."""
-    plain = random_model("gpt_oss" if kind == "mxfp4" else "qwen2_moe", dtype)
-    stored = copy.deepcopy(plain)
-    if kind == "mxfp4":
-        for path, block in [(p, m) for p, m in stored.named_modules() if p.endswith(".mlp")]:
-            block.experts = as_mxfp4(block.experts, plain.get_submodule(path).experts)
-            block.forward = forward_of_the_kernels
-        return plain.to(DEVICE), stored.to(DEVICE)
-    scales = torch.float32 if kind == "fp8" else E8M0
-    config = FineGrainedFP8Config(weight_block_size=block, scale_fmt="float" if kind == "fp8" else "ue8m0")
-    if kind == "fp4":
-        config.expert_dtype = stored.config.expert_dtype = "fp4"  # the model's before transformers 5.23
-    # a router that is no nn.Linear stays as it is
-    replace_with_fp8_linear(stored, ["lm_head"], config)
-    for path, module in stored.named_modules():
-        twin = plain.get_submodule(path)
-        if isinstance(module, FP8Linear):
-            store(module, "weight", twin.weight, block, scales)
-            module.bias = twin.bias
-        elif isinstance(module, FP8Experts):
-            for name in ("gate_up_proj", "down_proj"):
-                store(module, name, getattr(twin, name), None if kind == "fp4" else block, scales)
-    return plain.to(DEVICE), stored.eval().to(DEVICE)
-
-
-def forward_of_the_kernels(hidden_states):
-    raise AssertionError("the package kernels is not here")
-
-
-@torch.no_grad()
-def store(module, name, weight, block, scales):
-    """Put a weight into a module in FP8, or packed where block is None, and what that stands for into the weight."""
-    stacked = weight.float().reshape(-1, *weight.shape[-2:])
-    stored, scale = fp4(stacked) if block is None else fp8(stacked, block, scales)
-    if block is None:
-        stored, scale = stored.view(torch.int8), scale.view(E8M0)
-    weight.copy_(torch.stack([dequantize(s, f, block, weight.dtype) for s, f in zip(stored, scale)]).view(weight.shape))
-    for key, value in ((name, stored), (f"{name}_scale_inv", scale)):
-        value = value.reshape(*weight.shape[:-2], *value.shape[-2:])
-        assert getattr(module, key).shape == value.shape
-        module._parameters[key] = nn.Parameter(value, requires_grad=False)
-
-
-class Turned:
-    """A layout of the kernels' kind: the bytes in another order than the checkpoint's."""
-
-    def unswizzle_data(self, data):
-        return data.flip(1)
-
-
-@torch.no_grad()
-def as_mxfp4(experts, twin):
-    """The module that stands for GptOssExperts where the package kernels is installed, as its loader fills it."""
-    module = Mxfp4GptOssExperts(experts.config)
-    for name in ("gate_up_proj", "down_proj"):
-        stored, scale = fp4(getattr(twin, name).float().transpose(1, 2))
-        back = torch.stack([dequantize(s, f, None, experts.down_proj.dtype) for s, f in zip(stored, scale)])
-        getattr(twin, name).copy_(back.transpose(1, 2))
-        turned = [SimpleNamespace(storage=SimpleNamespace(data=t.transpose(1, 2).flip(1).to(DEVICE), layout=Turned()))
-                  for t in (stored, scale)]  # fmt: skip
-        del module._parameters[name]
-        setattr(module, name, turned[0])
-        setattr(module, f"{name}_precision_config", SimpleNamespace(weight_scale=turned[1]))
-        getattr(module, f"{name}_bias").copy_(getattr(twin, f"{name}_bias"))
-    return module
 
 
 def stored_dtypes(model, seen):
@@ -300,50 +228,6 @@ def test_what_has_no_kernel_is_refused_and_served_by_another():
     stats, _ = profiled(stored, "triton")
     assert stats.header.banks["decoder.0.routed"].backends == ["cpu" if DEVICE.type == "cpu" else "torch"]
     assert any(f"backend triton does not serve torch.float32 on {DEVICE.type}" in n for n in stats.header.notes)
-
-
-class PackedLinear(nn.Module):
-    """What GPTQ and AWQ put in the place of a linear, as far as we see it: sizes, packed integers and no weight."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, None
-        self.register_buffer("scales", linear.weight.detach().abs().amax(1, keepdim=True) / 7)
-        values = (linear.weight.detach() / self.scales).round().int() + 8
-        self.register_buffer("qweight", (values[:, ::2] | values[:, 1::2] << 4).to(torch.int32))
-
-    def unpacked(self):
-        values = torch.stack((self.qweight & 15, self.qweight >> 4), -1).flatten(-2) - 8
-        return values.to(self.scales.dtype) * self.scales
-
-    def forward(self, x):
-        return x @ self.unpacked().T
-
-
-@torch.no_grad()
-def in_fp8(linear):
-    """An FP8Linear in the place of a linear, which becomes what it stands for."""
-    stored = FP8Linear(linear.in_features, linear.out_features, block_size=(8, 8))
-    store(stored, "weight", linear.weight, (8, 8), torch.float32)
-    return stored
-
-
-@torch.no_grad()
-def packed(linear):
-    stored = PackedLinear(linear)
-    linear.weight.copy_(stored.unpacked())
-    return stored
-
-
-def listed_twins(kind):
-    """Remote code whose experts' linears became what kind makes of them, and the same with what these stand for."""
-    plain = as_remote_code(random_model("qwen3_moe"), MixtralBlock, "proj")
-    stored = copy.deepcopy(plain)
-    for (_, twin), module in zip(list(plain.named_modules()), list(stored.modules())):
-        if type(module).__name__ == "Expert":
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                setattr(module, name, kind(getattr(twin, name)))
-    return plain.to(DEVICE), stored.to(DEVICE)
 
 
 @pytest.mark.parametrize("kind", [packed, in_fp8])

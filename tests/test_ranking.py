@@ -6,59 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
+from support.synthetic import bank, model, one_layer, write
 
 from sedetect.errors import SedetectError
-from sedetect.kernels.records import COLUMN, COUNTS, SUMS, float_bits
-from sedetect.ranking.result import Ranking
 from sedetect.ranking.rule import rank
-from sedetect.stats.bank import BankStats
-from sedetect.stats.model import BankInfo, Header, ModelStats
-from sedetect.stats.place import BankId, Place, parse_place
-
-ROWS, FIRST_ROWS = COUNTS.index("rows"), COUNTS.index("first_rows")
-GATE_SUM, GATE_FIRST_SUM = SUMS.index("gate_sum"), SUMS.index("gate_first_sum")
-
-
-def write(records: torch.Tensor, expert: int, **parts: float) -> None:
-    """Put a record into an expert's first slot; value and gate are floats."""
-    for name, x in parts.items():
-        records[expert, 0, COLUMN[name]] = float_bits(torch.tensor([x])).item() if name in ("value", "gate") else x
-
-
-def bank(rest, first=None, gates=None) -> BankStats:
-    """A bank whose experts reach rest[e] on 100 other rows (None: saw none) with gate_sum 20 there.
-
-    first: {expert: value} on 10 first tokens; gates: {expert: mean routing weight on them}, 0.25 where not given.
-    """
-    state = BankStats.empty(len(rest))
-    for e, value in enumerate(rest):
-        if value is not None:
-            write(state.outliers, e, value=value, gate=0.2)
-            state.counts[e, ROWS] += 100
-            state.sums[e, GATE_SUM] += 20
-    for e, value in (first or {}).items():
-        write(state.first_outliers, e, value=value, gate=0.5)
-        gate = 10 * (gates or {}).get(e, 0.25)
-        state.counts[e, [ROWS, FIRST_ROWS]] += 10
-        state.sums[e, [GATE_SUM, GATE_FIRST_SUM]] += gate
-    return state
-
-
-def model(banks: dict[tuple, BankStats], layers: int | dict[str, int], top_k: int = 4) -> ModelStats:
-    """Statistics of banks keyed (layer, kind) or (stack, layer, kind)."""
-    named = {BankId(*(key if len(key) == 3 else ("decoder", *key))): state for key, state in banks.items()}
-    known = {str(b): BankInfo(module=str(b), top_k=top_k if b.routed else 1) for b in named}
-    return ModelStats(named, Header(layers=layers if isinstance(layers, dict) else {"decoder": layers}, banks=known))
+from sedetect.stats.model import ModelStats
+from sedetect.stats.place import Place, parse_place
 
 
 def names(experts) -> list[str]:
     return [str(expert) for expert in experts]
-
-
-def one_layer(values, **arguments) -> Ranking:
-    """The ranking of a model with one layer, which is inside L: round(0.75) = 1."""
-    return rank(model({(0, "routed"): bank(values)}, 1), **arguments)
 
 
 # Published tables: (super experts, values of a in descending order, (layers, first MoE layer, experts, shared?,

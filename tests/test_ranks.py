@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support.checkpoints import TEXTS, save_random
+from support.command import files_of
 from support.models import COMMON
-from test_cli import files_of
-from test_streaming import TEXTS, save_random
 from transformers import Qwen3MoeConfig
 
 import sedetect

@@ -2,29 +2,27 @@
 
 import base64
 import hashlib
-import io
 import json
 import math
-import os
 import re
 import shutil
 import statistics
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
-from html.parser import HTMLParser
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from support.command import run
 from support.models import TINY, random_model
+from support.page import Page, payload
 from support.synthetic import synthetic_stats
 
 import sedetect
-from sedetect import ModelStats, cli
+from sedetect import ModelStats
 from sedetect.experiments.study import Experiment
 from sedetect.kernels.records import COLUMN, column, float_bits
 from sedetect.models.loading import load_tokenizer
@@ -42,40 +40,6 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 
 EVERY = ["heatmap", "tail", "first-rest", "by-layer", "by-expert", "positions", "residual", "sinks", "ablation",
          "coverage", "headroom", "kurtosis"]  # fmt: skip
 OF_A_PROFILE = [name for name in EVERY if name not in ("residual", "sinks", "ablation")]
-
-
-def run(*args) -> tuple[int, str, str]:
-    """`sedetect ARGS` in this process: exit code, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", ["sedetect", *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    return ended.value.code, out.getvalue(), err.getvalue()
-
-
-class Page(HTMLParser):
-    """What a browser would make of a page: elements, ids, text outside scripts, scripts, and what it would load."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.ids, self.text, self.scripts, self.loads = [], [], "", [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        of = dict(attributes)
-        self.ids += [of["id"]] if "id" in of else []
-        self.scripts += [(of, "")] if tag == "script" else []
-        self.loads += [value for name, value in of.items() if name in ("src", "srcset", "action", "data", "poster")]
-        self.loads += [of["href"]] if "href" in of and not of["href"].startswith("#") else []
-        self.loads += [name for name in of if name.startswith("on")]
-
-    def handle_data(self, data):
-        if self.tags and self.tags[-1] == "script" and self.cdata_elem:
-            of, known = self.scripts[-1]
-            self.scripts[-1] = (of, known + data)
-        elif not self.cdata_elem:
-            self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +89,6 @@ def hostile(tiny, tmp_path_factory):
     (folder / "run.json").write_text(json.dumps(document))
     assert run("report", folder)[0] == 0
     return folder / "report.html"
-
-
-def payload(page: Page) -> dict:
-    (data,) = [code for of, code in page.scripts if of.get("type") == "application/json"]
-    return json.loads(data)
 
 
 # numbers
@@ -495,51 +454,6 @@ def test_without_its_extra_it_says_what_to_install(tiny):
 
 
 # the page in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium. SEDETECT_NEED_BROWSER=1 makes its absence a failure."""
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
-        message = "no Chromium: install the package chromium to open the report in a browser"
-        pytest.fail(message) if os.environ.get("SEDETECT_NEED_BROWSER") else pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    quiet = [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    quiet += ["--disable-component-update", "--disable-sync"]
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=quiet)
-        yield started
-        started.close()
-
-
-@pytest.fixture
-def opened(browser):
-    """Opens a page and records what happens on it: open(path, **context options) -> (page, events)."""
-    contexts = []
-
-    def open_page(path, **options):
-        contexts.append(browser.new_context(viewport={"width": 1280, "height": 900}, **options))
-        page, events = contexts[-1].new_page(), []
-        page.on("console", lambda message: events.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: events.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (events.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: events.append(f"request: {request.url}"))
-        page.goto(path.as_uri())
-        page.wait_for_selector("html.drawn", state="attached")
-        assert events.pop(0) == f"request: {path.as_uri()}"
-        return page, events
-
-    yield open_page
-    for context in contexts:
-        context.close()
 
 
 def tooltip(page, cell: int) -> dict[str, str]:

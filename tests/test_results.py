@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
+from support.documents import RESIDUAL, SAMPLES
 from support.synthetic import synthetic_stats
-from test_documents import RESIDUAL, SAMPLES
 
 from sedetect.analysis.common import KINDS, Analysis
 from sedetect.errors import SedetectError

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import TEXTS, save_random
+from support.command import files_of, refused, run
+from support.compare import assert_same, assert_same_profile
 from support.models import COMMON
-from test_cli import assert_same, files_of, refused, run
-from test_streaming import TEXTS, assert_equal, save_random
 from transformers import Qwen3MoeConfig
 
 import sedetect
@@ -154,7 +155,7 @@ def test_stopped_and_continued(checkpoint, tmp_path):
     assert (again.streamed.resumed, again.streamed.layers) == (6, 0)
     for result in (done, again):
         assert not result.interrupted
-        assert_equal(result, expected)
+        assert_same_profile(result, expected)
     assert not list((tmp_path / "r").glob("hidden*"))
 
 

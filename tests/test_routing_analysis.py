@@ -7,11 +7,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from support.analysis import PLACES, random_ids, text_of, windows_of
 from support.conformance import available
 from support.dense_reference import listen
 from support.families import FAMILIES, tiny_model
 from support.models import TINY, snapshot
-from test_output_analysis import PLACES, random_ids, text_of, windows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sedetect.analysis.common import Analysis, read_texts

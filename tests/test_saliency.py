@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support.command import refused, run
 from support.models import TINY, random_model
-from test_cli import refused, run
 
 import sedetect
 from sedetect import BankId, ModelStats

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
+from support.command import run
 from support.models import TINY
-from test_cli import run
-from test_ranking import bank, model, one_layer
+from support.synthetic import bank, model, one_layer
 
 import sedetect
 from sedetect.calibration.texts import load_texts

@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.checkpoints import OPTIONAL, SHORT, TEXTS, save_random
+from support.compare import assert_same_profile
 from support.models import CONFIGS
-from test_streaming import CUDA, OPTIONAL, SHORT, TEXTS, assert_equal, save_random
 
 import sedetect
 from sedetect import SedetectError
@@ -43,7 +44,7 @@ def own_stream(device: str) -> torch.cuda.Stream | None:
     return torch.cuda.Stream() if device == "cuda" else None
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("size", [16, 64, 1000, 2**20])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_equal_to_reading_each(stored, device, size, threads):
@@ -156,7 +157,7 @@ def test_a_tensor_is_given_out_when_it_is_there(stored, monkeypatch):
         assert bits(last[...]) == expected[1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("place", ["on the GPU", "in pinned memory", "on disk"])
 def test_hidden_states_of_a_gpu(tmp_path, monkeypatch, place):
     folder = save_random(CONFIGS["qwen3_moe"](), tmp_path / "m")
@@ -169,7 +170,7 @@ def test_hidden_states_of_a_gpu(tmp_path, monkeypatch, place):
         assert state.equal(resident.stats.banks[bank], sums_rtol=1e-12), bank
 
 
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_streamed_profile(tmp_path, monkeypatch, name, device):
     """The layers of a whole profile, brought so: bit for bit what the resident model gives."""
@@ -187,7 +188,7 @@ def test_a_streamed_profile(tmp_path, monkeypatch, name, device):
     streamed = sedetect.profile_model(folder, TEXTS, **SHORT, **OPTIONAL, device=device, stream=True)
     assert len(brought) == 3 and min(brought) > 5
     if device == "cpu":
-        assert_equal(streamed, resident)
+        assert_same_profile(streamed, resident)
     for bank, state in streamed.stats.banks.items():  # a GPU adds up sums in any order
         assert state.equal(resident.stats.banks[bank], sums_rtol=1e-12), bank
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import OPTIONAL, SHORT, TEXTS, save_random, to_fp8
+from support.compare import assert_same_profile
 from support.models import COMMON, CONFIGS, TINY
-from test_cli import assert_same
 from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.utils import logging as transformers_logging
 
@@ -25,34 +26,6 @@ from sedetect.models.loading import load_model
 from sedetect.models.streamed import StreamedModel, open_streamed
 from sedetect.profiling import profiler
 from sedetect.profiling.streaming import check_layers
-
-WORDS = {"greek": "alpha beta gamma delta", "numbers": "one two three four five", "colours": "red green blue"}
-TEXTS = {domain: [" ".join(f"{words} {n}" for n in range(60))] for domain, words in WORDS.items()}
-SHORT = {"tokens": 400, "seq_len": 16, "batch_size": 3}
-OPTIONAL = {"channels": True, "coactivation": True, "first_rows": True}
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
-
-
-def assert_equal(one: sedetect.ModelProfile, other: sedetect.ModelProfile) -> None:
-    """Every domain, and the whole."""
-    assert_same(one.stats, other.stats)
-    assert one.domains.keys() == other.domains.keys()
-    for domain, stats in one.domains.items():
-        assert_same(stats, other.domains[domain])
-
-
-def save_random(config, folder: Path, dtype: torch.dtype = torch.float32, **options) -> Path:
-    """A random checkpoint with outputs of the size a trained one has, and tiny-moe's tokenizer."""
-    torch.manual_seed(0)
-    config.vocab_size = 4096
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1.0))
-    model.save_pretrained(folder, **options)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +45,7 @@ def checkpoint(tmp_path_factory):
 def test_tiny_moe(dtype):
     settings = {"tokens": 1024, "seq_len": 128, "dtype": dtype, **OPTIONAL}
     streamed = sedetect.profile_model(TINY, stream=True, **settings)
-    assert_equal(streamed, sedetect.profile_model(TINY, stream=False, **settings))
+    assert_same_profile(streamed, sedetect.profile_model(TINY, stream=False, **settings))
     assert (streamed.streamed.layers, streamed.streamed.resumed, streamed.streamed.write) == (10, 0, 0)
     assert streamed.streamed.read > 0 and streamed.seconds == streamed.streamed.compute > 0
     assert [str(expert) for expert in sedetect.rank(streamed.stats).super_experts] == ["L1E28"]
@@ -87,7 +60,7 @@ def test_every_layout_in_shards_and_domains(checkpoint, name):
     streamed = sedetect.profile_model(
         checkpoint(name), TEXTS, **SHORT, **OPTIONAL, stream=True, progress=lambda *step: seen.append(step)
     )
-    assert_equal(streamed, resident)
+    assert_same_profile(streamed, resident)
     total = resident.stats.header.tokens
     assert [step for step in seen if step[1] == total] == [(f"layer {i} of 3", total, total) for i in (1, 2, 3)]
 
@@ -96,28 +69,10 @@ def test_another_precision_and_eager_attention(checkpoint):
     settings = SHORT | {"dtype": "bfloat16", "attn": "eager"}
     resident = sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, **settings)
     assert resident.stats.header.dtype == "bfloat16"
-    assert_equal(sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, **settings, stream=True), resident)
+    assert_same_profile(sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, **settings, stream=True), resident)
 
 
-def to_fp8(folder: Path, block: int = 8) -> None:
-    """Store the matrices of a checkpoint's layers as published FP8 ones are: with a scale per block."""
-    for shard in folder.glob("*.safetensors"):
-        stored = {}
-        for name, weight in load_file(shard).items():
-            stored[name] = weight
-            if weight.dim() == 2 and ".layers." in name and not name.endswith("mlp.gate.weight"):
-                rows, columns = (size // block for size in weight.shape)
-                blocks = weight.float().view(rows, block, columns, block)
-                scale = blocks.abs().amax((1, 3), keepdim=True) / 448
-                stored[name] = (blocks / scale).to(torch.float8_e4m3fn).view(weight.shape)
-                stored[f"{name}_scale_inv"] = scale.view(rows, columns)
-        save_file(stored, shard, {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-
-
-@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_fp8(tmp_path, name, device):
     """What transformers makes of such a checkpoint: without a GPU, weights in bfloat16."""
@@ -144,7 +99,7 @@ def test_hidden_states_on_disk_alone(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(SedetectError, match=r"hidden states of \d+ tokens take .*-o DIR"):
         sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, **SHORT)
     found = sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, resume=tmp_path / "r", **SHORT)
-    assert_equal(found, expected)
+    assert_same_profile(found, expected)
     assert found.streamed.write > 0
 
 
@@ -260,7 +215,7 @@ def test_layers_beyond_the_config_are_left_out(checkpoint, tmp_path):
     resident = sedetect.profile_model(folder, TEXTS, stream=False, **SHORT)
     assert resident.stats.header.layers == {"decoder": 2}
     assert any("weights are not used by Qwen3MoeForCausalLM" in note for note in resident.stats.header.notes)
-    assert_equal(sedetect.profile_model(folder, TEXTS, stream=True, **SHORT), resident)
+    assert_same_profile(sedetect.profile_model(folder, TEXTS, stream=True, **SHORT), resident)
 
 
 @pytest.mark.parametrize("start", [0, 8, 64, 1003])

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.command import run
 from support.models import TINY, random_model
-from test_cli import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect

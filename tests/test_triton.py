@@ -3,22 +3,29 @@
 import os
 import subprocess
 import sys
-from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from support.interpreter import DEVICE, INTERPRETED
-from test_kernels import (
+from support.kernels import (
     GATES,
+    PLACE,
     SHAPES,
     TOLERANCES,
     assert_close,
+    assert_equal_bits,
+    assert_parts_of,
+    assert_same_state,
+    assert_schedule,
+    check_update,
+    check_update_of_special_rows,
     loop_over_slots,
     make_call,
     make_rows,
     moe_mlp,
+    random_rows,
+    special_rows,
     swiglu,
     weights_of,
 )
@@ -30,9 +37,8 @@ from sedetect.kernels.down import down
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up, gate_up_torch
 from sedetect.kernels.plan import Plan, plan, plan_torch, scheduled, single_plan
-from sedetect.kernels.records import COLUMN, float_bits
 from sedetect.kernels.row_scan import row_parts
-from sedetect.kernels.row_stats import RowParts, row_stats_torch
+from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.rows import Rows
 from sedetect.kernels.sort_rows import sort_rows, sort_rows_torch
 from sedetect.kernels.update import update, update_torch
@@ -40,9 +46,6 @@ from sedetect.ops import triton as triton_backend
 from sedetect.ops.choose import BACKENDS
 from sedetect.ops.triton import TritonBackend
 from sedetect.stats.bank import BankStats
-
-PLACE = [COLUMN[name] for name in ("sign", "channel", "sequence", "position", "token_id", "in_channel")]
-ON_GPU = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 
 if INTERPRETED:
     SHAPES = [
@@ -68,40 +71,6 @@ def triton(monkeypatch):
 
 def on_device(call: dict) -> dict:
     return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
-
-
-def assert_equal_bits(name: str, mine: torch.Tensor, reference: torch.Tensor) -> None:
-    mine, reference = mine.cpu(), reference.cpu()
-    if mine.is_floating_point():
-        mine, reference = mine.view(torch.uint8), reference.view(torch.uint8)
-    assert torch.equal(mine, reference), name
-
-
-def assert_parts_of(mine: RowParts, y: torch.Tensor, h: torch.Tensor, rows: int) -> None:
-    """The first rows of mine are bit for bit what the definition says of y and h."""
-    reference = row_stats_torch(y, h)
-    assert torch.equal(float_bits(mine.best[:rows]), float_bits(reference.peak[:rows].abs()))
-    assert torch.equal(mine.part[:rows].long(), reference.channel[:rows].long() // mine.y_part_width)
-    parts = [float_bits(part.float().abs()).amax(1) for part in h[:rows].split(mine.h_part_width, 1)]
-    assert torch.equal(float_bits(mine.in_parts[:, :rows]), torch.stack(parts))
-    finite = reference.nonfinite[:rows] == 0
-    # A row's float32 squares are added in another order.
-    assert torch.allclose(mine.sqnorm[:rows][finite], reference.sqnorm[:rows][finite], rtol=1e-5)
-    assert mine.y.shape == y.shape and mine.h.shape == h.shape
-
-
-def assert_schedule(routing: Plan) -> None:
-    """The schedule is, to the last tile, what the definition says of the plan's order and offsets."""
-    schedule, slots = routing.schedule, len(routing.order)
-    assert torch.equal(routing.order[schedule.row.long()].cpu(), torch.arange(slots))
-    used = [
-        [expert, first, end, number]
-        for expert, (start, end) in enumerate(pairwise(routing.offsets.tolist()))
-        for number, first in enumerate(range(start, end, schedule.rows))
-    ]
-    unused = tiles.max_tiles(slots, routing.num_experts, schedule.rows) - len(used)
-    assert schedule.tiles.tolist() == used + unused * [[-1, 0, 0, 0]] and schedule.count.tolist() == [len(used)]
-    assert schedule.arrived.tolist() == routing.num_experts * [[0, 0, 0]]
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (25, 2, 5, 8, 8), (50, 2, 5, 8, 8), (300, 4, 70, 8, 8)], ids=str)
@@ -153,19 +122,6 @@ def test_fused_gates(dtype, gate, transposed):
     assert_close(f"{gate}", out.cpu(), loop_over_slots(call, GATES[gate]), dtype)
 
 
-def check_update(update, found: RowParts, y: torch.Tensor, h: torch.Tensor, routing: Plan, gates: torch.Tensor) -> None:
-    """Twice, so that the second finds what the first kept: what the definition says of y and h."""
-    rows, experts = make_rows(len(gates), 3), routing.num_experts
-    mine, reference = BankStats.empty(experts, gates.device), BankStats.empty(experts)
-    plain = Plan(routing.order.cpu(), routing.offsets.cpu(), routing.top_k)
-    for _ in range(2):
-        update(mine, found, routing, gates, rows.to(gates.device))
-        update_torch(reference, row_stats_torch(y.cpu(), h.cpu()), plain, gates.cpu(), rows)
-    for name in ("counts", "outliers", "first_outliers", "in_max"):
-        assert torch.equal(getattr(mine, name).cpu(), getattr(reference, name)), name
-    assert torch.allclose(mine.sums.cpu(), reference.sums, rtol=1e-5)  # float32 squares, added in another order
-
-
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics_are_those_of_the_stored_output(dtype, shape):
@@ -198,20 +154,6 @@ def test_gate_up_without_a_gate(dtype, shape, transposed):
     wide = [call[name].double() for name in ("x", "gate_up", "gate_up_bias")]
     assert parts is None
     assert_close("gate_up", z, gate_up_torch(wide[0], routing, wide[1], wide[2], transposed), dtype)
-
-
-def special_rows(width: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """(42, width): ties, zeros, infinities, NaNs of every payload, subnormals and the limits of narrower types."""
-    y = (torch.randn(42, width, generator=generator) * 10 ** torch.linspace(-8, 5, 42)[:, None]).to(dtype)
-    y[1] = 0
-    y[2] = -0.0
-    y[3] = y[3].abs().amax()  # all equal: the first channel
-    for row, special in enumerate((torch.inf, -torch.inf, torch.nan, 448.0, -449.0, 65504.0, 1e-40), start=4):
-        y[row, torch.randint(width, (2,), generator=generator)] = special
-    y[12].view(torch.int32 if dtype == torch.float32 else torch.int16).fill_(-1)  # NaN, all bits set
-    y[13, 0], y[13, -1] = -torch.inf, torch.nan
-    y[14] = y[14].abs().amax() * torch.where(torch.arange(width) % 3 == 2, 1, -1)  # equal but for the sign
-    return y[torch.randperm(len(y), generator=generator)]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -261,35 +203,6 @@ def test_combine_takes_the_statistics_of_its_rows(dtype, k, width):
     assert out.shape == (tokens, width)
 
 
-def random_rows(slots: int, generator: torch.Generator, values: int, dtype=torch.float32):
-    """(y, h) whose largest elements are of few distinct values, so that most records tie, with some NaN and Inf, some
-    beyond float8 and float16, and some rows that have their largest four times. Norms are exact (torch's square root of
-    float32 on a CPU can be off by its last bit)."""
-
-    def draw(*choices):
-        return torch.tensor(choices)[torch.randint(len(choices), (slots,), generator=generator)]
-
-    def rows(width, channels, peak):
-        x = torch.zeros(slots, width)
-        x[:, channels] = torch.where(draw(0, 1) > 0, peak, 0)[:, None]
-        x[torch.arange(slots), draw(*channels)] = peak * torch.where(draw(0, 1) > 0, 1.0, -1.0)
-        return x.to(dtype)
-
-    peaks = [float(v) for v in range(-values, values)]
-    special = draw(torch.nan, torch.inf, -torch.inf, 512.0, 131072.0 if dtype != torch.float16 else 60000.0)
-    peak = torch.where(draw(*19 * [0], 1) > 0, special, draw(*peaks, -0.0))
-    return rows(20, (0, 1, 2, 19), peak), rows(300, (0, 1, 130, 299), draw(*peaks, torch.nan))
-
-
-def assert_same_state(mine: BankStats, reference: BankStats) -> None:
-    for field in fields(BankStats):
-        a, b = getattr(mine, field.name), getattr(reference, field.name)
-        if a is not None and a.dtype == torch.float64:
-            assert torch.allclose(a.cpu(), b.cpu(), rtol=1e-12, atol=0), field.name
-        elif a is not None:
-            assert torch.equal(a.cpu(), b.cpu()), field.name
-
-
 @pytest.mark.parametrize(("experts", "block"), [(1, tiles.UPDATE_ROWS), (3, tiles.UPDATE_ROWS), (1, 4)])
 @pytest.mark.parametrize("values", [1, 3, 1000])
 def test_update_keeps_the_best_in_order(monkeypatch, experts, values, block):
@@ -323,14 +236,6 @@ def test_update_keeps_the_best_in_order(monkeypatch, experts, values, block):
 def test_update_looks_places_up_and_counts(dtype, width):
     """Every row becomes a record of its expert: its place, its signs, its largest |h| and what it counts."""
     check_update_of_special_rows(update, DEVICE, dtype, width)
-
-
-def check_update_of_special_rows(update, device: torch.device, dtype: torch.dtype, width: int) -> None:
-    generator = torch.Generator().manual_seed(width)
-    y, h = (special_rows(n, dtype, generator) for n in (width, 341 - width))
-    routing = plan_torch(torch.arange(42, device=device)[:, None] % 2, 2)
-    y, h = y.to(device), h.to(device)
-    check_update(update, row_parts(y, h), y, h, routing, torch.ones(42, 1, device=device))
 
 
 def test_general_path_and_a_bank_of_one_expert():
@@ -385,7 +290,7 @@ def test_refusals_name_the_reason():
     assert backend.refusal(DEVICE, torch.bfloat16) is None
 
 
-@ON_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_no_synchronisation_and_graph_replay(dtype):
     """The same bits eagerly, under the synchronisation check, and replayed as a CUDA graph on new inputs."""

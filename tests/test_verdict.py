@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import INDEX, put_model
+from support.command import SMALL, files_of, ranked, refused, row, run
 from support.models import TINY, random_model
-from test_cli import INDEX, SMALL, files_of, put_model, ranked, refused, row, run
 
 import sedetect
 from sedetect import ModelStats, SedetectError

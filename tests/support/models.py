@@ -59,3 +59,9 @@ def snapshot(model):
         "config": model.config.to_json_string(),
         "grad": torch.is_grad_enabled(),
     }
+
+
+def token_ids(batch=4, length=24, seed=0):
+    ids = torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = 1
+    return ids

@@ -1,0 +1,38 @@
+"""One sample of every JSON document."""
+
+from sedetect.experiments.study import Experiment, Outcome
+from sedetect.experiments.traces import ExpertTrace, Fired, Group, Traces
+from sedetect.profiling.record import Context, Run
+from sedetect.profiling.resume import Finished
+from sedetect.stats.place import Place
+from sedetect.stats.residual import Formation, LayerResidual, Observation, Residual, Writer
+
+EXPERT = Place("decoder", 1, "routed", 28)
+
+
+def outcome(label, change, residual=7.5):
+    sinks = {"sink_mean": None, "sinks": [None, 0.5], "sink_decay": [None, 0.1], "residual_max": residual}
+    changes = {"change": {"code": change}, "mean_change": change}
+    return Outcome(label, ["L1E28"], "skip", "all", {"code": 9.5}, **sinks, accuracy=0.5, **changes)
+
+
+LAYER = LayerResidual(1, 900.0, 101, 0, 3, 2, "code", 0.5, None, 4, 0, [0.25, 0.75])
+FORMED = Formation(
+    "formed", 1, 101, "code", 2, 0, 3, 0.1, -900.0, -900.1, None, [Writer(EXPERT, 0.97, 0.6)], 0.99, 4, None
+)
+RESIDUAL = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [FORMED], 1, ["a note"])
+WITHOUT = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [], 0)
+GROUP = Group(3, 4, None, 900.0, 0.5)
+SAMPLES = {
+    Run: Run("d", "2026-01-01T00:00:00+00:00", "cpu", 1.5, 8192, {3: "<s>", 17: "é"},
+             [Context("s", 2, 0, "", "a", "b")]),
+    Residual: RESIDUAL,
+    Observation: Observation(RESIDUAL, WITHOUT, ["L1E28"]),
+    Experiment: Experiment("m", "d", "float32", {"code": 128}, outcome("none", 0.0), [outcome("all", 0.5)],
+                           {"same layers": [outcome("all", 0.25)], "anywhere": []}, 8),
+    Traces: Traces("m", 256, {"code": 2}, False, [
+        ExpertTrace(EXPERT, 3, 1, [Fired("code", 2, 0, 3, None, 0.5, None, 101)], {"first": GROUP}, {"0": GROUP},
+                    {3: GROUP}, {3: None}),
+    ], ["a note"]),
+    Finished: Finished(3, 1.25, {"batch size": 2, "domains": ["code"]}),
+}  # fmt: skip

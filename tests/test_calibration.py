@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from sedetect.calibration import texts as texts_module
 from sedetect.calibration.texts import DOMAINS, load_texts
 from sedetect.calibration.windows import batches, check_vocabulary, make_windows, prefix_ids
 from sedetect.errors import SedetectError
@@ -112,7 +113,7 @@ def test_hub_data_set(monkeypatch):
     assert load_texts("name") == {"name": ["one", "two"]}
     assert calls == [("owner/name-v1.1", "part.2", "train"), ("name", None, "train")]
     assert "no route to host" in refusal(load_texts, "no/such")
-    monkeypatch.setattr("sedetect.calibration.texts._HUB_CHARACTERS", 3)
+    monkeypatch.setattr(texts_module, "_HUB_CHARACTERS", 3)
     assert load_texts("name") == {"name": ["one"]}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from sedetect.checkpoints.files import check_checkpoint, weights_digest
@@ -230,7 +231,7 @@ def test_missing_path(tmp_path):
 
 
 def test_hub_name_offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for load in (load_model, load_tokenizer):
         message = refusal(load, "nosuch/model")
         assert message.startswith("nosuch/model: ") and "hub" in message

@@ -28,9 +28,10 @@ from support.compare import assert_same
 from support.models import TINY
 
 import sedetect
-from sedetect import ModelStats, SedetectError, SuperExpert, cli
+from sedetect import ModelStats, SedetectError, SuperExpert
 from sedetect.models.loading import load_tokenizer
 from sedetect.ops.choose import choose_backend
+from sedetect.profiling import pipeline
 from sedetect.stats.place import BankId
 
 # Serves tiny-moe in its own precision on the device that is chosen where none is named.
@@ -522,7 +523,7 @@ def test_output_that_cannot_be_written(small, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "domains").touch()
-    with mock.patch.object(cli.profile, "profile_model", side_effect=AssertionError("the work was begun")):
+    with mock.patch.object(pipeline, "profile_model", side_effect=AssertionError("the work was begun")):
         for out, obstacle in (("file", "file"), ("file/sub", "file"), ("taken", "taken/domains")):
             message = refused(run("profile", small, "-o", tmp_path / out))
             assert f"-o {tmp_path / out}: {tmp_path / obstacle} cannot be written" in message
@@ -553,7 +554,7 @@ def test_training_mode_is_refused(small):
 
 def interrupted_run(after: int, times: int, *args) -> Result:
     """`sedetect profile ARGS` in this process, with Ctrl-C (so many times) after a number of batches."""
-    original, handler = cli.profile.profile_model, signal.getsignal(signal.SIGINT)
+    original, handler = pipeline.profile_model, signal.getsignal(signal.SIGINT)
 
     def press() -> None:
         for _ in range(times):
@@ -575,7 +576,7 @@ def interrupted_run(after: int, times: int, *args) -> Result:
             press()
         return original(*args, progress=watch, **options)
 
-    with mock.patch.object(cli.profile, "profile_model", profile_model):
+    with mock.patch.object(pipeline, "profile_model", profile_model):
         result = run("profile", *args, *SMALL, "--batch-size", 1)
     assert signal.getsignal(signal.SIGINT) is handler
     return result

@@ -17,6 +17,7 @@ from transformers import MixtralConfig
 
 import sedetect
 from sedetect import ModelStats
+from sedetect.analysis import weights
 from sedetect.analysis.common import KINDS, Analysis, LayerArrays, file_of
 from sedetect.analysis.outputs import summarize as summarize_outputs
 from sedetect.analysis.tables import layers_table, marked_experts, standings_tables
@@ -314,7 +315,7 @@ def test_refusals(folder, checkpoints, tmp_path):
     assert another in refused("analyze", "weights", checkpoints["mixtral"], "--pairs", 0, "-o", tmp_path)
     assert Analysis.load(file_of(tmp_path, "weights"), "weights").model == "mixtral"  # what was computed is kept
     file_of(tmp_path, "weights").unlink()
-    with mock.patch("sedetect.cli.analyze_experts.analyze_weights", lambda *_, **__: pytest.fail("worked")):
+    with mock.patch.object(weights, "analyze_weights", lambda *_, **__: pytest.fail("worked")):
         assert "no such statistics file" in refused("analyze", "weights", TINY, "--stats", tmp_path / "none")
     with mock.patch.dict(sys.modules, {"sklearn": None}):
         assert "pip install 'sedetect[analysis]'" in refused("analyze", "weights", TINY)

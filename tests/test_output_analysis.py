@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sedetect import ops
 from sedetect.adapters.stacked import Adapter
+from sedetect.analysis import outputs
 from sedetect.analysis.common import Analysis, LayerArrays, read_texts
 from sedetect.analysis.matrices import expert_matrices
 from sedetect.analysis.outputs import OutputSums, analyze_outputs, standings, summarize
@@ -189,7 +190,7 @@ def test_tiny_moe(tiny):
 def test_chunks_are_added_up(tiny, monkeypatch):
     model, _, domains = tiny
     whole = analyze_outputs(model, domains, layers=[3], batch_size=2)
-    monkeypatch.setattr("sedetect.analysis.outputs._CHUNK", {"cpu": 32 * 256 * 5})
+    monkeypatch.setattr(outputs, "_CHUNK", {"cpu": 32 * 256 * 5})
     parts = analyze_outputs(model, domains, layers=[3], batch_size=2)
     bank = BankId("decoder", 3, "routed")
     for name, array in whole.layers[bank].arrays.items():

@@ -9,13 +9,15 @@ from support.checkpoints import save_random, to_fp8
 from support.command import refused, run
 from support.models import CONFIGS, TINY
 
+from sedetect.checkpoints import memory, staging
 from sedetect.models.loading import load_model
+from sedetect.profiling import estimate
 from sedetect.profiling.estimate import Plan, make_plan, measure_read
 
 
 def plan_without_reading(folder) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sedetect.checkpoints.staging.read_bytes", lambda *_: pytest.fail("read a weight"))
+        patch.setattr(staging, "read_bytes", lambda *_: pytest.fail("read a weight"))
         return make_plan(folder)
 
 
@@ -73,7 +75,7 @@ def test_fp8_as_a_gpu_holds_it(tmp_path, monkeypatch, name):
         (set(), (rf"float8_e4m3fn \(default\){size} +fits", rf"bfloat16{size} +fits")),
         ({"fp8"}, (rf"float8_e4m3fn{size} +-", rf"bfloat16 \(default\){size} +fits")),  # no GPU that takes it
     ):
-        monkeypatch.setattr("sedetect.cli.plan.dequantized_here", lambda dequantized=dequantized: dequantized)
+        monkeypatch.setattr(memory, "dequantized_here", lambda dequantized=dequantized: dequantized)
         shown = run("plan", tmp_path)
         assert shown.code == 0 and re.search(rf"{rows[0]} *\n {rows[1]} *\n float32 ", shown.out), shown.out
 
@@ -85,8 +87,8 @@ def test_bandwidth_is_measured_on_a_bounded_sample():
 
 
 def test_command_line(monkeypatch, tmp_path):
-    monkeypatch.setattr("sedetect.cli.plan.free_memory", lambda device: 50_000_000)
-    monkeypatch.setattr("sedetect.cli.plan.measure_read", lambda folder: (1e9, 31_000_000))
+    monkeypatch.setattr(memory, "free_memory", lambda device: 50_000_000)
+    monkeypatch.setattr(estimate, "measure_read", lambda folder: (1e9, 31_000_000))
     shown = run("plan", TINY, "--tokens", 1000)
     assert shown.code == 0 and shown.err == ""
     assert shown.out.startswith("Qwen3MoeForCausalLM: 15.6M parameters, 31.1 MB in 3 files\n")

@@ -33,14 +33,15 @@ ARGS = ("--tokens", 400, "--seq-len", 16, "--batch-size", 3)
 RANKS = """
 import json, os, signal, sys
 from sedetect import cli
-from sedetect.profiling import pipeline
+from sedetect.profiling import pipeline, processes, record  # before the forks
+from sedetect.ranking import rule, saliencies
 
 def rank_of(rank, folder, port, ending, arguments):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for stream in (1, 2):
         os.dup2(os.open(f"{folder}/{rank}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
-    original = cli.profile.profile_model
+    original = pipeline.profile_model
 
     def measure(*args, **kwargs):
         if rank and ending == "killed":
@@ -51,7 +52,7 @@ def rank_of(rank, folder, port, ending, arguments):
             raise pipeline.SedetectError("no weights here; look for them")
         return original(*args, **kwargs)
 
-    cli.profile.profile_model = measure
+    pipeline.profile_model = measure
     sys.argv = ["sedetect", *arguments]
     try:
         cli.main()

@@ -20,7 +20,8 @@ from transformers import Qwen3MoeConfig
 
 import sedetect
 from sedetect import ModelStats, SedetectError
-from sedetect.profiling import streaming
+from sedetect.checkpoints import memory
+from sedetect.profiling import resume, streaming
 from sedetect.profiling.resume import Progress
 
 ARGS = ("--tokens", 400, "--seq-len", 16, "--batch-size", 3, "--stream")
@@ -72,7 +73,8 @@ KILLER = """
 import json, os, random, shutil, signal, sys
 
 from sedetect import cli
-from sedetect.profiling import resume
+from sedetect.profiling import pipeline, record, resume  # before the forks
+from sedetect.ranking import rule, saliencies
 
 out, kills = sys.argv.pop(1), int(sys.argv.pop(1))
 chosen, killed, resumed, calls, number = random.Random(7), 0, [], 0, 0
@@ -234,7 +236,7 @@ def test_command_line(checkpoint, data, expected, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         original(model, ids)
 
-    monkeypatch.setattr("sedetect.profiling.streaming.run_tokens", interrupting)
+    monkeypatch.setattr(streaming, "run_tokens", interrupting)
     cut = run(*command)
     assert cut.code == 130 and cut.out == ""
     assert "; 2 layers are finished, and the same command goes on from there" in cut.err
@@ -245,7 +247,7 @@ def test_command_line(checkpoint, data, expected, tmp_path, monkeypatch):
     again = run(*command, "--no-resume")
     assert again.code == 0 and "kept for a restart 0.00 s" in again.out
     assert_results(tmp_path, expected)
-    monkeypatch.setattr("sedetect.checkpoints.memory.free_memory", lambda device: 100_000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100_000)
     chosen = run(*(word for word in command if word != "--stream"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     assert chosen.code == 0 and f"of weights do not fit the 100 kB free on {device}" in chosen.err
@@ -263,7 +265,7 @@ def test_hidden_states_are_written_beside_the_computation(tmp_path, monkeypatch)
         save_file(tensors, file, metadata)
         written.append(file)
 
-    monkeypatch.setattr("sedetect.profiling.resume.save_file", slow)
+    monkeypatch.setattr(resume, "save_file", slow)
     progress = Progress(tmp_path / "r", {})
     batches = [torch.full((2, 3), float(i)) for i in range(4)]
     for number in (0, 1):
@@ -282,7 +284,7 @@ def test_hidden_states_are_written_beside_the_computation(tmp_path, monkeypatch)
     def full(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr("sedetect.profiling.resume.save_file", full)
+    monkeypatch.setattr(resume, "save_file", full)
     progress.write_hidden(2, 0, batches[0])
     with pytest.raises(SedetectError, match=r"00000.safetensors: cannot be written \(no space\); free space"):
         progress.finish(1, [], 1.0, last=False)

@@ -13,7 +13,7 @@ from support.models import CONFIGS
 
 import sedetect
 from sedetect import SedetectError
-from sedetect.checkpoints import staging
+from sedetect.checkpoints import memory, staging
 from sedetect.checkpoints.staging import Buffer, Staging, StoredTensor, read_bytes
 from sedetect.models.streamed import StreamedModel, open_streamed
 
@@ -163,7 +163,7 @@ def test_hidden_states_of_a_gpu(tmp_path, monkeypatch, place):
     folder = save_random(CONFIGS["qwen3_moe"](), tmp_path / "m")
     resident = sedetect.profile_model(folder, TEXTS, **SHORT, device="cuda")
     shares = {"on the GPU": (0.25, 0.0), "in pinned memory": (0.0, 0.5), "on disk": (0.0, 0.0)}[place]
-    monkeypatch.setattr("sedetect.checkpoints.memory._HIDDEN_SHARE", dict(zip(("cuda", "cpu"), shares)))
+    monkeypatch.setattr(memory, "_HIDDEN_SHARE", dict(zip(("cuda", "cpu"), shares)))
     resume = tmp_path / "resume" if place == "on disk" else None
     streamed = sedetect.profile_model(folder, TEXTS, **SHORT, device="cuda", stream=True, resume=resume)
     for bank, state in streamed.stats.banks.items():

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import OPTIONAL, SHORT, TEXTS, save_random, to_fp8
 from support.compare import assert_same_profile
 from support.models import COMMON, CONFIGS, TINY
-from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, GlmMoeDsaConfig, PreTrainedModel, Qwen3MoeConfig, utils
 from transformers.utils import logging as transformers_logging
 
 import sedetect
 from sedetect import SedetectError
+from sedetect.checkpoints import memory, staging
 from sedetect.checkpoints.memory import dequantized_here, free_memory, too_large, weight_bytes
 from sedetect.checkpoints.staging import StoredTensor
 from sedetect.models import compiled
@@ -95,7 +96,7 @@ def test_fp8(tmp_path, name, device):
 
 def test_hidden_states_on_disk_alone(checkpoint, tmp_path, monkeypatch):
     expected = sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, **SHORT)
-    monkeypatch.setattr("sedetect.checkpoints.memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
     with pytest.raises(SedetectError, match=r"hidden states of \d+ tokens take .*-o DIR"):
         sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, **SHORT)
     found = sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, resume=tmp_path / "r", **SHORT)
@@ -107,9 +108,9 @@ def test_chosen_where_the_weights_do_not_fit(checkpoint, monkeypatch):
     folder = checkpoint("gpt_oss")
     needed = sum(p.nbytes for p in load_model(folder).parameters())
     for free, dtype, streamed in [(needed, "auto", True), (2 * needed, "auto", False), (2 * needed, "float64", True)]:
-        monkeypatch.setattr("sedetect.checkpoints.memory.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert (too_large(folder, "cpu", dtype) is not None) == streamed
-    monkeypatch.setattr("sedetect.checkpoints.memory.free_memory", lambda device: needed)
+    monkeypatch.setattr(memory, "free_memory", lambda device: needed)
     with pytest.warns(UserWarning, match="of weights do not fit the .* free on cpu: streaming them layer by layer"):
         assert sedetect.profile_model(folder, TEXTS, device="cpu", **SHORT).streamed.layers == 3
     assert sedetect.profile_model(folder, TEXTS, device="cpu", stream=False, **SHORT).streamed is None
@@ -131,9 +132,9 @@ def test_packed_weights_take_what_they_stand_for(tmp_path, monkeypatch):
     assert weight_bytes(tmp_path, dequantized={"mxfp4"}) == as_stored + 3 * 128
     assert weight_bytes(tmp_path, "float32", {"mxfp4"}) == weight_bytes(tmp_path, "float32") + 7 * 128
     both = weight_bytes(tmp_path, dequantized={"fp8", "mxfp4"})
-    monkeypatch.setattr("sedetect.checkpoints.memory.dequantized_here", lambda: {"fp8", "mxfp4"})
+    monkeypatch.setattr(memory, "dequantized_here", lambda: {"fp8", "mxfp4"})
     for free, fits in ((both, False), (2 * both, True)):
-        monkeypatch.setattr("sedetect.checkpoints.memory.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         assert (too_large(tmp_path, "cpu") is None) == fits
 
 
@@ -144,13 +145,13 @@ def test_packed_weights_take_what_they_stand_for(tmp_path, monkeypatch):
 def test_what_transformers_dequantizes(monkeypatch, capability, kernels, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr("sedetect.checkpoints.memory.is_kernels_available", lambda: kernels)
+    monkeypatch.setattr(utils, "is_kernels_available", lambda: kernels)
     assert dequantized_here() == expected
 
 
 def test_free_memory_in_a_container(tmp_path, monkeypatch):
     """What the limit leaves, cached files not counted as used."""
-    monkeypatch.setattr("sedetect.checkpoints.memory._CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     everything = free_memory(torch.device("cpu"))
     for name, text in {"max": "1000000", "current": "900000"}.items():
         (tmp_path / f"memory.{name}").write_text(f"{text}\n")
@@ -231,7 +232,7 @@ def test_a_tensor_anywhere_in_a_file(tmp_path, start):
 
 
 def test_damage_is_found_before_a_weight_is_read(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("sedetect.checkpoints.staging.read_bytes", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(staging, "read_bytes", lambda *_: pytest.fail("read"))
     folder = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
 
@@ -271,7 +272,7 @@ def test_damage_is_found_before_a_weight_is_read(checkpoint, tmp_path, monkeypat
 def test_state_that_crosses_layers_is_refused(tmp_path, monkeypatch, config, own, why):
     folder = save_random(config(**COMMON | own), tmp_path)
     assert sedetect.profile_model(folder, TEXTS, stream=False, **SHORT).stats.banks
-    monkeypatch.setattr("sedetect.models.streamed.StreamedModel.load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(StreamedModel, "load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SedetectError, match=f"{why}.*so its layers cannot be run one after another; load it whole"):
         sedetect.profile_model(folder, TEXTS, stream=True, resume=tmp_path / "resume", **SHORT)
     assert not (tmp_path / "resume").exists()

@@ -275,7 +275,7 @@ def test_a_layer_at_a_time(checkpoint, monkeypatch):
         raise AssertionError("a forward")
 
     monkeypatch.setattr(StreamedModel, "load", load)
-    monkeypatch.setattr("torch.nn.Linear.forward", forward)
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
     seen = []
     result = analyze_weights(checkpoint("deepseek_v3"), layers=[2], pairs=0, progress=lambda *step: seen.append(step))
     assert list(result.layers) == [BankId("decoder", 2, "routed")] and len(held) == 1

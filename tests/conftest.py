@@ -9,6 +9,10 @@ import shutil
 import pytest
 import support.interpreter  # noqa: F401  before anything imports triton
 import torch
+from support.command import run
+from support.models import TINY
+
+import sedetect
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
@@ -27,6 +31,20 @@ def pytest_runtest_setup(item):
         needed = marker.kwargs.get("number", 1)
         if torch.cuda.device_count() < needed:
             pytest.skip("needs a GPU" if needed == 1 else f"needs {needed} GPUs")
+
+
+@pytest.fixture(scope="session")
+def tiny_profile(tmp_path_factory):
+    """The folder of a profile of tiny-moe, to read: what a test writes goes elsewhere."""
+    folder = tmp_path_factory.mktemp("tiny")
+    assert run("profile", TINY, "-o", folder, "--tokens", 2048, "--seq-len", 128).code == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_stats():
+    """Statistics of twice as many tokens, to read."""
+    return sedetect.profile_model(TINY, tokens=4096, seq_len=128).stats
 
 
 @pytest.fixture(scope="module")

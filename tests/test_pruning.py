@@ -24,14 +24,9 @@ from sedetect.stats.place import Place
 
 
 @pytest.fixture(scope="module")
-def stats(tmp_path_factory):
-    return sedetect.profile_model(TINY, tokens=4096, seq_len=128).stats
-
-
-@pytest.fixture(scope="module")
-def stats_file(stats, tmp_path_factory):
+def stats_file(tiny_stats, tmp_path_factory):
     file = tmp_path_factory.mktemp("stats") / "stats.safetensors"
-    stats.save(file)
+    tiny_stats.save(file)
     return file
 
 
@@ -54,9 +49,9 @@ def logits(model, ids):
 @pytest.mark.parametrize(
     "ratio, by, protect", [(0.125, "reap", True), (0.5, "frequency", True), (0.25, "frequency", False)]
 )
-def test_the_pruned_checkpoint_computes_what_is_left(stats, tmp_path, ratio, by, protect):
+def test_the_pruned_checkpoint_computes_what_is_left(tiny_stats, tmp_path, ratio, by, protect):
     """tiny-moe in float32: logits of the pruned checkpoint equal those of the original without the same experts."""
-    kept = choose_kept(stats, by, ratio, [Place("decoder", 1, "routed", 28)] if protect else [])
+    kept = choose_kept(tiny_stats, by, ratio, [Place("decoder", 1, "routed", 28)] if protect else [])
     assert (28 in kept[BankId("decoder", 1, "routed")]) == protect
     assert {len(mine) for mine in kept.values()} == {round(32 * (1 - ratio))}
     prune_checkpoint(TINY, tmp_path / "out", kept)
@@ -160,9 +155,9 @@ def test_predictor_heads_are_left_out(tmp_path):
     assert (config["n_routed_experts"], config["num_nextn_predict_layers"]) == (4, 0)
 
 
-def test_files_are_split_and_every_tensor_is_the_right_one(stats, tmp_path, monkeypatch):
+def test_files_are_split_and_every_tensor_is_the_right_one(tiny_stats, tmp_path, monkeypatch):
     monkeypatch.setattr(pruning, "MAX_FILE", "5MB")
-    kept = choose_kept(stats, "man", 0.25)
+    kept = choose_kept(tiny_stats, "man", 0.25)
     steps = []
     prune_checkpoint(TINY, tmp_path / "out", kept, facts={"by": "man"}, progress=lambda *step: steps.append(step))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -197,19 +192,19 @@ def test_files_are_split_and_every_tensor_is_the_right_one(stats, tmp_path, monk
         assert opened.metadata() == {"format": "pt"}
 
 
-def test_choosing(stats):
+def test_choosing(tiny_stats):
     """The kept are those of highest saliency; a protected expert takes the place of the lowest kept one."""
     bank = BankId("decoder", 1, "routed")
-    values = saliency(stats, "frequency")[bank].tolist()
+    values = saliency(tiny_stats, "frequency")[bank].tolist()
     order = sorted(range(32), key=lambda e: (values[e], e))
     assert order.index(28) < 8, "pruned by frequency at 25 %"
-    assert choose_kept(stats, "frequency", 0.25)[bank] == sorted(order[8:])
-    protected = choose_kept(stats, "frequency", 0.25, [Place("decoder", 1, "routed", 28)])[bank]
+    assert choose_kept(tiny_stats, "frequency", 0.25)[bank] == sorted(order[8:])
+    protected = choose_kept(tiny_stats, "frequency", 0.25, [Place("decoder", 1, "routed", 28)])[bank]
     assert protected == sorted([28, *order[9:]]), "the next expert goes in its place"
-    assert len(choose_kept(stats, "reap", 0.29)[bank]) == 32 - 9
-    assert len(choose_kept(stats, "reap", 0.9)[bank]) == 4, "top_k of them are enough"
+    assert len(choose_kept(tiny_stats, "reap", 0.29)[bank]) == 32 - 9
+    assert len(choose_kept(tiny_stats, "reap", 0.9)[bank]) == 4, "top_k of them are enough"
     for by in SALIENCIES:
-        assert 28 in choose_kept(stats, by, 0.5, [Place("decoder", 1, "routed", 28)])[bank]
+        assert 28 in choose_kept(tiny_stats, by, 0.5, [Place("decoder", 1, "routed", 28)])[bank]
 
 
 @pytest.mark.parametrize(
@@ -223,9 +218,9 @@ def test_choosing(stats):
         (0.5, {"protected": [Place("decoder", 1, "routed", e) for e in range(20)]}, "20 of 32 experts are protected"),
     ],
 )
-def test_choosing_refuses(stats, ratio, options, said):
+def test_choosing_refuses(tiny_stats, ratio, options, said):
     with pytest.raises(SedetectError, match=said):
-        choose_kept(stats, "reap", ratio, **options)
+        choose_kept(tiny_stats, "reap", ratio, **options)
 
 
 def copy_of(folder, edit=lambda tensors, config: None):
@@ -284,16 +279,16 @@ def test_refusals_name_the_tensor_and_leave_nothing(tmp_path, edit, said):
     assert os.listdir(tmp_path) == ["source"]
 
 
-def test_an_error_while_writing_leaves_nothing(stats, tmp_path, monkeypatch):
+def test_an_error_while_writing_leaves_nothing(tiny_stats, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pruning, "save_file", full)
     with pytest.raises(SedetectError, match="out: cannot be written .No space left on device"):
-        prune_checkpoint(TINY, tmp_path / "out", choose_kept(stats, "reap", 0.25))
+        prune_checkpoint(TINY, tmp_path / "out", choose_kept(tiny_stats, "reap", 0.25))
     assert os.listdir(tmp_path) == []
     with pytest.raises(SedetectError, match="layer 9 has experts in the checkpoint alone"):
-        kept = {bank: mine for bank, mine in choose_kept(stats, "reap", 0.25).items() if bank.layer != 9}
+        kept = {bank: mine for bank, mine in choose_kept(tiny_stats, "reap", 0.25).items() if bank.layer != 9}
         prune_checkpoint(TINY, tmp_path / "out", kept)
 
 

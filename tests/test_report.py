@@ -43,18 +43,10 @@ OF_A_PROFILE = [name for name in EVERY if name not in ("residual", "sinks", "abl
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The folder of a profile of tiny-moe."""
-    folder = tmp_path_factory.mktemp("tiny")
-    assert run("profile", TINY, "-o", folder, "--tokens", 2048, "--seq-len", 128)[0] == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def full(tiny, tmp_path_factory):
+def full(tiny_profile, tmp_path_factory):
     """The same with everything else that a report shows, and the report with its figures; and what was printed."""
     folder = tmp_path_factory.mktemp("full") / "tiny"
-    shutil.copytree(tiny, folder)
+    shutil.copytree(tiny_profile, folder)
     short = ("-o", folder, "--seq-len", 64)
     assert run("analyze", "residual", TINY, *short, "--sequences", 2, "--ablate", "L1E28")[0] == 0
     assert run("analyze", "trace", TINY, *short, "--experts", "L1E28", "--tokens", 512)[0] == 0
@@ -66,16 +58,16 @@ def full(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stats(tiny):
-    return ModelStats.load(tiny)
+def stats(tiny_profile):
+    return ModelStats.load(tiny_profile)
 
 
 @pytest.fixture(scope="module")
-def hostile(tiny, tmp_path_factory):
+def hostile(tiny_profile, tmp_path_factory):
     """A report whose model, tokens, contexts, domains and notes would all be markup."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "domains").mkdir()
-    state = ModelStats.load(tiny)
+    state = ModelStats.load(tiny_profile)
     state.header.model = HOSTILE
     state.header.notes.append(HOSTILE)
     for bank in state.header.banks.values():
@@ -83,7 +75,7 @@ def hostile(tiny, tmp_path_factory):
     for source in state.header.sources.values():
         source.info |= {"domain": HOSTILE, "corpus": HOSTILE}
     state.save(folder / "stats.safetensors")
-    document = json.loads((tiny / "run.json").read_text())
+    document = json.loads((tiny_profile / "run.json").read_text())
     document |= {"device": HOSTILE, "tokens": dict.fromkeys(document["tokens"], HOSTILE)}
     document["contexts"] = [c | dict.fromkeys(("before", "token", "after"), HOSTILE) for c in document["contexts"]]
     (folder / "run.json").write_text(json.dumps(document))
@@ -198,8 +190,8 @@ def test_headroom_of_extreme_values():
     assert (mlp.kind, mlp.out_max, mlp.in_max, mlp.in_over_fp16) == ("dense", 0.0, 70000.0, 1)
 
 
-def test_what_the_charts_draw(tiny, stats):
-    evidence = load_evidence(tiny)
+def test_what_the_charts_draw(tiny_profile, stats):
+    evidence = load_evidence(tiny_profile)
     data = datasets(evidence)
     ranking = evidence.ranking
     tests = {record["test"]: record["value"] for record in data["thresholds"]}
@@ -247,8 +239,8 @@ def test_words_for_numbers():
 # what the profile keeps for it
 
 
-def test_run_document(tiny, stats):
-    document = json.loads((tiny / "run.json").read_text())
+def test_run_document(tiny_profile, stats):
+    document = json.loads((tiny_profile / "run.json").read_text())
     kept = Run.from_dict(document)
     assert json.loads(json.dumps(kept.to_dict())) == document
     assert abs((datetime.now(UTC) - datetime.fromisoformat(kept.date)).total_seconds()) < 3600
@@ -258,8 +250,8 @@ def test_run_document(tiny, stats):
     assert peaks <= kept.tokens.keys() and all(kept.tokens[t] == tokenizer.decode([t]) for t in peaks)
 
 
-def test_contexts_are_where_the_token_stands(tiny, stats):
-    kept = Run.from_dict(json.loads((tiny / "run.json").read_text()))
+def test_contexts_are_where_the_token_stands(tiny_profile, stats):
+    kept = Run.from_dict(json.loads((tiny_profile / "run.json").read_text()))
     tokenizer = load_tokenizer(TINY)
     windows = {}
     for domain in sedetect.calibration.texts.DOMAINS:
@@ -285,8 +277,8 @@ def test_contexts_are_where_the_token_stands(tiny, stats):
 # the page as a file
 
 
-def test_a_profile_alone_gives_a_page(tiny, tmp_path):
-    code, out, _ = run("report", tiny, "-o", tmp_path / "some" / "page.html")
+def test_a_profile_alone_gives_a_page(tiny_profile, tmp_path):
+    code, out, _ = run("report", tiny_profile, "-o", tmp_path / "some" / "page.html")
     assert (
         code == 0
         and out.startswith("1 super expert: L1E28")
@@ -444,13 +436,13 @@ def test_folders_that_hold_no_profile_are_refused(tmp_path):
     assert "text.safetensors: is of model another" in refused("report", tmp_path)
 
 
-def test_without_its_extra_it_says_what_to_install(tiny):
+def test_without_its_extra_it_says_what_to_install(tiny_profile):
     hidden = {name: None for name in sys.modules if name.split(".")[0] in ("altair", "vl_convert")}
     ours = [name for name in sys.modules if name.startswith("sedetect.report")]
     with mock.patch.dict(sys.modules, hidden | {"altair": None, "vl_convert": None}):
         for name in ours:
             del sys.modules[name]
-        assert "pip install 'sedetect[report]'" in refused("report", tiny)
+        assert "pip install 'sedetect[report]'" in refused("report", tiny_profile)
 
 
 # the page in a browser

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from support.command import refused, run
-from support.models import TINY, random_model
+from support.models import random_model
 
 import sedetect
 from sedetect import BankId, ModelStats
@@ -112,9 +112,9 @@ def test_unseen_is_zero_and_unknown_is_last():
 
 
 @pytest.fixture(scope="module")
-def profiled(tmp_path_factory):
+def profiled(tiny_stats, tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
-    sedetect.profile_model(TINY, tokens=4096, seq_len=128).stats.save(folder / "stats.safetensors")
+    tiny_stats.save(folder / "stats.safetensors")
     return folder
 
 

@@ -79,16 +79,16 @@ def combine(
 
     Statistics of rows of no expert are undefined.
     """
-    plan = scheduled(plan)
+    schedule = scheduled(plan).schedule
     y, gates = y.contiguous(), gates.contiguous()
     tokens, hidden = len(gates), y.shape[1]
     out = torch.empty(tokens, hidden, dtype=dtype, device=y.device)
-    found = None if h is None else RowParts.empty(y, h, in_parts)
+    found = None if h is None or in_parts is None else RowParts.empty(y, h, in_parts)
     if tokens:
         # The statistics of a row need the whole row in one program.
         rows, block = tiles.row_block(hidden, whole=h is not None)
         _combine[(triton.cdiv(tokens, rows), triton.cdiv(hidden, block))](
-            y, gates, plan.schedule.row, plan.offsets, out,
+            y, gates, schedule.row, plan.offsets, out,
             *(3 * [None] if found is None else (found.best, found.part, found.sqnorm)),
             tokens,
             EXPERTS=plan.num_experts, H=hidden, TOP_K=plan.top_k, BLOCK_T=rows, BLOCK_H=block,

@@ -41,10 +41,11 @@ def dequantize(
 
 def block_of(shape: torch.Size, scales: torch.Size, given: tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns of a (..., M, K) weight that share one of its (..., rows, columns) scales."""
-    block = []
-    for size, count, wanted in zip(shape[-2:], scales[-2:], given or (0, 0)):
-        block.append(wanted if wanted and -(-size // wanted) == count else -(-size // count))
-    return tuple(block)
+    high, wide = (
+        wanted if wanted and -(-size // wanted) == count else -(-size // count)
+        for size, count, wanted in zip(shape[-2:], scales[-2:], given or (0, 0))
+    )
+    return high, wide
 
 
 def _scales(scale: torch.Tensor) -> torch.Tensor:

@@ -87,19 +87,19 @@ def down(
     transposed: bool = False,
 ) -> torch.Tensor:
     """The down projection of down_torch. Rows of no expert are not written."""
-    h, plan = h.to(weight.dtype).contiguous(), scheduled(plan)
+    h, schedule = h.to(weight.dtype).contiguous(), scheduled(plan).schedule
     bias = None if bias is None else bias.contiguous()
     slots, hidden = len(plan.order), weight.shape[2 if transposed else 1]
     y = h.new_empty(slots, hidden)
-    tile = choose_tile(tiles.DOWN, weight, plan.schedule.rows, hidden, h.device)
+    tile = choose_tile(tiles.DOWN, weight, schedule.rows, hidden, h.device)
     column_tiles = triton.cdiv(hidden, tile.n)
     if slots == 0:
         return y
     operand = weight_operand(weight, transposed, tile)
     rows = row_operand(h, tile)
-    grid = tiles.programs(tile, h.dtype, len(plan.schedule.tiles) * column_tiles, h.device)
+    grid = tiles.programs(tile, h.dtype, len(schedule.tiles) * column_tiles, h.device)
     _down[(grid,)](
-        rows, operand.data, operand.scale, bias, y, plan.schedule.tiles, plan.schedule.count,
+        rows, operand.data, operand.scale, bias, y, schedule.tiles, schedule.count,
         *operand.strides,
         H=hidden, I=h.shape[1], X_TMA=rows is not h, W_TMA=operand.tma, TRANSPOSED=transposed,
         SCALES=operand.scales,

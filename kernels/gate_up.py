@@ -157,24 +157,24 @@ def gate_up(
     parts, if asked for, are (column tiles, S) float32: the largest |value| of each row of the result in each of them
     (sedetect.kernels.row_scan). Rows of no expert are not written.
     """
-    x, plan = x.to(weight.dtype).contiguous(), scheduled(plan)
+    x, schedule = x.to(weight.dtype).contiguous(), scheduled(plan).schedule
     bias = None if bias is None else bias.contiguous()
     slots, columns = len(plan.order), weight.shape[2 if transposed else 1]
-    halved = gate is not None and gate.gated
+    gate, activation = (Gate(gated=False), None) if gate is None else (gate, gate.activation)
+    halved = gate.gated
     width = columns // 2 if halved else columns
     out = x.new_empty(slots, width)
     if slots == 0:
         return out, x.new_empty(1, 0, dtype=torch.float32) if parts else None
     interleaved = halved and gate.interleaved
-    tile = choose_tile(tiles.GATE_UP, weight, plan.schedule.rows, columns, x.device, interleaved)
+    tile = choose_tile(tiles.GATE_UP, weight, schedule.rows, columns, x.device, interleaved)
     operand = weight_operand(weight, transposed, tile, 2 if halved and not interleaved else 1)
     column_tiles = triton.cdiv(width, tile.n // 2 if halved else tile.n)
     found = x.new_empty(column_tiles, slots, dtype=torch.float32) if parts else None
-    gate, activation = (Gate(gated=False), None) if gate is None else (gate, gate.activation)
-    grid = tiles.programs(tile, x.dtype, len(plan.schedule.tiles) * column_tiles, x.device)
+    grid = tiles.programs(tile, x.dtype, len(schedule.tiles) * column_tiles, x.device)
     _gate_up[(grid,)](
         x, operand.data, operand.scale, bias, out, found,
-        plan.order, plan.schedule.tiles, plan.schedule.count,
+        plan.order, schedule.tiles, schedule.count,
         slots, x.stride(0), *operand.strides,
         H=x.shape[1], COLUMNS=columns, TOP_K=plan.top_k,
         ACTIVATION=activation, GATED=gate.gated, INTERLEAVED=gate.interleaved,

@@ -7,6 +7,7 @@ share a block of its weights while it is in L2.
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ def grouped_linear_torch(
     """
     y = weight.new_zeros(rows.shape[0], weight.shape[2] if transposed else weight.shape[1])
     offsets = plan.offsets.tolist()
-    for e, (start, end) in enumerate(zip(offsets, offsets[1:])):
+    for e, (start, end) in enumerate(pairwise(offsets)):
         if end > start:
             y[start:end] = expert_linear(rows[start:end], weight[e], None if bias is None else bias[e], transposed)
     return y
@@ -199,12 +200,13 @@ def weight_operand(
 
 def _quantized_operand(weight: QuantizedWeights, tile: Tile, parts: int) -> WeightOperand:
     stored, (high, wide) = weight.stored.contiguous(), weight.block
+    stride_e, stride_n, stride_k = stored.stride()
     scales = (*weight.scale.shape[1:], high, wide, math.gcd(wide, tile.k), weight.packed)
     width = tile.k // 2 if weight.packed else tile.k
     data = stored
     if _copyable(stored) and width * stored.itemsize >= 16:  # the least that the copy engine moves
         data = _by_parts(stored, parts, tile.n, width)
-    return WeightOperand(data, stored.stride(), weight.scale.contiguous(), scales)
+    return WeightOperand(data, (stride_e, stride_n, stride_k), weight.scale.contiguous(), scales)
 
 
 def _by_parts(weight: torch.Tensor, parts: int, n: int, k: int) -> TensorDescriptor:

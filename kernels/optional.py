@@ -4,6 +4,8 @@ These torch definitions serve every backend. The channels read the down_proj out
 others need only the routing and the row statistics.
 """
 
+from itertools import pairwise
+
 import torch
 
 from sedetect.kernels.plan import Plan
@@ -21,7 +23,7 @@ def update_channels_torch(state, y: torch.Tensor, h: torch.Tensor, plan: Plan, g
     gate = gates.reshape(-1)[plan.order].float()
     counted = rows.counted[plan.order // plan.top_k] & (gate != 0)
     offsets = plan.offsets.tolist()
-    for e, (start, end) in enumerate(zip(offsets, offsets[1:])):
+    for e, (start, end) in enumerate(pairwise(offsets)):
         taken = counted[start:end].nonzero().flatten() + start
         if len(taken):
             ys, hs = y[taken].float(), h[taken].float()

@@ -52,7 +52,6 @@ class Plan:
     order    (S,) int64: slot of each sorted row; stable, so an expert's rows stand in token order
     offsets  (E + 1,) int64: expert e owns sorted rows offsets[e] .. offsets[e + 1] - 1
     top_k    k
-    schedule  None for plans made elsewhere than by plan() on a GPU; scheduled() adds it
 
     Slots whose index is outside [0, E) (expert-parallel sentinels) sort to the tail, beyond offsets[E].
 
@@ -65,11 +64,17 @@ class Plan:
     order: torch.Tensor
     offsets: torch.Tensor
     top_k: int
-    schedule: Schedule | None = None
 
     @property
     def num_experts(self) -> int:
         return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class ScheduledPlan(Plan):
+    """A plan with its schedule: what plan() makes on a GPU; scheduled() gives one to plans made elsewhere."""
+
+    schedule: Schedule
 
 
 def plan_torch(top_k_index: torch.Tensor, num_experts: int) -> Plan:
@@ -228,7 +233,7 @@ def _shape(schedule: Schedule, slots: int, experts: int) -> tuple[int, dict[str,
     return grid, constants | {"NUM_EXPERTS": experts}
 
 
-def plan(top_k_index: torch.Tensor, num_experts: int) -> Plan:
+def plan(top_k_index: torch.Tensor, num_experts: int) -> ScheduledPlan:
     """plan_torch as a counting sort: one launch for up to tiles.SLOTS slots, three for more. Repeatable and stable."""
     index = top_k_index.contiguous()
     slots, device = index.numel(), index.device
@@ -236,7 +241,7 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> Plan:
     offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=device)
     schedule = Schedule.empty(slots, num_experts, device)
     if slots == 0:
-        return Plan(order, offsets.zero_(), top_k_index.shape[1], schedule)
+        return ScheduledPlan(order, offsets.zero_(), top_k_index.shape[1], schedule)
     grid, constants = _shape(schedule, slots, num_experts)
     blocks = triton.cdiv(slots, constants["BLOCK"])
     counts = totals = None
@@ -252,12 +257,12 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> Plan:
         slots, blocks, len(schedule.tiles),
         **constants, PAIRED=tiles.PAIRED, num_warps=8,
     )  # fmt: skip
-    return Plan(order, offsets, top_k_index.shape[1], schedule)
+    return ScheduledPlan(order, offsets, top_k_index.shape[1], schedule)
 
 
-def scheduled(plan: Plan) -> Plan:
+def scheduled(plan: Plan) -> ScheduledPlan:
     """The plan with a schedule, made here where there is none: plans of single_plan, every_plan, plan_torch."""
-    if plan.schedule is not None:
+    if isinstance(plan, ScheduledPlan):
         return plan
     slots = len(plan.order)
     schedule = Schedule.empty(slots, plan.num_experts, plan.order.device)
@@ -268,4 +273,4 @@ def scheduled(plan: Plan) -> Plan:
             slots, len(schedule.tiles),
             **constants, num_warps=8,
         )  # fmt: skip
-    return Plan(plan.order, plan.offsets, plan.top_k, schedule)
+    return ScheduledPlan(plan.order, plan.offsets, plan.top_k, schedule)

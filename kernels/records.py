@@ -1,7 +1,7 @@
 """Records: the kept rows of an expert, as integers that order and merge exactly; and the columns of every table.
 
-COUNTS and SUMS are the columns of the int64 and float64 tables beside them: sedetect.stats.bank.BankStats says what each
-is, and csrc/columns.h repeats the three lists.
+COUNTS and SUMS are the columns of the int64 and float64 tables beside them: sedetect.stats.bank.BankStats says what
+each is, and csrc/columns.h repeats the three lists.
 
 A record says which routed row produced an extreme value, and where. Records are stored as int64 of shape
 (E, K, 10), one column per name in RECORD, so that the order of two records is an order of integers: no

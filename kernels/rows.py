@@ -1,6 +1,6 @@
 """Rows: which token each row of an experts call is, and whether it counts."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
@@ -20,6 +20,7 @@ class Rows:
     sequence: torch.Tensor
     position: torch.Tensor
     token_id: torch.Tensor
+    _: KW_ONLY
     source: int = 0
 
     @classmethod
@@ -34,4 +35,4 @@ class Rows:
 
     def to(self, device: torch.device) -> "Rows":
         # The host would read a copy to it that nobody waits for before it is made.
-        return Rows(*(t.to(device, non_blocking=device.type == "cuda") for t in self.tensors()), self.source)
+        return Rows(*(t.to(device, non_blocking=device.type == "cuda") for t in self.tensors()), source=self.source)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from sedetect.kernels import tiles
-from sedetect.kernels.plan import Plan
+from sedetect.kernels.plan import Plan, ScheduledPlan
 
 
 def sort_rows_torch(x: torch.Tensor, plan: Plan) -> torch.Tensor:
@@ -30,8 +30,8 @@ def _sort_rows(
         tl.store(Out + row * H + column, x, mask=(column < H) & (row < routed))
 
 
-def sort_rows(x: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """sort_rows_torch for a plan with a schedule, reading every token once; rows of no expert are not written."""
+def sort_rows(x: torch.Tensor, plan: ScheduledPlan) -> torch.Tensor:
+    """sort_rows_torch, reading every token once; rows of no expert are not written."""
     x = x.contiguous()
     out = x.new_empty(len(plan.order), x.shape[1])
     if len(out):

@@ -125,7 +125,8 @@ def limits(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(4, 227 * 1024, 9)  # the interpreter: enough programs that every loop over tiles repeats
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major)
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub leaves it out
+    return Device(properties.multi_processor_count, shared, properties.major)
 
 
 def programs(tile: Tile, dtype: torch.dtype, tiles: int, device: torch.device) -> int:

@@ -54,7 +54,7 @@ def update_torch(state, stats: RowStats, plan: Plan, gates: torch.Tensor, rows: 
     state.sums += torch.stack([per_expert(torch.where(summed, s, 0), torch.float64) for s in sums], dim=1)
 
     record = torch.zeros(len(slots), len(RECORD), dtype=torch.int64, device=slots.device)
-    columns = {
+    columns: dict[str, torch.Tensor | int] = {
         "source": rows.source,
         "sequence": rows.sequence[token],
         "position": rows.position[token],

@@ -30,12 +30,12 @@ class Document:
         """The inverse of to_dict, in classes that are read back; keys beside its own are left out."""
         raise NotImplementedError(f"{cls.__name__} is only written")
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, atomically. Raises SedetectError where that fails."""
         write_json(path, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what save wrote.
 
         Raises SedetectError for a file that is missing or cannot be read, is no JSON, is not of this format and

@@ -20,13 +20,13 @@ STATS, RESIDUAL = "stats.safetensors", "residual.json"  # in a folder of results
 _TEMPORARY = re.compile(r"\..+\.(safetensors|json)\.\w{8}")  # as _temporary names it
 
 
-def file_in(path: str | os.PathLike, name: str | None) -> Path:
+def file_in(path: str | os.PathLike[str], name: str | None) -> Path:
     """The file that a path means: where it is a folder, the one of that name in it."""
     path = Path(path)
     return path / name if name is not None and path.is_dir() else path
 
 
-def write_atomic(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Call write(temporary) beside path, sync it, and rename it to path.
 
     Raises SedetectError where the folder cannot be written; path keeps its old content then.
@@ -59,8 +59,8 @@ def check_new_folder(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder of files beside path, which takes its name on leaving; after an exception nothing is left of it.
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder of files beside path, which takes its name on leaving; an exception leaves nothing of it.
 
     Raises SedetectError where path exists with something in it, or cannot be written.
     """
@@ -103,7 +103,7 @@ def finite(value: Any) -> Any:
     return value
 
 
-def write_json(path: str | os.PathLike, document: Any, *, allow_nan: bool = False) -> None:
+def write_json(path: str | os.PathLike[str], document: Any, *, allow_nan: bool = False) -> None:
     """Write document as indented UTF-8 JSON, atomically; NaN and infinities are refused (ValueError) unless allowed."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -49,7 +49,7 @@ class Results:
     refuses that) and raises SedetectError where it is damaged. Nothing is kept: each call reads again.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.stats_path = self.path / STATS
         self.domains = Parts(self.path / "domains")

@@ -25,7 +25,7 @@ from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.down import down
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import gate_up
-from sedetect.kernels.plan import plan, scheduled
+from sedetect.kernels.plan import Plan, plan, scheduled
 from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.rows import Rows
 from sedetect.kernels.sort_rows import sort_rows
@@ -79,7 +79,7 @@ def launch_everything(dtype: torch.dtype, tokens: int, gates: list[Gate]) -> Non
         return torch.empty(*size, dtype=dtype)
 
     routing = plan(torch.zeros(tokens, k, dtype=torch.int64), experts)
-    scheduled(type(routing)(routing.order, routing.offsets, k))
+    scheduled(Plan(routing.order, routing.offsets, k))
     x, weights = empty(tokens, hidden), empty(tokens, k)
     for gate in gates:
         columns = 2 * intermediate if gate.gated else intermediate

@@ -30,7 +30,7 @@ def measured(seed, rows=200, experts=5, scale=1.0, special=False):
         x[3], x[4] = torch.nan, torch.inf
     index = torch.rand(rows, experts - 1, generator=generator).topk(2).indices  # the last expert sees nothing
     ids = torch.arange(rows)
-    rows_of = Rows(ids >= 0, ids % 10 == 0, ids // 10 + 1000 * seed, ids % 10, ids, 0)
+    rows_of = Rows(ids >= 0, ids % 10 == 0, ids // 10 + 1000 * seed, ids % 10, ids)
     weights = ops.ExpertWeights(torch.eye(6).repeat(experts, 1, 1), down, ops.Gate("relu2", gated=False))
     ops.moe_mlp(x, index, torch.rand(rows, 2, generator=generator), weights, state, rows=rows_of)
     return state

@@ -104,8 +104,9 @@ def read_layout(folder: Path, config: dict[str, Any]) -> Layout:
 
 def renamed(name: str, expert: int) -> str:
     """The name of an expert's own tensor under another number."""
-    block, _, _, rest = _ONE.fullmatch(name).groups()
-    return f"{block}.experts.{expert}.{rest}"
+    match = _ONE.fullmatch(name)
+    assert match is not None
+    return f"{match[1]}.experts.{expert}.{match[4]}"
 
 
 def with_fewer_experts(config: dict[str, Any], experts: int, kept: int, dropped: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -61,7 +61,7 @@ def weight_bytes(
         stored = DTYPES.get(entry["dtype"])
         way, packed = _quantized(name, entries)
         values, wide = math.prod(entry["shape"]) * packed, way in dequantized
-        if dtype != "auto" and (wide or stored is not None and stored.is_floating_point):
+        if isinstance(dtype, torch.dtype) and (wide or (stored is not None and stored.is_floating_point)):
             total += values * dtype.itemsize
         else:
             start, end = entry["data_offsets"]
@@ -120,8 +120,10 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
-def choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def choose_dtype(dtype: str | torch.dtype) -> Literal["auto"] | torch.dtype:
+    if dtype == "auto":
+        return "auto"
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise SedetectError(f"--dtype {dtype}: no floating-point type of torch; use auto, bfloat16, float16 or float32")
-    return "auto" if dtype == "auto" else found
+    return found

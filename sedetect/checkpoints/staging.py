@@ -58,7 +58,7 @@ class StoredTensor:
     start: int  # byte in the file
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it
-    arriving: tuple[torch.Tensor, list[Future]] | None = None
+    arriving: tuple[torch.Tensor, list[Future[None]]] | None = None
 
     @property
     def numel(self) -> int:
@@ -97,7 +97,7 @@ class _Piece(NamedTuple):
 
     file: Path
     start: int
-    count: int
+    length: int
     tensors: list[StoredTensor]
     targets: list[tuple[int, torch.Tensor]]
 
@@ -170,12 +170,13 @@ class Staging:
         for done in running:
             done.result()
 
-    def _start(self, pieces: Iterable[_Piece]) -> list[Future]:
+    def _start(self, pieces: Iterable[_Piece]) -> list[Future[None]]:
         pieces, running = list(pieces), []
         begin = int(len(pieces) * self._first)
         for piece in pieces[begin:] + pieces[:begin]:
-            running.append(self._pool.submit(self._carry, piece.file, piece.start, piece.count, piece.targets))
+            running.append(self._pool.submit(self._carry, piece.file, piece.start, piece.length, piece.targets))
             for tensor in piece.tensors:
+                assert tensor.arriving is not None  # nobody indexes it before all have begun
                 tensor.arriving[1].append(running[-1])
         return running
 
@@ -215,20 +216,22 @@ def use_device(device: torch.device) -> None:
 
 def _pieces(targets: dict[StoredTensor, torch.Tensor], size: int) -> Iterator[_Piece]:
     """The bytes of all tensors in the order of the files: neighbours together, large ones in parts."""
-    piece = None
+    piece: _Piece | None = None
     for tensor, target in sorted(targets.items(), key=lambda item: (str(item[0].file), item[0].start)):
         done = 0
         while done < len(target):
             start = tensor.start + done
-            follows = piece is not None and piece.file == tensor.file and piece.start + piece.count == start
-            if not follows or piece.count == size:
-                if piece is not None:
-                    yield piece
+            if piece is not None and (
+                piece.length == size or (piece.file, piece.start + piece.length) != (tensor.file, start)
+            ):
+                yield piece
+                piece = None
+            if piece is None:
                 piece = _Piece(tensor.file, start, 0, [], [])
-            count = min(len(target) - done, size - piece.count)
+            count = min(len(target) - done, size - piece.length)
             piece.tensors.append(tensor)
-            piece.targets.append((piece.count, target[done : done + count]))
-            piece = piece._replace(count=piece.count + count)
+            piece.targets.append((piece.length, target[done : done + count]))
+            piece = piece._replace(length=piece.length + count)
             done += count
     if piece is not None:
         yield piece
@@ -236,7 +239,7 @@ def _pieces(targets: dict[StoredTensor, torch.Tensor], size: int) -> Iterator[_P
 
 def read_bytes(file: Path, start: int, buffer: torch.Tensor) -> None:
     """Fill buffer (N,) uint8 from byte start of a file."""
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     with file.open("rb", buffering=0) as opened:
         opened.seek(start)
         while view:

@@ -34,7 +34,7 @@ def _measure(
     inputs: list[torch.Tensor], state: list[torch.Tensor], rows: list[torch.Tensor], source: int, number: int
 ) -> torch.Tensor:
     one = _attached[number]
-    return one.compute(one.state.replaced(state), Rows(*rows, source), *inputs)
+    return one.compute(one.state.replaced(state), Rows(*rows, source=source), *inputs)
 
 
 @_measure.register_fake

@@ -145,7 +145,7 @@ class OpenModel(NamedTuple):
 
 
 def open_model(
-    model: str | os.PathLike | PreTrainedModel,
+    model: str | os.PathLike[str] | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     device: str | None = None,
@@ -161,7 +161,7 @@ def open_model(
     model without tokenizer.
     """
     notes: list[str] = []
-    if isinstance(model, (str, os.PathLike)):
+    if isinstance(model, (str, os.PathLike[str])):
         if Path(model).is_dir():
             check_checkpoint(model)
             _refuse_unknown_type(Path(model), trust_remote_code)  # before its tokenizer, which would fail too

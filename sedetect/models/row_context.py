@@ -133,7 +133,7 @@ class RowTracker:
         if rows is None:
             return None
         flat = [t.expand(call.shape).reshape(-1).contiguous() for t in rows]
-        return Rows(*flat, self.source)
+        return Rows(*flat, source=self.source)
 
     @torch.compiler.disable
     def end(self, output: Any) -> None:

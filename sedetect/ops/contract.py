@@ -63,6 +63,12 @@ class ExpertWeights:
         return cls(getattr(module, up), module.down_proj, gate, transposed=module.is_transposed, **biases)
 
     @property
+    def stacked(self) -> Matrices:
+        """gate_up where it is one stack of matrices, as a call of a backend has it."""
+        assert self.gate_up is not None and not isinstance(self.gate_up, Halves)
+        return self.gate_up
+
+    @property
     def experts(self) -> int:
         return self.down.shape[0]
 
@@ -105,8 +111,8 @@ class Backend(Protocol[Found]):
     (S,) float32, the largest |y| of each row. Rows of no expert hold anything, in tensors and in Found.
 
     Every stage may assume that refusal said None to the device, the weights' dtype, their number of experts and the
-    weights themselves; that shapes belong together and plan is of these experts (sedetect.ops.functions checks); and that it
-    runs under torch.no_grad. None changes its inputs, but for update.
+    weights themselves; that shapes belong together and plan is of these experts (sedetect.ops.functions checks); and
+    that it runs under torch.no_grad. None changes its inputs, but for update.
     """
 
     name: str

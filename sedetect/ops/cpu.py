@@ -48,8 +48,9 @@ class CpuBackend:
 
     def gate_up(self, x: torch.Tensor, plan: Plan, weights: ExpertWeights) -> torch.Tensor:
         if weights.storage:  # quantized: one expert's matrix at a time
-            return gate_up_torch(x, plan, weights.gate_up, weights.gate_up_bias, weights.transposed)
-        return self._c.gate_up_cpu(x.to(weights.gate_up.dtype), _plan(plan), _gate_up(weights))
+            return gate_up_torch(x, plan, weights.stacked, weights.gate_up_bias, weights.transposed)
+        z: torch.Tensor = self._c.gate_up_cpu(x.to(weights.stacked.dtype), _plan(plan), _gate_up(weights))
+        return z
 
     def down(self, h: torch.Tensor, plan: Plan, weights: ExpertWeights) -> tuple[torch.Tensor, RowStats]:
         h = h.to(weights.dtype).contiguous()

@@ -15,7 +15,7 @@ import torch
 
 from sedetect.kernels import tiles
 from sedetect.kernels.gate import Gate
-from sedetect.kernels.plan import Plan, Schedule, scheduled
+from sedetect.kernels.plan import Plan, Schedule, ScheduledPlan, scheduled
 from sedetect.kernels.row_stats import RowParts
 from sedetect.kernels.rows import Rows
 from sedetect.kernels.sort_rows import sort_rows
@@ -50,8 +50,8 @@ class CudaBackend(TritonBackend):
             return f"it serves CUDA tensors, these are on {device}"
         if _cuda is None:
             return (
-                "sedetect._cuda is not built; install sedetect again where nvcc of CUDA 12.5 or later is found, and with "
-                "9.0 in TORCH_CUDA_ARCH_LIST if that is set"
+                "sedetect._cuda is not built; install sedetect again where nvcc of CUDA 12.5 or later is found, and "
+                "with 9.0 in TORCH_CUDA_ARCH_LIST if that is set"
             )
         if _capability(device) != (9, 0):
             return "it is for GPUs of compute capability 9.0, this one has {}.{}".format(*_capability(device))
@@ -81,7 +81,7 @@ class CudaBackend(TritonBackend):
                 index.data_ptr(), index.dtype == torch.int32, order.data_ptr(), offsets.data_ptr(),
                 _addresses(schedule), counts.data_ptr(), slots, num_experts, processors, _stream(device),
             )  # fmt: skip
-        return Plan(order, offsets, top_k_index.shape[1], schedule)
+        return ScheduledPlan(order, offsets, top_k_index.shape[1], schedule)
 
     def update(self, state: BankStats, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
         slots, device = len(plan.order), plan.order.device
@@ -101,34 +101,42 @@ class CudaBackend(TritonBackend):
             )  # fmt: skip
 
     def _gate_up(
-        self, x: torch.Tensor, plan: Plan, weights: ExpertWeights, gate: Gate | None = None, parts: bool = False
+        self,
+        x: torch.Tensor,
+        plan: ScheduledPlan,
+        weights: ExpertWeights,
+        gate: Gate | None = None,
+        parts: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if plan.schedule.rows != _cuda.TILE_ROWS:
             return super()._gate_up(x, plan, weights, gate, parts)
         weight = weights.gate_up
+        assert isinstance(weight, torch.Tensor)  # _weights_refusal
         x = _aligned(x.to(weight.dtype))
         experts, columns, hidden = weight.shape
         _check_sizes("gate_up", x, weight, hidden, plan)
         slots, gated = len(plan.order), gate is not None and gate.gated
         width = columns // 2 if gated else columns
-        h, found = x.new_empty(slots, width), None
+        h, found, found_at = x.new_empty(slots, width), None, 0
         if parts:
             found = x.new_empty(_cuda.column_tiles(width, gated), slots, dtype=torch.float32)
+            found_at = found.data_ptr()
         schedule, order = plan.schedule, plan.order.data_ptr()
         if columns >= SORTED_COLUMNS:
             x, order = sort_rows(x, plan), 0
         _cuda.gate_up(
             x.data_ptr(), weight.data_ptr(), order,
-            schedule.tiles.data_ptr(), schedule.count.data_ptr(), h.data_ptr(), found.data_ptr() if parts else 0,
+            schedule.tiles.data_ptr(), schedule.count.data_ptr(), h.data_ptr(), found_at,
             _gate(gate), _TYPES[x.dtype], slots, plan.top_k, experts, hidden, width,
             tiles.limits(x.device).processors, _stream(x.device),
         )  # fmt: skip
         return h, found
 
-    def _down(self, h: torch.Tensor, plan: Plan, weights: ExpertWeights) -> torch.Tensor:
+    def _down(self, h: torch.Tensor, plan: ScheduledPlan, weights: ExpertWeights) -> torch.Tensor:
         if plan.schedule.rows != _cuda.TILE_ROWS:
             return super()._down(h, plan, weights)
         weight = weights.down
+        assert isinstance(weight, torch.Tensor)  # _weights_refusal
         h = _aligned(h.to(weight.dtype))
         experts, hidden, width = weight.shape
         _check_sizes("down", h, weight, width, plan)
@@ -166,6 +174,7 @@ def _weights_refusal(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
             return f"the weights are of {weight.dtype} and {dtype}"
         if size[1] % 8 or size[2] % 8:
             return f"the weights are {size}, their dimensions must be multiples of 8"
+        assert isinstance(weight, torch.Tensor)  # none is quantized
         if not weight.is_contiguous() or weight.data_ptr() % 16:
             return "the weights are not contiguous, on 16-byte boundaries"
     return None

@@ -27,7 +27,7 @@ class TorchBackend:
         return plan_torch(top_k_index, num_experts)
 
     def gate_up(self, x: torch.Tensor, plan: Plan, weights: ExpertWeights) -> torch.Tensor:
-        return gate_up_torch(x, plan, weights.gate_up, weights.gate_up_bias, weights.transposed)
+        return gate_up_torch(x, plan, weights.stacked, weights.gate_up_bias, weights.transposed)
 
     def down(self, h: torch.Tensor, plan: Plan, weights: ExpertWeights) -> tuple[torch.Tensor, RowStats]:
         return down_torch(h, plan, weights.down, weights.down_bias, weights.transposed)

@@ -12,7 +12,7 @@ from sedetect.kernels.combine import combine
 from sedetect.kernels.down import down
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.gate_up import ACTIVATIONS, gate_up
-from sedetect.kernels.plan import Plan, plan, scheduled
+from sedetect.kernels.plan import Plan, ScheduledPlan, plan, scheduled
 from sedetect.kernels.row_scan import row_parts
 from sedetect.kernels.row_stats import RowParts
 from sedetect.kernels.rows import Rows
@@ -81,20 +81,25 @@ class TritonBackend:
         with on(gates.device):
             update(state, found, plan, gates, rows)
 
-    # The GEMMs, of plans that have a schedule: what another backend on a GPU may do in another way.
+    # The GEMMs: what another backend on a GPU may do in another way.
 
     def _gate_up(
-        self, x: torch.Tensor, plan: Plan, weights: ExpertWeights, gate: Gate | None = None, parts: bool = False
+        self,
+        x: torch.Tensor,
+        plan: ScheduledPlan,
+        weights: ExpertWeights,
+        gate: Gate | None = None,
+        parts: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As sedetect.kernels.gate_up.gate_up, with this gate, None for none."""
-        return gate_up(x, plan, weights.gate_up, weights.gate_up_bias, weights.transposed, gate, parts)
+        return gate_up(x, plan, weights.stacked, weights.gate_up_bias, weights.transposed, gate, parts)
 
-    def _down(self, h: torch.Tensor, plan: Plan, weights: ExpertWeights) -> torch.Tensor:
+    def _down(self, h: torch.Tensor, plan: ScheduledPlan, weights: ExpertWeights) -> torch.Tensor:
         """As sedetect.kernels.down.down."""
         return down(h, plan, weights.down, weights.down_bias, weights.transposed)
 
 
-def on(device: torch.device) -> AbstractContextManager:
+def on(device: torch.device) -> AbstractContextManager[None]:
     """Launches go to the current device; a model may be spread over several."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()

@@ -156,17 +156,14 @@ class BankStats:
 
     def to(self, device: torch.device | str) -> "BankStats":
         """A copy on another device (always a copy)."""
-        return BankStats(
-            **{
-                f.name: None if (t := getattr(self, f.name)) is None else t.detach().to(device, copy=True)
-                for f in fields(self)
-            }
-        )
+        return self.replaced([tensor.detach().to(device, copy=True) for tensor in self.kept()])
 
     def among(self, first: int, num_experts: int) -> "BankStats":
         """The state of num_experts experts: these are those from first on, the others have seen nothing. It keeps no
         coactivation, which is of all experts or of none."""
-        channels = None if self.channel_max is None else (self.channel_max.shape[1], self.in_channel_max.shape[1])
+        channels = None
+        if self.channel_max is not None and self.in_channel_max is not None:
+            channels = (self.channel_max.shape[1], self.in_channel_max.shape[1])
         whole = BankStats.empty(num_experts, self.counts.device, channels, published=self.published_max is not None)
         for f in fields(self):
             if (own := getattr(self, f.name)) is not None and f.name != "coactivation":
@@ -178,23 +175,23 @@ class BankStats:
 
         Raises SedetectError where the numbers of experts or channels or the optional statistics differ.
         """
-        merged = {}
-        for f in fields(self):
-            a, b = getattr(self, f.name), getattr(other, f.name)
+        merged = []
+        for name in _FIELDS:
+            a, b = getattr(self, name), getattr(other, name)
             if (a is None) != (b is None) or (a is not None and a.shape != b.shape):
                 shapes = [None if t is None else tuple(t.shape) for t in (a, b)]
                 raise SedetectError(
-                    f"{f.name}: shapes {shapes[0]} and {shapes[1]} do not merge; profile both with the same statistics"
+                    f"{name}: shapes {shapes[0]} and {shapes[1]} do not merge; profile both with the same statistics"
                 )
             if a is None:
-                merged[f.name] = None
-            elif f.name in RECORDS:
-                merged[f.name] = merge_records(a, b)
-            elif f.name.endswith("_max"):
-                merged[f.name] = torch.maximum(a, b)
+                continue
+            if name in RECORDS:
+                merged.append(merge_records(a, b))
+            elif name.endswith("_max"):
+                merged.append(torch.maximum(a, b))
             else:
-                merged[f.name] = a + b
-        return BankStats(**merged)
+                merged.append(a + b)
+        return self.replaced(merged)
 
     def equal(self, other: "BankStats", sums_rtol: float = 1e-12) -> bool:
         """Whether counts, maxima and kept rows are equal bit for bit, and sums within sums_rtol."""

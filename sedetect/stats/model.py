@@ -71,10 +71,10 @@ class Header:
 
     @classmethod
     def from_json(cls, text: str) -> "Header":
-        header = cls(**json.loads(text))
-        header.banks = {name: BankInfo(**bank) for name, bank in header.banks.items()}
-        header.sources = {name: Source(**source) for name, source in header.sources.items()}
-        return header
+        written = json.loads(text)
+        banks = {name: BankInfo(**bank) for name, bank in written.pop("banks", {}).items()}
+        sources = {name: Source(**source) for name, source in written.pop("sources", {}).items()}
+        return cls(banks=banks, sources=sources, **written)
 
     def merge(self, other: "Header") -> "Header":
         """Both runs as one. Raises SedetectError for different models or precisions, or the same sequences twice."""
@@ -168,7 +168,7 @@ class ModelStats:
             banks[bank] = replace(state, **renumbered)
         return banks
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, tensors named "<stack>.<layer>.<kind>/<field>", atomically.
 
         Raises SedetectError where the folder cannot be written.
@@ -178,7 +178,7 @@ class ModelStats:
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "ModelStats":
+    def load(cls, path: str | os.PathLike[str]) -> "ModelStats":
         """Read a file written by save, or the stats.safetensors of a folder.
 
         Raises SedetectError for a missing, foreign or damaged file, or another version.
@@ -197,7 +197,7 @@ class ModelStats:
                         "profile again or use the sedetect that wrote it"
                     )
                 by_bank: dict[BankId, dict[str, torch.Tensor]] = {}
-                for key in file.keys():
+                for key in file.keys():  # noqa: SIM118  # no dictionary: it is not iterated itself
                     bank, name = key.split("/")
                     by_bank.setdefault(BankId.parse(bank), {})[name] = file.get_tensor(key)
             banks = {bank: BankStats.from_tensors(tensors) for bank, tensors in sorted(by_bank.items())}
@@ -228,7 +228,7 @@ def join_banks(parts: list[ModelStats]) -> ModelStats:
 
 def ranges_of(ids: torch.Tensor) -> list[list[int]]:
     """Half-open ranges that cover the ids (N,) int64, sorted: [3, 1, 2, 7] -> [[1, 4], [7, 8]]."""
-    ids = ids.unique()
+    ids = torch.unique(ids)
     if not len(ids):
         return []
     breaks = (ids.diff() > 1).nonzero().flatten()

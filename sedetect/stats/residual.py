@@ -1,7 +1,7 @@
 """What was seen of a model's residual stream and attention sinks: layers, formations of massive activations, D_sink.
 
-sedetect.experiments.residual_stream observes it; here are its parts, its document residual.json, and what is read off them. x is the output
-of a decoder layer before any final norm; everything is in its units.
+sedetect.experiments.residual_stream observes it; here are its parts, its document residual.json, and what is read off
+them. x is the output of a decoder layer before any final norm; everything is in its units.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -144,7 +144,7 @@ class Residual(Document):
 
     @property
     def headline(self) -> str:
-        """One sentence: in which layers massive activations form that later layers carry, and which experts write them."""
+        """One sentence: in which layers massive activations form that later ones carry, and which experts write them."""
         forming = ", ".join(f"L{layer}" for layer in self.forming_layers)
         writers = ", ".join(
             str(place) for place in sorted(self.writers(), key=lambda p: (p.layer, p.kind, str(p.expert)))
@@ -163,7 +163,7 @@ class Residual(Document):
         return {w.expert for f in self.formations for w in f.writers if self.carried_by(w.expert)}
 
     def to_dict(self) -> dict[str, Any]:
-        """The document residual.json: every field, experts by name, forming_layers, sink_mean and inner_max; no NaN in it."""
+        """The document residual.json: every field, experts by name, forming_layers, sink_mean and inner_max; no NaN."""
         document = super().to_dict() | asdict(self)
         document |= {name: getattr(self, name) for name in ("forming_layers", "sink_mean", "inner_max")}
         for formation, kept in zip(document["formations"], self.formations):

@@ -24,6 +24,7 @@ from sedetect.ops.functions import moe_modules
 DOWN_NAMES = ("down_proj", "w2", "output_linear")
 EXPERT_DOWN_NAMES = (*DOWN_NAMES, "wo", "fc2")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_Routing = Callable[[list[Any]], tuple[torch.Tensor, torch.Tensor]]  # what routers gave -> (index, weights), (T, k)
 # Of its input projections: the gate first, where there are two.
 _UP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"), ("wi",), ("fc1",))
 
@@ -39,15 +40,17 @@ class _Listed:
         held = next(itertools.chain(first[0].parameters(), first[0].buffers()))
         self.dtype = held.dtype if held is getattr(first[0], "weight", None) and held.dtype in _FLOATS else None
         self.device, self.is_meta = held.device, held.is_meta
-        self.shape = torch.Size((len(linears), sum(one.out_features for one in first), first[0].in_features))
+        sizes = [linear_sizes(one) for one in first]
+        self.shape = torch.Size((len(linears), sum(out for out, _ in sizes), sizes[0][1]))
 
     def __len__(self) -> int:
         return len(self._linears)
 
     def __getitem__(self, expert: int) -> torch.Tensor:
-        parts = [linear_weight(one) for one in self._linears[expert]]
-        if any(part is None for part in parts):
-            name = type(self._linears[expert][0]).__name__
+        linears = self._linears[expert]
+        parts = [part for part in map(linear_weight, linears) if part is not None]
+        if len(parts) < len(linears):
+            name = type(linears[0]).__name__
             raise SedetectError(f"{name}: weights in this form cannot be read; load the model unquantized")
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -57,14 +60,14 @@ class _ListedBiases:
 
     def __init__(self, linears: list[list[nn.Module]]):
         self._linears, like = linears, _Listed(linears)
-        self._options = {"dtype": like.dtype or torch.float32, "device": like.device}
+        self._dtype, self._device = like.dtype or torch.float32, like.device
 
     def __getitem__(self, expert: int) -> torch.Tensor:
-        of = self._linears[expert]
-        biases = (getattr(one, "bias", None) for one in of)
-        return torch.cat(
-            [torch.zeros(one.out_features, **self._options) if b is None else b for one, b in zip(of, biases)]
-        )
+        return torch.cat([self._bias(linear) for linear in self._linears[expert]])
+
+    def _bias(self, linear: nn.Module) -> torch.Tensor:
+        bias = getattr(linear, "bias", None)
+        return torch.zeros(linear_sizes(linear)[0], dtype=self._dtype, device=self._device) if bias is None else bias
 
 
 class ListedExperts(Adapter):
@@ -157,16 +160,16 @@ class ListedBlock(ListedExperts):
     def __init__(self, module: nn.Module, parent: nn.Module):
         super().__init__(module, parent)
         self._routers = [c for c in parent.children() if c is not module and not has_down(c)]
-        self._route = None
+        self._route: _Routing | None = None
         self._probe()
 
     @property
     def redirected(self):
-        return self._parent()
+        return self.parent
 
     @property
     def top_k(self) -> int | None:
-        block = self._parent()
+        block = self.parent
         names = ("top_k", "num_experts_per_tok", "num_selected_experts")
         holders = (block, getattr(block, "config", None))
         return next((getattr(h, n) for h in holders for n in names if isinstance(getattr(h, n, None), int)), None)
@@ -197,18 +200,20 @@ class ListedBlock(ListedExperts):
 
     @torch.no_grad()
     def _probe(self) -> None:
-        block, down = self._parent(), self.down_proj
+        block, down = self.parent, self.down_proj
         x = torch.randn(1, 16, down.shape[1], generator=torch.Generator().manual_seed(0))
         # That of the router, where the experts' own does not tell what they are given.
         others = (p.dtype for router in self._routers for p in router.parameters() if p.dtype in _FLOATS)
         dtype = down.dtype or next(others, torch.bfloat16)
         x = x.to(down.device, dtype) if not down.is_meta else x
         tolerance = 1e-4 if dtype in (torch.float32, torch.float64) and down.dtype else 2e-2
-        errors: dict[Callable[..., Any], float] = {}
+        errors: dict[_Routing, float] = {}
         restore, _ = serve_linears(block)
         try:
             own = _first(block(x))
-            for routing in (_given, partial(_softmax, self.top_k, False), partial(_softmax, self.top_k, True)):
+            routings: list[_Routing] = [_given]
+            routings += [partial(_softmax, self.top_k, normalized) for normalized in (False, True)]
+            for routing in routings:
                 self._route = routing
                 try:
                     mine = _first(self.translate(block.forward, x))
@@ -219,8 +224,8 @@ class ListedBlock(ListedExperts):
             pass  # code of a form that is not understood either: refused below
         finally:
             restore()
-        self._route = min(errors, key=errors.get, default=None)
-        if errors.get(self._route, torch.inf) <= tolerance:
+        self._route = min(errors, key=errors.__getitem__, default=None)
+        if self._route is not None and errors[self._route] <= tolerance:
             return
         raise SedetectError(
             f"{type(block).__name__} ({type(self.experts[0]).__name__}): how this block routes to its experts is not "
@@ -261,6 +266,12 @@ def has_down(module: nn.Module) -> bool:
 def is_linear(module: Any) -> bool:
     """nn.Linear, or a quantized one of any kind."""
     return isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of what is_linear tells."""
+    linear: Any = module  # quantized ones share no class
+    return linear.out_features, linear.in_features
 
 
 def _first(output: Any) -> torch.Tensor:

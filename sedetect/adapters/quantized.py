@@ -39,8 +39,9 @@ class FP8Experts(Adapter):
         return self.module.has_gate
 
     def _weights(self, name: str) -> QuantizedWeights:
-        stored, scale = getattr(self.module, name), getattr(self.module, f"{name}_scale_inv")
-        return QuantizedWeights(stored, scale, self.module.block_size, self.dtype)
+        module: Any = self.module  # the block's size is a pair of numbers
+        stored, scale = getattr(module, name), getattr(module, f"{name}_scale_inv")
+        return QuantizedWeights(stored, scale, module.block_size, self.dtype)
 
     def _apply_gate(self, z):
         return self.module._apply_gate(z) if self.has_gate else self.act_fn(z)
@@ -62,7 +63,7 @@ class Mxfp4GptOssExperts(Adapter):
 
     @property
     def redirected(self):
-        return self._parent()
+        return self.parent
 
     @property
     def gate_up_proj(self):
@@ -82,10 +83,11 @@ class Mxfp4GptOssExperts(Adapter):
         return self.module.down_proj_bias.to(self.dtype)
 
     def _weights(self, name: str, rows: int, columns: int) -> "_KernelWeights":
-        data, precision = getattr(self.module, name), getattr(self.module, f"{name}_precision_config")
+        module: Any = self.module  # the number of its experts is one
+        data, precision = getattr(module, name), getattr(module, f"{name}_precision_config")
         if precision is None:
             raise SedetectError(f"Mxfp4GptOssExperts: {name} has no scales; load the model with from_pretrained")
-        return _KernelWeights(data, precision.weight_scale, (self.module.num_experts, rows, columns), self.dtype)
+        return _KernelWeights(data, precision.weight_scale, (module.num_experts, rows, columns), self.dtype)
 
     def _apply_gate(self, z):
         gate, up = z[..., ::2].clamp(max=self.module.limit), z[..., 1::2].clamp(-self.module.limit, self.module.limit)
@@ -94,7 +96,7 @@ class Mxfp4GptOssExperts(Adapter):
     def translate(self, own_forward, hidden_states):
         self.dtype = hidden_states.dtype
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits, weights, index = self._parent().router(x)
+        logits, weights, index = self.parent.router(x)
         return self(x, index, weights).view(hidden_states.shape), logits
 
 
@@ -106,12 +108,13 @@ class _KernelWeights(QuantizedWeights):
         self.shape, self.block, self.storage, self.dtype = torch.Size(shape), (1, 32), torch.uint8, dtype
         self.device, self.is_meta = data.storage.data.device, data.storage.data.is_meta
 
+    # mypy takes a cached_property for one that cannot be set, which the base's attributes can.
     @cached_property
-    def stored(self) -> torch.Tensor:
+    def stored(self) -> torch.Tensor:  # type: ignore[override]
         return self._in_order(self._data, 2)
 
     @cached_property
-    def scale(self) -> torch.Tensor:
+    def scale(self) -> torch.Tensor:  # type: ignore[override]
         return self._in_order(self._scale, 32)
 
     def _in_order(self, tensor: Any, columns: int) -> torch.Tensor:
@@ -142,9 +145,9 @@ def serve_linears(model: nn.Module) -> tuple[Callable[[], None], int]:
 
 def linear_weight(module: nn.Module) -> torch.Tensor | None:
     """The matrix (M, K) that a linear multiplies with; None where its type does not tell."""
+    if isinstance(module, FP8Linear) and module.weight.element_size() == 1:
+        return dequantize(module.weight, module.weight_scale_inv, module.block_size, torch.float32)
     weight = getattr(module, "weight", None)
-    if isinstance(module, FP8Linear) and weight.element_size() == 1:
-        return dequantize(weight, module.weight_scale_inv, module.block_size, torch.float32)
     if not isinstance(weight, torch.Tensor) or weight.dtype.itemsize == 1 or not weight.is_floating_point():
         return None
     return weight

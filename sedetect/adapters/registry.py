@@ -51,7 +51,7 @@ def adapt(path: str, module: nn.Module, parent: nn.Module) -> Adapter | None:
     if adapter is None:
         return None
     kept = vars(module)  # not as a submodule: the model keeps its parameters and state_dict
-    if kept.get(_KEPT) is None or kept[_KEPT].module is not module:  # of the module it is a copy of
+    if kept.get(_KEPT) is None or not kept[_KEPT].adapts(module):  # of the module it is a copy of
         kept[_KEPT] = adapter(module, parent)
     return kept[_KEPT]
 
@@ -66,7 +66,9 @@ def serve_quantized(model: nn.Module) -> tuple[Callable[[], None], int]:
         undo.callback(restore)
         for path, module in model.named_modules():
             if type(module).__name__ == "FP8Experts" and not has_kernel(module.down_proj.device.type):
-                undo.callback(adapt(path, module, model.get_submodule(path.rpartition(".")[0])).redirect())
+                adapter = adapt(path, module, model.get_submodule(path.rpartition(".")[0]))
+                assert adapter is not None
+                undo.callback(adapter.redirect())
         return undo.pop_all().close, served
 
 

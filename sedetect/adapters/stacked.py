@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,41 @@ from torch import nn
 
 from sedetect.adapters.forwards import forward_of, replace_forward
 from sedetect.errors import SedetectError
-from sedetect.ops.contract import ExpertWeights, Halves
+from sedetect.ops.contract import ExpertWeights, Function, Halves, Matrices
 from sedetect.ops.functions import moe_mlp
 from sedetect.stats.bank import BankStats
+
+
+class ExpertsModule(Protocol):
+    """What is read of a transformers experts module and of an adapter.
+
+    Experts without a gate have up_proj in the place of gate_up_proj. The biases are there where has_bias says so, and
+    post_expert_norm where has_post_expert_norm is there and says so.
+    """
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    post_expert_norm: Function
+
+    @property
+    def gate_up_proj(self) -> Matrices | Halves | None: ...
+
+    @property
+    def down_proj(self) -> Matrices: ...
+
+    @property
+    def down_proj_bias(self) -> torch.Tensor: ...
+
+    @property
+    def act_fn(self) -> Function: ...
+
+    def _apply_gate(self, z: torch.Tensor) -> torch.Tensor: ...
+
+
+def as_experts(module: nn.Module) -> ExpertsModule:
+    """A module that is known to be one of experts; torch types the attributes of an nn.Module as tensors or modules."""
+    return cast(ExpertsModule, module)
 
 
 class Adapter(nn.Module):
@@ -36,13 +68,26 @@ class Adapter(nn.Module):
         self._module, self._parent = weakref.ref(module), weakref.ref(parent)
         self._attached = 0
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the module, in memory or in a file, begins without an adapter."""
         return type(None), ()
 
     @property
     def module(self) -> nn.Module:
-        return self._module()
+        module = self._module()
+        assert module is not None  # which holds its adapter
+        return module
+
+    def adapts(self, module: nn.Module) -> bool:
+        """Whether it is the adapter of this module, and not of one that it was copied from."""
+        return self._module() is module
+
+    @property
+    def parent(self) -> nn.Module:
+        """The module that owns the adapted one."""
+        parent = self._parent()
+        assert parent is not None
+        return parent
 
     @property
     def redirected(self) -> nn.Module:
@@ -50,20 +95,20 @@ class Adapter(nn.Module):
         return self.module
 
     @property
-    def gate_up_proj(self) -> torch.Tensor | Halves | None:
-        return self.module.gate_up_proj
+    def gate_up_proj(self) -> Matrices | Halves | None:
+        return as_experts(self.module).gate_up_proj
 
     @property
-    def stored_gate_up(self) -> torch.Tensor | Halves:
+    def stored_gate_up(self) -> Matrices | Halves | None:
         """The projections as they are stored, where gate_up_proj does not show them."""
         return self.gate_up_proj
 
     @property
-    def down_proj(self) -> torch.Tensor:
-        return self.module.down_proj
+    def down_proj(self) -> Matrices:
+        return as_experts(self.module).down_proj
 
     def act_fn(self, x: torch.Tensor) -> torch.Tensor:
-        return self.module.act_fn(x)
+        return as_experts(self.module).act_fn(x)
 
     def _apply_gate(self, z: torch.Tensor) -> torch.Tensor:
         gate, up = z.chunk(2, dim=-1)
@@ -114,7 +159,7 @@ class Llama4Experts(Adapter):
     def translate(self, own_forward, hidden_states):
         experts, hidden = len(self.down_proj), hidden_states.shape[-1]
         scaled = hidden_states.view(experts, -1, hidden)
-        size, index = scaled.abs().amax(-1).t().topk(self._parent().top_k)
+        size, index = scaled.abs().amax(-1).t().topk(self.parent.top_k)
         x = scaled[index, torch.arange(len(index), device=index.device)[:, None]]
         out = torch.zeros_like(scaled)
         out[0] = self(x, index, (size != 0).to(x.dtype))  # the caller sums over the experts
@@ -133,7 +178,8 @@ class DbrxExperts(Adapter):
         return self._split(self.module.mlp.w2).transpose(1, 2)
 
     def _split(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.view(self.module.num_experts, self.module.ffn_hidden_size, self.module.hidden_size)
+        module: Any = self.module  # the sizes are numbers
+        return weight.view(module.num_experts, module.ffn_hidden_size, module.hidden_size)
 
     def act_fn(self, x):
         return self.module.mlp.activation_fn(x)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
-def check_checkpoint(path: str | Path) -> None:
+def check_checkpoint(path: str | os.PathLike[str]) -> None:
     """Verify a checkpoint folder without reading its weights.
 
     Raises SedetectError where the folder or its config.json is missing or not valid, the weights are pickled, a shard

@@ -1,16 +1,17 @@
 """The plug-in point: Hugging Face MoE modules whose experts we compute, or step into.
 
 transformers 5 sends every experts module through an experts interface, looked up by name in the module's config at
-every call. We register one name when a model is attached first, and attach by giving each experts module its own copy of its config that carries that
-name and the function to call: the model's config, and any other model built from it, never change. The down_proj of a
-shared expert or dense MLP is substituted by a module that holds the same parameters. attach returns what restores every
-object that was there. Experts outside the interface have adapters (sedetect.adapters.registry) that are attached in the same
-way.
+every call. We register one name when a model is attached first, and attach by giving each experts module its own copy
+of its config that carries that name and the function to call: the model's config, and any other model built from it,
+never change. The down_proj of a shared expert or dense MLP is substituted by a module that holds the same parameters.
+attach returns what restores every object that was there. Experts outside the interface have adapters
+(sedetect.adapters.registry) that are attached in the same way.
 """
 
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,8 @@ NAME = "sedetect"
 
 def experts_forward(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
     """The registered experts implementation: x (T, H), routing (T, k) twice -> (T, H), by what attach was given."""
-    return module.config.sedetect_call(module, *args)
+    config: Any = module.config  # one that attach made
+    return config.sedetect_call(module, *args)
 
 
 class SubstitutedDown(nn.Module):
@@ -97,7 +99,7 @@ def attach(
 
 def run_inner(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
     """Compute an experts module by what was there before the current attach."""
-    own = module.config
+    own: Any = module.config  # one that attach made
     module.config = own.sedetect_inner
     try:
         return module(*args)

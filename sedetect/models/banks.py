@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -15,9 +16,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from sedetect.adapters.forwards import forward_of
-from sedetect.adapters.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear
+from sedetect.adapters.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear, linear_sizes
 from sedetect.adapters.registry import NOT_MLPS, REFUSED, adapt
-from sedetect.adapters.stacked import Adapter
+from sedetect.adapters.stacked import Adapter, as_experts
 from sedetect.errors import SedetectError
 from sedetect.stats.place import BankId
 
@@ -96,18 +97,19 @@ def find_banks(model: nn.Module) -> list[Bank]:
         banks.append(Bank(BankId(stack, layer, kind), path, module, *sizes, here, group))
 
     for path, module in routed:
-        experts, *matrix = module.down_proj.shape
-        hidden, intermediate = reversed(matrix) if module.is_transposed else matrix
-        inner, shared = getattr(module, "inner_path", ""), ()
-        if isinstance(module.down_proj, DTensor):
-            mesh, own = module.down_proj.device_mesh, len(module.down_proj.to_local())
+        down, here, group = as_experts(module).down_proj, None, None
+        count, *matrix = down.shape
+        hidden, intermediate = reversed(matrix) if as_experts(module).is_transposed else matrix
+        if isinstance(down, DTensor):
+            mesh, own = down.device_mesh, len(down.to_local())
             first = own * mesh.get_local_rank()
-            shared = range(first, first + own), mesh.get_group()
-        add(path + inner, module, getattr(module, "kind", "routed"), (experts, hidden, intermediate), *shared)
+            here, group = range(first, first + own), mesh.get_group()
+        inner, kind = getattr(module, "inner_path", ""), getattr(module, "kind", "routed")
+        add(path + inner, module, kind, (count, hidden, intermediate), here, group)
     for path, module in mlps:
         # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
         kind = "shared" if "shared" in path or _layer(path) in layers else "dense"
-        add(path, module, kind, (1, module.out_features, module.in_features))
+        add(path, module, kind, (1, *linear_sizes(module)))
     return sorted(banks, key=lambda bank: bank.id)
 
 
@@ -121,7 +123,7 @@ def find_dense(model: nn.Module) -> list[Bank]:
     for path, module in mlps:
         prefix, layer = _layer(path)
         bank = BankId(stacks[prefix], layer, "dense")
-        banks.append(Bank(bank, path, module, 1, module.out_features, module.in_features))
+        banks.append(Bank(bank, path, module, 1, *linear_sizes(module)))
     return sorted(banks, key=lambda bank: bank.id)
 
 
@@ -133,7 +135,12 @@ def layer_path(bank: Bank) -> str:
 
 def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
     """Decoder layers (dense ones counted) of every stack that has a bank."""
-    return {bank.id.stack: len(model.get_submodule(_layer(bank.path)[0])) for bank in banks}
+    return {bank.id.stack: len(layer_list(model, _layer(bank.path)[0])) for bank in banks}
+
+
+def layer_list(model: nn.Module, path: str) -> nn.ModuleList:
+    """The list of layers at path."""
+    return cast(nn.ModuleList, model.get_submodule(path))  # remote code may have another sequence of modules
 
 
 def _mlps(model: nn.Module, expert_classes: Collection[type] = ()) -> Iterator[tuple[str, nn.Module]]:
@@ -189,7 +196,7 @@ def _experts(model: nn.Module, path: str, module: nn.Module) -> Iterator[nn.Modu
         yield adapter or module
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it computes what nn.Linear does, within accelerate's hooks or without."""
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
         return False
@@ -202,14 +209,14 @@ def is_plain_linear(module: nn.Module) -> bool:
 def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:
     """Raise for experts whose down_proj is stored in a way that cannot be measured."""
     module = experts.module if isinstance(experts, Adapter) else experts
-    name, weight = type(module).__name__, experts.down_proj
+    name, weight = type(module).__name__, as_experts(experts).down_proj
     placements = weight.placements if isinstance(weight, DTensor) else ()
-    if any(p.is_shard() and p.dim != 0 for p in placements):
+    if any(p.is_shard() and not p.is_shard(0) for p in placements):
         raise SedetectError(
             f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
             "load the model with its expert-parallel plan instead"
         )
-    parallel = getattr(model.config, "distributed_config", None)
+    parallel: Any = getattr(model.config, "distributed_config", None)
     shared = getattr(parallel, "enable_expert_parallel", False)
     if placements or shared:
         whole = shared and len(placements) == 1  # whole experts, whose numbers their place tells

@@ -3,18 +3,21 @@
 import torch
 from torch import nn
 
+from sedetect.adapters.stacked import as_experts
 from sedetect.kernels.grouped import expert_linear
 
 
 def expert_hidden(module: nn.Module, x: torch.Tensor, expert: int) -> torch.Tensor:
     """The input of one expert's down_proj: x (T, H) -> (T, I), by the module's own gate."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    bias = getattr(module, f"{up}_bias")[expert] if module.has_bias else None
-    z = expert_linear(x, getattr(module, up)[expert], bias, module.is_transposed)
-    return module._apply_gate(z) if module.has_gate else module.act_fn(z)
+    own = as_experts(module)
+    up = "gate_up_proj" if own.has_gate else "up_proj"
+    bias = getattr(module, f"{up}_bias")[expert] if own.has_bias else None
+    z = expert_linear(x, getattr(module, up)[expert], bias, own.is_transposed)
+    return own._apply_gate(z) if own.has_gate else own.act_fn(z)
 
 
 def expert_output(module: nn.Module, x: torch.Tensor, expert: int) -> torch.Tensor:
-    """down_proj output of one expert as the layer stores it: x (N, H) -> (N, H), before post norm and routing weight."""
-    bias = module.down_proj_bias[expert] if module.has_bias else None
-    return expert_linear(expert_hidden(module, x, expert), module.down_proj[expert], bias, module.is_transposed)
+    """One expert's down_proj output as the layer stores it: x (N, H) -> (N, H), before post norm and routing weight."""
+    own = as_experts(module)
+    bias = own.down_proj_bias[expert] if own.has_bias else None
+    return expert_linear(expert_hidden(module, x, expert), own.down_proj[expert], bias, own.is_transposed)

@@ -20,15 +20,16 @@ _VOLATILE = {
 
 def model_name(model: nn.Module) -> str:
     """The hub name, or the last part of a folder's path: files that travel do not tell where it lay."""
-    name = model.config._name_or_path
+    config: Any = model.config
+    name: str = config._name_or_path
     return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
 
 
 def model_digest(model: nn.Module) -> str:
     """What makes two runs runs of one model: a digest of its config and of its checkpoint's weights."""
-    config = _stable(model.config.to_dict())
-    weights = weights_digest(model.config._name_or_path)
-    return digest(json.dumps([config, weights], sort_keys=True, default=str))
+    config: Any = model.config
+    weights = weights_digest(config._name_or_path)
+    return digest(json.dumps([_stable(config.to_dict()), weights], sort_keys=True, default=str))
 
 
 def _stable(config: Any) -> Any:

@@ -8,24 +8,25 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from sedetect.errors import SedetectError
-from sedetect.models.banks import Bank
+from sedetect.models.banks import Bank, layer_list
 
 # Children of a decoder layer that mix tokens, unless they hold experts.
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "linear_attn", "mamba", "conv", "mixer")
 
 
 def decoder_layers(model: nn.Module, banks: list[Bank]) -> nn.ModuleList:
-    """The layers of the decoder stack, dense ones too. Raises SedetectError for a model whose decoder has no experts."""
+    """The layers of the decoder stack, dense ones too. Raises SedetectError where no expert is in the decoder."""
     paths = Counter(b.path.partition(f".{b.id.layer}.")[0] for b in banks if b.id.stack == "decoder")
     if not paths:
         raise SedetectError(f"{type(model).__name__}: no experts in its decoder; the residual stream there is observed")
-    return model.get_submodule(paths.most_common(1)[0][0])
+    return layer_list(model, paths.most_common(1)[0][0])
 
 
 def attention_blocks(layer: nn.Module, path: str, banks: list[Bank]) -> list[nn.Module]:
@@ -51,7 +52,7 @@ def run_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
     An encoder and its decoder read the same text.
     """
     known = inspect.signature(model.forward).parameters
-    wanted = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    wanted: dict[str, int | torch.Tensor] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     if "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):  # which passes it on
         wanted["use_cache"] = False
     if model.device.type != "meta":  # of offloaded embeddings, whose hooks move the ids
@@ -70,7 +71,7 @@ def refuse_encoder_decoder(model: PreTrainedModel, what: str) -> None:
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """Attention that returns its weights, while the context lasts. A model that cannot switch keeps what it has."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in list(configs.values()):
         nested = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
         configs.update({id(c): c for c in nested if c is not None})

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
@@ -34,6 +34,9 @@ from sedetect.checkpoints.prefetch import Prefetched, prefetch
 from sedetect.errors import SedetectError, shorten
 from sedetect.models.banks import Bank, find_banks
 
+if TYPE_CHECKING:
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
 # Tried in this order: a text-only class leaves the vision tower of a multimodal checkpoint out.
 _AUTO_CLASSES = (
     AutoModelForCausalLM,
@@ -54,7 +57,7 @@ def load_model(
     attn: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint folder, or a model of the hub, in eval mode. A folder's files are not verified: check_checkpoint.
+    """Load a checkpoint folder, or a model of the hub, in eval mode. check_checkpoint verifies a folder's files.
 
     Args:
         path_or_name: a Prefetched folder gives the weights that are on their way already; they are used up.
@@ -161,7 +164,7 @@ def open_model(
     model without tokenizer.
     """
     notes: list[str] = []
-    if isinstance(model, (str, os.PathLike[str])):
+    if isinstance(model, (str, os.PathLike)):
         if Path(model).is_dir():
             check_checkpoint(model)
             _refuse_unknown_type(Path(model), trust_remote_code)  # before its tokenizer, which would fail too
@@ -198,7 +201,7 @@ def empty_model(folder: str | Path, config: str | Path | None = None) -> PreTrai
 
 
 def load_tokenizer(
-    path_or_name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    path_or_name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint folder or hub model. Raises SedetectError where there is none."""
     name = _resolve(path_or_name)
@@ -210,7 +213,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def _resolve(path_or_name: str | Path) -> str:
+def _resolve(path_or_name: str | os.PathLike[str]) -> str:
     """The name to give to transformers: an existing folder, or what can only be a hub name."""
     name = str(path_or_name)
     if Path(name).is_file():
@@ -231,7 +234,7 @@ def _refuse_unknown_type(folder: Path, trust_remote_code: bool) -> None:
         )
 
 
-def _auto_class(name: str, config: PreTrainedConfig, trust_remote_code: bool) -> type:
+def _auto_class(name: str, config: PreTrainedConfig, trust_remote_code: bool) -> "type[_BaseAutoModelClass]":
     remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
     for auto_class in _AUTO_CLASSES:
         if auto_class.__name__ in remote or type(config) in auto_class._model_mapping:

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from sedetect.adapters.forwards import replaced_forward
-from sedetect.adapters.stacked import Adapter
+from sedetect.adapters.stacked import Adapter, as_experts
 from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.rows import Rows
@@ -124,25 +124,29 @@ def _compute_experts(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     module, measurement.top_k = measurement.bank.module, top_k_index.shape[-1]
-    how = {"rows": rows, "backend": measurement.backend, "served": measurement.note}
+    gate, backend, served = measurement.gate, measurement.backend, measurement.note
     if isinstance(module, Adapter):
-        how |= {"gate": measurement.gate} if module.fusable else {}
-        return module.compute(hidden_states, top_k_index, top_k_weights, state, **how)
+        compute = partial(module.compute, gate=gate) if module.fusable else module.compute
+        return compute(hidden_states, top_k_index, top_k_weights, state, rows=rows, backend=backend, served=served)
+    assert gate is not None  # measure
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
-    norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
-    weights = ExpertWeights.of(module, measurement.gate)
-    out = moe_mlp(x, top_k_index, top_k_weights, weights, state, post_norm=norm, **how)
+    norm = as_experts(module).post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+    weights = ExpertWeights.of(module, gate)
+    out = moe_mlp(
+        x, top_k_index, top_k_weights, weights, state, post_norm=norm, rows=rows, backend=backend, served=served
+    )
     return out.reshape(hidden_states.shape)
 
 
 def _compute_down(measurement: Measurement, state: BankStats, rows: Rows, x: torch.Tensor) -> torch.Tensor:
     """A plain nn.Linear is computed by our op; anything else (quantized, split) computes itself and is read."""
     original, flat = measurement.bank.module, x.reshape(-1, x.shape[-1])
-    how = {"rows": rows, "backend": measurement.backend, "served": measurement.note}
+    backend, served = measurement.backend, measurement.note
     if is_plain_linear(original):
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            y = linear_stats(x.reshape(-1, x.shape[-1]), original.weight, original.bias, state, **how)
+            flat = x.reshape(-1, x.shape[-1])
+            y = linear_stats(flat, original.weight, original.bias, state, rows=rows, backend=backend, served=served)
             return y.reshape(*x.shape[:-1], y.shape[-1])
 
         if not hasattr(original, "_hf_hook"):
@@ -154,22 +158,23 @@ def _compute_down(measurement: Measurement, state: BankStats, rows: Rows, x: tor
     if isinstance(weight, DTensor) and any(p.is_shard(1) for p in weight.placements):
         # Split by tensor parallelism: y is whole, but this rank has a part of every row of x.
         flat = _gathered(flat, weight.device_mesh.get_group())
-    output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, **how)
+    output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, rows=rows, backend=backend, served=served)
     return y
 
 
 def gate_of(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:
     """The module's gate as a Gate that a kernel can fuse, where one agrees with it; else its own function."""
     module, holder = bank.module, bank.stored_in
-    own = module._apply_gate if module.has_gate else module.act_fn
+    experts = as_experts(module)
+    own = experts._apply_gate if experts.has_gate else experts.act_fn
     config = {name: value for name, value in vars(getattr(holder, "config", module.config)).items() if "limit" in name}
     limits = [value for value in (*vars(holder).values(), *config.values()) if isinstance(value, float) and value > 0]
-    weight = module.down_proj
+    weight = experts.down_proj
     device = "cpu" if weight.is_meta else weight.device
     # The type of the activations is not known before they come where weights are quantized: 16 bits is the strictest.
     quantized = isinstance(weight, QuantizedWeights) or weight.dtype is None  # as a list of modules says it
     dtype = torch.bfloat16 if quantized else weight.dtype
-    return probe_gate(own, bank.intermediate, candidate_gates(module.has_gate, limits), dtype, device) or own
+    return probe_gate(own, bank.intermediate, candidate_gates(experts.has_gate, limits), dtype, device) or own
 
 
 def _gathered(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:

@@ -65,9 +65,11 @@ class RouterWatch:
 
     def __enter__(self) -> "RouterWatch":
         for bank, router in self.routers.items():
+            if router is None:
+                continue
             # Some routers read the matrix of a module inside them and never call it: every module down to the owner is
             # listened to, and of those that are called the innermost speaks last.
-            parts = router.path.split(".") if router is not None else ()
+            parts = router.path.split(".")
             for depth in range(1, len(parts) + 1):
                 module = router.block.get_submodule(".".join(parts[:depth]))
                 hook = partial(self._heard, bank, router)
@@ -83,7 +85,9 @@ class RouterWatch:
         logits = self._logits.pop(bank.id, None)
         return logits if logits is not None and len(logits) == tokens else None
 
-    def _heard(self, bank: BankId, router: Router, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _heard(
+        self, bank: BankId, router: Router, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         if x.shape[-1] == router.weight.shape[1]:
             bias = None if router.bias is None else router.bias.float()

@@ -88,7 +88,8 @@ class _Call:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.tokens.shape)
+        size, length = self.tokens.shape
+        return size, length
 
     @property
     def device(self) -> torch.device:
@@ -127,9 +128,10 @@ class RowTracker:
         self._cache = self._running = None
         call = self._read(args, kwargs)
         if isinstance(call, str):
-            return self._unmapped(call)
-        per_token = batch.sequence_ids is not None and batch.sequence_ids.dim() == 2
-        rows = self._explicit(call, batch) if per_token else self._follow(call, batch)
+            self.notes.add(call)
+            return None
+        ids = batch.sequence_ids
+        rows = self._explicit(call, batch, ids) if ids is not None and ids.dim() == 2 else self._follow(call, batch)
         if rows is None:
             return None
         flat = [t.expand(call.shape).reshape(-1).contiguous() for t in rows]
@@ -199,9 +201,6 @@ class RowTracker:
             raise SedetectError("prof.batch: earlier forwards had no sequence_ids and this one has; give them to all")
         self._given_ids.append(ids)
 
-    def _unmapped(self, note: str) -> None:
-        self.notes.add(note)
-
     def _read(self, args: tuple, kwargs: dict[str, Any]) -> _Call | str:
         """The arguments of one forward, or the note that says why its rows cannot be mapped."""
         arguments = {**dict(zip(self._names, args)), **kwargs}
@@ -218,12 +217,13 @@ class RowTracker:
         mask, positions = arguments.get(f"{stack}attention_mask"), arguments.get(f"{stack}position_ids")
         return _Call(tokens, mask, positions, caches[0] if caches else None)
 
-    def _explicit(self, call: _Call, batch: Batch) -> tuple[torch.Tensor, ...] | None:
-        """Rows of a call whose every token was given its sequence id: whole sequences, in any arrangement."""
+    def _explicit(self, call: _Call, batch: Batch, ids: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """Rows of a call whose every token was given its sequence id (B, L): whole sequences, in any arrangement."""
         counted = self._visible(call, batch, 0)
         if counted is None:
-            return self._unmapped(UNMAPPED_MASK)
-        sequence = _move(batch.sequence_ids, call.device).expand(call.shape)
+            self.notes.add(UNMAPPED_MASK)
+            return None
+        sequence = _move(ids, call.device).expand(call.shape)
         self._note_ids(sequence.masked_fill(~counted, -1))
         rank = _rank_in_sequence(sequence, counted)
         first = counted & (rank == 0)
@@ -236,19 +236,23 @@ class RowTracker:
         size, length = call.shape
         running = self._resume(call)
         if running is None and _cached_length(call.cache):
-            return self._unmapped(UNMAPPED_CACHE)
+            self.notes.add(UNMAPPED_CACHE)
+            return None
         if running is None:
             running = self._start(call, batch.sequence_ids)
         if len(running.sequence) != size:
-            return self._unmapped(UNMAPPED_RESIZED)
+            self.notes.add(UNMAPPED_RESIZED)
+            return None
         # Without a cache generate() feeds the whole prefix again: the columns seen before do not count twice.
         again = running.columns if call.cache is None else 0
         if again and length <= again:  # not the whole prefix: something else remembers it
-            return self._unmapped(UNMAPPED_CACHE)
+            self.notes.add(UNMAPPED_CACHE)
+            return None
         start = 0 if call.cache is None else running.columns
         counted = self._visible(call, batch, start)
         if counted is None:
-            return self._unmapped(UNMAPPED_MASK)
+            self.notes.add(UNMAPPED_MASK)
+            return None
         counted = (
             counted & (torch.arange(length, device=call.device) >= again) & ~self._ended(call, running, start, again)
         )
@@ -260,7 +264,8 @@ class RowTracker:
 
         position = self._positions(call, batch)
         packed = torch.zeros(size, 1, dtype=torch.bool, device=call.device)
-        if position is not None and (batch.positions is not None or call.position_ids.dim() == 2):
+        given_2d = call.position_ids is not None and call.position_ids.dim() == 2
+        if position is not None and (batch.positions is not None or given_2d):
             # A position 0 that is not the first token: sequences packed together, which cannot be told apart here.
             packed = (counted & ~first & (position == 0)).any(1, keepdim=True)
         self._count(counted, first, call.tokens, packed)

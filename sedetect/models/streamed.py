@@ -2,8 +2,8 @@
 
 The model is made by transformers' own from_pretrained, of which one step is replaced: instead of all weights, only
 those outside the decoder layers are loaded. Everything else (class, precision, attention, names and conversions of
-weights, quantization) is as in a resident model, and load() later uses the same conversion for one layer's weights. What
-is missing, left over or misshapen is known before a byte is read, from a conversion of tensors without data.
+weights, quantization) is as in a resident model, and load() later uses the same conversion for one layer's weights.
+What is missing, left over or misshapen is known before a byte is read, from a conversion of tensors without data.
 
 This file is the only one that depends on internals of transformers (5.17 to 5.23): two static methods of
 PreTrainedModel, one of the FP8 quantizer, and transformers.core_model_loading.
@@ -163,9 +163,9 @@ def open_streamed(
 ) -> StreamedModel:
     """A StreamedModel of a checkpoint.
 
-    device and options as in sedetect.models.loading.load_model; first as in Staging. weights=False loads none at all, and
-    the model is as a GPU holds it: FP8 stays FP8, which transformers dequantizes where there is none. layers_of gives,
-    of the model without weights, the modules by path that are to be loaded one at a time.
+    device and options as in sedetect.models.loading.load_model; first as in Staging. weights=False loads none at all,
+    and the model is as a GPU holds it: FP8 stays FP8, which transformers dequantizes where there is none. layers_of
+    gives, of the model without weights, the modules by path that are to be loaded one at a time.
     Raises SedetectError for what load_model and layers_of refuse.
     """
     device, made = choose_device(device), []

@@ -144,7 +144,7 @@ class Residual(Document):
 
     @property
     def headline(self) -> str:
-        """One sentence: in which layers massive activations form that later ones carry, and which experts write them."""
+        """One sentence: in which layers massive activations form that later ones carry, and which experts write."""
         forming = ", ".join(f"L{layer}" for layer in self.forming_layers)
         writers = ", ".join(
             str(place) for place in sorted(self.writers(), key=lambda p: (p.layer, p.kind, str(p.expert)))

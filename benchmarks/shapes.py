@@ -1,5 +1,6 @@
 """What bench_streaming.py and bench_ranks.py share: shapes of models, text to run, and a cold page cache."""
 
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -30,10 +31,8 @@ def drop_cache(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/sys/vm/drop_caches").write_text("1")
-    except OSError:
-        pass
 
 
 def from_disk() -> int:

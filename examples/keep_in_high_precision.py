@@ -1,8 +1,8 @@
 """A toy weight quantizer that keeps the experts which, by their profile, the model cannot live without.
 
-The down_proj of every other routed expert is rounded to nearest (sedetect.compression.simulated), in place. The statistics come
-from the quantizer's own calibration loop, or from a file that `sedetect profile` wrote. `sedetect budget` does the like
-for whole experts, in several formats, beside random experts kept.
+The down_proj of every other routed expert is rounded to nearest (sedetect.compression.simulated), in place. The
+statistics come from the quantizer's own calibration loop, or from a file that `sedetect profile` wrote. `sedetect
+budget` does the like for whole experts, in several formats, beside random experts kept.
 """
 
 import argparse

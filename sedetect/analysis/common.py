@@ -57,7 +57,7 @@ class Analysis:
     notes: list[str] = field(default_factory=list)
     layers: dict[BankId, LayerArrays] = field(default_factory=dict)
 
-    def save(self, folder: str | os.PathLike) -> Path:
+    def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write folder/<kind>-analysis.safetensors, tensors named "<stack>.<layer>.<kind>/<array>", atomically."""
         path = file_of(folder, self.kind)
         tensors = {
@@ -72,7 +72,7 @@ class Analysis:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike, kind: str) -> "Analysis":
+    def load(cls, path: str | os.PathLike[str], kind: str) -> "Analysis":
         """Read what save wrote. Raises SedetectError for a missing, foreign or damaged file, or another version."""
         try:
             with safe_open(path, framework="pt") as file:
@@ -85,7 +85,7 @@ class Analysis:
                     )
                 header = json.loads(metadata["header"])
                 layers = {BankId.parse(bank): LayerArrays(**of) for bank, of in header.pop("layers").items()}
-                for key in file.keys():
+                for key in file.keys():  # noqa: SIM118  no mapping
                     bank, name = key.split("/")
                     layers[BankId.parse(bank)].arrays[name] = file.get_tensor(key)
             return cls(kind, **header, layers=layers)
@@ -113,7 +113,7 @@ def check_eval(model: nn.Module) -> None:
         raise SedetectError(f"{type(model).__name__}: is in training mode; call model.eval() first")
 
 
-def file_of(folder: str | os.PathLike, kind: str) -> Path:
+def file_of(folder: str | os.PathLike[str], kind: str) -> Path:
     """Where the result of an analysis stands in a folder of results."""
     return Path(folder) / f"{kind}-analysis.safetensors"
 
@@ -137,7 +137,7 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list
         ids = tokenizer(text, verbose=False)["input_ids"]
         if len(ids) <= len(prefix_ids(tokenizer)):
             raise SedetectError(f"--texts {text!r}: gives no token; give a text")
-        read.append(Text(text, torch.tensor(ids), [tokenizer.decode([one]) for one in ids]))
+        read.append(Text(text, torch.tensor(ids), [str(tokenizer.decode([one])) for one in ids]))
     return read
 
 

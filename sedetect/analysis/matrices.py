@@ -105,14 +105,16 @@ def _stack(matrices: Any) -> torch.Tensor:
 
 def _of_mlp(bank: Bank, mlp: nn.Module) -> dict[str, torch.Tensor]:
     found = {"down": _weight(bank, bank.module).t()}
-    for gate, up in _APART:
-        if is_linear(getattr(mlp, gate, None)) and is_linear(getattr(mlp, up, None)):
-            return found | {"gate": _weight(bank, getattr(mlp, gate)), "up": _weight(bank, getattr(mlp, up))}
+    for first, second in _APART:
+        if is_linear(getattr(mlp, first, None)) and is_linear(getattr(mlp, second, None)):
+            return found | {"gate": _weight(bank, getattr(mlp, first)), "up": _weight(bank, getattr(mlp, second))}
     for name in _ONE:
         linear = getattr(mlp, name, None)
-        if is_linear(linear) and linear.out_features == bank.intermediate:
+        if linear is None or not is_linear(linear):
+            continue
+        if linear.out_features == bank.intermediate:
             return found | {"up": _weight(bank, linear)}
-        if is_linear(linear) and linear.out_features == 2 * bank.intermediate:
+        if linear.out_features == 2 * bank.intermediate:
             gate, up = _weight(bank, linear).chunk(2)
             return found | {"gate": gate, "up": up}
     raise SedetectError(f"{bank.path}: no input projection found beside it; its matrices cannot be compared")

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -119,7 +120,7 @@ class _Observer:
         self._sums: OutputSums | None = None
         self._kept: list[dict[str, torch.Tensor]] = []
         self._left_out = {bank.id.kind: "of another width" for bank in group.shared if bank not in self._shared}
-        self._routing: tuple[torch.Tensor, ...] | None = None
+        self._routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._given: dict[int, torch.Tensor] = {}
         self._logits: torch.Tensor | None = None
         self._members: list[str] = Group(group.routed).members
@@ -139,7 +140,7 @@ class _Observer:
     def end(self) -> None:
         """The forward is over: what was not called will not be."""
         if self._routing is not None:
-            self._compute()
+            self._compute(*self._routing)
         self._given.clear()
 
     def _routed(self, module: nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -156,17 +157,17 @@ class _Observer:
         return run_inner(module, x, *routing)
 
     def _shared_down(self, number: int, original: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        y = original(x)
+        y: torch.Tensor = original(x)
         self._given[number] = y.reshape(1, -1, y.shape[-1])
         self._compute_if_complete()
         return y
 
     def _compute_if_complete(self) -> None:
         if self._routing is not None and len(self._given) == len(self._shared):
-            self._compute()
+            self._compute(*self._routing)
 
-    def _compute(self) -> None:
-        (x, index, weights), self._routing = self._routing, None
+    def _compute(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        self._routing = None
         given, self._given = self._given, {}
         bank = self.group.routed
         fits = {n: y for n, y in given.items() if y.shape[1:] == (len(x), bank.hidden)}
@@ -199,7 +200,7 @@ class _Observer:
 
     def _outputs(self, x: torch.Tensor) -> torch.Tensor:
         """(E, T, H) of the routed experts."""
-        module = self.group.routed.module
+        module: Any = self.group.routed.module
         if self._gate is None:  # modules in a list
             experts = module.experts
             return torch.stack([module.run_expert(experts, e, x)[1] for e in range(len(experts))])

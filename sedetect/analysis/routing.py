@@ -134,7 +134,8 @@ class _Counter:
     """What one bank was called with. domain: number of the text under way, None for a short one of length tokens."""
 
     def __init__(self, bank: Bank, domains: int):
-        self.bank, self.domain, self.length, self.lost = bank, None, 0, False
+        self.bank, self.length, self.lost = bank, 0, False
+        self.domain: int | None = None
         experts = bank.experts
         self.load = torch.zeros(domains, experts, dtype=torch.int64)
         self.tokens = torch.zeros(domains, dtype=torch.int64)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -131,7 +132,7 @@ def _tokens(result: Analysis) -> int:
     return sum(result.settings["domains"].values())
 
 
-def _shown(names: dict[str, str], summaries: dict[BankId, dict]) -> dict[str, str]:
+def _shown(names: dict[str, str], summaries: dict[BankId, dict[str, Any]]) -> dict[str, str]:
     """Those of the columns for which some layer has a number."""
     return {field: name for field, name in names.items() if any(field in of for of in summaries.values())}
 

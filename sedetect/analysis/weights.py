@@ -405,7 +405,8 @@ def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
 def draw_pairs(matrices: list[dict[str, torch.Tensor]], number: int) -> list[tuple[int, int]]:
     """So many pairs i < j of experts with matrices of the first bank's shape, at random with a fixed seed."""
     first = matrices[0]["down"].shape[1:]
-    places, start = [], 0
+    places: list[int] = []
+    start = 0
     for of in matrices:
         fits = of["down"].shape[1:] == first and of.keys() == matrices[0].keys()
         places += range(start, start + len(of["down"])) if fits else []

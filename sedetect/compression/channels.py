@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic
-from sedetect.stats.bank import BankStats
 from sedetect.stats.model import ModelStats
 from sedetect.stats.place import BankId
 
@@ -21,7 +20,7 @@ from sedetect.stats.place import BankId
 _GGUF = {"routed": "ffn_down_exps", "shared": "ffn_down_shexp", "dense": "ffn_down"}
 
 
-def write_imatrix(stats: ModelStats, path: str | os.PathLike) -> int:
+def write_imatrix(stats: ModelStats, path: str | os.PathLike[str]) -> int:
     """Write an importance matrix in llama.cpp's GGUF form; returns its number of entries.
 
     Per bank: blk.<layer>.ffn_down_exps.weight.in_sum2 (E, I) and .counts (E, 1), both float32, as llama-imatrix writes
@@ -48,10 +47,10 @@ def write_imatrix(stats: ModelStats, path: str | os.PathLike) -> int:
         writer.add_array("imatrix.datasets", names or ["unknown"])  # its reader takes the first
         writer.add_uint32("imatrix.chunk_count", stats.header.sequences)
         writer.add_uint32("imatrix.chunk_size", stats.header.window or 512)  # its default, where windows differed
-        for bank, state in banks.items():
+        for bank, (rows, squares) in banks.items():
             name = f"blk.{bank.layer}.{_GGUF[bank.kind]}.weight"
-            writer.add_tensor(f"{name}.in_sum2", state.in_channel_sq.float().numpy())
-            writer.add_tensor(f"{name}.counts", state.rows.float()[:, None].numpy())
+            writer.add_tensor(f"{name}.in_sum2", squares.float().numpy())
+            writer.add_tensor(f"{name}.counts", rows.float()[:, None].numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -61,34 +60,39 @@ def write_imatrix(stats: ModelStats, path: str | os.PathLike) -> int:
     return len(banks)
 
 
-def write_awq_scales(stats: ModelStats, path: str | os.PathLike, alpha: float = 0.5) -> int:
+def write_awq_scales(stats: ModelStats, path: str | os.PathLike[str], alpha: float = 0.5) -> int:
     """Write activation-aware scales of each down_proj's input channels (safetensors); returns the number of banks.
 
     One tensor per bank, "<module>.down_proj" for routed experts, (E, I) float32: s = r**alpha / sqrt(max * min of it
-    over the channels), r the root mean square of h per channel. AWQ (arXiv 2306.00978) takes mean|h| for r, and searches
-    alpha by the error of the quantized output; 0.5 is the middle of its grid. Weights are multiplied by s and h divided
-    by it before quantizing. No tool reads this file: it is for those who do that themselves. An expert without rows has
-    ones. Raises SedetectError for statistics without channels.
+    over the channels), r the root mean square of h per channel. AWQ (arXiv 2306.00978) takes mean|h| for r, and
+    searches alpha by the error of the quantized output; 0.5 is the middle of its grid. Weights are multiplied by s and
+    h divided by it before quantizing. No tool reads this file: it is for those who do that themselves. An expert
+    without rows has ones. Raises SedetectError for statistics without channels.
     """
     tensors = {}
-    for bank, state in _with_channels(stats).items():
+    for bank, (rows, squares) in _with_channels(stats).items():
         module = stats.header.banks[str(bank)].module
         name = f"{module}.down_proj" if bank.routed else module
-        tensors[name] = _awq(state, alpha)
+        tensors[name] = _awq(rows, squares, alpha)
     metadata = {"format": "sedetect-awq-scales", "version": "1", "alpha": str(alpha), "model": stats.header.model}
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
     return len(tensors)
 
 
-def _awq(state: BankStats, alpha: float) -> torch.Tensor:
-    rms = (state.in_channel_sq / state.rows.clamp(min=1)[:, None]).sqrt()
+def _awq(rows: torch.Tensor, squares: torch.Tensor, alpha: float) -> torch.Tensor:
+    rms = (squares / rows.clamp(min=1)[:, None]).sqrt()
     scales = rms.clamp(min=1e-4) ** alpha
     scales = scales / (scales.amax(1, keepdim=True) * scales.amin(1, keepdim=True)).sqrt()
-    return torch.where(state.rows[:, None] > 0, scales, 1.0).float()
+    return torch.where(rows[:, None] > 0, scales, 1.0).float()
 
 
-def _with_channels(stats: ModelStats) -> dict[BankId, BankStats]:
-    banks = {bank: state for bank, state in sorted(stats.banks.items()) if state.in_channel_sq is not None}
+def _with_channels(stats: ModelStats) -> dict[BankId, tuple[torch.Tensor, torch.Tensor]]:
+    """Counted rows (E,), and sums of h^2 (E, I), per bank."""
+    banks = {
+        bank: (state.rows, state.in_channel_sq)
+        for bank, state in sorted(stats.banks.items())
+        if state.in_channel_sq is not None
+    }
     if not banks:
         raise SedetectError("the statistics hold no channels; profile again with --channels")
     return banks

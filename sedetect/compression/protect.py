@@ -10,7 +10,7 @@ expert's largest output, whose weight is the super weight in the published model
 
 Forms, by the release whose sources were read; `checked` says what the test or tests/check_exports.py runs:
 
-    llm-compressor  0.14.0.1  a recipe (JSON), its ignore list     checked: its recipe parser, compressed_tensors' matcher
+    llm-compressor  0.14.0.1  a recipe (JSON), its ignore list     checked: its parser, compressed_tensors' matcher
     gptqmodel       7.7.0     QuantizeConfig(dynamic=...)          checked: its dynamic_get
     auto-round      0.16.1    AutoRound(ignore_layers=...)         checked: its get_fp_layer_names
     modelopt        0.47.0    entries for config["quant_cfg"]      checked: its normalizer and quantizer matcher
@@ -110,7 +110,8 @@ def protect_list(stats: ModelStats, neighbours: int = 0, ranking: Ranking | None
 def export(
     stats: ModelStats, experts: list[Protected], tool: str, granularity: str = "expert"
 ) -> tuple[dict[str, Any] | str, list[str]]:
-    """The protect list experts of stats in a tool's form (a JSON document, or text for llama.cpp), and what the reader must know.
+    """The protect list experts of stats in a tool's form (a JSON document, or text for llama.cpp), and what the reader
+    must know.
 
     Raises SedetectError for an unknown tool or granularity, and for one that the tool cannot express.
     """
@@ -121,7 +122,7 @@ def export(
     if tool == "llama.cpp" and granularity == "expert":
         raise SedetectError("--to llama.cpp: GGUF stores a layer's experts as one tensor; give --granularity layer")
     document = TOOLS[tool](experts, granularity)
-    if tool == "json":
+    if tool == "json" and isinstance(document, dict):
         header = stats.header
         document = ProtectList(header.model, header.digest, header.tokens, **document).to_dict()
     return document, NOTES.get((tool, granularity), [])

@@ -70,11 +70,11 @@ def choose_kept(
     places.
     """
     protected = set(protected)
-    kept = {}
+    kept: dict[BankId, list[int]] = {}
     for bank, values in saliency(stats, by).items():
         experts = len(values)
         gone = _number_gone(experts, ratio, stats.header.banks[str(bank)].top_k, groups)
-        safe = {p.expert for p in protected if p.bank == bank}
+        safe = {p.number for p in protected if p.bank == bank}
         kept[bank] = []
         size = experts // groups
         for group in range(groups):
@@ -118,7 +118,8 @@ def check_prunable(source: str | Path, ratio: float) -> None:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder that is verified (check_checkpoint)."""
     check_checkpoint(folder)
-    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def check_model(folder: str | Path, stats: ModelStats) -> None:
@@ -199,8 +200,8 @@ def _number_gone(experts: int, ratio: float, top_k: int, groups: int) -> int:
     if gone % groups:
         below, above = gone // groups * groups / experts, -(-gone // groups) * groups / experts
         raise SedetectError(
-            f"--ratio {ratio:g}: prunes {gone} of {experts} experts, which does not divide by the {groups} groups of the "
-            f"router (n_group); give {below:.4g} or {above:.4g}"
+            f"--ratio {ratio:g}: prunes {gone} of {experts} experts, which does not divide by the {groups} groups of "
+            f"the router (n_group); give {below:.4g} or {above:.4g}"
         )
     return gone
 
@@ -241,13 +242,14 @@ def _pieces(layout: Layout, kept: dict[int, list[int]]) -> dict[str, tuple[str, 
     pieces = {}
     for name, tensor in layout.tensors.items():
         shape, new = tensor.shape, name
+        of_layer = [] if tensor.layer is None else kept[tensor.layer]
         if tensor.expert is not None:
-            if tensor.expert not in kept[tensor.layer]:
+            if tensor.expert not in of_layer:
                 continue
-            new = renamed(name, kept[tensor.layer].index(tensor.expert))
+            new = renamed(name, of_layer.index(tensor.expert))
         elif tensor.dimension is not None:
             sizes = list(shape)
-            sizes[tensor.dimension] = len(kept[tensor.layer])
+            sizes[tensor.dimension] = len(of_layer)
             shape = tuple(sizes)
         pieces[new] = (name, tensor, shape)
     return pieces
@@ -270,7 +272,7 @@ def _write_weights(
             for new in names:
                 name, tensor, _ = pieces[new]
                 values = files[tensor.file].get_tensor(name)
-                if tensor.dimension is not None:
+                if tensor.layer is not None and tensor.dimension is not None:
                     values = values.index_select(tensor.dimension, torch.tensor(kept[tensor.layer]))
                 tensors[new] = values
                 done += values.nbytes

@@ -1,7 +1,7 @@
 """Simulated weight formats: what the weights of the experts would be after a round trip through fewer bits.
 
-    int8, int4, int3, ... int2    symmetric integers: scale = max|w| / (2**(bits - 1) - 1), w -> round(w / scale) * scale,
-                                  halves to even; no zero point
+    int8, int4, int3, ... int2    symmetric integers: scale = max|w| / (2**(bits - 1) - 1),
+                                  w -> round(w / scale) * scale, halves to even; no zero point
     fp8                           float8 e4m3 with scale = max|w| / 448, rounded to nearest even
 
 One scale per output channel and group of GROUP consecutive inputs, the last group shorter where GROUP does not divide
@@ -45,7 +45,7 @@ def fake_quantize(weight: torch.Tensor, name: str, *, dim: int = -1, group: int 
     bits = bits_of(name)
     w = weight.float().movedim(dim, -1)
     inputs = w.shape[-1]
-    w = nn.functional.pad(w, (0, -inputs % group)).unflatten(-1, (-1, group))
+    w = torch.unflatten(nn.functional.pad(w, (0, -inputs % group)), -1, (-1, group))
     largest = w.abs().amax(-1, keepdim=True)
     if name == "fp8":
         scale = (largest / torch.finfo(_FP8).max).clamp(min=1e-12)
@@ -94,7 +94,7 @@ def quantized_experts(model: nn.Module, name: str, kept: Iterable[Place] = (), *
     kept = set(kept)
     calls = []
     for bank in routed_banks(model):
-        numbers = sorted(p.expert for p in kept if p.bank == bank.id)
+        numbers = sorted(p.number for p in kept if p.bank == bank.id)
         calls.append((bank, partial(_run_quantized, name, group, numbers)))
     restore = attach(model, calls)
     try:
@@ -107,7 +107,7 @@ def quantized_experts(model: nn.Module, name: str, kept: Iterable[Place] = (), *
 def _run_quantized(
     name: str, group: int, kept: list[int], module: nn.Module, x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor
 ) -> torch.Tensor:
-    originals = {weight: module._parameters[weight] for weight in expert_weights(module)}
+    originals = {weight: module.get_parameter(weight) for weight in expert_weights(module)}
     try:
         for weight, dim in expert_weights(module).items():
             quantized = fake_quantize(originals[weight], name, dim=dim, group=group)

@@ -141,8 +141,9 @@ def _without_experts(
     for expert, channel, intermediate in off.weights:
         # One product taken out of the sum; the expert's intermediate state is computed once more for that.
         h = expert_hidden(module, x.reshape(-1, x.shape[-1]), expert)[:, intermediate]
-        weight = module.down_proj[expert]
-        weight = weight[intermediate, channel] if module.is_transposed else weight[channel, intermediate]
+        experts: Any = module
+        weight = experts.down_proj[expert]
+        weight = weight[intermediate, channel] if experts.is_transposed else weight[channel, intermediate]
         gate = (kept * (rows & (index == expert))).sum(1)
         out = out.clone()
         out.view(-1, out.shape[-1])[:, channel] -= (gate * h * weight).to(out.dtype)
@@ -152,18 +153,19 @@ def _without_experts(
 def _without_down(
     off: _Off, selected: Callable[..., torch.Tensor], original: nn.Module, x: torch.Tensor
 ) -> torch.Tensor:
-    y = original(x)
+    y: torch.Tensor = original(x)
     flat = y.reshape(-1, y.shape[-1])
     rows = selected(len(flat), x.device)
     if off.experts:
         flat = flat.masked_fill(rows[:, None], 0)
-    weight = linear_weight(original) if off.weights else None
-    if off.weights and weight is None:
-        raise SedetectError(f"{type(original).__name__}: single weights of it cannot be read; load it unquantized")
-    for _, channel, intermediate in off.weights:
-        flat = flat.clone()
-        h = x.reshape(-1, x.shape[-1])[:, intermediate]
-        flat[:, channel] -= (rows * h * weight[channel, intermediate]).to(flat.dtype)
+    if off.weights:
+        weight = linear_weight(original)
+        if weight is None:
+            raise SedetectError(f"{type(original).__name__}: single weights of it cannot be read; load it unquantized")
+        for _, channel, intermediate in off.weights:
+            flat = flat.clone()
+            h = x.reshape(-1, x.shape[-1])[:, intermediate]
+            flat[:, channel] -= (rows * h * weight[channel, intermediate]).to(flat.dtype)
     return flat.view(y.shape)
 
 
@@ -174,7 +176,9 @@ class _MaskedLogits(TorchFunctionMode):
         super().__init__()
         self.num_experts, self.removed, self.hits = num_experts, removed, 0
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         linear = function in (nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
         if linear and out.shape[-1] == self.num_experts:
@@ -204,9 +208,10 @@ def _mask_router(model: nn.Module, bank: Bank, removed: list[int]) -> Callable[[
 
     restore = replace_forward(router, forward)
     # A bias added to the scores after the sigmoid (e_score_correction_bias) would let a logit of -inf be chosen.
-    swapped = []
+    swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for module in {id(m): m for m in (found.block, *router.modules())}.values():
-        for own in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for own in tables:
             for name, bias in own.items():
                 if bias is not None and bias.numel() == bias.shape[-1] == bank.experts and bias.is_floating_point():
                     masked = bias.detach().clone()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +68,7 @@ class Question:
     answer: str
 
 
-def load_questions(path: str | os.PathLike) -> list[Question]:
+def load_questions(path: str | os.PathLike[str]) -> list[Question]:
     """Read a .jsonl file, one object with "prompt" and "answer" per line. Raises SedetectError for anything else."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -105,13 +106,14 @@ def exact_match(
     As many tokens are decoded as the answer has, and two more; what follows the answer, but for the rest of its last
     word or number, does not count.
     """
+    generate: Any = model.generate  # of GenerationMixin, which PreTrainedModel is not
     right = 0
     for question in questions:
         ids = tokenizer(question.prompt, return_tensors="pt").input_ids.to(model.device)
         wanted = question.answer.strip()
         length = len(tokenizer(question.answer, add_special_tokens=False).input_ids) + 2
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False)
-        written = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        out = generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False)
+        written = str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
         after = written[len(wanted) : len(wanted) + 1]
         right += written.startswith(wanted) and not after.isalnum()  # "18" does not answer "1"
         progress(1)

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -48,7 +48,8 @@ class ExpertCalls:
                 if 0 <= expert < bank.experts and gate and bank.hidden == width:
                     y = expert_output(bank.module, x[token : token + 1], expert)
                     if getattr(bank.module, "has_post_expert_norm", False):
-                        y = bank.module.post_expert_norm(y)
+                        norm: Any = bank.module.post_expert_norm
+                        y = norm(y)
                     yield Written(Place(*bank.id, expert), gate, gate * float(y[0, channel]))
         for bank, y in self._single[layer]:
             if y.shape == shape:
@@ -66,12 +67,12 @@ class ExpertCalls:
         return run_inner(module, x, index, gates)
 
     def _down(self, bank: Bank, original: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        y = original(x)
+        y: torch.Tensor = original(x)
         self._single[bank.id.layer].append((bank, y.reshape(-1, y.shape[-1])))
         return y
 
     def _shared_gate(self, bank: Bank, x: torch.Tensor) -> float:
-        """What the MLP block multiplies its shared expert by: sigmoid(shared_expert_gate(x)) in Qwen's models, else 1."""
+        """What the MLP block multiplies its shared expert by: in Qwen's sigmoid(shared_expert_gate(x)), else 1."""
         block = self._model.get_submodule(bank.path.rpartition(".")[0].rpartition(".")[0])
         gate = getattr(block, "shared_expert_gate", None)
         return 1.0 if gate is None or bank.id.base != "shared" else float(torch.sigmoid(gate(x)))

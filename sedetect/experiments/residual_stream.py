@@ -2,9 +2,9 @@
 and how strong the attention sinks are.
 
 Decoder layers, and the attention blocks directly in them, are observed by forward hooks; experts and MLPs are stepped
-into where sedetect.models.attach attaches. Attention weights exist only under eager attention, which is switched on for the
-run. x is the output of a decoder layer before any final norm, one (L, H) per sequence; every norm, threshold and median
-is in the units of x.
+into where sedetect.models.attach attaches. Attention weights exist only under eager attention, which is switched on for
+the run. x is the output of a decoder layer before any final norm, one (L, H) per sequence; every norm, threshold and
+median is in the units of x.
 
 Massive activation: |x| > 100 and at least min_ratio times the median |x| of that layer in that sequence. Sun et al.
 (arXiv 2402.17762) ask for about 1000 times; tests/data/tiny-moe reaches 574 after the layer that writes it, 242 before
@@ -61,16 +61,17 @@ def observe_residual(
     """Run a bounded number of sequences, one at a time, and record the residual stream and the attention sinks.
 
     Args:
-        model: a Hugging Face MoE model in eval mode, possibly under sedetect.experiments.ablation.ablate: an expert that is switched
-            off writes nothing (a single weight that is off still counts in its expert's share). Attention is eager during the run; hooks and attention implementations are restored on
-            exit, also after an exception.
+        model: a Hugging Face MoE model in eval mode, possibly under sedetect.experiments.ablation.ablate: an expert
+            that is switched off writes nothing (a single weight that is off still counts in its expert's share).
+            Attention is eager during the run; hooks and attention implementations are restored on exit, also after an
+            exception.
         domains: as calibration_windows gives them; the first windows of each, in turn, are observed.
         prefix: how many tokens of each window are the tokenizer's prefix.
         sequences: how many windows in all, fewer where there are not so many.
         progress: called with the number of tokens after every sequence.
     Raises:
-        SedetectError: for a model in training mode, with an encoder, without a decoder with experts, or with layers that do not give one
-            residual stream.
+        SedetectError: for a model in training mode, with an encoder, without a decoder with experts, or with layers
+            that do not give one residual stream.
     """
     if sequences < 1:
         raise SedetectError(f"--sequences {sequences}: must be at least 1")
@@ -186,7 +187,7 @@ class _Observer:
         self._open: list[int] = []  # indices of formations that every layer so far has carried
         self._attended: list[torch.Tensor] = []  # outputs of the attention blocks of the layer under way
 
-    def _attention(self, number: int, module: nn.Module, args: tuple, output: Any) -> None:
+    def _attention(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         length = len(self._ids)
         out = output[0] if isinstance(output, tuple) else output
         self._attended.append(out.reshape(length, -1))
@@ -195,7 +196,9 @@ class _Observer:
             start = max(self.prefix, -(-length // 4))
             self.layers[number].sinks.append(weights[:, start:, 0].double().mean(1).cpu())
 
-    def _layer(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _layer(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         out = output[0] if isinstance(output, tuple) else output
         given = args[0] if args else kwargs["hidden_states"]
         if out.dim() != 3 or given.shape != out.shape:
@@ -244,7 +247,7 @@ class _Observer:
     ) -> Formation:
         old, new = float(before[token, channel]), float(after[token, channel])
         jump = new - old
-        written = list(self.experts.written(number, tuple(after.shape), token, channel))
+        written = list(self.experts.written(number, (len(after), after.shape[1]), token, channel))
         writers = [Writer(w.expert, w.amount / jump, w.gate) for w in written]
         attention = sum(float(a[token, channel]) for a in self._attended) / jump if self._attended else None
         return Formation(

@@ -24,6 +24,7 @@ from sedetect.experiments.residual_stream import observe_residual, sink_decay
 from sedetect.experiments.targets import Target, random_controls
 from sedetect.files import finite
 from sedetect.stats.place import Place
+from sedetect.stats.residual import Residual
 
 
 @dataclass
@@ -57,8 +58,8 @@ class Outcome:
 class Experiment(Document):
     """Experts or weights switched off in several ways, and controls of the same size.
 
-    model, digest, dtype: as in the header of statistics; tokens: of evaluation text, per domain; sequences: how many the
-    residual stream was observed on.
+    model, digest, dtype: as in the header of statistics; tokens: of evaluation text, per domain; sequences: how many
+    the residual stream was observed on.
     controls: "same layers" and "anywhere", one outcome per draw, all under "skip": as many random experts of the same
     banks, and of all; for a weight, a random weight of the same down_proj, and of any routed expert's.
     """
@@ -78,13 +79,14 @@ class Experiment(Document):
     @property
     def sink_layer(self) -> int | None:
         """Of the layers that the ablation can change, the one with the strongest sinks in the unchanged model."""
-        first = min(int(re.search(r"L(\d+)", name)[1]) for name in self.outcomes[0].experts)
+        places = (re.search(r"L(\d+)", name) for name in self.outcomes[0].experts)
+        first = min(int(place[1]) for place in places if place)
         seen = [(sink, n) for n, sink in enumerate(self.baseline.sinks) if sink is not None and n > first]
         return max(seen)[1] if seen else None
 
     def to_dict(self) -> dict[str, Any]:
         """For ablation.json; conclusion is conclusion(self)."""
-        document = super().to_dict() | finite(asdict(self))
+        document: dict[str, Any] = super().to_dict() | finite(asdict(self))
         return document | {"sink_layer": self.sink_layer, "conclusion": conclusion(self)}
 
     @classmethod
@@ -157,14 +159,15 @@ def run_experiment(
     }
     runs = [*plan, *drawn["same layers"], *drawn["anywhere"]]
 
-    outcomes, before = [], None
+    outcomes: list[Outcome] = []
+    observed: list[Residual] = []
     for number, (label, targets, how, tokens) in enumerate(runs):
         progress(label, number, len(runs))
         with ablate(model, targets, how=how, tokens=tokens) if targets else nullcontext():
             measured = perplexity(model, domains, prefix=prefix, batch_size=batch_size)
             residual = observe_residual(model, domains, prefix=prefix, sequences=sequences)
             accuracy = exact_match(model, tokenizer, list(questions)) if questions else None
-        before = before or residual
+        observed.append(residual)
         outcomes.append(
             Outcome(
                 label,
@@ -174,13 +177,13 @@ def run_experiment(
                 {domain: p.value for domain, p in measured.items()},
                 residual.sink_mean,
                 [layer.sink_mean for layer in residual.layers],
-                sink_decay(before, residual),
+                sink_decay(observed[0], residual),
                 residual.inner_max,
                 accuracy,
             )
         )
     progress("done", len(runs), len(runs))
-    base = outcomes[0]
+    base, before = outcomes[0], observed[0]
     for outcome in outcomes:
         outcome.change = {d: outcome.perplexity[d] / base.perplexity[d] - 1 for d in base.perplexity}
         outcome.mean_change = statistics.fmean(outcome.change.values())

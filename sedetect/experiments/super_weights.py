@@ -232,9 +232,10 @@ def _resolve(
                 "give the model and precision that were profiled"
             )
         h = expert_hidden(module, x[row : row + 1], expert.number)[0]
-        weight = module.down_proj[expert.number]
-        weight = weight[:, channel] if module.is_transposed else weight[channel]
-        bias = module.down_proj_bias[expert.number][channel] if module.has_bias else None
+        experts: Any = module
+        weight = experts.down_proj[expert.number]
+        weight = weight[:, channel] if experts.is_transposed else weight[channel]
+        bias = experts.down_proj_bias[expert.number][channel] if experts.has_bias else None
     else:
         gate, h = 1.0, x[row]
         weight, bias = _linear_row(bank, module, channel)

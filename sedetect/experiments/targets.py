@@ -44,15 +44,22 @@ def choose_experts(
     Raises SedetectError for anything else, and for what the model does not have.
     """
     if spec == "super":
-        return [expert.place for expert in rank(stats, residual=residual).found]
+        return [expert.place for expert in rank(_given(spec, stats), residual=residual).found]
     number = _number(spec, model)
     if number is None:
         return list(resolve(model, _names(spec)))
     experts = routed_experts(model)
     if spec.startswith("random:"):
         return _draw(np.random.default_rng(seed), experts, number)
-    rows = {place: int(stats.banks[place.bank].rows[place.expert]) for place in experts}
-    return sorted(experts, key=lambda place: -rows[place])[:number]
+    banks = _given(spec, stats).banks
+    rows = {place: int(banks[place.bank].rows[place.number]) for place in experts}
+    return list[Target](sorted(experts, key=lambda place: -rows[place])[:number])
+
+
+def _given(spec: str, stats: ModelStats | None) -> ModelStats:
+    if stats is None:
+        raise SedetectError(f"--experts {spec}: is chosen by statistics; give those of the model")
+    return stats
 
 
 def _names(spec: str) -> list[str]:
@@ -79,8 +86,8 @@ def routed_experts(model: nn.Module) -> list[Place]:
 def random_controls(model: nn.Module, experts: Sequence[Target], number: int) -> dict[str, list[list[Target]]]:
     """Up to number disjoint sets of random targets, as many as experts: of the same banks, and of any routed bank.
 
-    Keys "same layers" and "anywhere". Fewer sets, or none, where the experts that are left do not suffice. Shared experts
-    have no peers.
+    Keys "same layers" and "anywhere". Fewer sets, or none, where the experts that are left do not suffice. Shared
+    experts have no peers.
     """
     generator = np.random.default_rng(0)
     others = [place for place in routed_experts(model) if place not in set(experts)]
@@ -94,7 +101,8 @@ def random_controls(model: nn.Module, experts: Sequence[Target], number: int) ->
         bank = banks[expert.bank]
         return Weight(expert, int(generator.integers(bank.hidden)), int(generator.integers(bank.intermediate)))
 
-    same, anywhere = [], []
+    same: list[list[Target]] = []
+    anywhere: list[list[Target]] = []
     for draw in range(number):
         parts = [peers[key][draw * count : (draw + 1) * count] for key, count in sorted(counts.items())]
         if sum(map(len, parts)) == counts.total() and (parts or weights):
@@ -106,5 +114,5 @@ def random_controls(model: nn.Module, experts: Sequence[Target], number: int) ->
     return {"same layers": same, "anywhere": anywhere}
 
 
-def _draw(generator: np.random.Generator, experts: list[Place], number: int) -> list[Place]:
+def _draw(generator: np.random.Generator, experts: list[Place], number: int) -> list[Target]:
     return [experts[i] for i in sorted(generator.choice(len(experts), number, replace=False).tolist())]

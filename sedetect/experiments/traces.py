@@ -1,8 +1,8 @@
 """When and where chosen experts fire: every row routed to them, by position and by token.
 
 A row is one token routed to one expert. Its strength is max|y|, y the expert's down_proj output before the routing
-weight, as in the statistics; only the rows of the chosen experts are computed a second time. All rows are kept until the
-end of the run (eight numbers each), the strongest are kept in the result.
+weight, as in the statistics; only the rows of the chosen experts are computed a second time. All rows are kept until
+the end of the run (eight numbers each), the strongest are kept in the result.
 
     positions   0, 1-15, 16-63, 64-255, ...: from 16 on, each bucket ends at the next power of 4
     kinds       every token is of one: "first" (of its sequence), "special" (a special token of the tokenizer elsewhere:
@@ -73,8 +73,8 @@ class Group:
 
 @dataclass(frozen=True)
 class ExpertTrace:
-    """One expert. top: its strongest rows; kinds, positions: groups that partition its rows, empty ones left out; tokens:
-    the 20 token ids with the largest max|y|, {token_id: group}, strongest first, and their texts."""
+    """One expert. top: its strongest rows; kinds, positions: groups that partition its rows, empty ones left out;
+    tokens: the 20 token ids with the largest max|y|, {token_id: group}, strongest first, and their texts."""
 
     expert: Place
     rows: int
@@ -226,13 +226,13 @@ class _Tracer:
         flat = x.reshape(-1, x.shape[-1])
         rows = self.tracked.rows_of(bank, len(flat), x.device)
         for place in places:
-            token, slot = ((index == place.expert) & (gates != 0) & rows.counted[:, None]).nonzero(as_tuple=True)
+            token, slot = ((index == place.number) & (gates != 0) & rows.counted[:, None]).nonzero(as_tuple=True)
             if len(token):
-                self._add(place, rows, token, gates[token, slot], expert_output(module, flat[token], place.expert))
+                self._add(place, rows, token, gates[token, slot], expert_output(module, flat[token], place.number))
         return run_inner(module, x, *routing)
 
     def _down(self, bank: Bank, places: list[Place], original: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        y = original(x)
+        y: torch.Tensor = original(x)
         flat = y.reshape(-1, y.shape[-1])
         rows = self.tracked.rows_of(bank, len(flat), y.device)
         token = rows.counted.nonzero()[:, 0]
@@ -265,8 +265,8 @@ class _Texts:
         kind, bucket = self._kinds(rows.token_id, rows.first != 0), _buckets(rows.position)
         order = rows.value.argsort(descending=True, stable=True)  # NaN first
         strongest = list(dict.fromkeys(rows.token_id[order].long().tolist()))[:_TOKENS]
-        kinds = groups(kind, self.kind, kind.unique().tolist())
-        positions = groups(bucket, self.bucket, bucket.unique().tolist())
+        kinds = groups(kind, self.kind, torch.unique(kind).tolist())
+        positions = groups(bucket, self.bucket, torch.unique(bucket).tolist())
         return ExpertTrace(
             expert=expert,
             rows=len(rows.value),
@@ -279,11 +279,11 @@ class _Texts:
         )
 
     def text(self, token_id: int) -> str | None:
-        return None if self.tokenizer is None or token_id < 0 else self.tokenizer.decode([token_id])
+        return None if self.tokenizer is None or token_id < 0 else str(self.tokenizer.decode([token_id]))
 
     def _kinds(self, token_id: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """(N,) index into KINDS."""
-        unique, inverse = token_id.long().unique(return_inverse=True)
+        unique, inverse = torch.unique(token_id.long(), return_inverse=True)
         kinds = [KINDS.index(self._kind(t)) for t in unique.tolist()]
         return torch.tensor(kinds, dtype=torch.int64)[inverse].masked_fill(first, KINDS.index("first"))
 
@@ -294,9 +294,17 @@ class _Texts:
         return "delimiter" if text is not None and is_delimiter(text) else "text"
 
     def _fired(self, rows: _Rows, row: int) -> Fired:
-        domain, sequence, position, token_id, _, gate, value, channel = (column[row].item() for column in rows)
-        finite = value if math.isfinite(value) else None
-        return Fired(self.domains[domain], sequence, position, token_id, self.text(token_id), gate, finite, channel)
+        token_id, value = int(rows.token_id[row]), float(rows.value[row])
+        return Fired(
+            domain=self.domains[int(rows.domain[row])],
+            sequence=int(rows.sequence[row]),
+            position=int(rows.position[row]),
+            token_id=token_id,
+            text=self.text(token_id),
+            gate=float(rows.gate[row]),
+            value=value if math.isfinite(value) else None,
+            channel=int(rows.channel[row]),
+        )
 
 
 def is_delimiter(text: str) -> bool:

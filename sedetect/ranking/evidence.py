@@ -64,6 +64,7 @@ class _View:
         """The fields of SuperExpert for expert e but its place and verdict."""
         value, first_max = float(self.values[e]), float(self.first_max[e])
         peak = self.peaks[e]
+        assert peak is not None  # every threshold is at least 0, so whoever passes one saw a row
         first_gate, rest_gate = self.gates(e)
         if self.first_rows.sum() == 0:
             signature = None
@@ -72,7 +73,7 @@ class _View:
         elif not self.bank.routed:
             signature = True
         else:
-            signature = None if rest_gate is None else first_gate > min_gate_ratio * rest_gate
+            signature = None if first_gate is None or rest_gate is None else first_gate > min_gate_ratio * rest_gate
         return {
             "value": value,
             "sign": peak.sign,

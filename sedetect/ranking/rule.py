@@ -22,6 +22,7 @@ Verdicts, each a test on top of the rule:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -54,11 +55,11 @@ def rank(
 
     criterion: "paper", the only one. percentile in [0, 100) (NumPy's linear interpolation), fraction of max(A) in
     (0, 1), layers: L as a fraction of the stack's layers in (0, 1]; both value tests are strict.
-    residual is what sedetect.experiments.residual_stream.observe_residual saw of the same model: with it, "super" also needs the expert to
-    write at least half of a massive activation that a later layer carries (its decoder stack only), which tells late
-    outliers apart without a fixed L; and layers="data" takes for L the layers that form such activations. That is a
-    few layers, so both value tests are then over the first three quarters (or up to the last of them, where that is
-    later), and L only cuts the set.
+    residual is what sedetect.experiments.residual_stream.observe_residual saw of the same model: with it, "super" also
+    needs the expert to write at least half of a massive activation that a later layer carries (its decoder stack only),
+    which tells late outliers apart without a fixed L; and layers="data" takes for L the layers that form such
+    activations. That is a few layers, so both value tests are then over the first three quarters (or up to the last of
+    them, where that is later), and L only cuts the set.
     compat="published-tool" takes max(A) // 10, as the published tool does, and asks for fraction=0.1.
     rows="first" ranks routed experts by published_max, the value that the published tool records, instead of out_max;
     an expert's sign, channel, token and gate stay those of its out_max. The tool reads shared experts whole.
@@ -101,15 +102,15 @@ def rank(
     header = stats.header
     if residual is not None and residual.digest != header.digest:
         raise SedetectError(
-            f"the residual stream is that of {residual.model} ({residual.digest}), the statistics are of {header.model} "
-            f"({header.digest}); observe the same model"
+            f"the residual stream is that of {residual.model} ({residual.digest}), the statistics are of "
+            f"{header.model} ({header.digest}); observe the same model"
         )
     banks = sorted(stats.banks, key=lambda bank: (bank.stack == "decoder", bank))
     views = {bank: _View(bank, stats.banks[bank], header, rows) for bank in banks}
-    part = 0.75 if layers == "data" else layers
+    part = 0.75 if isinstance(layers, str) else layers
     limits = {stack: round(part * _layers_of(stack, header)) for stack in sorted({bank.stack for bank in banks})}
     writers = None if residual is None else residual.writers()
-    formed = residual.forming_layers if layers == "data" else None
+    formed = residual.forming_layers if residual is not None and layers == "data" else None
     if formed and "decoder" in limits:
         limits["decoder"] = max(limits["decoder"], formed[-1] + 1)
 
@@ -118,7 +119,7 @@ def rank(
     values = np.array([views[bank].values[e] for bank, e in experts])
     finite = np.isfinite(values)
     inside = finite & np.array([bank.layer < limits[bank.stack] for bank, _ in experts], dtype=bool)
-    # By the data, L is a few layers, whose percentile would admit one expert or two: it filters a population that stays.
+    # By the data, L is a few layers, whose percentile would admit one expert or two: the population stays, L cuts it.
     admitted = inside.copy()
     if formed is not None:
         admitted &= np.array([bank.stack == "decoder" and bank.layer in formed for bank, _ in experts], dtype=bool)
@@ -191,7 +192,7 @@ def _check(criteria: dict[str, Any]) -> None:
         raise SedetectError(f"compat {criteria['compat']!r} is not known; use 'published-tool' or leave it out")
     if criteria["rows"] not in ("all", "first"):
         raise SedetectError(f"rows {criteria['rows']!r} is not known; use 'all' or 'first'")
-    ranges = {
+    ranges: dict[str, tuple[str, Callable[[float], bool]]] = {
         "percentile": ("at least 0 and below 100", lambda x: 0 <= x < 100),
         "fraction": ("above 0 and below 1", lambda x: 0 < x < 1),
         **({} if criteria["layers"] == "data" else {"layers": ("above 0 and at most 1", lambda x: 0 < x <= 1)}),

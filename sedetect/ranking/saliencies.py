@@ -121,7 +121,7 @@ def saliency_document(stats: ModelStats, by: str, ranking: Ranking) -> Saliencie
     for place in super_places(ranking):
         values = values_of.get(place.bank)
         if values is not None:  # shared experts are not ranked
-            found.append({"name": str(place), "place": ascending(values).index(place.expert) + 1, "of": len(values)})
+            found.append({"name": str(place), "place": ascending(values).index(place.number) + 1, "of": len(values)})
     layers = []
     for bank, values in values_of.items():
         known = header.banks[str(bank)]
@@ -136,5 +136,4 @@ def saliency_document(stats: ModelStats, by: str, ranking: Ranking) -> Saliencie
                 "ascending": ascending(values),
             }
         )
-    known = (header.model, header.digest, header.dtype, header.tokens, header.sequences)
-    return Saliencies(*known, by, found, layers)
+    return Saliencies(header.model, header.digest, header.dtype, header.tokens, header.sequences, by, found, layers)

@@ -33,26 +33,24 @@ class Inside(Drawing):
             color=alt.Color("series:N", title=None, scale=ordinal(colours), legend=legend),
             tooltip=tips,
         )
-        chart = self.dotted(base, alt.StrokeDash("series:N", title=None, scale=_solid(series), legend=legend))
+        chart: alt.LayerChart | alt.FacetChart = self.dotted(
+            base, alt.StrokeDash("series:N", title=None, scale=_solid(series), legend=legend)
+        )
         if of.marked:
             marks = self.on(f"{of.name}-marks").encode(x="row:N")
             rule = marks.mark_rule(color=self.colour["super"], strokeDash=[3, 3])
-            look = {
-                "align": "left",
-                "dx": 4,
-                "dy": 6,
-                "fontWeight": "bold",
-                "fontSize": 12,
-                "color": self.colour["super"],
-            }
-            chart = alt.layer(rule, chart, marks.mark_text(**look).encode(text="expert:N", y=alt.value(0)))
+            names = marks.mark_text(
+                align="left", dx=4, dy=6, fontWeight="bold", fontSize=12, color=self.colour["super"]
+            ).encode(text="expert:N", y=alt.value(0))
+            chart = alt.layer(rule, chart, names)
         return self.chart(of.name, of.text, chart, 220)
 
     def _grid(self, of: Picture) -> Chart:
         values = [record["value"] for record in of.data[of.name]]
         low, high = min(values, default=0), max(values, default=1)
-        kind = "log" if of.log else "linear"
-        scale = alt.Scale(type=kind, scheme="viridis", domain=[low, high if high > low else low + 1])
+        scale = alt.Scale(
+            type="log" if of.log else "linear", scheme="viridis", domain=[low, high if high > low else low + 1]
+        )
         legend = alt.Legend(title=of.value, format=".3~g", gradientLength=160, orient="top")
         x = alt.X("x:N", scale=alt.Scale(domain=of.columns), title=of.x, axis=self._axis(of.columns, of.marked))
         y = alt.Y(
@@ -77,9 +75,9 @@ class Inside(Drawing):
                     alt.FieldOneOfPredicate(field=channel, oneOf=labels)
                 )
                 band = chosen.transform_aggregate(cells="count()", groupby=[channel])
-                look = {"fill": None, "stroke": self.colour[verdict], "strokeWidth": 1.5}
-                layers.append(band.mark_rect(**look).encode(**{channel: x if channel == "x" else y}))
-        for verdict in sorted({record.get("verdict") for record in of.data[of.name]} & {"super", "outlier"}):
+                ring = band.mark_rect(fill=None, stroke=self.colour[verdict], strokeWidth=1.5)
+                layers.append(ring.encode(**{channel: x if channel == "x" else y}))
+        for verdict in sorted({"super", "outlier"} & {record.get("verdict") for record in of.data[of.name]}):
             one = base.transform_filter(alt.datum.verdict == verdict)
             layers.append(one.mark_rect(fill=None, stroke=self.colour[verdict], strokeWidth=2).encode(x=x, y=y))
         height = max(120, min(440, 14 * len(of.rows) + 40))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import altair as alt
 
@@ -41,10 +42,9 @@ class Charts(Drawing):
         for state, name in (("unseen", "unseen"), ("non-finite", "broken")):
             if any(record["state"] == state for record in self.data["experts"]):
                 layers.append(base.transform_filter(alt.datum.state == state).mark_rect(color=self.colour[name]))
-        ring = {"fill": None, "strokeWidth": 2}
         for verdict in VERDICTS[:3]:
             chosen = base.transform_filter(alt.datum.verdict == verdict)
-            layers.append(chosen.mark_rect(stroke=self.colour[verdict], tooltip=None, **ring))
+            layers.append(chosen.mark_rect(fill=None, stroke=self.colour[verdict], strokeWidth=2, tooltip=None))
         edge = self.columns[len(self.columns) // 2 :]
         beside = 6 + 500 // len(self.columns)  # half a cell of a chart some 1000 pixels wide
         for verdict, right in product(VERDICTS[:2], (False, True)):
@@ -52,8 +52,8 @@ class Charts(Drawing):
             chosen = base.transform_filter(alt.datum.verdict == verdict).transform_filter(
                 inside if right else alt.LogicalNotPredicate(**{"not": inside})
             )
-            where = {"align": "right", "dx": -beside} if right else {"align": "left", "dx": beside}
-            halo = {
+            where: dict[str, Any] = {"align": "right", "dx": -beside} if right else {"align": "left", "dx": beside}
+            halo: dict[str, Any] = {
                 "stroke": self.colour["paper"],
                 "strokeWidth": 4,
                 "strokeJoin": "round",
@@ -70,9 +70,12 @@ class Charts(Drawing):
         x = alt.X("place:Q", scale=alt.Scale(type="log", nice=False), title="place, by max|y|", axis=FINE_LOG)
         y = alt.Y("value:Q", scale=alt.Scale(type="log"), title="max|y|", axis=LOG)
         points = base.mark_point(size=36, strokeWidth=1.3).encode(
-            x=x, y=y, color=self.verdicts(), fill=alt.condition("datum.inside", self.verdicts(), alt.value("transparent")),
+            x=x,
+            y=y,
+            color=self.verdicts(),
+            fill=alt.condition("datum.inside", self.verdicts(), alt.value("transparent")),
             tooltip=tooltips("place", *EXPERT),
-        )  # fmt: skip
+        )
         rule = self.on("thresholds").mark_rule(color=self.colour["muted"], strokeWidth=1.5)
         rules = rule.encode(
             y="value:Q",
@@ -194,7 +197,7 @@ class Charts(Drawing):
         text = "Excess kurtosis of the experts' largest outputs in every layer, and the most it can be."
         return self.chart("kurtosis", text, chart, 220)
 
-    def _with_names(self, chart: alt.LayerChart, field: str) -> alt.LayerChart:
+    def _with_names(self, chart: alt.LayerChart, field: str) -> alt.LayerChart | alt.FacetChart:
         """The chart, and in it super experts and outliers by name where they stand."""
         if not {record["verdict"] for record in self.data["experts"]} & set(VERDICTS[:2]):
             return chart

@@ -97,14 +97,14 @@ def _by_layer(layers: list[LayerRow]) -> Records:
 
 def _by_column(experts: list[ExpertRow]) -> Records:
     """Per column, the largest value over the layers, and over those in which the rule looks."""
-    best: dict[tuple[str, str], ExpertRow] = {}
+    best: dict[tuple[str, str], tuple[float, str]] = {}  # value, and whose it is
     for row in experts:
         for series in ["all layers", *(["layers of the rule"] if row.inside else [])]:
-            if row.value and row.value > (best[row.column, series].value if (row.column, series) in best else 0):
-                best[row.column, series] = row
+            if row.value and row.value > best.get((row.column, series), (0.0, ""))[0]:
+                best[row.column, series] = row.value, row.name
     return [
-        {"column": column, "series": series, "value": row.value, "expert": row.name}
-        for (column, series), row in best.items()
+        {"column": column, "series": series, "value": value, "expert": name}
+        for (column, series), (value, name) in best.items()
     ]
 
 
@@ -117,7 +117,7 @@ def _kept(evidence: Evidence) -> Records:
             if row.position < 0 or row.value <= 0:
                 continue
             source = sources[row.source] if row.source < len(sources) else None
-            context = contexts.get((source, row.sequence, row.position))
+            context = None if source is None else contexts.get((source, row.sequence, row.position))
             info = evidence.stats.header.sources[source].info if source is not None else {}
             records.append(
                 {
@@ -154,8 +154,8 @@ def _residual(evidence: Evidence, *names: str) -> Records:
                 "strongest head": strongest_head,
             }
             for name in names:
-                if of[name] is not None and of[name] > 0:
-                    records.append({"row": f"L{layer.layer}", "run": run, "series": name, "value": of[name]})
+                if (value := of[name]) is not None and value > 0:
+                    records.append({"row": f"L{layer.layer}", "run": run, "series": name, "value": value})
     return records
 
 

@@ -1,7 +1,7 @@
 """How the charts of the report look: colours, axes, legends, and the forms that several charts share."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
@@ -9,6 +9,7 @@ from sedetect.report.data import Records
 from sedetect.report.style import FIGURE_FONT, LIGHT, PAGE_FONT, VARIABLES
 
 VEGA_LITE = "6.4"  # what altair writes; vl_convert must have it
+Scaling = Literal["linear", "log"]
 VERDICTS = ("super", "outlier", "unsupported", "other")
 EXPERT = ("expert", "value", "channel", "token", "position", "rows", "first", "rest", "verdict")
 _TITLES = {"value": "max|y|", "first": "max|y|, first tokens", "rest": "max|y|, other tokens", "row": "layer"}
@@ -68,14 +69,20 @@ class Drawing:
         return alt.Color("verdict:N", title=None, scale=ordinal(colours), legend=alt.Legend(orient="top"))
 
     def two_series(
-        self, name: str, x: alt.X, title: str, series: tuple[str, str], scale: str = "log", extra: tuple[str, ...] = ()
+        self,
+        name: str,
+        x: alt.X,
+        title: str,
+        series: tuple[str, str],
+        scale: Scaling = "log",
+        extra: tuple[str, ...] = (),
     ) -> alt.LayerChart:
         """Two series: the first strong, the second faint."""
         scaled = alt.Scale(domain=list(series), range=[[1, 0], [5, 4]])
         colours = dict(zip(series, (self.colour["accent"], self.colour["muted"])))
         y = alt.Y("value:Q", scale=alt.Scale(type=scale), title=title, axis=LOG if scale == "log" else alt.Axis())
         legend = alt.Legend(orient="top", symbolType="stroke")
-        field = x.to_dict()["field"]
+        field = x["shorthand"].partition(":")[0]
         tips = [alt.Tooltip(f"{field}:N", title=_TITLES.get(field, "expert")), *tooltips("series", *extra)]
         colour = alt.Color("series:N", title=None, scale=ordinal(colours), legend=legend)
         dashes = alt.StrokeDash("series:N", title=None, scale=scaled, legend=legend)
@@ -86,7 +93,7 @@ class Drawing:
         """A line with a dot at every value; dashes are the line's only, so that their legend shows lines."""
         return base.mark_line().encode(strokeDash=dashes) + base.mark_point(filled=True, size=24, opacity=1)
 
-    def two_runs(self, name: str, title: str, series: tuple[str, str], scale: str) -> alt.LayerChart:
+    def two_runs(self, name: str, title: str, series: tuple[str, str], scale: Scaling) -> alt.LayerChart:
         """Two series of one or two runs: colour tells the run, dashes the series."""
         runs = list(dict.fromkeys(record["run"] for record in self.data[name]))
         rows = list(dict.fromkeys(record["row"] for record in self.data[name]))
@@ -97,9 +104,15 @@ class Drawing:
         y = alt.Y("value:Q", scale=alt.Scale(type=scale), title=title, axis=LOG if scale == "log" else alt.Axis())
         dashes = alt.Scale(domain=list(series), range=[[1, 0], [5, 4]])
         base = self.on(name).encode(
-            x=self.across("row", rows, "layer"), y=y, color=alt.Color("run:N", title=None, scale=ordinal(colours), legend=legend),
-            tooltip=[alt.Tooltip("row:N", title="layer"), *tooltips("run", "series"), alt.Tooltip("value:Q", format=".5~g")],
-        )  # fmt: skip
+            x=self.across("row", rows, "layer"),
+            y=y,
+            color=alt.Color("run:N", title=None, scale=ordinal(colours), legend=legend),
+            tooltip=[
+                alt.Tooltip("row:N", title="layer"),
+                *tooltips("run", "series"),
+                alt.Tooltip("value:Q", format=".5~g"),
+            ],
+        )
         return self.dotted(base, alt.StrokeDash("series:N", title=None, scale=dashes, legend=dashed))
 
     def chart(self, name: str, text: str, chart: Any, height: int) -> Chart:
@@ -150,6 +163,5 @@ def ordinal(colours: dict[str, str]) -> alt.Scale:
 def tooltips(*fields: str) -> list[alt.Tooltip]:
     types = {field: "Q" if field in _NUMBERS else "N" for field in fields}
     return [
-        alt.Tooltip(f"{f}:{types[f]}", title=_TITLES.get(f, f), **({"format": _NUMBERS[f]} if f in _NUMBERS else {}))
-        for f in fields
+        alt.Tooltip(f"{f}:{types[f]}", title=_TITLES.get(f, f), format=_NUMBERS.get(f, alt.Undefined)) for f in fields
     ]

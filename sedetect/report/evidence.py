@@ -69,8 +69,8 @@ def load_evidence(folder: str | os.PathLike) -> Evidence:
     if traced is not None:
         _same(results.traces_path, traced.model, stats.header.model)
     analyses = results.analyses()
-    for kind, found in analyses.items():
-        _same(results.analysis_path(kind), found.digest, stats.header.digest)
+    for kind, result in analyses.items():
+        _same(results.analysis_path(kind), result.digest, stats.header.digest)
     return Evidence(
         stats=stats,
         ranking=rank(stats, residual=residual),

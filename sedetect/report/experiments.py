@@ -22,10 +22,10 @@ def residual_section(evidence: Evidence) -> dict[str, Any]:
     text += f", written by {writers}." if writers else "."
     if ablated is not None:
         text += (
-            f" Without {', '.join(evidence.ablated_experts)} the largest |x| between the first and the last layer falls from "
-            f"{number(residual.inner_max)} to {number(ablated.inner_max)}, the mean attention to the first token from "
-            f"{number(residual.sink_mean, 3)} to {number(ablated.sink_mean, 3)}."
-        )  # fmt: skip
+            f" Without {', '.join(evidence.ablated_experts)} the largest |x| between the first and the last layer "
+            f"falls from {number(residual.inner_max)} to {number(ablated.inner_max)}, the mean attention to the first "
+            f"token from {number(residual.sink_mean, 3)} to {number(ablated.sink_mean, 3)}."
+        )
     text += f" Seen on {sum(residual.sequences.values())} sequences of {residual.seq_len} tokens; massive: |x| above "
     text += f"{number(residual.min_value)} and {number(residual.min_ratio)} times the median."
     rows = [
@@ -75,7 +75,8 @@ def ablation_section(experiment: Experiment | None) -> dict[str, Any]:
         if layer is not None:
             cells.append(number(mean([run.sink_decay[layer] for run in runs]), 2))
         cells.append(number(mean([run.residual_max for run in runs])))
-        return cells + ([f"{statistics.fmean(run.accuracy for run in runs):.0%}"] if asked else [])
+        known = [run.accuracy for run in runs if run.accuracy is not None]
+        return cells + ([f"{statistics.fmean(known):.0%}"] if asked else [])
 
     rows = [["nothing", *(f"{base.perplexity[d]:.2f}" for d in domains), "", *rest([base])]]
     for one in experiment.outcomes:
@@ -126,12 +127,11 @@ def traces_section(evidence: Evidence) -> dict[str, Any]:
             }
         )
     sequences = whole(sum(traces.sequences.values()))
-    text = f"Rows of these experts in {whole(traces.tokens)} tokens of {sequences} sequences: so many of all such tokens came "
-    return {
-        "traces": shown,
-        "traces_text": text
-        + "to the expert; the largest |y| of a row, at most and on average; the mean routing weight.",
-    }
+    text = (
+        f"Rows of these experts in {whole(traces.tokens)} tokens of {sequences} sequences: so many of all such tokens "
+        "came to the expert; the largest |y| of a row, at most and on average; the mean routing weight."
+    )
+    return {"traces": shown, "traces_text": text}
 
 
 def inside_section(evidence: Evidence) -> dict[str, Any]:

@@ -177,8 +177,8 @@ def thin_experts(stats: ModelStats) -> list[Thin]:
 def more_tokens(rows: int, tokens: int, wanted: int = FEW_ROWS) -> int:
     """Further tokens until an expert that saw rows < wanted rows in so many tokens is expected to have wanted.
 
-    The rate is rows / tokens. An expert that saw none gets 3 / tokens, the rate above which it would have been seen with
-    95 % probability (rule of three): its true need is probably larger.
+    The rate is rows / tokens. An expert that saw none gets 3 / tokens, the rate above which it would have been seen
+    with 95 % probability (rule of three): its true need is probably larger.
     """
     return math.ceil((wanted - rows) * tokens / (rows or 3))
 
@@ -226,7 +226,8 @@ def headroom(stats: ModelStats) -> list[Headroom]:
             for side, values in (("out", out), ("in", hidden))
             for form, limit in (("fp8", FP8_MAX), ("fp16", FP16_MAX))
         }
-        result.append(Headroom(kind, len(names), *_largest(out, names), *_largest(hidden, names), **counts, **over))
+        (out_max, out_name), (in_max, in_name) = _largest(out, names), _largest(hidden, names)
+        result.append(Headroom(kind, len(names), out_max, out_name, in_max, in_name, **counts, **over))
     return result
 
 

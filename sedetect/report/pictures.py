@@ -99,7 +99,7 @@ def _outputs(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
         yield _lines(f"outputs-{name}", result, marked, values, title, text)
     counts = [layer.arrays["rank_counts"] for layer in result.layers.values() if "rank_counts" in layer.arrays]
     if len({count.shape for count in counts}) == 1:
-        yield _rank_counts("outputs-ranks", sum(counts), "over all layers")
+        yield _rank_counts("outputs-ranks", sum(counts[1:], counts[0]), "over all layers")
 
 
 def _routing(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
@@ -262,7 +262,16 @@ def _of_pairs(layer: LayerArrays, values: torch.Tensor) -> torch.Tensor:
     return table
 
 
-def _by_token(name, table, labels, tokens, layer, marked, text, value) -> Picture:
+def _by_token(
+    name: str,
+    table: torch.Tensor,
+    labels: list[str],
+    tokens: list[str],
+    layer: LayerArrays,
+    marked: dict[str, str],
+    text: str,
+    value: str,
+) -> Picture:
     return _grid(name, table, labels, tokens, _marks(layer, marked), text, "token", value)
 
 
@@ -333,8 +342,8 @@ def _points(
                         "stray": alone,
                     }
                 )
-    axes = [f"component {n + 1} ({float(share):.1%} of the variance)" for n, share in enumerate(shares[:2])]
-    return Picture(name, "points", text, {name: records}, *axes, marked=_marks(layer, marked), columns=labels)
+    across, up = (f"component {n + 1} ({float(share):.1%} of the variance)" for n, share in enumerate(shares[:2]))
+    return Picture(name, "points", text, {name: records}, across, up, marked=_marks(layer, marked), columns=labels)
 
 
 def _labels(layer: LayerArrays) -> list[str]:

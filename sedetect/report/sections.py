@@ -57,7 +57,8 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
 def _facts(evidence: Evidence) -> list[dict[str, str]]:
     stats, ranking = evidence.stats, evidence.ranking
     rooms = headroom(stats)
-    top = max((room for room in rooms if room.out_max is not None), key=lambda room: room.out_max, default=None)
+    tops = [(room.out_max, room.out_name) for room in rooms if room.out_max is not None]
+    largest, whose = max(tops, key=lambda top: top[0], default=(None, None))
     routed = [s for bank, s in stats.banks.items() if bank.routed]
     rows = [n for state in routed for n in state.rows.tolist()]
     few = sum(n < FEW_ROWS for n in rows)
@@ -66,7 +67,7 @@ def _facts(evidence: Evidence) -> list[dict[str, str]]:
     facts = [
         ("routed experts", whole(len(rows)), f"in {layers} layers, {stats.header.dtype}"),
         ("calibration tokens", whole(stats.header.tokens), f"in {whole(stats.header.sequences)} sequences"),
-        ("largest |y|", NONE if top is None else number(top.out_max), "" if top is None else f"{top.out_name}, before the routing weight"),
+        ("largest |y|", number(largest), "" if largest is None else f"{whose}, before the routing weight"),
         ("y beyond fp16", whole(over["fp16"]), f"elements above 65504; above 448 (fp8): {whole(over['fp8'])}"),
     ]  # fmt: skip
     if rows:
@@ -78,7 +79,9 @@ def _facts(evidence: Evidence) -> list[dict[str, str]]:
         main = evidence.ablation.outcomes[0]
         same = [run.mean_change for run in evidence.ablation.controls.get("same layers", ())]
         beside = f"perplexity without {', '.join(main.experts)}"
-        facts.append(("what they are worth", percent(main.mean_change), beside + (f"; random of its layers: {percent(max(same))} at most" if same else "")))  # fmt: skip
+        if same:
+            beside += f"; random of its layers: {percent(max(same))} at most"
+        facts.append(("what they are worth", percent(main.mean_change), beside))
     if ranking.nonfinite:
         facts.append(("NaN or infinity", f"{len(ranking.nonfinite)} experts", f"first {ranking.nonfinite[0]}"))
     return [{"name": name, "value": value, "more": more} for name, value, more in facts]
@@ -88,7 +91,7 @@ def _experts(evidence: Evidence, experts: list[SuperExpert]) -> Table:
     seen = evidence.residual is not None
     rows = []
     for e in experts:
-        row = [Named(e, e.verdict), Named(e.verdict, e.verdict)]
+        row: list[str] = [Named(e, e.verdict), Named(e.verdict, e.verdict)]
         row += [number(e.value, 5), number(e.ratio, 3), number(e.next_ratio, 3), str(e.channel)]
         row += [evidence.token(e.token_id) or NONE, NONE if e.position < 0 else str(e.position)]
         row += [
@@ -96,8 +99,8 @@ def _experts(evidence: Evidence, experts: list[SuperExpert]) -> Table:
             f"{number(e.first_gate, 3)} / {number(e.rest_gate, 3)}",
         ]
         rows.append([*row, _yes(e in evidence.ranking.super_experts), *([_yes(e.carried)] if seen else [])])
-    head = "expert,verdict,#max|y|,#÷ median,#÷ next,#channel,token,#position,#|y| first / rest,#routing first / rest,in set"
-    return make_table(head + (",carried" if seen else ""), rows)
+    head = "expert,verdict,#max|y|,#÷ median,#÷ next,#channel,token,#position,#|y| first / rest"
+    return make_table(head + ",#routing first / rest,in set" + (",carried" if seen else ""), rows)
 
 
 def _modules(evidence: Evidence, experts: list[SuperExpert]) -> list[str]:
@@ -109,8 +112,8 @@ def _modules(evidence: Evidence, experts: list[SuperExpert]) -> list[str]:
 def _largest(experts: Records) -> Table:
     chosen = sorted((r for r in experts if r["value"]), key=lambda r: r["place"])[:MOST]
     rows = [
-        [Named(r["expert"], r["verdict"]), number(r["value"], 5), number(r["first"]), number(r["rest"]), str(r["channel"]),
-         r["token"], str(r["position"]), whole(r["rows"]), r["verdict"], _yes(r["inside"])]
+        [Named(r["expert"], r["verdict"]), number(r["value"], 5), number(r["first"]), number(r["rest"]),
+         str(r["channel"]), r["token"], str(r["position"]), whole(r["rows"]), r["verdict"], _yes(r["inside"])]
         for r in chosen
     ]  # fmt: skip
     return make_table("expert,#max|y|,#first tokens,#rest,#channel,token,#position,#rows,verdict,in population", rows)
@@ -153,8 +156,9 @@ def _headroom(evidence: Evidence) -> Table:
 
 def _layers(evidence: Evidence) -> Table:
     rows = [
-        [row_name(r.stack, r.layer), whole(r.experts), number(r.maximum, 5), number(r.median), number(r.in_max), number(r.kurtosis, 3),
-         number(r.kurtosis_most, 3), whole(r.rows_min), number(r.rows_median, 6), whole(r.rows_max)]
+        [row_name(r.stack, r.layer), whole(r.experts), number(r.maximum, 5), number(r.median), number(r.in_max),
+         number(r.kurtosis, 3), number(r.kurtosis_most, 3), whole(r.rows_min), number(r.rows_median, 6),
+         whole(r.rows_max)]
         for r in layer_rows(evidence.stats)
     ]  # fmt: skip
     head = "layer,#experts seen,#max|y|,#median,#max|h|,#kurtosis,#at most,#rows: fewest,#median,#most"
@@ -165,15 +169,16 @@ def _run(evidence: Evidence) -> list[tuple[str, str]]:
     header, run = evidence.stats.header, evidence.run
     backends = sorted({backend for bank in header.banks.values() for backend in bank.backends})
     layers = ", ".join(f"{count} {stack} layers" for stack, count in header.layers.items())
+    text = f"{whole(header.tokens)} tokens in {whole(header.sequences)} sequences"
     found = [
         ("Model", header.model),
         ("Digest of config and weights", header.digest),
         ("Precision", header.dtype),
         ("Layers", layers),
-        ("Text", f"{whole(header.tokens)} tokens in {whole(header.sequences)} sequences" + (f", windows of {header.window}" if header.window else "")),
+        ("Text", text + (f", windows of {header.window}" if header.window else "")),
         ("Backend", ", ".join(backends) or NONE),
         ("Versions", ", ".join(f"{name} {version}" for name, version in sorted(header.versions.items()))),
-    ]  # fmt: skip
+    ]
     if run is not None:
         when = run.date.replace("T", " ").replace("+00:00", " UTC")
         speed = f" ({whole(round(header.tokens / run.seconds))} tokens/s)" if run.seconds else ""
@@ -183,9 +188,11 @@ def _run(evidence: Evidence) -> list[tuple[str, str]]:
             ("Time in the forwards", f"{run.seconds:.1f} s{speed}"),
         ]
     criteria = evidence.ranking.criteria
-    rule = f"percentile {criteria['percentile']:g}, fraction {criteria['fraction']:g}, first {criteria['layers']:g} of the layers"
-    verdict = f"|y| at least {criteria['min_value']:g}, {criteria['min_ratio']:g} times the layer's median, routing {criteria['min_gate_ratio']:g} times"
-    return found + [("Rule", rule), ("Verdict super", verdict + (", and carried" if criteria["residual"] else ""))]
+    rule = f"percentile {criteria['percentile']:g}, fraction {criteria['fraction']:g}"
+    rule += f", first {criteria['layers']:g} of the layers"
+    verdict = f"|y| at least {criteria['min_value']:g}, {criteria['min_ratio']:g} times the layer's median"
+    verdict += f", routing {criteria['min_gate_ratio']:g} times" + (", and carried" if criteria["residual"] else "")
+    return [*found, ("Rule", rule), ("Verdict super", verdict)]
 
 
 def _sources(evidence: Evidence) -> Table:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import vl_convert
@@ -17,7 +18,7 @@ from sedetect.report.evidence import Evidence
 from sedetect.report.page import render_page
 from sedetect.report.pictures import Picture, pictures_of
 
-FORMATS = {
+FORMATS: dict[str, Callable[[str], bytes]] = {
     "png": lambda spec: vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2),
     "svg": lambda spec: vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE).encode(),
     "pdf": lambda spec: vl_convert.vegalite_to_pdf(spec, vl_version=VEGA_LITE),
@@ -75,5 +76,5 @@ def _write(
         spec = json.dumps(chart.spec | {"datasets": {name: data[name] for name in chart.data}})
         for form in forms:
             drawn = FORMATS[form](spec)
-            write_atomic(folder / f"{chart.name}.{form}", lambda temporary, drawn=drawn: temporary.write_bytes(drawn))
+            write_atomic(folder / f"{chart.name}.{form}", partial(Path.write_bytes, data=drawn))
     return len(charts)

@@ -14,7 +14,7 @@ from sedetect.stats.place import BankId, place_of
 
 
 @dataclass(frozen=True)
-class _Tests:
+class ValueTests:
     """The two value tests of one population, sorted ascending; of an empty one nothing passes."""
 
     population: np.ndarray
@@ -23,7 +23,7 @@ class _Tests:
     threshold: float
 
     @classmethod
-    def of(cls, values: np.ndarray, criteria: dict[str, Any]) -> "_Tests":
+    def of(cls, values: np.ndarray, criteria: dict[str, Any]) -> "ValueTests":
         if not len(values):
             return cls(values, math.nan, math.nan, math.nan)
         maximum = float(values.max())
@@ -40,7 +40,7 @@ class _Tests:
         return float(self.population[last - 1]) if last > 0 else None
 
 
-class _View:
+class BankView:
     """What ranking reads of one bank of E experts, as (E,) NumPy arrays."""
 
     def __init__(self, bank: BankId, state: BankStats, header: Header, rows: str):
@@ -60,7 +60,7 @@ class _View:
         """The expert as a Place has it."""
         return place_of(self.bank, e, len(self.values)).expert
 
-    def evidence(self, e: int, median: float | None, tests: _Tests, min_gate_ratio: float) -> dict[str, Any]:
+    def evidence(self, e: int, median: float | None, tests: ValueTests, min_gate_ratio: float) -> dict[str, Any]:
         """The fields of SuperExpert for expert e but its place and verdict."""
         value, first_max = float(self.values[e]), float(self.first_max[e])
         peak = self.peaks[e]
@@ -106,7 +106,7 @@ class _View:
         )
 
 
-def _medians(views: dict[BankId, _View]) -> dict[BankId, float | None]:
+def layer_medians(views: dict[BankId, BankView]) -> dict[BankId, float | None]:
     """Per bank, the median value of the experts it is compared with: finite, and seen."""
     seen = {bank: view.values[(view.rows > 0) & np.isfinite(view.values)] for bank, view in views.items()}
     medians = {}

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from sedetect.errors import SedetectError
-from sedetect.ranking.evidence import _medians, _Tests, _View
+from sedetect.ranking.evidence import BankView, ValueTests, layer_medians
 from sedetect.ranking.result import Ranking, SuperExpert
 from sedetect.ranking.wording import _headline, _notes
 from sedetect.stats.model import Header, ModelStats
@@ -106,7 +106,7 @@ def rank(
             f"{header.model} ({header.digest}); observe the same model"
         )
     banks = sorted(stats.banks, key=lambda bank: (bank.stack == "decoder", bank))
-    views = {bank: _View(bank, stats.banks[bank], header, rows) for bank in banks}
+    views = {bank: BankView(bank, stats.banks[bank], header, rows) for bank in banks}
     part = 0.75 if isinstance(layers, str) else layers
     limits = {stack: round(part * _layers_of(stack, header)) for stack in sorted({bank.stack for bank in banks})}
     writers = None if residual is None else residual.writers()
@@ -123,9 +123,9 @@ def rank(
     admitted = inside.copy()
     if formed is not None:
         admitted &= np.array([bank.stack == "decoder" and bank.layer in formed for bank, _ in experts], dtype=bool)
-    medians = _medians(views)
+    medians = layer_medians(views)
 
-    def judge(chosen: np.ndarray, tests: _Tests, in_set: bool) -> list[SuperExpert]:
+    def judge(chosen: np.ndarray, tests: ValueTests, in_set: bool) -> list[SuperExpert]:
         """The experts under the mask chosen, judged, by value, descending."""
         order = np.flatnonzero(chosen)
         order = order[np.argsort(-values[order], kind="stable")]
@@ -145,14 +145,14 @@ def rank(
             found.append(SuperExpert(*bank, views[bank].name(e), **evidence, carried=carried, verdict=verdict))
         return found
 
-    tests = _Tests.of(values[inside], criteria)
+    tests = ValueTests.of(values[inside], criteria)
     named = admitted & tests.passes(values)
     super_experts = judge(named, tests, in_set=True)
 
     others = []
     for stack in limits:
         mine = finite & np.array([bank.stack == stack for bank, _ in experts], dtype=bool)
-        over_all = _Tests.of(values[mine], criteria)
+        over_all = ValueTests.of(values[mine], criteria)
         others += judge(mine & over_all.passes(values) & ~named, over_all, in_set=False)
     others.sort(key=lambda expert: -expert.value)
 

@@ -3,14 +3,14 @@
 import math
 from typing import Any
 
-from sedetect.ranking.evidence import _Tests
+from sedetect.ranking.evidence import ValueTests
 from sedetect.ranking.result import SuperExpert
 from sedetect.stats.place import Place
 
 
 def _headline(
     named: list[SuperExpert],
-    tests: _Tests,
+    tests: ValueTests,
     experts: int,
     limits: dict[str, int],
     formed: list[int] | None,
@@ -49,7 +49,7 @@ def _headline(
 def _notes(
     named: list[SuperExpert],
     barred: list[SuperExpert],
-    tests: _Tests,
+    tests: ValueTests,
     experts: int,
     unseen: int,
     nonfinite: list[Place],

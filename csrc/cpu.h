@@ -1,5 +1,5 @@
 // The cpu backend: the grouped GEMMs of one experts call, with the row statistics of every output row taken while it is
-// in cache. Shapes are in sedetect/contract.py, the caller is sedetect/backends.py; S sorted rows, T tokens, E experts.
+// in cache. Shapes are in sedetect/ops/contract.py, the caller is sedetect/ops/cpu.py; S sorted rows, T tokens, E experts.
 #pragma once
 
 #include <optional>

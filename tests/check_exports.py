@@ -3,8 +3,8 @@
     python tests/check_exports.py [STATS]
 
 Needs compressed_tensors, llmcompressor, gptqmodel, auto_round and modelopt importable (their releases stand in
-sedetect/exporting.py), which the tests do not install; a tool that is missing is named and left out. STATS is the
-profile of tests/data/tiny-moe, made here if it is not given. Prints one line per tool and granularity.
+sedetect/compression/protect.py), which the tests do not install; a tool that is missing is named and left out. STATS is
+the profile of tests/data/tiny-moe, made here if it is not given. Prints one line per tool and granularity.
 """
 
 import json

@@ -1,6 +1,6 @@
 // sedetect._cuda. Device memory comes as addresses, the stream as its handle: the module needs neither torch nor a
-// driver to be built or imported. Shapes and meanings are in stages.h and grouped_gemm.h; sedetect/cuda_backend.py is
-// the caller.
+// driver to be built or imported. Shapes and meanings are in stages.h and grouped_gemm.h; sedetect/ops/cuda.py is the
+// caller.
 #include "../columns.h"
 #include "grouped_gemm.h"
 #include "stages.h"

@@ -10,7 +10,7 @@ namespace sedetect::cuda {
 
 constexpr int kTileRows = 128;
 
-// Must agree with sedetect/cuda_backend.py.
+// Must agree with sedetect/ops/cuda.py.
 enum class Activation : int { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu2 = 4 };
 
 // kernels/gate.py's Gate. limit is infinite where there is none.

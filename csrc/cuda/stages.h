@@ -9,7 +9,7 @@
 
 namespace sedetect::cuda {
 
-// Must agree with sedetect/cuda_backend.py.
+// Must agree with sedetect/ops/cuda.py.
 enum class Type : int { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
 // The lists of kept records of an expert.

@@ -1,4 +1,4 @@
-"""Experts that do not go through transformers' experts interface: stacked, in lists of modules, quantized.
+"""Experts outside transformers' experts interface: stacked, in lists of modules, quantized.
 
 An architecture that is not covered gets its class here. Adapters compute by sedetect.ops and know no profile.
 """

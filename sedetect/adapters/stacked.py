@@ -1,4 +1,4 @@
-"""Adapters of experts whose weights are stacked, in classes that transformers' experts interface does not reach.
+"""Adapter, and those of experts whose weights are stacked, in classes that transformers' experts interface misses.
 
 An Adapter stands beside the module it adapts and holds none of its weights: what it shows are the same parameters, or
 views of them. It is called as an experts module is, x (T, H) and routing (T, k) twice -> (T, H); while it is attached,

@@ -64,7 +64,7 @@ def analyze_outputs(
     """The outputs of all experts of a model on all tokens of text.
 
     Args:
-        as in routing_analysis.analyze_routing. backend: of sedetect.ops.functions, by name; None for the fastest.
+        as in analyze_routing. backend: of sedetect.ops.functions, by name; None for the fastest.
     Returns:
         an Analysis of the kind "outputs"; of a layer with E routed experts and N members, float32 unless it says
         otherwise, over all tokens of the domains:

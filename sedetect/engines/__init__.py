@@ -1,1 +1,4 @@
-"""Serving engines whose own experts are measured. One module per engine; nothing here is imported unless asked for."""
+"""Serving engines whose own experts are measured. One module per engine, imported only when it is asked for.
+
+Engines and training do not know each other.
+"""

@@ -1,7 +1,7 @@
-"""The decoder layers of a live model: where they are, what their attention gives, and what each expert adds.
+"""The decoder layers of a live model: where they are, what their attention gives, and how text is run through them.
 
 Layers and the attention blocks directly in them may be hooked; experts and MLPs are stepped into where
-sedetect.models.attach attaches.
+attach.py attaches.
 """
 
 import inspect

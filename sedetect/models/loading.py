@@ -99,7 +99,7 @@ def load_model(
             _refuse_unconverted(name, report)
             raise
         _check_loaded(name, type(model).__name__, loaded, method)
-        if "device_map" not in options and not any(p.is_meta for p in model.parameters()):  # see streaming_weights
+        if "device_map" not in options and not any(p.is_meta for p in model.parameters()):  # see streamed.py
             model = model.to(device)
     if method == "mxfp4" and _quantization(model.config) is None:
         warnings.warn(

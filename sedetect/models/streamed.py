@@ -5,8 +5,8 @@ those outside the decoder layers are loaded. Everything else (class, precision, 
 weights, quantization) is as in a resident model, and load() later uses the same conversion for one layer's weights.
 What is missing, left over or misshapen is known before a byte is read, from a conversion of tensors without data.
 
-This file is the only one that depends on internals of transformers (5.17 to 5.23): two static methods of
-PreTrainedModel, one of the FP8 quantizer, and transformers.core_model_loading.
+What it takes of the internals of transformers (5.17 to 5.24): two static methods of PreTrainedModel, one of the FP8
+quantizer, and transformers.core_model_loading.
 """
 
 import ctypes

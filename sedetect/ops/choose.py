@@ -1,4 +1,4 @@
-"""Backends: the same stages (sedetect.ops.contract), computed in different ways.
+"""Which backend serves a call: each computes the same stages (sedetect.ops.contract), in its own way.
 
 torch is the definition and runs anywhere. cpu is torch's GEMMs with the row statistics of csrc/, taken while the
 output is in cache. triton are the kernels of kernels/, cuda those of csrc/cuda/ for Hopper GPUs. Every stage takes and

@@ -1,4 +1,4 @@
-"""The kernel layer for other tooling: expert computations that update a BankStats while they run.
+"""The functions of the kernel layer: expert computations that update a BankStats while they run.
 
 T tokens, k experts per token, S = T*k routed rows, E experts, H hidden, I intermediate. All functions run under
 torch.no_grad; none changes its inputs except state.

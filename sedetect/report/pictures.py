@@ -1,4 +1,4 @@
-"""What the pictures of the analyses draw: lines by layer, grids of numbers, and points. report.inside draws them."""
+"""What the pictures of the analyses draw: lines by layer, grids of numbers, and points. analyses.py draws them."""
 
 import math
 import re

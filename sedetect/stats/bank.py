@@ -1,9 +1,8 @@
 """The state: what one calibration pass learned of every expert, as a mergeable value.
 
-A bank is the routed experts of one layer, one shared expert, or one dense MLP. BankStats is its state, ModelStats
-the states of all banks of a model with the header that says what was run. Both are commutative monoids
-under merge: counts, maxima and kept rows merge to the same bits in every grouping and order; the float64 sums
-agree to 1e-12 relative. The kernels mutate a BankStats on the device; files hold one on the CPU.
+A bank is the routed experts of one layer, one shared expert, or one dense MLP. BankStats is its state, a commutative
+monoid under merge: counts, maxima and kept rows merge to the same bits in every grouping and order; the float64 sums
+agree to 1e-12 relative. The kernels mutate a BankStats on the device; files (sedetect.stats.model) hold one on the CPU.
 """
 
 import math

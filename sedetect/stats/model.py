@@ -1,4 +1,7 @@
-"""The statistics of a whole model: the states of its banks, and the header that says what was run."""
+"""The statistics of a whole model: the states of its banks, and the header that says what was run; and their file.
+
+ModelStats merges as its banks do (sedetect.stats.bank).
+"""
 
 import hashlib
 import json

@@ -31,7 +31,7 @@ import numpy as np
 from sedetect.errors import SedetectError
 from sedetect.ranking.evidence import BankView, ValueTests, layer_medians
 from sedetect.ranking.result import Ranking, SuperExpert
-from sedetect.ranking.wording import _headline, _notes
+from sedetect.ranking.wording import make_headline, make_notes
 from sedetect.stats.model import Header, ModelStats
 from sedetect.stats.place import Place
 from sedetect.stats.residual import Residual
@@ -169,7 +169,7 @@ def rank(
     ]
     return Ranking(
         model=header.model,
-        headline=_headline(super_experts, tests, len(experts), limits, formed, nonfinite, criteria),
+        headline=make_headline(super_experts, tests, len(experts), limits, formed, nonfinite, criteria),
         super_experts=super_experts,
         others=others,
         population=len(tests.population),
@@ -180,7 +180,7 @@ def rank(
         unseen=unseen,
         nonfinite=nonfinite,
         criteria=criteria,
-        notes=_notes(super_experts, barred, tests, len(experts), unseen, nonfinite, limits, formed, percentile),
+        notes=make_notes(super_experts, barred, tests, len(experts), unseen, nonfinite, limits, formed, percentile),
     )
 
 

@@ -8,7 +8,7 @@ from sedetect.ranking.result import SuperExpert
 from sedetect.stats.place import Place
 
 
-def _headline(
+def make_headline(
     named: list[SuperExpert],
     tests: ValueTests,
     experts: int,
@@ -46,7 +46,7 @@ def _headline(
     return text + (f"; non-finite values from {nonfinite[0]} on" if nonfinite else "")
 
 
-def _notes(
+def make_notes(
     named: list[SuperExpert],
     barred: list[SuperExpert],
     tests: ValueTests,

@@ -17,6 +17,7 @@ def make_headline(
     nonfinite: list[Place],
     criteria: dict[str, Any],
 ) -> str:
+    """One line: the super experts, or why there is none. named: the paper's set, by value, descending."""
     found = [expert for expert in named if expert.verdict == "super"]
     if found:
         text = f"{len(found)} super expert{'s' * (len(found) > 1)}: {_listed(found)}"
@@ -57,6 +58,7 @@ def make_notes(
     formed: list[int] | None,
     percentile: float,
 ) -> list[str]:
+    """What the reader of a ranking must know, one line each. barred: kept out of the set by the percentile alone."""
     notes = []
     population = len(tests.population)
     room = population - 1 - math.floor((population - 1) * percentile / 100)

@@ -1,4 +1,7 @@
-"""The command line: one module per group of commands, each adding its commands to app."""
+"""The command line: one module per group of commands, each adding its commands to app.
+
+Options, messages and tables. What is computed belongs in the packages below, which print nothing.
+"""
 
 import sys
 

@@ -55,7 +55,9 @@ def find_nvcc() -> str | None:
     if nvcc is None:
         return None
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = tuple(map(int, re.search(r"release (\d+)\.(\d+)", version).groups()))
+    found = re.search(r"release (\d+)\.(\d+)", version)
+    assert found is not None, version
+    release = tuple(map(int, found.groups()))
     if release < OLDEST:
         print(f"{nvcc} is of CUDA {release[0]}.{release[1]}: sedetect._cuda needs 12.5 and is left out; set CUDA_HOME")
         return None
@@ -73,6 +75,7 @@ class Build(BuildExtension):
 
     def build_cuda(self, target: Path) -> None:
         nvcc, objects = find_nvcc(), Path(self.build_temp, "cuda")
+        assert nvcc is not None  # there is no such extension without it
         objects.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]

@@ -41,9 +41,9 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
-    stats = sedetect.profile_model(model, tokens=args.tokens // 2, tokenizer=tokenizer).stats
-    cut = {"tokens": args.tokens, "seq_len": 512, "seed": None, "chat_template": False}
-    windows = held_out(calibration_windows(model, tokenizer, args.text, **cut).domains, stats)
+    stats = sedetect.profile_model(model, text=sedetect.Text(tokens=args.tokens // 2), tokenizer=tokenizer).stats
+    cut = sedetect.Text(tokens=args.tokens)
+    windows = held_out(calibration_windows(model, tokenizer, args.text, cut).domains, stats)
     prefix = len(prefix_ids(tokenizer))
     found = super_places(rank(stats))
 

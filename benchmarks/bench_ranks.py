@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -76,20 +77,20 @@ def worker(options: argparse.Namespace) -> None:
         model, tokenizer = random_model(options.small, device), load_tokenizer(TOKENIZER)
         tell(ranks, "model made")
         length, batch = (32, 4) if options.small else (2048, 4)
-        settings = {"seq_len": length, "batch_size": batch, "tokenizer": tokenizer, "backend": options.backend}
+        settings = {"tokenizer": tokenizer, "measuring": sedetect.Measuring(options.backend)}
         measure = partial(sedetect.profile_model, model, texts(options.sequences * length), **settings)
-        run = {"tokens": options.sequences * length}
-        measure(tokens=2 * batch * length)  # whatever is made at first use
+        text = sedetect.Text(options.sequences * length, length, batch)
+        measure(text=replace(text, tokens=2 * batch * length))  # whatever is made at first use
         tell(ranks, "warmed up")
         one, several, wall, found = [], [], {"one": [], "all": []}, []
         for number in range(options.rounds):
             dist.barrier()
             start = time.perf_counter()
-            alone = measure(**run) if ranks.rank == 0 else None
+            alone = measure(text=text) if ranks.rank == 0 else None
             wall["one"].append(time.perf_counter() - start)
             dist.barrier()
             start = time.perf_counter()
-            together = ranks.run(lambda: measure(**run, part=ranks.part))
+            together = ranks.run(lambda: measure(text=text, part=ranks.part))
             wall["all"].append(time.perf_counter() - start)
             if together is not None:
                 one.append(alone.seconds)
@@ -112,8 +113,8 @@ def streamed(options: argparse.Namespace, ranks: Ranks, device: str) -> dict:
     seq_len = 32 if options.small else 512
     tokens, seconds, fetched, results = 128 * seq_len, {}, {}, {}
     measure = partial(
-        sedetect.profile_model, options.checkpoint, texts(tokens), tokens=tokens, seq_len=seq_len, batch_size=4,
-        device=device, backend=options.backend, stream=True,
+        sedetect.profile_model, options.checkpoint, texts(tokens), text=sedetect.Text(tokens, seq_len, batch_size=4),
+        loading=sedetect.Loading(device), measuring=sedetect.Measuring(options.backend), stream=True,
     )  # fmt: skip
     for name, group in {"one": Ranks(), "all": ranks}.items():
         if ranks.rank == 0:

@@ -215,8 +215,9 @@ def main() -> int:
     options = parser.parse_args()
     begun, device, cuda = time.perf_counter(), torch.device(options.device), options.device.startswith("cuda")
     tokens = options.tokens or (2048 if options.small else 65536)
-    cut = {"tokens": tokens, "seq_len": 64 if options.small else 512}
-    settings = {**cut, "batch_size": 8, "device": options.device, "backend": options.backend}
+    text, loading = sedetect.Text(tokens, 64 if options.small else 512), sedetect.Loading(options.device)
+    measuring = sedetect.Measuring(options.backend)
+    settings = {"text": text, "loading": loading, "measuring": measuring}
     config = Qwen3MoeConfig(**SMALL if options.small else QWEN3, num_hidden_layers=options.layers, dtype="bfloat16")
     words = texts(tokens)
 
@@ -244,11 +245,11 @@ def main() -> int:
     if cuda:
         torch.cuda.empty_cache()
 
-    streamed = open_streamed(options.folder, device=device)
+    streamed = open_streamed(options.folder, loading)
     if streamed.staging is None:
         streamed.staging = staging.Staging(device, None)  # what a GPU has
     tokenizer = load_tokenizer(options.folder)
-    domains = calibration_windows(streamed.model, tokenizer, words, **cut, seed=None, chat_template=False).domains
+    domains = calibration_windows(streamed.model, tokenizer, words, text).domains
     banks = find_banks(streamed.model)
     layer_bytes = max(sum(tensor.nbytes for tensor in layer.values()) for layer in streamed.stored)
     outside = sum(tensor.nbytes for tensor in streamed.rest.values())  # embeddings, final norm and lm_head
@@ -257,13 +258,12 @@ def main() -> int:
 
     def run(serial: bool = False) -> tuple[dict[str, ModelStats], Clock]:
         clock = Clock()
-        how = {"channels": False, "coactivation": False, "first_rows": False, "prefix": None}
         executor = (
             patch("sedetect.profiling.streaming.ThreadPoolExecutor", OneAfterAnother) if serial else nullcontext()
         )
         with clock.watching(streamed), executor:
             stats, _ = stream_profile(
-                streamed, banks, domains, 8, {"backend": options.backend, **how},
+                streamed, banks, domains, text.batch_size, None, measuring,
                 resume=None, report=lambda *_: None, stop=lambda: False,
             )  # fmt: skip
         return stats, clock

@@ -44,7 +44,9 @@ def test_streaming_and_ranks(tmp_path):
 def test_a_bit_that_differs_is_noticed(tmp_path):
     from shapes import differences
 
-    stats = sedetect.profile_model(TINY, tokens=256, seq_len=64, device="cpu").stats
+    stats = sedetect.profile_model(
+        TINY, text=sedetect.Text(tokens=256, seq_len=64), loading=sedetect.Loading(device="cpu")
+    ).stats
     stats.save(tmp_path / "stats.safetensors")
     for field, change in {"counts": 1, "outliers": 1, "sums": 1.0}.items():
         other = ModelStats.load(tmp_path / "stats.safetensors")

@@ -100,9 +100,8 @@ def test_quantized_experts_compute_with_the_rounded_weights(name):
 def subject():
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    stats = sedetect.profile_model(model, tokens=2048, seq_len=256, tokenizer=tokenizer).stats
-    cut = {"seq_len": 256, "seed": None, "chat_template": False}
-    domains = calibration_windows(model, tokenizer, None, **cut, tokens=4096).domains
+    stats = sedetect.profile_model(model, text=sedetect.Text(tokens=2048, seq_len=256), tokenizer=tokenizer).stats
+    domains = calibration_windows(model, tokenizer, None, sedetect.Text(tokens=4096, seq_len=256)).domains
     return model, stats, domains
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sedetect.checkpoints.files import check_checkpoint, weights_digest
 from sedetect.errors import SedetectError
-from sedetect.models.loading import _check_loaded, load_model, load_tokenizer
+from sedetect.models.loading import Loading, _check_loaded, load_model, load_tokenizer
 
 TINY = Path(__file__).parent / "data" / "tiny-moe"
 SHARD = "model-00002-of-00003.safetensors"
@@ -54,7 +54,7 @@ def edit_shard(folder: Path, edit) -> None:
 
 
 def test_loads_as_it_was_saved():
-    model = load_model(TINY, device="cpu")
+    model = load_model(TINY, loading=Loading(device="cpu"))
     assert not model.training and model.dtype == torch.bfloat16
     stored = load_file(TINY / "model-00001-of-00003.safetensors")
     assert torch.equal(model.model.embed_tokens.weight, stored["model.embed_tokens.weight"])
@@ -63,7 +63,7 @@ def test_loads_as_it_was_saved():
 
 
 def test_dtype_and_attention():
-    model = load_model(TINY, device="cpu", dtype="float32", attn="eager")
+    model = load_model(TINY, loading=Loading(device="cpu", dtype="float32", attn="eager"))
     assert model.dtype == torch.float32 and model.config._attn_implementation == "eager"
 
 
@@ -198,7 +198,7 @@ def test_weights_of_another_shape_are_refused(copy, caplog):
 def test_unexpected_weights_are_warned_about(copy):
     edit_shard(copy, lambda tensors: tensors.update({"model.extra.weight": torch.ones(3)}))
     with pytest.warns(UserWarning, match="1 weights are not used by Qwen3MoeForCausalLM, first model.extra.weight"):
-        load_model(copy, device="cpu")
+        load_model(copy, loading=Loading(device="cpu"))
 
 
 def test_bad_arguments():
@@ -260,6 +260,6 @@ def test_multimodal_checkpoint(tmp_path):
     }  # fmt: skip
     config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
     transformers.Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path)
-    model = load_model(tmp_path, device="cpu")
+    model = load_model(tmp_path, loading=Loading(device="cpu"))
     assert isinstance(model, transformers.Qwen3VLMoeForConditionalGeneration)
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 64)

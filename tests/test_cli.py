@@ -153,7 +153,7 @@ def test_domains_merge_to_the_whole(profiled, tmp_path):
 
 
 def test_same_as_the_library(small, small_stats):
-    result = sedetect.profile_model(small, tokens=256, seq_len=16)
+    result = sedetect.profile_model(small, text=sedetect.Text(tokens=256, seq_len=16))
     assert_same(result.stats, ModelStats.load(small_stats))
 
 
@@ -542,7 +542,7 @@ def test_training_mode_is_refused(small):
     with pytest.raises(SedetectError, match=r"^Qwen3MoeForCausalLM: is in training mode; call model\.eval\(\)"):
         sedetect.profile(model)
     with pytest.raises(SedetectError, match="training mode"):
-        sedetect.profile_model(model, tokens=256, seq_len=16, tokenizer=load_tokenizer(small))
+        sedetect.profile_model(model, text=sedetect.Text(tokens=256, seq_len=16), tokenizer=load_tokenizer(small))
     assert vars(model) == before and model.training
     with sedetect.profile(model.eval()) as prof:
         model(input_ids=torch.tensor([[0, 5, 6]]))

@@ -117,7 +117,10 @@ def test_models_that_do_not_match_are_named():
 
 def test_precisions_of_tiny_moe():
     """Another digest and dtype are what compare is for; merge refuses them."""
-    runs = [sedetect.profile_model(TINY, tokens=2048, dtype=dtype).stats for dtype in ("float32", "bfloat16")]
+    runs = [
+        sedetect.profile_model(TINY, text=sedetect.Text(tokens=2048), loading=sedetect.Loading(dtype=dtype)).stats
+        for dtype in ("float32", "bfloat16")
+    ]
     comparison = compare(runs, ["float32", "bfloat16"])
     assert comparison.equal and [run.found for run in comparison.runs] == [("L1E28",)] * 2
     assert [run.dtype for run in comparison.runs] == ["float32", "bfloat16"]

@@ -139,7 +139,9 @@ def test_profile_model(tmp_path, name, places):
     assert model.device.type == ("meta" if places == "all on disk" else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     stats = sedetect.profile_model(model.eval(), TEXTS, tokenizer=tokenizer, **SHORT, **OPTIONAL).stats
-    assert_equal(stats, sedetect.profile_model(folder, TEXTS, **SHORT, **OPTIONAL, device="cpu").stats)
+    assert_equal(
+        stats, sedetect.profile_model(folder, TEXTS, **SHORT, **OPTIONAL, loading=sedetect.Loading(device="cpu")).stats
+    )
 
 
 @pytest.mark.gpu(number=2)

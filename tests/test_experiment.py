@@ -19,10 +19,10 @@ from sedetect.models.loading import open_model
 
 @pytest.fixture(scope="module")
 def subject():
-    model, tokenizer, _, _ = open_model(TINY, dtype="float32")
-    cut = {"tokens": 2048, "seq_len": 256, "seed": None, "chat_template": False}
-    domains = calibration_windows(model, tokenizer, None, **cut).domains
-    stats = sedetect.profile_model(model, tokens=2048, seq_len=256, tokenizer=tokenizer).stats
+    model, tokenizer, _, _ = open_model(TINY, loading=sedetect.Loading(dtype="float32"))
+    cut = sedetect.Text(tokens=2048, seq_len=256)
+    domains = calibration_windows(model, tokenizer, None, cut).domains
+    stats = sedetect.profile_model(model, text=cut, tokenizer=tokenizer).stats
     return model, tokenizer, domains, stats
 
 

@@ -121,7 +121,7 @@ def test_a_rank_by_itself_has_its_own_experts_under_their_numbers(ranks):
             rows, half = state.rows.tolist(), len(state.rows) // 2
             assert results[0]["during"][str(bank)] == rows[:half] + [0] * half
             assert results[1]["during"][str(bank)] == [0] * half + rows[half:]
-    assert any("experts of other ranks are not in it" in note for note in results[0]["notes"][0])
+    assert any("experts of other ranks are not in it" in str(note) for note in results[0]["notes"][0])
 
 
 def test_what_sees_one_ranks_experts_alone_is_refused(ranks):

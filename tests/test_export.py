@@ -34,7 +34,9 @@ EXPERT, LAYER = {(1, 28), (9, 7)}, {(layer, e) for layer in (1, 9) for e in rang
 
 @pytest.fixture(scope="module")
 def stats(tmp_path_factory):
-    stats = sedetect.profile_model(TINY, tokens=2048, seq_len=128, channels=True).stats
+    stats = sedetect.profile_model(
+        TINY, text=sedetect.Text(tokens=2048, seq_len=128), measuring=sedetect.Measuring(channels=True)
+    ).stats
     stats.save(tmp_path_factory.getbasetemp() / "export" / "stats.safetensors")
     return stats
 
@@ -283,7 +285,7 @@ def test_command_refuses(folder, stats, tmp_path):
     )
     assert "one tensor; give --granularity layer" in refused(run("export", folder, "--to", "llama.cpp", *out))
     assert "give it a name with -o" in refused(run("export", folder, "--to", "awq"))
-    bare = sedetect.profile_model(TINY, tokens=256, seq_len=16).stats
+    bare = sedetect.profile_model(TINY, text=sedetect.Text(tokens=256, seq_len=16)).stats
     bare.save(tmp_path / "bare.safetensors")
     said = refused(run("export", tmp_path / "bare.safetensors", "--to", "imatrix", *out))
     assert "hold no channels; profile again with --channels" in said

@@ -165,7 +165,7 @@ def test_shared_and_dense_banks_have_none_and_rank_by_out_max():
 
 
 def test_rank_refuses_statistics_without_first_rows():
-    result = sedetect.profile_model(TINY, tokens=256, seq_len=32)
+    result = sedetect.profile_model(TINY, text=sedetect.Text(tokens=256, seq_len=32))
     with pytest.raises(SedetectError, match="decoder.0.routed: the statistics lack the first rows; profile again with"):
         sedetect.rank(result.stats, rows="first")
     with pytest.raises(SedetectError, match="rows 'second' is not known"):

@@ -19,7 +19,7 @@ from sedetect.analysis.common import Analysis, LayerArrays, read_texts
 from sedetect.analysis.matrices import expert_matrices
 from sedetect.analysis.outputs import OutputSums, analyze_outputs, standings, summarize
 from sedetect.analysis.routing import analyze_routing
-from sedetect.calibration.windows import Windows, calibration_windows
+from sedetect.calibration.windows import Text, Windows, calibration_windows
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate
 from sedetect.models.attach import is_attached
@@ -162,8 +162,8 @@ def test_every_architecture(family):
 def tiny():
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    cut = {"tokens": 256, "seq_len": 64, "seed": None, "chat_template": False}
-    return model, tokenizer, calibration_windows(model, tokenizer, None, **cut).domains
+    cut = Text(tokens=256, seq_len=64)
+    return model, tokenizer, calibration_windows(model, tokenizer, None, cut).domains
 
 
 def test_tiny_moe(tiny):

@@ -23,11 +23,12 @@ from sedetect.models.loading import load_tokenizer
 from sedetect.ops.choose import missing_fast_path
 from sedetect.profiling import profiler
 from sedetect.stats.model import merge_all
+from sedetect.stats.note import Note
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return sedetect.profile_model(TINY, tokens=8192, dtype="float32")
+    return sedetect.profile_model(TINY, text=sedetect.Text(tokens=8192), loading=sedetect.Loading(dtype="float32"))
 
 
 def test_the_super_expert_of_tiny_moe(tiny):
@@ -51,7 +52,7 @@ def test_domains_merge_to_the_whole(tiny):
     assert tiny.stats.header.tokens == 8192 and tiny.stats.header.sequences == 16
     assert tiny.stats.header.window == 512
     note = missing_fast_path(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
-    assert tiny.stats.header.notes == ([note] if note else [])
+    assert tiny.stats.header.notes == ([Note("slow", note)] if note else [])
     for stats in tiny.domains.values():
         assert [str(expert) for expert in sedetect.rank(stats).super_experts] == ["L1E28"]
     domains = {source.info["domain"] for source in tiny.stats.header.sources.values()}
@@ -83,7 +84,7 @@ def counted(monkeypatch):
     return counts
 
 
-SHORT = {"tokens": 2048, "seq_len": 128, "batch_size": 1, "dtype": "float32"}
+SHORT = {"text": sedetect.Text(2048, 128, batch_size=1), "loading": sedetect.Loading(dtype="float32")}
 
 
 def test_a_run_looks_once(counted):
@@ -100,17 +101,17 @@ def test_every_source_has_statistics_of_its_own():
     ids = torch.arange(5, 69).reshape(2, 32)
     masked = torch.zeros(2, 1, 32, 32)  # a mask that says nothing of the rows: a note
     calls = {"one": {"input_ids": ids, "attention_mask": masked}, "two": {"input_ids": ids[:, :8]}}
-    options = {"prefix": 4, "backend": None, "channels": True, "coactivation": True, "first_rows": True}
+    options = {"channels": True, "coactivation": True, "first_rows": True}
     together = {}
-    with profiler.SourcesProfile(model, find_banks(model), **options) as prof:
+    with profiler.SourcesProfile(model, find_banks(model), prefix=4, measuring=sedetect.Measuring(**options)) as prof:
         for name, inputs in calls.items():
             prof.begin(name, {"domain": name})
             model(**inputs)
             together[name] = prof.take()
         prof.begin("none", {})
-        assert any("never ran" in note for note in prof.take().header.notes)
+        assert any("never ran" in str(note) for note in prof.take().header.notes)
     for name, inputs in calls.items():
-        with sedetect.profile(model, source=name, info={"domain": name}, **options) as prof:
+        with sedetect.profile(model, source=name, info={"domain": name}, prefix=4, **options) as prof:
             model(**inputs)
         assert_same(together[name], prof.stats)
         assert together[name].header == prof.stats.header
@@ -149,19 +150,21 @@ def test_a_loaded_model_and_texts_of_ones_own():
         sedetect.profile_model(model)
     seen = []
     result = sedetect.profile_model(
-        model.eval(), {"mine": ["one two three " * 40]}, tokens=10_000, seq_len=32, batch_size=2, tokenizer=tokenizer,
+        model.eval(), {"mine": ["one two three " * 40]}, text=sedetect.Text(tokens=10_000, seq_len=32, batch_size=2), tokenizer=tokenizer,
         progress=lambda domain, done, total: seen.append((domain, done, total)),
     )  # fmt: skip
     total = result.stats.header.tokens
     assert 0 < total < 10_000 and total % 32 == 0
     assert seen[-1] == ("mine", total, total) and [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
-    assert any("10000 tokens asked" in note and str(total) in note for note in result.stats.header.notes)
+    assert any("10000 tokens asked" in str(note) and note.count == total for note in result.stats.header.notes)
     assert result.seconds > 0 and not result.interrupted
 
 
 def test_stopping_keeps_whole_batches():
     asked = iter([False, False, True])
-    result = sedetect.profile_model(TINY, tokens=8192, seq_len=64, batch_size=1, stop=lambda: next(asked))
+    result = sedetect.profile_model(
+        TINY, text=sedetect.Text(tokens=8192, seq_len=64, batch_size=1), stop=lambda: next(asked)
+    )
     assert result.interrupted and list(result.domains) == ["english"]
     assert result.stats.header.tokens == 128
     assert all(state.rows.sum() == 128 * 4 for state in result.stats.banks.values())
@@ -169,8 +172,8 @@ def test_stopping_keeps_whole_batches():
 
 def test_a_seed_chooses_other_windows_that_still_merge():
     text = {"code": [load_texts(None)["code"][0]]}
-    first = sedetect.profile_model(TINY, text, tokens=256, seq_len=64)
-    other = sedetect.profile_model(TINY, text, tokens=256, seq_len=64, seed=5)
+    first = sedetect.profile_model(TINY, text, text=sedetect.Text(tokens=256, seq_len=64))
+    other = sedetect.profile_model(TINY, text, text=sedetect.Text(tokens=256, seq_len=64, seed=5))
     assert first.stats.header.sources.keys() == other.stats.header.sources.keys()
     ranges = [next(iter(r.stats.header.sources.values())).ranges for r in (first, other)]
     assert ranges[0] == [[0, 4]] and ranges[1] != ranges[0]
@@ -178,7 +181,9 @@ def test_a_seed_chooses_other_windows_that_still_merge():
 
 
 def test_optional_statistics_are_saved(tmp_path):
-    result = sedetect.profile_model(TINY, tokens=512, seq_len=64, channels=True, coactivation=True)
+    result = sedetect.profile_model(
+        TINY, text=sedetect.Text(tokens=512, seq_len=64), measuring=sedetect.Measuring(channels=True, coactivation=True)
+    )
     result.stats.save(tmp_path / "s.safetensors")
     for state in sedetect.ModelStats.load(tmp_path / "s.safetensors").banks.values():
         assert state.channel_max.shape == (32, 256) and state.in_channel_sq.shape == (32, 48)
@@ -193,7 +198,7 @@ def test_a_tokenizer_prefix_that_data_lacks_is_said():
     ids = torch.randint(3, 4096, (2, 64))
     with sedetect.profile(model, prefix=0) as prof:
         model(input_ids=ids)
-    assert any("do not begin with the prefix token" in note for note in prof.stats.header.notes)
+    assert any("do not begin with the prefix token" in str(note) for note in prof.stats.header.notes)
     assert not sedetect.rank(prof.stats).found
 
 
@@ -210,10 +215,10 @@ def test_encoder_and_decoder_read_the_text(name):
     """Both stacks see every token; what takes a decoder alone refuses by name."""
     model, tokenizer = tiny_model(name, FAMILIES[name]), load_tokenizer(TINY)
     model.resize_token_embeddings(4096)
-    result = sedetect.profile_model(model, tokenizer=tokenizer, tokens=256, seq_len=16)
+    result = sedetect.profile_model(model, tokenizer=tokenizer, text=sedetect.Text(tokens=256, seq_len=16))
     routed = {bank.stack: int(state.rows.sum()) for bank, state in result.stats.banks.items() if bank.kind == "routed"}
     assert set(routed) == {"encoder", "decoder"} and all(routed.values())
-    assert any("encoder" in note for note in result.stats.header.notes)
+    assert any("encoder" in str(note) for note in result.stats.header.notes)
     for refused in (
         lambda: perplexity(model, result.windows, prefix=1),
         lambda: observe_residual(model, result.windows, prefix=1),

@@ -8,7 +8,7 @@ from sedetect import SedetectError, profile_model
 from sedetect.checkpoints.files import shards_of
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
 from sedetect.checkpoints.staging import stored_tensors
-from sedetect.models.loading import load_model
+from sedetect.models.loading import Loading, load_model
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ def ahead(folder=TINY) -> Prefetched:
 
 
 def test_the_model_is_the_same():
-    plain, model = load_model(TINY, device="cpu"), load_model(ahead(), device="cpu")
+    plain, model = load_model(TINY, loading=Loading(device="cpu")), load_model(ahead(), loading=Loading(device="cpu"))
     assert model.config._name_or_path == plain.config._name_or_path
     weights = plain.state_dict()
     assert weights.keys() == model.state_dict().keys()
@@ -42,7 +42,7 @@ def test_a_file_that_shrinks_meanwhile_is_named(tmp_path):
     shard = shards_of(tmp_path)[0]
     shard.write_bytes(shard.read_bytes()[:-1000])
     with pytest.raises(SedetectError, match=shard.name):
-        load_model(Prefetched(tmp_path, CPU, tensors), device="cpu")
+        load_model(Prefetched(tmp_path, CPU, tensors), loading=Loading(device="cpu"))
 
 
 def test_nothing_is_read_ahead_where_it_is_no_gain(tmp_path):
@@ -55,5 +55,8 @@ def test_nothing_is_read_ahead_where_it_is_no_gain(tmp_path):
 def test_on_a_gpu():
     source = prefetch(TINY, "cuda")
     assert isinstance(source, Prefetched)
-    plain, model = load_model(TINY, device="cpu").state_dict(), load_model(source, device="cuda")
+    plain, model = (
+        load_model(TINY, loading=Loading(device="cpu")).state_dict(),
+        load_model(source, loading=Loading(device="cuda")),
+    )
     assert all(weight.is_cuda and torch.equal(weight.cpu(), plain[name]) for name, weight in model.state_dict().items())

@@ -303,7 +303,7 @@ def test_command(stats_file, tmp_path):
     kept = [json.loads((tmp_path / name / "pruning.json").read_text()) for name in ("safe", "damaged")]
     assert [28 in document["kept"]["decoder.1.routed"] for document in kept] == [True, False]
     assert [document["protected"] for document in kept] == [True, False]
-    result = sedetect.profile_model(tmp_path / "safe", tokens=1024, seq_len=128)
+    result = sedetect.profile_model(tmp_path / "safe", text=sedetect.Text(tokens=1024, seq_len=128))
     (expert,) = sedetect.rank(result.stats).super_experts
     assert (expert.layer, expert.verdict) == (1, "super")
     assert kept[0]["kept"]["decoder.1.routed"][expert.expert] == 28, "it is still there, under its new number"

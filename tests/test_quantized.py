@@ -40,6 +40,7 @@ from sedetect.models.streamed import open_streamed
 from sedetect.ops.choose import BACKENDS, choose_backend
 from sedetect.ops.contract import ExpertWeights
 from sedetect.ops.triton import TritonBackend
+from sedetect.stats.note import Note
 from sedetect.stats.place import Place, Weight
 
 KINDS = {"fp8": torch.float8_e4m3fn, "fp8-ue8m0": torch.float8_e4m3fn, "fp4": torch.int8, "mxfp4": torch.uint8}
@@ -90,7 +91,9 @@ def test_measured_as_what_it_stands_for(kind, backend, dtype):
     linears = sum(isinstance(m, FP8Linear) for m in stored.modules())
     assert (linears == 0) == (kind == "mxfp4")
     note = f"{linears} FP8 linears computed with dequantized weights: no kernel here"
-    assert runs[1][0].header.notes.count(note) == (linears > 0 and not has_kernel(DEVICE.type))
+    assert runs[1][0].header.notes.count(Note("dequantized", note, count=linears)) == (
+        linears > 0 and not has_kernel(DEVICE.type)
+    )
     # What stands in a linear is measured on its output, which any backend takes.
     chosen = {"routed": "cpu" if DEVICE.type == "cpu" else "triton"}
     for bank, state in runs[0][0].banks.items():
@@ -180,7 +183,7 @@ def test_served_for_good_and_in_a_profile():
     with torch.no_grad():
         expected, logits = plain(input_ids=ids).logits, stored(input_ids=ids).logits
     assert_logits_close(logits, expected, 1e-4)
-    assert served and any(f"{served} FP8 linears" in note for note in profiled(stored, None)[0].header.notes)
+    assert served and any(f"{served} FP8 linears" in str(note) for note in profiled(stored, None)[0].header.notes)
     assert snapshot(stored) == before
     with torch.no_grad():
         assert torch.equal(stored(input_ids=ids).logits, logits)
@@ -227,7 +230,7 @@ def test_what_has_no_kernel_is_refused_and_served_by_another():
             layer.mlp.experts.down_proj.data = layer.mlp.experts.down_proj.float().to(torch.float8_e5m2)
     stats, _ = profiled(stored, "triton")
     assert stats.header.banks["decoder.0.routed"].backends == ["cpu" if DEVICE.type == "cpu" else "torch"]
-    assert any(f"backend triton does not serve torch.float32 on {DEVICE.type}" in n for n in stats.header.notes)
+    assert any(f"backend triton does not serve torch.float32 on {DEVICE.type}" in str(n) for n in stats.header.notes)
 
 
 @pytest.mark.parametrize("kind", [packed, in_fp8])
@@ -321,7 +324,7 @@ def test_checkpoints_as_they_ship(checkpoint):
     kind = checkpoint[0].name
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        models = [load_model(folder, device=DEVICE) for folder in reversed(checkpoint)]
+        models = [load_model(folder, loading=sedetect.Loading(device=DEVICE)) for folder in reversed(checkpoint)]
     said = [str(one.message) for one in said if "transformers dequantized its MXFP4 experts" in str(one.message)]
     assert len(said) == (kind == "mxfp4") and all("pip install kernels" in one for one in said)
     experts = models[1].model.layers[0].mlp.experts

@@ -104,7 +104,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint, data) -> sedetect.ModelProfile:
-    return sedetect.profile_model(checkpoint, data, tokens=400, seq_len=16, batch_size=3)
+    return sedetect.profile_model(checkpoint, data, text=sedetect.Text(tokens=400, seq_len=16, batch_size=3))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_two_ranks_are_one(ran, expected, how):
 
 
 def test_parts_have_every_batch_once(checkpoint, data, expected):
-    settings = {"tokens": 400, "seq_len": 16, "batch_size": 3}
+    settings = {"text": sedetect.Text(tokens=400, seq_len=16, batch_size=3)}
     for count in (3, 5):
         parts = [sedetect.profile_model(checkpoint, data, **settings, part=(i, count)) for i in range(count)]
         tokens = [part.stats.header.tokens for part in parts]

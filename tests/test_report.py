@@ -34,6 +34,7 @@ from sedetect.report.experiments import ablation_section
 from sedetect.report.style import DARK, LIGHT
 from sedetect.report.write import write_report
 from sedetect.stats.bank import BankStats
+from sedetect.stats.note import Note
 from sedetect.stats.place import BankId
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}\u202e\"'&amp;"
@@ -69,7 +70,7 @@ def hostile(tiny_profile, tmp_path_factory):
     (folder / "domains").mkdir()
     state = ModelStats.load(tiny_profile)
     state.header.model = HOSTILE
-    state.header.notes.append(HOSTILE)
+    state.header.notes.append(Note("text", HOSTILE))
     for bank in state.header.banks.values():
         bank.module = HOSTILE
     for source in state.header.sources.values():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from sedetect.calibration.texts import load_texts
-from sedetect.calibration.windows import Windows, make_windows
+from sedetect.calibration.windows import Text, Windows, make_windows
 from sedetect.cli import app
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
@@ -312,7 +312,9 @@ def test_the_command_refuses(tmp_path):
 
 def test_the_residual_stream_tells_a_late_outlier_apart(tiny, residual, without):
     """L9E7 has the value and the first-token signature of a super expert; no later layer carries what it writes."""
-    stats = profile_model(tiny, tokens=2048, seq_len=256, tokenizer=AutoTokenizer.from_pretrained(TINY)).stats
+    stats = profile_model(
+        tiny, text=Text(tokens=2048, seq_len=256), tokenizer=AutoTokenizer.from_pretrained(TINY)
+    ).stats
     everywhere = {"layers": 1.0, "percentile": 95, "fraction": 0.01}
     judged = {str(e): e for e in rank(stats, **everywhere, residual=residual).super_experts}
     unjudged = {str(e): e for e in rank(stats, **everywhere).super_experts}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from sedetect.checkpoints import memory
 from sedetect.profiling import resume, streaming
 from sedetect.profiling.resume import Progress
 
+SHORT = sedetect.Text(tokens=400, seq_len=16, batch_size=3)
 ARGS = ("--tokens", 400, "--seq-len", 16, "--batch-size", 3, "--stream")
 RESULTS = {
     "run.json",
@@ -143,7 +145,7 @@ def stopping(batches: int):
 
 def test_stopped_and_continued(checkpoint, tmp_path):
     """Nine batches a layer; two stops within layers, then to the end, then once more from what is finished."""
-    settings = {"tokens": 400, "seq_len": 16, "batch_size": 3, "channels": True, "stream": True}
+    settings = {"text": SHORT, "measuring": sedetect.Measuring(channels=True), "stream": True}
     expected = sedetect.profile_model(checkpoint, TEXTS, **settings)
     settings["resume"] = tmp_path / "r"
     for batches, resumed, finished in ((20, 0, 2), (25, 2, 4)):
@@ -165,7 +167,7 @@ def test_stopped_and_continued(checkpoint, tmp_path):
 def begun(checkpoint, tmp_path_factory) -> Path:
     """The folder of a profile that was stopped in its second layer."""
     folder = tmp_path_factory.mktemp("begun") / "r"
-    settings = {"tokens": 400, "seq_len": 16, "batch_size": 3, "stream": True, "resume": folder}
+    settings = {"text": SHORT, "stream": True, "resume": folder}
     assert sedetect.profile_model(checkpoint, TEXTS, **settings, stop=stopping(12)).streamed.layers == 1
     return folder
 
@@ -173,20 +175,20 @@ def begun(checkpoint, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"tokens": 300}, "windows"),
-        ({"seq_len": 20, "tokens": 500}, "window"),
-        ({"seed": 3}, "text"),
-        ({"batch_size": 2}, "batch size"),
-        ({"channels": True}, "channels"),
-        ({"dtype": "float64"}, "dtype"),
-        ({"attn": "eager"}, "attention"),
-        ({"backend": "torch"}, "backend"),
+        ({"text": replace(SHORT, tokens=300)}, "windows"),
+        ({"text": replace(SHORT, seq_len=20, tokens=500)}, "window"),
+        ({"text": replace(SHORT, seed=3)}, "text"),
+        ({"text": replace(SHORT, batch_size=2)}, "batch size"),
+        ({"measuring": sedetect.Measuring(channels=True)}, "channels"),
+        ({"loading": sedetect.Loading(dtype="float64")}, "dtype"),
+        ({"loading": sedetect.Loading(attn="eager")}, "attention"),
+        ({"measuring": sedetect.Measuring("torch")}, "backend"),
         ({"texts": {**TEXTS, "greek": ["omega " * 400]}}, "text"),
         ({"texts": {name: TEXTS[name] for name in reversed(TEXTS)}}, "domains"),
     ],
 )
 def test_another_run_is_refused(checkpoint, begun, changes, name):
-    settings = {"texts": TEXTS, "tokens": 400, "seq_len": 16, "batch_size": 3, "stream": True, "resume": begun}
+    settings = {"texts": TEXTS, "text": SHORT, "stream": True, "resume": begun}
     before = (begun / "progress.json").read_text()
     with pytest.raises(SedetectError) as caught:
         sedetect.profile_model(checkpoint, **settings | changes)
@@ -196,7 +198,7 @@ def test_another_run_is_refused(checkpoint, begun, changes, name):
 
 
 def test_another_model_and_damaged_files_are_refused(checkpoint, begun, tmp_path):
-    settings = {"texts": TEXTS, "tokens": 400, "seq_len": 16, "batch_size": 3, "stream": True}
+    settings = {"texts": TEXTS, "text": SHORT, "stream": True}
     folder = shutil.copytree(begun, tmp_path / "r")
     other = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     weights = load_file(other / "model.safetensors")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sedetect.analysis.common import Analysis, read_texts
 from sedetect.analysis.routing import analyze_routing, chosen_slots, distance, effective, lift, standings
-from sedetect.calibration.windows import calibration_windows
+from sedetect.calibration.windows import Text, calibration_windows
 from sedetect.models.attach import attach, run_inner
 from sedetect.models.banks import find_banks
 from sedetect.models.layers import run_tokens
@@ -118,8 +118,8 @@ def test_logits_of_every_architecture(family):
 def tiny():
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    cut = {"tokens": 256, "seq_len": 64, "seed": None, "chat_template": False}
-    return model, tokenizer, calibration_windows(model, tokenizer, None, **cut).domains
+    cut = Text(tokens=256, seq_len=64)
+    return model, tokenizer, calibration_windows(model, tokenizer, None, cut).domains
 
 
 def test_tiny_moe(tiny, tmp_path):

@@ -16,6 +16,7 @@ from sedetect.errors import SedetectError
 from sedetect.profiling.pipeline import ROUND_WINDOWS, _stable_after
 from sedetect.ranking.stability import agreement, peak_of, sensitivity
 from sedetect.stats.model import ModelStats, merge_all
+from sedetect.stats.note import Note
 from sedetect.stats.place import Place
 
 DOMAINS = ["english", "chinese", "mathematics", "code"]
@@ -23,12 +24,19 @@ DOMAINS = ["english", "chinese", "mathematics", "code"]
 
 @pytest.fixture(scope="module")
 def in_rounds():
-    return sedetect.profile_model(TINY, tokens=2048, seq_len=64, keep_rounds=True, channels=True, first_rows=True)
+    return sedetect.profile_model(
+        TINY,
+        text=sedetect.Text(tokens=2048, seq_len=64),
+        keep_rounds=True,
+        measuring=sedetect.Measuring(channels=True, first_rows=True),
+    )
 
 
 def test_rounds_are_the_plain_run_bit_for_bit(in_rounds):
     plain = sedetect.profile_model(
-        TINY, tokens=2048, seq_len=64, batch_size=ROUND_WINDOWS, channels=True, first_rows=True
+        TINY,
+        text=sedetect.Text(tokens=2048, seq_len=64, batch_size=ROUND_WINDOWS),
+        measuring=sedetect.Measuring(channels=True, first_rows=True),
     )
     assert in_rounds.stats.header.to_json() == plain.stats.header.to_json()
     for result, other in ((in_rounds.stats, plain.stats), *zip(in_rounds.domains.values(), plain.domains.values())):
@@ -53,36 +61,43 @@ def test_shards_are_disjoint_and_merge_to_the_whole(in_rounds):
 def test_until_stable_stops_early():
     seen = []
     result = sedetect.profile_model(
-        TINY, tokens=10**6, seq_len=64, until_stable=2, progress=lambda domain, done, total: seen.append(domain)
+        TINY,
+        text=sedetect.Text(tokens=10**6, seq_len=64),
+        until_stable=2,
+        progress=lambda domain, done, total: seen.append(domain),
     )
     assert seen == DOMAINS * 3, "batches of one domain each, round by round"
     per_round = ROUND_WINDOWS * 64 * 4
     assert result.rounds == [(per_round * i, ("L1E28",)) for i in (1, 2, 3)]
     assert result.stable_after == per_round and result.stats.header.tokens == 3 * per_round
     assert not result.interrupted and not result.shards
-    assert result.stats.header.notes == ["stopped early: the super experts stayed the same for 2 rounds"]
+    assert result.stats.header.notes == [
+        Note("stopped_early", "stopped early: the super experts stayed the same for 2 rounds", count=2)
+    ]
     assert [source.ranges for source in result.stats.header.sources.values()] == [[[0, 3 * ROUND_WINDOWS]]] * 4
 
 
 def test_a_budget_that_ends_first_is_not_stable():
-    result = sedetect.profile_model(TINY, tokens=1024, seq_len=64, until_stable=9, batch_size=1)
+    result = sedetect.profile_model(TINY, text=sedetect.Text(tokens=1024, seq_len=64, batch_size=1), until_stable=9)
     assert [tokens for tokens, _ in result.rounds] == [256, 512, 768, 1024]
     assert result.stable_after is None and not result.stats.header.notes
     with pytest.raises(SedetectError, match="--until-stable 0: must be at least 1"):
         sedetect.profile_model(TINY, until_stable=0)
     with pytest.raises(SedetectError, match="--batch-size 0: must be at least 1"):
-        sedetect.profile_model(TINY, until_stable=1, batch_size=0)
+        sedetect.profile_model(TINY, until_stable=1, text=sedetect.Text(batch_size=0))
 
 
 def test_domains_of_different_length_and_stopping():
     texts = load_texts(None)
     texts = {"long": [texts["english"][0][:4000]], "short": [texts["code"][0][:600]]}
-    result = sedetect.profile_model(TINY, texts, tokens=10**5, seq_len=64, keep_rounds=True)
+    result = sedetect.profile_model(TINY, texts, text=sedetect.Text(tokens=10**5, seq_len=64), keep_rounds=True)
     tokens = [shard.header.tokens for shard in result.shards]
     assert tokens[0] == 2 * ROUND_WINDOWS * 64 and len(result.shards[-1].header.sources) == 1
     assert sum(tokens) == result.stats.header.tokens == result.rounds[-1][0]
     asked = iter([False] * 3 + [True])
-    result = sedetect.profile_model(TINY, texts, seq_len=64, until_stable=5, stop=lambda: next(asked))
+    result = sedetect.profile_model(
+        TINY, texts, text=sedetect.Text(seq_len=64), until_stable=5, stop=lambda: next(asked)
+    )
     assert result.interrupted and len(result.rounds) == 1 and result.stats.header.tokens == 3 * ROUND_WINDOWS * 64
     assert result.stable_after is None
 

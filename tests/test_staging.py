@@ -161,11 +161,13 @@ def test_a_tensor_is_given_out_when_it_is_there(stored, monkeypatch):
 @pytest.mark.parametrize("place", ["on the GPU", "in pinned memory", "on disk"])
 def test_hidden_states_of_a_gpu(tmp_path, monkeypatch, place):
     folder = save_random(CONFIGS["qwen3_moe"](), tmp_path / "m")
-    resident = sedetect.profile_model(folder, TEXTS, **SHORT, device="cuda")
+    resident = sedetect.profile_model(folder, TEXTS, **SHORT, loading=sedetect.Loading(device="cuda"))
     shares = {"on the GPU": (0.25, 0.0), "in pinned memory": (0.0, 0.5), "on disk": (0.0, 0.0)}[place]
     monkeypatch.setattr(memory, "_HIDDEN_SHARE", dict(zip(("cuda", "cpu"), shares)))
     resume = tmp_path / "resume" if place == "on disk" else None
-    streamed = sedetect.profile_model(folder, TEXTS, **SHORT, device="cuda", stream=True, resume=resume)
+    streamed = sedetect.profile_model(
+        folder, TEXTS, **SHORT, loading=sedetect.Loading(device="cuda"), stream=True, resume=resume
+    )
     for bank, state in streamed.stats.banks.items():
         assert state.equal(resident.stats.banks[bank], sums_rtol=1e-12), bank
 
@@ -175,7 +177,7 @@ def test_hidden_states_of_a_gpu(tmp_path, monkeypatch, place):
 def test_a_streamed_profile(tmp_path, monkeypatch, name, device):
     """The layers of a whole profile, brought so: bit for bit what the resident model gives."""
     folder = save_random(CONFIGS[name](), tmp_path, max_shard_size="200KB")
-    resident = sedetect.profile_model(folder, TEXTS, **SHORT, **OPTIONAL, device=device)
+    resident = sedetect.profile_model(folder, TEXTS, **SHORT, **OPTIONAL, loading=sedetect.Loading(device=device))
     brought, original = [], StreamedModel.__init__
 
     def init(self, *args, **kwargs):
@@ -185,7 +187,9 @@ def test_a_streamed_profile(tmp_path, monkeypatch, name, device):
         self.staging.bringing = lambda tensors: brought.append(len(tensors)) or bringing(tensors)
 
     monkeypatch.setattr(StreamedModel, "__init__", init)
-    streamed = sedetect.profile_model(folder, TEXTS, **SHORT, **OPTIONAL, device=device, stream=True)
+    streamed = sedetect.profile_model(
+        folder, TEXTS, **SHORT, **OPTIONAL, loading=sedetect.Loading(device=device), stream=True
+    )
     assert len(brought) == 3 and min(brought) > 5
     if device == "cpu":
         assert_same_profile(streamed, resident)
@@ -202,14 +206,14 @@ def test_every_part_begins_to_read_elsewhere(tmp_path, monkeypatch):
 
     monkeypatch.setattr(StreamedModel, "__init__", init)
     for part in ((0, 4), (3, 4)):
-        sedetect.profile_model(folder, TEXTS, **SHORT, device="cpu", stream=True, part=part)
+        sedetect.profile_model(folder, TEXTS, **SHORT, loading=sedetect.Loading(device="cpu"), stream=True, part=part)
     assert firsts == [0.0, 0.75]
 
 
 def test_what_no_one_takes_is_given_back(tmp_path):
     """A tensor that the model has no place for does not stay."""
     folder = save_random(CONFIGS["qwen3_moe"](), tmp_path)
-    streamed = open_streamed(folder, device="cpu")
+    streamed = open_streamed(folder, loading=sedetect.Loading(device="cpu"))
     save_file({"x": torch.ones(3)}, tmp_path / "x.safetensors")
     extra = StoredTensor(tmp_path / "x.safetensors", 0, (2,), "U8")
     streamed.stored[1]["model.layers.1.nothing"] = extra

@@ -15,6 +15,7 @@ from sedetect.kernels.records import COLUMN, RECORD, Record, decode, empty_recor
 from sedetect.kernels.rows import Rows
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import BankInfo, Header, ModelStats, Source, merge_all, ranges_of
+from sedetect.stats.note import Note
 from sedetect.stats.place import BankId
 
 BANK = BankId("decoder", 3, "routed")
@@ -176,6 +177,20 @@ def test_merged_header_adds_up():
     adjacent = model_stats(1)
     adjacent.header.sources["text"].ranges = [[1020, 1030]]
     assert model_stats(1).header.merge(adjacent.header).sources["text"].ranges == [[1000, 1030]]
+
+
+def test_notes_are_data():
+    """Sorted by their lines, each once; a header written when they were lines has notes that are their text alone."""
+    bank = BankId("decoder", 1, "routed")
+    why = Note("fallback", "why", bank)
+    header = Header(notes=[Note("tokens_used", "9 tokens asked, 3 used", count=3), why])
+    stored = json.loads(header.to_json())
+    assert stored["notes"][1] == {"code": "fallback", "text": "why", "bank": "decoder.1.routed", "count": None}
+    assert Header.from_json(header.to_json()) == header
+    old = Header.from_json(json.dumps(stored | {"notes": ["a line", "decoder.1.routed: why"]}))
+    assert old.notes == [Note("text", "a line"), Note("text", "decoder.1.routed: why")]
+    merged = header.merge(old).notes
+    assert [str(note) for note in merged] == ["9 tokens asked, 3 used", "a line", "decoder.1.routed: why"]
 
 
 def test_foreign_files_are_refused(tmp_path):

@@ -44,7 +44,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_tiny_moe(dtype):
-    settings = {"tokens": 1024, "seq_len": 128, "dtype": dtype, **OPTIONAL}
+    settings = {"text": sedetect.Text(1024, 128), "loading": sedetect.Loading(dtype=dtype), **OPTIONAL}
     streamed = sedetect.profile_model(TINY, stream=True, **settings)
     assert_same_profile(streamed, sedetect.profile_model(TINY, stream=False, **settings))
     assert (streamed.streamed.layers, streamed.streamed.resumed, streamed.streamed.write) == (10, 0, 0)
@@ -67,7 +67,7 @@ def test_every_layout_in_shards_and_domains(checkpoint, name):
 
 
 def test_another_precision_and_eager_attention(checkpoint):
-    settings = SHORT | {"dtype": "bfloat16", "attn": "eager"}
+    settings = SHORT | {"loading": sedetect.Loading(dtype="bfloat16", attn="eager")}
     resident = sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, **settings)
     assert resident.stats.header.dtype == "bfloat16"
     assert_same_profile(sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, **settings, stream=True), resident)
@@ -78,15 +78,22 @@ def test_another_precision_and_eager_attention(checkpoint):
 def test_fp8(tmp_path, name, device):
     """What transformers makes of such a checkpoint: without a GPU, weights in bfloat16."""
     folder = save_random(CONFIGS[name](), tmp_path, dtype=torch.bfloat16)
-    as_stored, weights = sedetect.profile_model(folder, TEXTS, **SHORT, device=device), weight_bytes(folder)
+    as_stored, weights = (
+        sedetect.profile_model(folder, TEXTS, **SHORT, loading=sedetect.Loading(device=device)),
+        weight_bytes(folder),
+    )
     to_fp8(folder)
-    resident = sedetect.profile_model(folder, TEXTS, **SHORT, device=device)
-    streamed = sedetect.profile_model(folder, TEXTS, **SHORT, device=device, stream=True)
+    resident = sedetect.profile_model(folder, TEXTS, **SHORT, loading=sedetect.Loading(device=device))
+    streamed = sedetect.profile_model(folder, TEXTS, **SHORT, loading=sedetect.Loading(device=device), stream=True)
     for bank, state in streamed.stats.banks.items():
         assert state.equal(resident.stats.banks[bank], sums_rtol=1e-12 if device == "cuda" else 0.0), bank
     headers = weight_bytes(folder), weight_bytes(folder, dequantized={"fp8"})
     assert headers[0] < headers[1] and abs(headers[1] - weights) < 0.05 * weights  # scales are left over
-    names = {key for layer in open_streamed(folder, device="cpu", weights=False).stored for key in layer}
+    names = {
+        key
+        for layer in open_streamed(folder, loading=sedetect.Loading(device="cpu"), weights=False).stored
+        for key in layer
+    }
     assert sum(key.endswith("_scale_inv") for key in names) > 40
     assert any(  # eight bits are not sixteen
         not torch.equal(state.out_max, as_stored.stats.banks[bank].out_max)
@@ -112,8 +119,13 @@ def test_chosen_where_the_weights_do_not_fit(checkpoint, monkeypatch):
         assert (too_large(folder, "cpu", dtype) is not None) == streamed
     monkeypatch.setattr(memory, "free_memory", lambda device: needed)
     with pytest.warns(UserWarning, match="of weights do not fit the .* free on cpu: streaming them layer by layer"):
-        assert sedetect.profile_model(folder, TEXTS, device="cpu", **SHORT).streamed.layers == 3
-    assert sedetect.profile_model(folder, TEXTS, device="cpu", stream=False, **SHORT).streamed is None
+        assert (
+            sedetect.profile_model(folder, TEXTS, loading=sedetect.Loading(device="cpu"), **SHORT).streamed.layers == 3
+        )
+    assert (
+        sedetect.profile_model(folder, TEXTS, loading=sedetect.Loading(device="cpu"), stream=False, **SHORT).streamed
+        is None
+    )
 
 
 def test_packed_weights_take_what_they_stand_for(tmp_path, monkeypatch):
@@ -215,7 +227,7 @@ def test_layers_beyond_the_config_are_left_out(checkpoint, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     resident = sedetect.profile_model(folder, TEXTS, stream=False, **SHORT)
     assert resident.stats.header.layers == {"decoder": 2}
-    assert any("weights are not used by Qwen3MoeForCausalLM" in note for note in resident.stats.header.notes)
+    assert any("weights are not used by Qwen3MoeForCausalLM" in str(note) for note in resident.stats.header.notes)
     assert_same_profile(sedetect.profile_model(folder, TEXTS, stream=True, **SHORT), resident)
 
 
@@ -368,10 +380,10 @@ if how == "staged":
     # No tensor of a layer stays in the heap (mallopt's M_MMAP_THRESHOLD): on a GPU it would not either.
     ctypes.CDLL(None).mallopt(-3, 2**18)
 texts = {"text": ["a b c d e f g h " * 100]}
-sedetect.profile_model(tiny, texts, tokens=64, seq_len=32, stream=True)
+sedetect.profile_model(tiny, texts, text=sedetect.Text(64, 32), stream=True)
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-sedetect.profile_model(folder, texts, tokens=128, seq_len=32, batch_size=2, stream=True)
+sedetect.profile_model(folder, texts, text=sedetect.Text(128, 32, batch_size=2), stream=True)
 print(status("VmHWM") - before)
 """
 

@@ -21,7 +21,9 @@ from sedetect.stats.place import Weight
 def tiny():
     """tiny-moe in float32, its profile, and the result."""
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
-    result = sedetect.profile_model(model, tokens=2048, seq_len=128, tokenizer=AutoTokenizer.from_pretrained(TINY))
+    result = sedetect.profile_model(
+        model, text=sedetect.Text(tokens=2048, seq_len=128), tokenizer=AutoTokenizer.from_pretrained(TINY)
+    )
     return model, result, find_super_weights(model, sedetect.rank(result.stats), result.windows)
 
 

@@ -134,8 +134,7 @@ def test_a_profile_outlives_its_observation(tmp_path, monkeypatch):
     done = []
     result = pipeline.profile_model(
         model,
-        tokens=256,
-        seq_len=16,
+        text=sedetect.Text(tokens=256, seq_len=16),
         residual=2,
         stop=lambda: len(done) > 0,
         progress=lambda domain, *_: done.append(1) if domain == "residual" else None,

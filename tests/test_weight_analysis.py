@@ -28,6 +28,7 @@ from sedetect.analysis.weights import (
 )
 from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
+from sedetect.models.loading import Loading
 from sedetect.models.routers import find_router
 from sedetect.stats.place import BankId
 
@@ -355,8 +356,8 @@ def test_weights_that_are_not_finite(tmp_path, value):
         model.model.layers[1].mlp.experts.down_proj[3, 0, 1] = value
     model.save_pretrained(tmp_path)
     with pytest.raises(SedetectError, match=r"layers\.1: down of L1E3 holds NaN or Inf.*--layers"):
-        analyze_weights(tmp_path, pairs=0, device="cpu")
-    assert len(analyze_weights(tmp_path, pairs=0, device="cpu", layers=[0, 2]).layers) == 2
+        analyze_weights(tmp_path, pairs=0, loading=Loading(device="cpu"))
+    assert len(analyze_weights(tmp_path, pairs=0, loading=Loading(device="cpu"), layers=[0, 2]).layers) == 2
 
 
 def test_layers_option():

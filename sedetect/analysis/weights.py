@@ -16,7 +16,7 @@ summed in float64.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from sedetect.checkpoints.files import check_checkpoint
 from sedetect.errors import SedetectError
 from sedetect.models.banks import Bank, find_banks, find_dense, layer_path
 from sedetect.models.identity import model_name
+from sedetect.models.loading import Loading
 from sedetect.models.routers import find_router
 from sedetect.models.streamed import StreamedModel, open_streamed
 
@@ -291,16 +292,13 @@ def analyze_weights(
     against: str | Path | None = None,
     layers: Sequence[int] | None = None,
     pairs: int = 32,
-    device: str | torch.device | None = None,
-    dtype: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    loading: Loading = Loading(),
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> Analysis:
     """The weights of every layer of a checkpoint, one layer in memory at a time.
 
     Args:
-        model: a checkpoint folder or a hub name. device, dtype, revision, trust_remote_code: as in load_model.
+        model: a checkpoint folder or a hub name.
         against: a dense model; the MLP of its layer of the same number takes part, under the name "F".
         layers: numbers of the layers; None for all that have routed experts.
         pairs: pairs of experts to match in each layer, drawn at random (the same ones every time); all where there are
@@ -315,11 +313,9 @@ def analyze_weights(
     check_installed()
     if pairs < 0:
         raise SedetectError(f"--pairs {pairs}: must be at least 0")
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
-    options |= {"trust_remote_code": trust_remote_code, "weights": False}
-    streamed = _open(model, layers_of=_layers_with_experts, **options)
+    streamed = _open(model, loading, _layers_with_experts)
     groups = groups_of(find_banks(streamed.model), layers)
-    dense = None if against is None else _Dense(against, options)
+    dense = None if against is None else _Dense(against, loading)
     result = new_analysis("weights", streamed.model)
     result.settings = {"pairs": pairs, "against": None if dense is None else dense.name}
     seen: set[str] = set()
@@ -427,17 +423,17 @@ def check_installed() -> None:
         ) from None
 
 
-def _open(path: str | Path, **options: Any) -> StreamedModel:
+def _open(path: str | Path, loading: Loading, layers_of: Callable[[nn.Module], dict[str, nn.Module]]) -> StreamedModel:
     if Path(path).is_dir():
         check_checkpoint(path)
-    return open_streamed(path, **options)
+    return open_streamed(path, loading, weights=False, layers_of=layers_of)
 
 
 class _Dense:
     """The MLPs of a dense checkpoint, of which one layer at a time has weights."""
 
-    def __init__(self, path: str | Path, options: dict[str, Any]):
-        self._streamed = _open(path, layers_of=_dense_layers, **options)
+    def __init__(self, path: str | Path, loading: Loading):
+        self._streamed = _open(path, loading, _dense_layers)
         self._banks = {bank.id.layer: bank for bank in find_dense(self._streamed.model)}
         self.name = model_name(self._streamed.model)
 

@@ -28,6 +28,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sedetect.calibration.texts import Document, load_texts
 from sedetect.errors import SedetectError, shorten
 from sedetect.stats.model import digest
+from sedetect.stats.note import Note
+
+
+@dataclass(frozen=True)
+class Text:
+    """How much calibration text is taken, and how it is cut and run.
+
+    tokens         at most so many, prefixes counted; see make_windows
+    seq_len        tokens per window, prefix included
+    batch_size     windows per forward
+    seed           None takes the first windows of each domain, an integer a random choice of them
+    chat_template  put every document through the tokenizer's chat template
+    """
+
+    tokens: int = 32768
+    seq_len: int = 512
+    batch_size: int = 8
+    seed: int | None = None
+    chat_template: bool = False
 
 
 @dataclass(eq=False)
@@ -50,11 +69,11 @@ class Windows:
 
 @dataclass
 class Calibration:
-    """Windows per domain. asked: tokens asked for. notes: a line on each domain left out, and where text ran short."""
+    """Windows per domain. asked: tokens asked for. notes: on each domain left out, and where text ran short."""
 
     domains: dict[str, Windows]
     asked: int
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     @property
     def used(self) -> int:
@@ -120,7 +139,7 @@ def make_windows(
             f"{body}; give more text or shorter windows"
         )
     notes = [
-        f"{domain}: left out, its {len(stream)} tokens do not fill one window of {seq_len}"
+        Note("left_out", f"{domain}: left out, its {len(stream)} tokens do not fill one window of {seq_len}")
         for domain, stream in streams.items()
         if domain not in room
     ]
@@ -146,10 +165,14 @@ def make_windows(
         ids = np.concatenate((np.tile(np.array(prefix, np.int64), (count, 1)), windows), axis=1)  # (N, seq_len)
         domains[domain] = Windows(torch.from_numpy(ids), torch.from_numpy(numbers), source, info)
     calibration = Calibration(domains, tokens, notes)
+    why = None
     if tokens - calibration.used >= seq_len:
-        notes.append(f"{tokens} tokens asked, {calibration.used} used: the text has no more (it is never repeated)")
+        why = "the text has no more (it is never repeated)"
     elif calibration.used > tokens:
-        notes.append(f"{tokens} tokens asked, {calibration.used} used: every domain gives at least one window")
+        why = "every domain gives at least one window"
+    if why is not None:
+        text = f"{tokens} tokens asked, {calibration.used} used: {why}"
+        notes.append(Note("tokens_used", text, count=calibration.used))
     return calibration
 
 
@@ -239,7 +262,7 @@ def calibration_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: str | os.PathLike | dict[str, list[Document]] | None,
-    **settings: Any,
+    text: Text = Text(),
 ) -> Calibration:
     """make_windows of texts (as profile_model takes them), checked against the model's vocabulary and positions."""
     named = "embedded" if texts is None else "texts" if isinstance(texts, dict) else str(texts)
@@ -252,7 +275,8 @@ def calibration_windows(
     else:
         raise SedetectError(f"texts: is a {type(texts).__name__}; give a path, or a dictionary of lists of documents")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    calibration = make_windows(tokenizer, texts, **settings, corpus=named, max_positions=positions)
+    cut = {"tokens": text.tokens, "seq_len": text.seq_len, "seed": text.seed, "chat_template": text.chat_template}
+    calibration = make_windows(tokenizer, texts, **cut, corpus=named, max_positions=positions)
     for windows in calibration.domains.values():
         check_vocabulary(tokenizer, windows, model.get_input_embeddings().weight.shape[0])
     return calibration

@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sedetect.calibration.windows import calibration_windows, prefix_ids
+from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
 from sedetect.cli.shared import (
     Attn,
     BatchSize,
@@ -32,7 +32,7 @@ from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import HOW
 from sedetect.experiments.evaluation import load_questions
 from sedetect.experiments.study import Experiment, Outcome, conclusion, run_experiment
-from sedetect.models.loading import open_model
+from sedetect.models.loading import Loading, open_model
 from sedetect.results import Results
 
 
@@ -70,12 +70,11 @@ def ablate_command(
     if output is not None:
         check_writable(output)
     questions = _questions(evaluate)
-    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    loaded, tokenizer, _, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
-    cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": False}
-    domains = calibration_windows(loaded, tokenizer, data, **cut).domains
-    run = {"tokens": tokens, "seq_len": seq_len, "batch_size": batch_size}
-    chosen = choose("--experts", experts, loaded, tokenizer, data, stats=stats, draw=seed, **run)
+    loading = Loading(device, dtype, revision, attn, trust_remote_code)
+    loaded, tokenizer, _, _ = open_model(model, loading=loading)
+    text = Text(tokens, seq_len, batch_size)
+    domains = calibration_windows(loaded, tokenizer, data, text).domains
+    chosen = choose("--experts", experts, loaded, tokenizer, data, text, stats=stats, draw=seed)
     if not chosen:
         console.print("nothing to switch off; name experts (L1E28) to try them", markup=False, highlight=False)
         return

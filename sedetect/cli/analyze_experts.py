@@ -13,7 +13,7 @@ from sedetect.analysis.outputs import analyze_outputs
 from sedetect.analysis.routing import analyze_routing
 from sedetect.analysis.tables import Cells, layer_name, layers_table, marked_experts, standings_tables
 from sedetect.analysis.weights import analyze_weights
-from sedetect.calibration.windows import calibration_windows
+from sedetect.calibration.windows import Text, calibration_windows
 from sedetect.cli.analyze_residual import ChatTemplate, analyze
 from sedetect.cli.ranked import load_ranked
 from sedetect.cli.shared import (
@@ -37,7 +37,7 @@ from sedetect.cli.shared import (
 )
 from sedetect.errors import SedetectError
 from sedetect.models.identity import model_digest, model_name
-from sedetect.models.loading import open_model
+from sedetect.models.loading import Loading, open_model
 from sedetect.ranking.result import Ranking
 from sedetect.results import Results
 from sedetect.stats.model import ModelStats
@@ -83,10 +83,7 @@ def weights_command(
             against=against,
             layers=parse_layers(layers),
             pairs=pairs,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            loading=Loading(device, dtype, revision, trust_remote_code=trust_remote_code),
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )
     _finish(result, known, output, figures)
@@ -115,8 +112,9 @@ def outputs_command(
     """All experts of MODEL on all tokens: how alike their outputs are, and whether its routers choose large ones."""
     known = _check(stats, output, figures)
     run = partial(analyze_outputs, layers=parse_layers(layers), batch_size=batch_size, backend=backend)
-    cut, how = (data, tokens, seq_len, chat_template), (device, dtype, revision, attn, trust_remote_code)
-    _finish(_over_text(run, model, known, texts, *cut, *how), known, output, figures)
+    text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
+    loading = Loading(device, dtype, revision, attn, trust_remote_code)
+    _finish(_over_text(run, model, known, texts, data, text, loading), known, output, figures)
 
 
 @analyze.command("routing")
@@ -141,8 +139,9 @@ def routing_command(
     """Which experts MODEL chooses: their load in every layer and domain, together with whom, and token by token."""
     known = _check(stats, output, figures)
     run = partial(analyze_routing, layers=parse_layers(layers), batch_size=batch_size)
-    cut, how = (data, tokens, seq_len, chat_template), (device, dtype, revision, attn, trust_remote_code)
-    _finish(_over_text(run, model, known, texts, *cut, *how), known, output, figures)
+    text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
+    loading = Loading(device, dtype, revision, attn, trust_remote_code)
+    _finish(_over_text(run, model, known, texts, data, text, loading), known, output, figures)
 
 
 def _check(stats: Path | None, output: Path | None, figures: bool) -> _Known | None:
@@ -183,24 +182,14 @@ def _over_text(
     known: _Known | None,
     texts: list[str] | None,
     data: str | None,
-    tokens: int,
-    seq_len: int,
-    chat_template: bool,
-    device: str | None,
-    dtype: str,
-    revision: str | None,
-    attn: str | None,
-    trust_remote_code: bool,
+    text: Text,
+    loading: Loading,
 ) -> Analysis:
     """Load a model, cut the text, and run an analysis over both."""
-    loaded, tokenizer, notes, _ = open_model(
-        model, device=device, dtype=dtype, revision=revision, attn=attn, trust_remote_code=trust_remote_code
-    )
+    loaded, tokenizer, notes, _ = open_model(model, loading=loading)
     _check_model(known, model_name(loaded), model_digest(loaded))
     short = read_texts(tokenizer, [DEFAULT_TEXT] if texts is None else texts)
-    calibration = calibration_windows(
-        loaded, tokenizer, data, tokens=tokens, seq_len=seq_len, seed=None, chat_template=chat_template
-    )
+    calibration = calibration_windows(loaded, tokenizer, data, text)
     with progress_bar() as bar:
         task = bar.add_task("running", total=calibration.used)
         result = run(
@@ -209,7 +198,7 @@ def _over_text(
             texts=short,
             progress=lambda domain, done: bar.update(task, description=domain, advance=done),
         )
-    result.notes += [*notes, *calibration.notes]
+    result.notes += map(str, [*notes, *calibration.notes])
     return result
 
 

@@ -1,13 +1,14 @@
 """sedetect analyze residual, trace: where massive activations form and who writes them, when and where experts fire."""
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect.calibration.windows import Windows, calibration_windows, prefix_ids
+from sedetect.calibration.windows import Text, Windows, calibration_windows, prefix_ids
 from sedetect.cli.shared import (
     Attn,
     BatchSize,
@@ -33,8 +34,9 @@ from sedetect.experiments.ablation import ablate
 from sedetect.experiments.residual_stream import Residual, observe_residual, sink_decay
 from sedetect.experiments.targets import Target
 from sedetect.experiments.traces import ExpertTrace, Group, trace_experts
-from sedetect.models.loading import open_model
+from sedetect.models.loading import Loading, open_model
 from sedetect.results import Results
+from sedetect.stats.note import Note
 from sedetect.stats.place import Weight
 from sedetect.stats.residual import Formation, Observation
 
@@ -74,14 +76,15 @@ def residual_command(
         raise SedetectError(f"--sequences {sequences}: must be at least 1")
     if output is not None:
         check_writable(output)
-    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    loaded, tokenizer, notes, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
-    cut = {"seq_len": seq_len, "seed": None, "chat_template": chat_template}
-    domains = calibration_windows(loaded, tokenizer, data, **cut, tokens=sequences * seq_len).domains
+    loading = Loading(device, dtype, revision, attn, trust_remote_code)
+    loaded, tokenizer, notes, _ = open_model(model, loading=loading)
+    text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
+    observed = replace(text, tokens=sequences * seq_len)
+    domains = calibration_windows(loaded, tokenizer, data, observed).domains
     settings = {"prefix": len(prefix_ids(tokenizer)), "sequences": sequences, "min_ratio": min_ratio}
     experts: list[Target] = []
     if ablated is not None:
-        experts = choose("--ablate", ablated, loaded, tokenizer, data, batch_size=batch_size, tokens=tokens, **cut)
+        experts = choose("--ablate", ablated, loaded, tokenizer, data, text)
     before = _observe("observing", loaded, domains, settings)
     after = None
     if experts:
@@ -118,11 +121,11 @@ def trace_command(
         raise SedetectError(f"--top {top}: must be at least 1")
     if output is not None:
         check_writable(output)
-    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    loaded, tokenizer, notes, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
-    cut = {"tokens": tokens, "seq_len": seq_len, "seed": None, "chat_template": chat_template}
-    calibration = calibration_windows(loaded, tokenizer, data, **cut)
-    chosen = choose("--experts", experts, loaded, tokenizer, data, batch_size=batch_size, **cut)
+    loading = Loading(device, dtype, revision, attn, trust_remote_code)
+    loaded, tokenizer, notes, _ = open_model(model, loading=loading)
+    text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
+    calibration = calibration_windows(loaded, tokenizer, data, text)
+    chosen = choose("--experts", experts, loaded, tokenizer, data, text)
     weights = [str(one) for one in chosen if isinstance(one, Weight)]
     if weights:
         raise SedetectError(f"--experts {weights[0]}: is a single weight; name experts to trace")
@@ -161,7 +164,7 @@ def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], se
         return observe_residual(model, domains, **settings, progress=lambda done: bar.advance(task, done))
 
 
-def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, notes: list[str]) -> None:
+def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, notes: list[Note]) -> None:
     print_line(residual.headline, "bold")
     table = plain_table(
         "layer", "max|x|", "/median", "channel", "pos", "token", "massive", "sink", "head max", left="token"

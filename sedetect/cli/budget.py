@@ -1,5 +1,6 @@
 """sedetect budget: what compression costs, and what keeping a few experts buys."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from sedetect.calibration.windows import calibration_windows, prefix_ids
+from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
 from sedetect.cli.ranked import By, load_ranked
 from sedetect.cli.shared import (
     Attn,
@@ -32,7 +33,7 @@ from sedetect.compression.simulated import FORMATS, GROUP, bits_of, expert_sizes
 from sedetect.errors import SedetectError
 from sedetect.experiments.targets import check_choice, choose_experts
 from sedetect.models.identity import model_digest
-from sedetect.models.loading import open_model
+from sedetect.models.loading import Loading, open_model
 from sedetect.profiling.pipeline import profile_model
 from sedetect.ranking.rule import rank
 from sedetect.ranking.saliencies import check_saliency, super_places
@@ -73,13 +74,13 @@ def budget_command(
             raise SedetectError(f"{option} {number}: must be at least {least}")
     if output is not None:
         check_writable(output)
-    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    loaded, tokenizer, _, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
+    loading = Loading(device, dtype, revision, attn, trust_remote_code)
+    loaded, tokenizer, _, _ = open_model(model, loading=loading)
     check_choice(experts, loaded)
-    cut = {"seq_len": seq_len, "seed": None, "chat_template": False}
     expert_sizes(loaded)  # refuse what cannot be compressed before anything is measured
-    text = calibration_windows(loaded, tokenizer, data, **cut, tokens=tokens)
-    domains = text.domains
+    text = Text(tokens, seq_len, batch_size)
+    calibration = calibration_windows(loaded, tokenizer, data, text)
+    domains = calibration.domains
     if stats is None and all(len(windows.ids) < 2 for windows in domains.values()):
         raise SedetectError(
             f"--tokens {tokens}: one window of {seq_len} tokens in each domain, which cannot be both profiled and "
@@ -88,8 +89,8 @@ def budget_command(
     with progress_bar("runs") as bar:
         task = bar.add_task("profile", total=None)
         if stats is None:
-            run = {"tokens": text.used // 2, "seq_len": seq_len, "batch_size": batch_size}
-            state = profile_model(loaded, data, **run, tokenizer=tokenizer).stats
+            half = replace(text, tokens=calibration.used // 2)
+            state = profile_model(loaded, data, text=half, tokenizer=tokenizer).stats
             ranking = rank(state)
         else:
             state, ranking = load_ranked(stats)

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from sedetect.checkpoints.memory import WEIGHTS_SHARE, choose_device, dequantized_here, free_memory, size
 from sedetect.cli.shared import Device, Dtype, Model, Tokens, TrustRemoteCode, app, print_line, print_whole
+from sedetect.models.loading import Loading
 from sedetect.profiling.estimate import Plan, make_plan, measure_read
 
 
@@ -19,7 +20,7 @@ def plan_command(
 ) -> None:
     """Size, experts, memory and reading time of the checkpoint folder MODEL, without loading it."""
     place = choose_device(device)
-    plan = make_plan(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    plan = make_plan(model, Loading(dtype=dtype, trust_remote_code=trust_remote_code))
     speed, sample = measure_read(model)
     stored = f"{size(plan.stored)} in {plan.files} file{'s' * (plan.files != 1)}"
     print_line(f"{plan.model}: {_count(plan.parameters)} parameters, {stored}", "bold")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sedetect.calibration.windows import Text
 from sedetect.checkpoints.memory import too_large
 from sedetect.cli.ranked import By, print_saliency
 from sedetect.cli.shared import (
@@ -32,6 +33,8 @@ from sedetect.cli.shared import (
 from sedetect.cli.tables import print_domains, print_ranking, print_run, ranking_document
 from sedetect.errors import SedetectError
 from sedetect.files import remove_leftovers, write_json
+from sedetect.models.loading import Loading
+from sedetect.models.measure import Measuring
 from sedetect.profiling.pipeline import ModelProfile, profile_model
 from sedetect.profiling.processes import join
 from sedetect.profiling.record import describe_run
@@ -105,23 +108,12 @@ def profile_command(
             return profile_model(
                 model,
                 data,
-                tokens=tokens,
-                seq_len=seq_len,
-                batch_size=batch_size,
-                seed=seed,
-                chat_template=chat_template,
-                channels=channels,
-                coactivation=coactivation,
-                first_rows=first_rows,
+                text=Text(tokens, seq_len, batch_size, seed, chat_template),
+                loading=Loading(device, dtype, revision, attn, trust_remote_code),
+                measuring=Measuring(backend, channels, coactivation, first_rows),
                 residual=residual,
                 until_stable=until_stable,
                 keep_rounds=until_stable is not None and output is not None,
-                device=device,
-                dtype=dtype,
-                backend=backend,
-                revision=revision,
-                attn=attn,
-                trust_remote_code=trust_remote_code,
                 stream=bool(stream) or why is not None,
                 resume=unfinished / ranks.name if unfinished is not None and ranks.count > 1 else unfinished,
                 part=ranks.part,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sedetect.calibration.windows import Text
 from sedetect.cli.ranked import By, load_ranked
 from sedetect.cli.shared import (
     Attn,
@@ -30,6 +31,7 @@ from sedetect.compression.pruning import (
 )
 from sedetect.errors import SedetectError
 from sedetect.files import check_new_folder
+from sedetect.models.loading import Loading
 from sedetect.profiling.pipeline import profile_model
 from sedetect.ranking.rule import rank
 from sedetect.ranking.saliencies import check_saliency, saliency, super_places
@@ -65,9 +67,8 @@ def prune_command(
             bar.update(task, description=domain, completed=done, total=total)
 
         if stats is None:
-            cut = {"tokens": tokens, "seq_len": seq_len, "batch_size": batch_size}
-            options = {"device": device, "dtype": dtype, "attn": attn}
-            state = profile_model(model, data, **cut, **options, progress=show).stats
+            text, loading = Text(tokens, seq_len, batch_size), Loading(device, dtype, attn=attn)
+            state = profile_model(model, data, text=text, loading=loading, progress=show).stats
             ranking = rank(state)
         else:
             state, ranking = load_ranked(stats)

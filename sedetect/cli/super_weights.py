@@ -7,6 +7,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from sedetect.calibration.windows import Text
 from sedetect.cli.shared import (
     Attn,
     Backend,
@@ -25,7 +26,8 @@ from sedetect.cli.shared import (
     progress_bar,
 )
 from sedetect.experiments.super_weights import SuperWeight, SuperWeights, find_super_weights
-from sedetect.models.loading import open_model
+from sedetect.models.loading import Loading, open_model
+from sedetect.models.measure import Measuring
 from sedetect.profiling.pipeline import profile_model
 from sedetect.ranking.rule import rank
 
@@ -55,11 +57,11 @@ def super_weights_command(
         def show(domain: str, done: int, total: int) -> None:
             bar.update(task, description=domain, completed=done, total=total)
 
-        options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-        loaded, tokenizer, _, _ = open_model(model, **options, trust_remote_code=trust_remote_code)
-        cut = {"tokens": tokens, "seq_len": seq_len, "seed": seed, "chat_template": chat_template}
-        run = {"tokenizer": tokenizer, "batch_size": batch_size, "backend": backend, "progress": show}
-        result = profile_model(loaded, data, **cut, **run)
+        loading = Loading(device, dtype, revision, attn, trust_remote_code)
+        loaded, tokenizer, _, _ = open_model(model, loading=loading)
+        text = Text(tokens, seq_len, batch_size, seed, chat_template)
+        measuring = Measuring(backend)
+        result = profile_model(loaded, data, text=text, measuring=measuring, tokenizer=tokenizer, progress=show)
         ranking = rank(result.stats)
         found = find_super_weights(loaded, ranking, result.windows, top=top)
     if json is not None:

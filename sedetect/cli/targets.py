@@ -1,10 +1,10 @@
 """What --experts and --ablate choose: super, names, random:N, top-frequency:N."""
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sedetect.calibration.windows import Text
 from sedetect.cli.shared import console, progress_bar
 from sedetect.errors import SedetectError
 from sedetect.experiments.targets import Target, check_choice, choose_experts, needs_statistics
@@ -21,12 +21,12 @@ def choose(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: str | None,
+    text: Text,
     *,
     stats: Path | None = None,
     draw: int = 0,
-    **settings: Any,
 ) -> list[Target]:
-    """The experts that an option names, by stats or else by a profile with these settings where that takes statistics.
+    """The experts that an option names, by stats or else by a profile of this text where that takes statistics.
 
     draw is the seed of random:N. Where "super" finds none, the headline is printed and the list is empty.
     """
@@ -35,7 +35,7 @@ def choose(
         check_choice(spec, model)
         if needs_statistics(spec):
             if stats is None:
-                state = _profile(model, tokenizer, data, settings)
+                state = _profile(model, tokenizer, data, text)
             else:
                 state = Results(stats).stats()
                 if state.header.digest != model_digest(model):
@@ -52,9 +52,7 @@ def choose(
     return chosen
 
 
-def _profile(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: str | None, settings: dict[str, Any]
-) -> ModelStats:
+def _profile(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: str | None, text: Text) -> ModelStats:
     with progress_bar() as bar:
         task = bar.add_task("profile", total=None)
         return profile_model(
@@ -62,5 +60,5 @@ def _profile(
             data,
             tokenizer=tokenizer,
             progress=lambda domain, done, total: bar.update(task, completed=done, total=total),
-            **settings,
+            text=text,
         ).stats

@@ -180,7 +180,7 @@ def trace_experts(
         sequences={domain: len(windows.ids) for domain, windows in domains.items()},
         chat_template=any(windows.info.get("chat_template") for windows in domains.values()),
         experts=[texts.trace(expert, tracer.rows(expert), top) for expert in experts],
-        notes=sorted(tracked.tracker.notes),
+        notes=sorted(map(str, tracked.tracker.notes)),
     )
 
 

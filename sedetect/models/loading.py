@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +34,7 @@ from sedetect.checkpoints.memory import choose_device, choose_dtype
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
 from sedetect.errors import SedetectError, shorten
 from sedetect.models.banks import Bank, find_banks
+from sedetect.stats.note import Note
 
 if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -48,40 +50,58 @@ _AUTO_CLASSES = (
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def load_model(
-    path_or_name: str | os.PathLike[str],
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "auto",
-    revision: str | None = None,
-    attn: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
+@dataclass(frozen=True)
+class Loading:
+    """How a checkpoint is loaded.
+
+    device             where it goes; None is cuda if there is one, else cpu
+    dtype              "auto" is the checkpoint's own; otherwise a torch floating-point type or its name
+    revision           branch, tag or commit of a hub model
+    attn               attention implementation of transformers ("eager", "sdpa", ...); None leaves the choice to it
+    trust_remote_code  run model code that comes with the checkpoint
+    """
+
+    device: str | torch.device | None = None
+    dtype: str | torch.dtype = "auto"
+    revision: str | None = None
+    attn: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What of it transformers takes to find and read the files that are no weights."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def load_model(path_or_name: str | os.PathLike[str], loading: Loading = Loading()) -> PreTrainedModel:
     """Load a checkpoint folder, or a model of the hub, in eval mode. check_checkpoint verifies a folder's files.
 
-    Args:
-        path_or_name: a Prefetched folder gives the weights that are on their way already; they are used up.
-        device: where it goes; None is cuda if there is one, else cpu.
-        dtype: "auto" is the checkpoint's own; otherwise a torch floating-point type or its name.
-        revision: branch, tag or commit of a hub model.
-        attn: attention implementation of transformers ("eager", "sdpa", ...); None leaves the choice to it.
-        trust_remote_code: run model code that comes with the checkpoint.
-
+    A Prefetched folder gives the weights that are on their way already; they are used up.
     Weights in the checkpoint that the model has no place for are warned about (UserWarning, one line).
     Raises SedetectError for a model type that the installed transformers does not know, for weights that are missing
     or of another shape, and where transformers cannot load the model.
     """
+    model, notes = load_with_notes(path_or_name, loading)
+    for note in notes:
+        warnings.warn(str(note), stacklevel=2)
+    return model
+
+
+def load_with_notes(
+    path_or_name: str | os.PathLike[str], loading: Loading = Loading()
+) -> tuple[PreTrainedModel, list[Note]]:
+    """load_model, with notes of what it would warn about."""
     name = _resolve(path_or_name)
     if Path(name).is_dir():
-        _refuse_unknown_type(Path(name), trust_remote_code)
-    device, dtype = choose_device(device), choose_dtype(dtype)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        _refuse_unknown_type(Path(name), loading.trust_remote_code)
+    device, dtype = choose_device(loading.device), choose_dtype(loading.dtype)
+    options = loading.source
     with _one_line_errors(name):
         config = AutoConfig.from_pretrained(name, **options)
     method = _quantization(config)
-    auto_class = _auto_class(name, config, trust_remote_code)
-    if attn is not None:
-        options["attn_implementation"] = attn
+    auto_class = _auto_class(name, config, loading.trust_remote_code)
+    if loading.attn is not None:
+        options["attn_implementation"] = loading.attn
     if device.type != "cpu" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # straight to the device; without accelerate by way of host memory
     with _one_line_errors(name), _captured_report() as report, _prefetched_weights(path_or_name):
@@ -98,17 +118,17 @@ def load_model(
         except RuntimeError:
             _refuse_unconverted(name, report)
             raise
-        _check_loaded(name, type(model).__name__, loaded, method)
+        notes = _check_loaded(name, type(model).__name__, loaded, method)
         if "device_map" not in options and not any(p.is_meta for p in model.parameters()):  # see streamed.py
             model = model.to(device)
     if method == "mxfp4" and _quantization(model.config) is None:
-        warnings.warn(
+        text = (
             f"{name}: transformers dequantized its MXFP4 experts, as it does without a GPU or the package kernels: the "
-            "same numbers in four times the memory; where that is too much, pip install kernels on a GPU",
-            stacklevel=2,
+            "same numbers in four times the memory; where that is too much, pip install kernels on a GPU"
         )
+        notes.append(Note("dequantized_experts", text))
     serve_quantized(model)  # for good: without kernels its own forwards would raise
-    return model.eval()
+    return model.eval(), notes
 
 
 @contextmanager
@@ -143,47 +163,42 @@ class OpenModel(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    notes: list[str]
+    notes: list[Note]
     banks: list[Bank]
 
 
 def open_model(
     model: str | os.PathLike[str] | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    loading: Loading = Loading(),
     *,
-    device: str | None = None,
-    dtype: str = "auto",
-    revision: str | None = None,
-    attn: str | None = None,
-    trust_remote_code: bool = False,
-    load: Callable[..., PreTrainedModel] = load_model,
+    load: Callable[[str | os.PathLike, Loading], tuple[PreTrainedModel, list[Note]]] = load_with_notes,
 ) -> OpenModel:
     """A MoE model with its tokenizer; a checkpoint is verified and loaded by load, a loaded model passed on.
 
     Raises SedetectError for what check_checkpoint, load_model, load_tokenizer and find_banks refuse, and for a loaded
     model without tokenizer.
     """
-    notes: list[str] = []
+    notes: list[Note] = []
     if isinstance(model, (str, os.PathLike)):
         if Path(model).is_dir():
             check_checkpoint(model)
-            _refuse_unknown_type(Path(model), trust_remote_code)  # before its tokenizer, which would fail too
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        tokenizer = tokenizer or load_tokenizer(model, **options)
-        if load is load_model:
-            model = prefetch(model, device) or model
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            model = load(model, device=device, dtype=dtype, attn=attn, **options)
-        notes = [str(warning.message) for warning in caught if "weights are not used" in str(warning.message)]
+            _refuse_unknown_type(Path(model), loading.trust_remote_code)  # before its tokenizer, which would fail too
+        tokenizer = tokenizer or load_tokenizer(model, **loading.source)
+        if load is load_with_notes:
+            model = prefetch(model, loading.device) or model
+        with warnings.catch_warnings(action="ignore"):
+            model, said = load(model, loading)
+        notes = [note for note in said if note.code == "unused_weights"]
     elif tokenizer is None:
         raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")
     banks = find_banks(model)  # refuse what is no MoE before anything is asked of it
     if not prefix_ids(tokenizer) and tokenizer.bos_token is not None:
-        notes.append(
+        text = (
             f"the tokenizer has a {tokenizer.bos_token} but puts nothing before a text; "
             "if the model was trained with it, super experts stay silent without it"
         )
+        notes.append(Note("no_prefix", text))
     return OpenModel(model, tokenizer, notes, banks)
 
 
@@ -242,8 +257,8 @@ def _auto_class(name: str, config: PreTrainedConfig, trust_remote_code: bool) ->
     raise SedetectError(f"{name}: transformers has no language model for {type(config).__name__}; give one that has")
 
 
-def _check_loaded(name: str, model: str, loaded: dict[str, Any], method: str | None) -> None:
-    """Judge what from_pretrained says of the weights: missing and mismatched are errors, unexpected a warning."""
+def _check_loaded(name: str, model: str, loaded: dict[str, Any], method: str | None) -> list[Note]:
+    """Judge what from_pretrained says of the weights: missing and mismatched are errors, unexpected a note."""
     if missing := sorted(loaded["missing_keys"]):
         if method is not None and (experts := [weight for weight in missing if "experts" in weight]):
             raise SedetectError(
@@ -259,8 +274,11 @@ def _check_loaded(name: str, model: str, loaded: dict[str, Any], method: str | N
             f"{name}: {len(mismatched)} weights do not fit {model}, first {weight}: {tuple(stored)} in the checkpoint, "
             f"{tuple(wanted)} by its config.json; give a complete checkpoint with its own config"
         )
-    if unexpected := sorted(loaded["unexpected_keys"]):
-        warnings.warn(f"{name}: {len(unexpected)} weights are not used by {model}, first {unexpected[0]}", stacklevel=3)
+    unexpected = sorted(loaded["unexpected_keys"])
+    if not unexpected:
+        return []
+    text = f"{name}: {len(unexpected)} weights are not used by {model}, first {unexpected[0]}"
+    return [Note("unused_weights", text, count=len(unexpected))]
 
 
 def _quantization(config: PreTrainedConfig) -> str | None:

@@ -23,6 +23,22 @@ from sedetect.ops.functions import linear_stats, moe_mlp, output_stats
 from sedetect.stats.bank import BankStats
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """What is measured of every bank, and by what.
+
+    backend       "cpu", "cuda", "triton" or "torch"; the fastest that serves each call by default
+    channels      keep the per-channel maxima and squares (BankStats.channel_max, in_channel_max, in_channel_sq)
+    coactivation  count the tokens routed to each pair of experts (BankStats.coactivation)
+    first_rows    keep what the published tool reads of each routed expert (BankStats.published_max)
+    """
+
+    backend: str | None = None
+    channels: bool = False
+    coactivation: bool = False
+    first_rows: bool = False
+
+
 @dataclass(eq=False)
 class Measurement:
     """What measures one bank, and what it has seen.
@@ -34,10 +50,7 @@ class Measurement:
 
     bank: Bank
     rows_of: Callable[[Bank, int, torch.device], Rows]
-    backend: str | None = None
-    channels: bool = False
-    coactivation: bool = False
-    first_rows: bool = False
+    measuring: Measuring = Measuring()
     gate: Gate | Callable[[torch.Tensor], torch.Tensor] | None = None
     number: int = -1
     here: range | None = field(init=False)
@@ -62,9 +75,9 @@ class Measurement:
 
     def empty(self, device: torch.device | str, experts: int | None = None) -> BankStats:
         """A state that has seen nothing, of all experts or so many."""
-        channels = (self.bank.hidden, self.bank.intermediate) if self.channels else None
-        coactivation = self.coactivation and self.bank.experts > 1
-        published = self.first_rows and self.bank.id.routed
+        channels = (self.bank.hidden, self.bank.intermediate) if self.measuring.channels else None
+        coactivation = self.measuring.coactivation and self.bank.experts > 1
+        published = self.measuring.first_rows and self.bank.id.routed
         return BankStats.empty(experts or self.bank.experts, device, channels, coactivation, published)
 
     def prepare(self, device: torch.device) -> BankStats:
@@ -124,7 +137,7 @@ def _compute_experts(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     module, measurement.top_k = measurement.bank.module, top_k_index.shape[-1]
-    gate, backend, served = measurement.gate, measurement.backend, measurement.note
+    gate, backend, served = measurement.gate, measurement.measuring.backend, measurement.note
     if isinstance(module, Adapter):
         compute = partial(module.compute, gate=gate) if module.fusable else module.compute
         return compute(hidden_states, top_k_index, top_k_weights, state, rows=rows, backend=backend, served=served)
@@ -141,7 +154,7 @@ def _compute_experts(
 def _compute_down(measurement: Measurement, state: BankStats, rows: Rows, x: torch.Tensor) -> torch.Tensor:
     """A plain nn.Linear is computed by our op; anything else (quantized, split) computes itself and is read."""
     original, flat = measurement.bank.module, x.reshape(-1, x.shape[-1])
-    backend, served = measurement.backend, measurement.note
+    backend, served = measurement.measuring.backend, measurement.note
     if is_plain_linear(original):
 
         def forward(x: torch.Tensor) -> torch.Tensor:

@@ -28,14 +28,19 @@ from torch import nn
 from sedetect.errors import SedetectError
 from sedetect.kernels.rows import Rows
 from sedetect.stats.model import ranges_of
+from sedetect.stats.note import Note
 
-UNMAPPED_CALL = "rows not mapped: layers ran outside a forward of the model whose rows are known"
-UNMAPPED_CACHE = "rows not mapped: a cache was filled where this profile could not see it"
-UNMAPPED_UNKNOWN = "rows not mapped: the model was called with {}, which is no cache that is known here"
-UNMAPPED_INPUT = "rows not mapped: the model was called without input_ids or inputs_embeds"
-UNMAPPED_MASK = "rows not mapped: the attention mask is not (batch, length), so padding was counted"
-UNMAPPED_RESIZED = "rows not mapped: a cache was continued with another batch size"
-UNMAPPED_PACKED = "rows not mapped: several sequences packed into one row; give prof.batch(sequence_ids=...)"
+
+def _unmapped(why: str) -> Note:
+    return Note("unmapped", f"rows not mapped: {why}")
+
+
+UNMAPPED_CALL = _unmapped("layers ran outside a forward of the model whose rows are known")
+UNMAPPED_CACHE = _unmapped("a cache was filled where this profile could not see it")
+UNMAPPED_INPUT = _unmapped("the model was called without input_ids or inputs_embeds")
+UNMAPPED_MASK = _unmapped("the attention mask is not (batch, length), so padding was counted")
+UNMAPPED_RESIZED = _unmapped("a cache was continued with another batch size")
+UNMAPPED_PACKED = _unmapped("several sequences packed into one row; give prof.batch(sequence_ids=...)")
 NO_PREFIX = (
     "sequences do not begin with the prefix token their tokenizer adds; super experts may stay silent without it"
 )
@@ -109,7 +114,7 @@ class RowTracker:
         self.source = source
         self.prefix = prefix
         self.pending: Batch | None = None
-        self.notes: set[str] = set()
+        self.notes: set[Note] = set()
         self._names = tuple(inspect.signature(model.forward).parameters)
         self._stack = "decoder_" if "decoder_input_ids" in self._names else ""
         self._config = getattr(model, "generation_config", None)
@@ -127,7 +132,7 @@ class RowTracker:
         batch, self.pending = self.pending or Batch(), None
         self._cache = self._running = None
         call = self._read(args, kwargs)
-        if isinstance(call, str):
+        if isinstance(call, Note):
             self.notes.add(call)
             return None
         ids = batch.sequence_ids
@@ -186,7 +191,7 @@ class RowTracker:
         if packed:
             self.notes.add(UNMAPPED_PACKED)
         if bare:
-            self.notes.add(f"{bare} of {sequences} {NO_PREFIX}")
+            self.notes.add(Note("no_prefix", f"{bare} of {sequences} {NO_PREFIX}", count=bare))
         return tokens, sequences
 
     def ranges(self) -> list[list[int]]:
@@ -201,7 +206,7 @@ class RowTracker:
             raise SedetectError("prof.batch: earlier forwards had no sequence_ids and this one has; give them to all")
         self._given_ids.append(ids)
 
-    def _read(self, args: tuple, kwargs: dict[str, Any]) -> _Call | str:
+    def _read(self, args: tuple, kwargs: dict[str, Any]) -> _Call | Note:
         """The arguments of one forward, or the note that says why its rows cannot be mapped."""
         arguments = {**dict(zip(self._names, args)), **kwargs}
         stack = self._stack
@@ -213,7 +218,7 @@ class RowTracker:
         caches = _caches(arguments)
         for name, value in arguments.items():
             if _like_cache(name) and not any(value is known for known in (None, False, True, *caches)):
-                return UNMAPPED_UNKNOWN.format(name)
+                return unmapped_unknown(name)
         mask, positions = arguments.get(f"{stack}attention_mask"), arguments.get(f"{stack}position_ids")
         return _Call(tokens, mask, positions, caches[0] if caches else None)
 
@@ -356,6 +361,10 @@ class RowTracker:
         totals = torch.stack([counted.sum(), first.sum(), (packed & counted).sum(), (bare & ~packed).sum()])
         device = tokens.device
         self._totals.setdefault(device, torch.zeros_like(totals)).add_(totals)
+
+
+def unmapped_unknown(name: str) -> Note:
+    return _unmapped(f"the model was called with {name}, which is no cache that is known here")
 
 
 def unknown_caches(names: Iterable[str]) -> list[str]:

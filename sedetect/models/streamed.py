@@ -12,6 +12,7 @@ quantizer, and transformers.core_model_loading.
 import ctypes
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -37,7 +38,8 @@ from sedetect.checkpoints.staging import DTYPES, Staging, StoredTensor, stored_t
 from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
 from sedetect.models.layers import decoder_layers
-from sedetect.models.loading import load_model, replaced_method
+from sedetect.models.loading import Loading, load_with_notes, replaced_method
+from sedetect.stats.note import Note
 
 
 class StreamedModel:
@@ -49,6 +51,7 @@ class StreamedModel:
     files    the checkpoint's safetensors files
     stored   per layer, its tensors in the checkpoint; rest: those outside the layers
     staging  brings a layer's tensors to a GPU; None on a CPU, where each is read when it is converted
+    notes    on how it loaded
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class StreamedModel:
         first: float = 0.0,
     ):
         self.model, self.device, self.files = model, device, [Path(file) for file in files]
+        self.notes: list[Note] = []
         self._config = replace(config, device_map={"": device})
         self.layers, self.paths = list(layers.values()), list(layers)
         stored = stored_tensors(self.files)
@@ -153,22 +157,22 @@ def layers_to_run(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def open_streamed(
-    path_or_name: str | Path,
+    path_or_name: str | os.PathLike,
+    loading: Loading = Loading(),
     *,
-    device: str | torch.device | None = None,
     weights: bool = True,
     first: float = 0.0,
     layers_of: Callable[[PreTrainedModel], dict[str, nn.Module]] = layers_to_run,
-    **options: Any,
 ) -> StreamedModel:
     """A StreamedModel of a checkpoint.
 
-    device and options as in sedetect.models.loading.load_model; first as in Staging. weights=False loads none at all,
+    first as in Staging. weights=False loads none at all,
     and the model is as a GPU holds it: FP8 stays FP8, which transformers dequantizes where there is none. layers_of
     gives, of the model without weights, the modules by path that are to be loaded one at a time.
-    Raises SedetectError for what load_model and layers_of refuse.
+    Warns and raises SedetectError as load_model does, and raises it for what layers_of refuses.
     """
-    device, made = choose_device(device), []
+    device = choose_device(loading.device)
+    made: list[StreamedModel] = []
 
     def load_pretrained(
         model: PreTrainedModel, state_dict: Any, files: list[str], config: LoadStateDictConfig, *_: Any
@@ -187,7 +191,9 @@ def open_streamed(
             stack.enter_context(
                 replaced_method(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
             )
-        load_model(path_or_name, device=device, **options)
+        _, made[0].notes = load_with_notes(path_or_name, replace(loading, device=device))
+    for note in made[0].notes:
+        warnings.warn(str(note), stacklevel=2)
     if weights:
         made[0].load_rest()
     return made[0]

@@ -11,6 +11,7 @@ from torch import nn
 from sedetect.kernels.rows import Rows
 from sedetect.models.banks import Bank
 from sedetect.models.row_context import UNMAPPED_CALL, RowTracker
+from sedetect.stats.note import Note
 
 
 class TrackedModel:
@@ -44,11 +45,12 @@ class TrackedModel:
             self.tracker.notes.add(UNMAPPED_CALL)
             return Rows.unmapped(tokens, device)
         if bank.id.stack != "decoder":
-            self.tracker.notes.add(f"rows not mapped: those of the {bank.id.stack} stack")
+            self.tracker.notes.add(Note("unmapped", f"rows not mapped: those of the {bank.id.stack} stack"))
             return Rows.unmapped(tokens, device)
         rows = next(iter(self._rows.values()))
         if len(rows.counted) != tokens:
-            self.tracker.notes.add(f"{bank.id} ({bank.path}): rows not mapped, the module regroups its tokens")
+            text = f"{bank.id} ({bank.path}): rows not mapped, the module regroups its tokens"
+            self.tracker.notes.add(Note("regrouped", text))
             return Rows.unmapped(tokens, device)
         if device not in self._rows:
             self._rows[device] = rows.to(device)
@@ -75,7 +77,8 @@ class TrackedModel:
         try:
             output = original(*args, **kwargs)
         except BaseException:
-            self.tracker.notes.add("a forward failed before its end: its first layers counted rows, later ones did not")
+            text = "a forward failed before its end: its first layers counted rows, later ones did not"
+            self.tracker.notes.add(Note("failed", text))
             raise
         finally:
             self._rows = None

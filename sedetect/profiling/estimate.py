@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from sedetect.checkpoints.files import check_checkpoint
 from sedetect.checkpoints.staging import read_bytes
 from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
+from sedetect.models.loading import Loading
 from sedetect.models.streamed import open_streamed
 
 SAMPLE = 2**28  # bytes read to measure the bandwidth
@@ -77,15 +78,15 @@ class Plan:
         return (self.rest_parameters + 3 * max(self.layer_parameters)) * dtype.itemsize
 
 
-def make_plan(folder: str | Path, **options: object) -> Plan:
-    """Plan of a checkpoint folder; options (dtype, revision, attn, trust_remote_code) as in load_model.
+def make_plan(folder: str | Path, loading: Loading = Loading()) -> Plan:
+    """Plan of a checkpoint folder, whatever the device.
 
     Raises SedetectError for what check_checkpoint, load_model and find_banks refuse.
     """
     if not Path(folder).is_dir():
         raise SedetectError(f"{folder}: no such folder; a plan is made of a checkpoint that is here, download it first")
     check_checkpoint(folder)
-    streamed = open_streamed(folder, device="cpu", weights=False, **options)
+    streamed = open_streamed(folder, replace(loading, device="cpu"), weights=False)
     model, banks = streamed.model, find_banks(streamed.model)
     routed = sum(_count(bank.stored_in) for bank in banks if bank.routed)
     shared_mlps = {bank.path.rpartition(".")[0] for bank in banks if bank.id.base == "shared"}

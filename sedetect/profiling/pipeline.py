@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect.calibration.windows import Calibration, Windows, batches, calibration_windows, prefix_ids
+from sedetect.calibration.windows import Calibration, Text, Windows, batches, calibration_windows, prefix_ids
 from sedetect.checkpoints.memory import too_large
 from sedetect.errors import SedetectError, shorten
 from sedetect.experiments.residual_stream import Residual, observe_residual
 from sedetect.models.layers import run_tokens
-from sedetect.models.loading import OpenModel, load_model, open_model
+from sedetect.models.loading import Loading, OpenModel, open_model
+from sedetect.models.measure import Measuring
 from sedetect.models.streamed import StreamedModel, open_streamed
 from sedetect.profiling.profiler import SourcesProfile
 from sedetect.profiling.streaming import Streamed, stream_profile
 from sedetect.ranking.rule import rank
 from sedetect.stats.model import ModelStats, merge_all
+from sedetect.stats.note import Note, sorted_notes
 
 ROUND_WINDOWS = 2  # of each domain per round: some thousand tokens, so that a round means much the same in every run
 
@@ -67,21 +69,10 @@ def profile_model(
     model: str | os.PathLike | PreTrainedModel,
     texts: str | os.PathLike | dict[str, list[str]] | None = None,
     *,
-    tokens: int = 32768,
-    seq_len: int = 512,
-    batch_size: int = 8,
-    seed: int | None = None,
-    chat_template: bool = False,
+    text: Text = Text(),
+    loading: Loading = Loading(),
+    measuring: Measuring = Measuring(),
     tokenizer: PreTrainedTokenizerBase | None = None,
-    device: str | None = None,
-    dtype: str = "auto",
-    revision: str | None = None,
-    attn: str | None = None,
-    trust_remote_code: bool = False,
-    backend: str | None = None,
-    channels: bool = False,
-    coactivation: bool = False,
-    first_rows: bool = False,
     residual: int | None = None,
     until_stable: int | None = None,
     keep_rounds: bool = False,
@@ -96,10 +87,9 @@ def profile_model(
     Args:
         model: a checkpoint folder, a hub name, or a loaded model (then tokenizer is needed).
         texts: None for the embedded corpus, a path or hub data set as load_texts takes them, or domain -> documents.
-        tokens, seq_len, seed, chat_template: as in make_windows.
-        batch_size: windows per forward.
-        device, dtype, revision, attn, trust_remote_code: as in load_model.
-        backend, channels, coactivation, first_rows: as in profile.
+        text: how much of it is taken, and how it is cut and run.
+        loading: how a checkpoint is loaded.
+        measuring: what is measured, and by what.
         residual: afterwards observe the residual stream and the attention sinks of this many windows, as
             observe_residual does; rank takes what it saw.
         until_stable: take the windows in rounds, of each domain one batch of batch_size but at most ROUND_WINDOWS
@@ -119,44 +109,30 @@ def profile_model(
         SedetectError: for bad input, before anything is measured. Where only the residual stream cannot be observed,
             the statistics' header notes why.
     """
+    rounds = _Rounds(until_stable, keep_rounds)
     for option, number in {"--until-stable": until_stable, "--residual": residual}.items():
         if number is not None and number < 1:
             raise SedetectError(f"{option} {number}: must be at least 1")
-    in_rounds = until_stable is not None or keep_rounds
-    streaming = _must_stream(model, stream, device, dtype)
-    if residual is not None or in_rounds:
-        option = "--residual" if residual is not None else "--until-stable"
-        if streaming:
-            raise SedetectError(
-                f"{option}: needs the whole model, and this one is streamed layer by layer; leave it out"
-            )
-        if part[1] > 1:
-            raise SedetectError(f"{option}: needs the whole text, and every rank has a part of it; leave it out")
-    options = {"device": device, "dtype": dtype, "revision": revision, "attn": attn}
-    options["trust_remote_code"] = trust_remote_code
-    streamed: list[StreamedModel] = []
-
-    def load(name: str | Path, **options: Any) -> PreTrainedModel:
-        streamed.append(open_streamed(name, **options, first=part[0] / part[1]))
-        return streamed[0].model
-
-    opened = open_model(model, tokenizer, **options, load=load if streaming else load_model)
-    model, tokenizer, notes, banks = opened
-    cut = {"tokens": tokens, "seq_len": seq_len, "seed": seed, "chat_template": chat_template}
-    calibration = calibration_windows(model, tokenizer, texts, **cut)
-    windows = calibration.domains
-    calibration.domains = _part(windows, batch_size, *part)
-    settings = {"backend": backend, "channels": channels, "coactivation": coactivation, "first_rows": first_rows}
-    settings["prefix"] = next(iter(prefix_ids(tokenizer)), None)
-    result = ModelProfile(ModelStats.empty(), asked=tokens, tokenizer=tokenizer, windows=windows)
-    result.device = _device_name(streamed[0].device if streaming else model.device)
-    if streaming:
+    streaming = _must_stream(model, stream, loading)
+    if residual is not None or rounds:
+        _refuse_parts("--residual" if residual is not None else "--until-stable", streaming, part)
+    opened, streamed = _open(model, tokenizer, loading, part if streaming else None)
+    calibration = calibration_windows(opened.model, opened.tokenizer, texts, text)
+    result = ModelProfile(
+        ModelStats.empty(), asked=text.tokens, tokenizer=opened.tokenizer, windows=calibration.domains
+    )
+    result.device = _device_name(opened.model.device if streamed is None else streamed.device)
+    calibration.domains = _part(calibration.domains, text.batch_size, *part)
+    prefix = prefix_ids(opened.tokenizer)
+    first = next(iter(prefix), None)
+    if streamed is not None:
         result.domains, result.streamed = stream_profile(
-            streamed[0],
-            banks,
+            streamed,
+            opened.banks,
             calibration.domains,
-            batch_size,
-            settings,
+            text.batch_size,
+            first,
+            measuring,
             resume=None if resume is None else Path(resume),
             report=lambda layer, done: progress(layer, done, calibration.used),
             stop=stop,
@@ -164,29 +140,88 @@ def profile_model(
         result.interrupted, result.seconds = not result.domains, result.streamed.compute
         done = calibration.used
     else:
-        until = {"until_stable": until_stable, "keep_rounds": keep_rounds}
-        done = _measure(result, opened, calibration, batch_size, settings, **until, progress=progress, stop=stop)
-    planned = [] if result.interrupted else calibration.notes
-    if done < calibration.used and not result.interrupted:
-        # What the budget would have bought is not what was used.
-        planned = [note for note in planned if not note.startswith(f"{tokens} tokens asked")]
-        planned.append(f"stopped early: the super experts stayed the same for {until_stable} rounds")
+        start = time.perf_counter()
+        with SourcesProfile(opened.model, opened.banks, prefix=first, measuring=measuring) as prof:
+            result.seconds = time.perf_counter() - start
+            run = _Resident(result, opened.model, prof, calibration.used, progress, stop)
+            done = run.windows(calibration.domains, text.batch_size, rounds)
+    notes = [*opened.notes, *_planned(result, calibration, done, rounds)]
     for stats in result.domains.values():
-        stats.header.notes = sorted({*stats.header.notes, *planned, *notes})
+        stats.header.notes = sorted_notes([*stats.header.notes, *notes])
     result.stats = merge_all(result.domains.values())
     if residual is not None and not result.interrupted:
         progress("residual", 0, None)
-        prefix = len(prefix_ids(tokenizer))
-        try:
-            result.residual = observe_residual(
-                model, calibration.domains, prefix=prefix, sequences=residual, progress=partial(_check, stop)
-            )
-        except _Stopped:
-            result.interrupted = True
-        except Exception as error:  # the profile is done, and is not lost for whatever fails here
-            why = f"the residual stream was not observed: {shorten(error)}"
-            result.stats.header.notes = sorted({*result.stats.header.notes, why})
+        _observe(result, opened.model, calibration.domains, len(prefix), residual, stop)
     return result
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """Whether the windows are taken in rounds, until the set has stood for so many, and each round's kept."""
+
+    until_stable: int | None
+    keep: bool
+
+    def __bool__(self) -> bool:
+        return self.until_stable is not None or self.keep
+
+
+def _refuse_parts(option: str, streaming: bool, part: tuple[int, int]) -> None:
+    """Raise SedetectError where only a part of the model or of the text is there."""
+    if streaming:
+        raise SedetectError(f"{option}: needs the whole model, and this one is streamed layer by layer; leave it out")
+    if part[1] > 1:
+        raise SedetectError(f"{option}: needs the whole text, and every rank has a part of it; leave it out")
+
+
+def _open(
+    model: str | os.PathLike | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    loading: Loading,
+    streamed_part: tuple[int, int] | None,
+) -> tuple[OpenModel, StreamedModel | None]:
+    """The model, and as what it is streamed where a part of a streamed profile is to run."""
+    if streamed_part is None:
+        return open_model(model, tokenizer, loading), None
+    first, count = streamed_part
+    made: list[StreamedModel] = []
+
+    def load(name: str | os.PathLike, loading: Loading) -> tuple[PreTrainedModel, list[Note]]:
+        made.append(open_streamed(name, loading, first=first / count))
+        return made[0].model, made[0].notes
+
+    return open_model(model, tokenizer, loading, load=load), made[0]
+
+
+def _planned(result: ModelProfile, calibration: Calibration, done: int, rounds: _Rounds) -> list[Note]:
+    """What there is to know of the text that was run."""
+    if result.interrupted:
+        return []
+    if done == calibration.used:
+        return calibration.notes
+    # What the budget would have bought is not what was used.
+    text = f"stopped early: the super experts stayed the same for {rounds.until_stable} rounds"
+    stopped = Note("stopped_early", text, count=rounds.until_stable)
+    return [*(note for note in calibration.notes if note.code != "tokens_used"), stopped]
+
+
+def _observe(
+    result: ModelProfile,
+    model: PreTrainedModel,
+    domains: dict[str, Windows],
+    prefix: int,
+    sequences: int,
+    stop: Callable[[], bool],
+) -> None:
+    """Observe the residual stream, into result; a note where that fails."""
+    progress = partial(_raise_stopped, stop)
+    try:
+        result.residual = observe_residual(model, domains, prefix=prefix, sequences=sequences, progress=progress)
+    except _Stopped:
+        result.interrupted = True
+    except Exception as error:  # the profile is done, and is not lost for whatever fails here
+        why = Note("no_residual", f"the residual stream was not observed: {shorten(error)}")
+        result.stats.header.notes = sorted_notes([*result.stats.header.notes, why])
 
 
 def _part(domains: dict[str, Windows], batch_size: int, first: int, step: int) -> dict[str, Windows]:
@@ -206,75 +241,82 @@ def _part(domains: dict[str, Windows], batch_size: int, first: int, step: int) -
     return taken
 
 
-def _must_stream(model: Any, stream: bool | None, device: str | None, dtype: str) -> bool:
+def _must_stream(model: Any, stream: bool | None, loading: Loading) -> bool:
     """What stream comes to: the caller's word, or whether a checkpoint folder is too large for the device."""
     if not isinstance(model, (str, os.PathLike)):
         if stream:
             raise SedetectError(f"{type(model).__name__}: a loaded model is not streamed; give the checkpoint's folder")
         return False
-    why = too_large(model, device, dtype) if stream is None and Path(model).is_dir() else None
+    why = too_large(model, loading.device, loading.dtype) if stream is None and Path(model).is_dir() else None
     if why is not None:
         warnings.warn(f"{model}: {why}", stacklevel=3)
     return bool(stream) or why is not None
 
 
-def _measure(
-    result: ModelProfile,
-    opened: OpenModel,
-    calibration: Calibration,
-    batch_size: int,
-    settings: dict[str, Any],
-    *,
-    until_stable: int | None,
-    keep_rounds: bool,
-    progress: Callable[[str, int, int | None], None],
-    stop: Callable[[], bool],
-) -> int:
-    """Run the windows through a loaded model, into result; returns how many tokens were run."""
-    in_rounds = until_stable is not None or keep_rounds
-    if in_rounds:
-        batch_size = min(batch_size, ROUND_WINDOWS)
-    done, start = 0, time.perf_counter()
-    with SourcesProfile(opened.model, opened.banks, **settings) as prof:
-        result.seconds += time.perf_counter() - start
-        for part in _rounds(calibration.domains, batch_size) if in_rounds else [calibration.domains]:
-            measured: dict[str, ModelStats] = {}
-            for domain, windows in part.items():
-                start = time.perf_counter()
-                prof.begin(windows.source, windows.info)
-                for ids, numbers in batches(windows, batch_size):
-                    result.interrupted = stop()
-                    if result.interrupted:
-                        break
-                    prof.batch(sequence_ids=numbers)
-                    run_tokens(opened.model, ids)
-                    done += ids.numel()
-                    progress(domain, done, calibration.used)
-                stats = prof.take()
-                result.seconds += time.perf_counter() - start
-                if stats.header.tokens:
-                    measured[domain] = stats
+@dataclass
+class _Resident:
+    """A profile of a loaded model that is under way.
+
+    total: tokens there are to run; done: tokens that were run.
+    """
+
+    result: ModelProfile
+    model: PreTrainedModel
+    prof: SourcesProfile
+    total: int
+    progress: Callable[[str, int, int | None], None]
+    stop: Callable[[], bool]
+    done: int = 0
+
+    def windows(self, domains: dict[str, Windows], batch_size: int, rounds: _Rounds) -> int:
+        """Run the windows, into result; returns how many tokens were run."""
+        if rounds:
+            batch_size = min(batch_size, ROUND_WINDOWS)
+        for part in _parts(domains, batch_size) if rounds else [domains]:
+            measured = self._part(part, batch_size)
+            for domain, stats in measured.items():
+                self.result.domains[domain] = self.result.domains.get(domain, ModelStats.empty()).merge(stats)
+            if self.result.interrupted or rounds and self._round(measured, rounds):
+                break
+        return self.done
+
+    def _part(self, domains: dict[str, Windows], batch_size: int) -> dict[str, ModelStats]:
+        """The statistics of each domain's windows; of a domain that stop() left without any, none."""
+        result, measured = self.result, {}
+        for domain, windows in domains.items():
+            start = time.perf_counter()
+            self.prof.begin(windows.source, windows.info)
+            for ids, numbers in batches(windows, batch_size):
+                result.interrupted = self.stop()
                 if result.interrupted:
                     break
-            for domain, stats in measured.items():
-                result.domains[domain] = result.domains.get(domain, ModelStats.empty()).merge(stats)
+                self.prof.batch(sequence_ids=numbers)
+                run_tokens(self.model, ids)
+                self.done += ids.numel()
+                self.progress(domain, self.done, self.total)
+            stats = self.prof.take()
+            result.seconds += time.perf_counter() - start
+            if stats.header.tokens:
+                measured[domain] = stats
             if result.interrupted:
                 break
-            if in_rounds:
-                result.rounds.append((done, _super_experts(merge_all(result.domains.values()))))
-                result.stable_after = _stable_after(result.rounds, until_stable or 1)
-                if keep_rounds:
-                    result.shards.append(merge_all(measured.values()))
-                if until_stable is not None and result.stable_after is not None:
-                    break
-    return done
+        return measured
+
+    def _round(self, measured: dict[str, ModelStats], rounds: _Rounds) -> bool:
+        """Take down what a round came to, and say whether it was the last that is needed."""
+        result = self.result
+        result.rounds.append((self.done, _super_experts(merge_all(result.domains.values()))))
+        result.stable_after = _stable_after(result.rounds, rounds.until_stable or 1)
+        if rounds.keep:
+            result.shards.append(merge_all(measured.values()))
+        return rounds.until_stable is not None and result.stable_after is not None
 
 
 class _Stopped(Exception):
     pass
 
 
-def _check(stop: Callable[[], bool], tokens: int) -> None:
+def _raise_stopped(stop: Callable[[], bool], tokens: int) -> None:
     if stop():
         raise _Stopped
 
@@ -286,7 +328,7 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def _rounds(domains: dict[str, Windows], count: int) -> list[dict[str, Windows]]:
+def _parts(domains: dict[str, Windows], count: int) -> list[dict[str, Windows]]:
     """The windows of every domain in parts of count; the last rounds hold only the domains that have windows left."""
     parts = {
         domain: [replace(windows, ids=ids, numbers=numbers) for ids, numbers in batches(windows, count)]

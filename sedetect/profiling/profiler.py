@@ -17,12 +17,13 @@ from sedetect.models import compiled
 from sedetect.models.attach import attach, is_attached
 from sedetect.models.banks import Bank, find_banks, layers_per_stack
 from sedetect.models.identity import model_digest, model_name
-from sedetect.models.measure import Measurement, measure
+from sedetect.models.measure import Measurement, Measuring, measure
 from sedetect.models.row_context import Batch
 from sedetect.models.tracking import TrackedModel
 from sedetect.ops.choose import check_backend, missing_fast_path
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import BankInfo, Header, ModelStats, Source
+from sedetect.stats.note import Note, sorted_notes
 from sedetect.version import __version__
 
 
@@ -39,14 +40,11 @@ class Profile:
         source: str | None,
         info: dict[str, Any] | None,
         prefix: int | None,
-        backend: str | None,
-        channels: bool,
-        coactivation: bool,
-        first_rows: bool,
+        measuring: Measuring,
         banks: list[Bank] | None = None,
         digest: str | None = None,
     ):
-        check_backend(backend)
+        check_backend(measuring.backend)
         self._model = getattr(model, "_orig_mod", model)
         if self._model.training:
             raise SedetectError(f"{type(self._model).__name__}: is in training mode; call model.eval() first")
@@ -54,16 +52,16 @@ class Profile:
         self._info = info or {}
         self._banks = find_banks(self._model) if banks is None else banks
         self._tracked = TrackedModel(self._model, prefix)
-        how = {"backend": backend, "channels": channels, "coactivation": coactivation, "first_rows": first_rows}
-        self._measured = [Measurement(bank, self._tracked.rows_of, **how) for bank in self._banks]
+        self._measured = [Measurement(bank, self._tracked.rows_of, measuring) for bank in self._banks]
+        self._backend = measuring.backend
         parallel = next((bank for bank in self._banks if bank.here is not None), None)
-        if parallel is not None and coactivation:
+        if parallel is not None and measuring.coactivation:
             raise SedetectError(
                 f"{parallel.path}: coactivation of experts on different ranks is seen by none; leave it out, or load "
                 "the model on one device"
             )
         self._digest = model_digest(self._model) if digest is None else digest
-        self._notes: set[str] = set()  # of the model as it is attached
+        self._notes: set[Note] = set()  # of the model as it is attached
         self._exit = ExitStack()
 
     def __enter__(self) -> "Profile":
@@ -76,7 +74,8 @@ class Profile:
             restore, served = serve_quantized(self._model)
             stack.callback(restore)
             if served:
-                self._notes.add(f"{served} FP8 linears computed with dequantized weights: no kernel here")
+                text = f"{served} FP8 linears computed with dequantized weights: no kernel here"
+                self._notes.add(Note("dequantized", text, count=served))
             stack.enter_context(compiled.attached(self._measured))
             calls = [(one.bank, measure(one)) for one in self._measured]
             stack.callback(attach(self._model, calls, computes=True))
@@ -139,17 +138,18 @@ class Profile:
         for one in self._measured:
             bank = one.bank
             if not one.served:
-                notes.add(f"{bank.id} ({bank.path}) never ran: this profile is not complete")
+                notes.add(Note("never_ran", f"{bank.id} ({bank.path}) never ran: this profile is not complete"))
             elif (
-                one.backend is None
+                self._backend is None
                 and "cuda" not in one.served
                 and (why := missing_fast_path(one.state.counts.device, self._model.dtype))
             ):
-                notes.add(why)
+                notes.add(Note("slow", why))
             if one.here is not None:
                 ranks = dist.get_world_size(bank.group)
-                notes.add(f"experts of other ranks are not in it: leave the profile on all {ranks} first")
-            notes.update(f"{bank.id}: {why}" for why in one.fallbacks)
+                text = f"experts of other ranks are not in it: leave the profile on all {ranks} first"
+                notes.add(Note("other_ranks", text))
+            notes.update(Note("fallback", why, bank.id) for why in one.fallbacks)
             banks[bank.id] = one.whole()
             described[str(bank.id)] = BankInfo(bank.path, one.top_k, sorted(one.served))
         tokens, sequences = tracker.totals()
@@ -164,7 +164,7 @@ class Profile:
             sequences=sequences,
             window=self._info.get("window"),
             versions={"sedetect": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-            notes=sorted(notes | tracker.notes),
+            notes=sorted_notes(notes | tracker.notes),
         )
         return ModelStats(banks, header)
 
@@ -175,8 +175,16 @@ class SourcesProfile(Profile):
     begin() a source, run its forwards, take() what was measured.
     """
 
-    def __init__(self, model: nn.Module, banks: list[Bank], digest: str | None = None, **settings: Any):
-        super().__init__(model, None, None, **settings, banks=banks, digest=digest)
+    def __init__(
+        self,
+        model: nn.Module,
+        banks: list[Bank],
+        digest: str | None = None,
+        *,
+        prefix: int | None = None,
+        measuring: Measuring = Measuring(),
+    ):
+        super().__init__(model, None, None, prefix, measuring, banks, digest)
 
     def begin(self, source: str, info: dict[str, Any]) -> None:
         self._source, self._info = source, info
@@ -222,4 +230,4 @@ def profile(
     Raises:
         SedetectError: for a model in training mode, without experts, or with experts that cannot be measured.
     """
-    return Profile(model, source, info, prefix, backend, channels, coactivation, first_rows)
+    return Profile(model, source, info, prefix, Measuring(backend, channels, coactivation, first_rows))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from sedetect.errors import SedetectError, shorten
 from sedetect.models.banks import Bank
 from sedetect.models.identity import model_digest, model_name
 from sedetect.models.layers import run_tokens
+from sedetect.models.measure import Measuring
 from sedetect.models.streamed import StreamedModel
 from sedetect.profiling.profiler import SourcesProfile
 from sedetect.profiling.resume import HiddenStates, Progress
@@ -67,7 +68,8 @@ def stream_profile(
     banks: list[Bank],
     domains: dict[str, Windows],
     batch_size: int,
-    settings: dict[str, Any],
+    prefix: int | None,
+    measuring: Measuring,
     *,
     resume: Path | None,
     report: Callable[[str, int], None],
@@ -77,7 +79,7 @@ def stream_profile(
 
     Args:
         banks: of the whole model, as find_banks gives them.
-        settings: of sedetect.profile, without source and info.
+        prefix: as in sedetect.profile.
         resume: a folder to continue from, and to keep what continuing takes; see sedetect.profiling.resume.
         report: called with ("layer 3 of 48", tokens done in it) after every batch.
         stop: asked before every batch.
@@ -89,7 +91,7 @@ def stream_profile(
     runs = {domain: list(batches(windows, batch_size)) for domain, windows in domains.items()}
     place = _place(streamed, domains, resume)
     wrap = check_layers(streamed, next(iter(domains.values())).ids[:1, :_TRIAL_TOKENS])
-    progress = None if resume is None else Progress(resume, _identity(streamed, domains, batch_size, settings))
+    progress = None if resume is None else Progress(resume, _identity(streamed, domains, batch_size, prefix, measuring))
     hidden, took = HiddenStates(place, progress), Streamed()
     known = model_digest(model)  # takes longer than a layer needs to compute a batch
     parts = [] if progress is None else progress.statistics(len(domains))
@@ -107,7 +109,7 @@ def stream_profile(
             measured, done, batch = [], 0, 0
             start, waited = time.perf_counter(), 0.0 if progress is None else progress.waited
             here = [bank for bank in banks if bank.path.startswith(f"{streamed.paths[layer]}.")]
-            with SourcesProfile(model, here, known, **settings) as prof:
+            with SourcesProfile(model, here, known, prefix=prefix, measuring=measuring) as prof:
                 for domain, windows in domains.items():
                     prof.begin(windows.source, windows.info)
                     for ids, numbers in runs[domain]:
@@ -132,7 +134,11 @@ def stream_profile(
 
 
 def _identity(
-    streamed: StreamedModel, domains: dict[str, Windows], batch_size: int, settings: dict[str, Any]
+    streamed: StreamedModel,
+    domains: dict[str, Windows],
+    batch_size: int,
+    prefix: int | None,
+    measuring: Measuring,
 ) -> dict[str, Any]:
     """What must be equal for two runs to give the same bits."""
     model = streamed.model
@@ -144,7 +150,8 @@ def _identity(
         "device": streamed.device.type,
         "attention": getattr(model.config, "_attn_implementation", None),
         "batch size": batch_size,
-        **settings,
+        **asdict(measuring),
+        "prefix": prefix,
         "domains": list(domains),
         "window": [windows.ids.shape[1] for windows in domains.values()],
         "windows": [len(windows.ids) for windows in domains.values()],

@@ -1,22 +1,23 @@
 """How many rows the experts saw, and notes of several banks folded into one."""
 
-import re
 from collections.abc import Sequence
 
 from sedetect.stats.model import ModelStats
+from sedetect.stats.note import Note
+from sedetect.stats.place import BankId
 
 FEW_ROWS = 32  # an expert that saw fewer has no maximum to speak of
-_OF_A_BANK = re.compile(r"(\w+\.\d+\.\w+): (.*)", re.DOTALL)
 
 
-def folded(notes: Sequence[str]) -> list[str]:
-    """The notes, where several banks say the same as one."""
-    by_text: dict[str, list[str]] = {}
+def folded(notes: Sequence[Note]) -> list[str]:
+    """The lines of the notes, where several banks say the same as one."""
+    said_of: dict[tuple[str, str, bool], list[BankId | None]] = {}
     for note in notes:
-        bank, text = found.groups() if (found := _OF_A_BANK.fullmatch(note)) else ("", note)
-        by_text.setdefault(text, []).append(bank)
-    heads = [bank + (f" and {len(more)} more" if more else "") for bank, *more in by_text.values()]
-    return [f"{head}: {text}" if head else text for head, text in zip(heads, by_text)]
+        said_of.setdefault((note.code, note.text, note.bank is None), []).append(note.bank)
+    return [
+        text if alone else f"{banks[0]}{f' and {len(banks) - 1} more' if banks[1:] else ''}: {text}"
+        for (_, text, alone), banks in said_of.items()
+    ]
 
 
 def coverage(stats: ModelStats) -> str:

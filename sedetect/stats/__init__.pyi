@@ -5,6 +5,7 @@ from .model import ModelStats as ModelStats
 from .model import Source as Source
 from .model import join_banks as join_banks
 from .model import merge_all as merge_all
+from .note import Note as Note
 from .place import BankId as BankId
 from .place import Place as Place
 from .place import Weight as Weight

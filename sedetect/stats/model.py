@@ -22,6 +22,7 @@ from sedetect.kernels.records import (
     EMPTY,
 )
 from sedetect.stats.bank import RECORDS, BankStats
+from sedetect.stats.note import Note, sorted_notes
 from sedetect.stats.place import BankId
 
 FORMAT = "sedetect-stats"
@@ -54,7 +55,7 @@ class Header:
     """What was run, on what. Equal model, digest and dtype are what makes two states mergeable.
 
     layers: decoder layers per stack, dense ones counted. tokens: counted tokens; sequences: sequences they belong to.
-    notes: one line each on what the reader must know (unmapped rows, missing prefix, ...).
+    notes: what the reader must know (unmapped rows, missing prefix, ...), in the order of their lines, each line once.
     """
 
     model: str = ""
@@ -67,16 +68,17 @@ class Header:
     sequences: int = 0
     window: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
     def to_json(self) -> str:
-        return json.dumps(self, default=lambda o: o.__dict__, sort_keys=True, ensure_ascii=False)
+        return json.dumps(self, default=_plain, sort_keys=True, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Header":
         written = json.loads(text)
         banks = {name: BankInfo(**bank) for name, bank in written.pop("banks", {}).items()}
         sources = {name: Source(**source) for name, source in written.pop("sources", {}).items()}
+        header.notes = [Note.read(note) for note in header.notes]
         return cls(banks=banks, sources=sources, **written)
 
     def merge(self, other: "Header") -> "Header":
@@ -116,7 +118,7 @@ class Header:
             sequences=self.sequences + other.sequences,
             window=self.window if self.window == other.window else None,
             versions=versions,
-            notes=sorted({*self.notes, *other.notes}),
+            notes=sorted_notes([*self.notes, *other.notes]),
         )
 
 
@@ -224,7 +226,7 @@ def join_banks(parts: list[ModelStats]) -> ModelStats:
         headers[0],
         layers={stack: count for one in headers for stack, count in one.layers.items()},
         banks={name: bank for one in headers for name, bank in one.banks.items()},
-        notes=sorted({note for one in headers for note in one.notes}),
+        notes=sorted_notes(note for one in headers for note in one.notes),
     )
     return ModelStats({bank: state for part in parts for bank, state in part.banks.items()}, header)
 
@@ -243,6 +245,11 @@ def ranges_of(ids: torch.Tensor) -> list[list[int]]:
 def digest(text: str) -> str:
     """The first 16 hexadecimal digits of text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(part: Note | BankInfo | Source | Header) -> dict[str, Any]:
+    """A part of a header, for JSON."""
+    return part.to_dict() if isinstance(part, Note) else vars(part)
 
 
 def _union_ranges(a: list[list[int]], b: list[list[int]], source: str) -> list[list[int]]:

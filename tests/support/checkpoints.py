@@ -32,8 +32,8 @@ def put_model(folder: Path, seed: int = 0, **changes) -> Path:
 
 WORDS = {"greek": "alpha beta gamma delta", "numbers": "one two three four five", "colours": "red green blue"}
 TEXTS = {domain: [" ".join(f"{words} {n}" for n in range(60))] for domain, words in WORDS.items()}
-SHORT = {"tokens": 400, "seq_len": 16, "batch_size": 3}
-OPTIONAL = {"channels": True, "coactivation": True, "first_rows": True}
+SHORT = {"text": sedetect.Text(tokens=400, seq_len=16, batch_size=3)}
+OPTIONAL = {"measuring": sedetect.Measuring(channels=True, coactivation=True, first_rows=True)}
 
 
 def save_random(config, folder: Path, dtype: torch.dtype = torch.float32, **options) -> Path:

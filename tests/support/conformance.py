@@ -269,14 +269,14 @@ def check(name: str, device: str = "cpu", backend: str | None = None, dtype: tor
 def check_backends(family: Family, stats: ModelStats, device: torch.device, backend: str | None) -> str:
     """Every bank is served by the backend asked for, or says why not and is known to; nothing else is noted."""
     wanted = {backend} if backend else {"cpu"} if device.type == "cpu" else {"cuda", "triton"}
-    notes = [note for note in stats.header.notes if not any(re.search(known, note) for known in family.notes)]
-    excused = [note for note in notes if any(re.search(why, note) for why in FALLBACKS.get(backend, ()))]
+    notes = [note for note in stats.header.notes if not any(re.search(known, str(note)) for known in family.notes)]
+    excused = [note for note in notes if any(re.search(why, str(note)) for why in FALLBACKS.get(backend, ()))]
     for bank in stats.banks:
         served = stats.header.banks[str(bank)].backends
-        known = any(note.startswith(f"{bank}: ") for note in excused)
+        known = any(note.bank == bank for note in excused)
         assert set(served) <= wanted or known, f"{bank} is served by {served}, not {backend or wanted}"
     unknown = [note for note in notes if note not in excused]
-    assert not unknown, f"notes {unknown}"
+    assert not unknown, f"notes {[str(note) for note in unknown]}"
     return ", ".join(sorted({b for described in stats.header.banks.values() for b in described.backends}))
 
 

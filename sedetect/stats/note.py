@@ -1,0 +1,44 @@
+"""Notes: what whoever reads statistics must know of how they were made."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sedetect.stats.place import BankId
+
+
+@dataclass(frozen=True)
+class Note:
+    """One thing to know.
+
+    code   what kind of thing it is: "unmapped", "fallback", "unused_weights", ...; "text" where only the text is known
+    text   one line for people
+    bank   the bank that text is said of; str puts it before text
+    count  the number in text, where there is one that counts what is noted
+    """
+
+    code: str
+    text: str
+    bank: BankId | None = None
+    count: int | None = None
+
+    def __str__(self) -> str:
+        return self.text if self.bank is None else f"{self.bank}: {self.text}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, for JSON; the bank by its name."""
+        return vars(self) | {"bank": None if self.bank is None else str(self.bank)}
+
+    @classmethod
+    def read(cls, stored: dict[str, Any] | str) -> "Note":
+        """The inverse of to_dict; of a header that has lines of text alone, a note that is one."""
+        if isinstance(stored, str):
+            return cls("text", stored)
+        bank = stored["bank"]
+        return cls(**stored | {"bank": None if bank is None else BankId.parse(bank)})
+
+
+def sorted_notes(notes: Iterable[Note]) -> list[Note]:
+    """The notes in the order of their lines, each line once."""
+    by_line = {str(note): note for note in notes}
+    return [by_line[line] for line in sorted(by_line)]

@@ -1,13 +1,37 @@
 """The one exception that is the user's to mend, and how other libraries' errors are quoted in it."""
 
 import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The name of a Python argument in a message, or the argument with a value; the command line has a flag for it."""
+
+    name: str
+    value: str | bool | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.value is None else f"{self.name}={self.value!r}"
 
 
 class SedetectError(Exception):
     """Bad input: one line that names the file or module, the value, and the way out.
 
-    The command line prints it without a traceback and exits with 2.
+    Its parts, one after another, are the line. An Argument among them is named as in Python by str, and by its flag on
+    the command line, which prints the line without a traceback and exits with 2.
     """
+
+    def __init__(self, *parts: str | Argument):
+        super().__init__(*parts)
+
+    def __str__(self) -> str:
+        return self.told(str)
+
+    def told(self, naming: Callable[[Argument], str]) -> str:
+        """The line with its arguments named in this way."""
+        return "".join(part if isinstance(part, str) else naming(part) for part in self.args)
 
 
 def shorten(error: Exception) -> str:

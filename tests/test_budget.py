@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sedetect
 import sedetect.compression.budget as budget_module
 from sedetect.calibration.windows import calibration_windows
-from sedetect.compression.budget import conclusion, held_out, make_budget
+from sedetect.compression.budget import Compressions, conclusion, held_out, make_budget
 from sedetect.compression.pruning import choose_kept
 from sedetect.compression.simulated import expert_sizes, fake_quantize, quantized_experts, stored_bits
 from sedetect.errors import SedetectError
@@ -62,7 +62,7 @@ def test_formats_of_special_weights():
     assert fake_quantize(torch.randn(2, 4, dtype=torch.bfloat16), "fp8").dtype == torch.bfloat16
     assert (stored_bits("int4", 256), stored_bits("int4", 48), stored_bits("fp8", 300)) == (4.125, 4 + 16 / 48, 8.16)
     for name in ("int9", "int1", "nf4"):
-        with pytest.raises(SedetectError, match=f"--format {name}: is not known"):
+        with pytest.raises(SedetectError, match=f"format {name}: is not known"):
             fake_quantize(torch.zeros(2, 2), name)
 
 
@@ -109,8 +109,8 @@ def subject():
 def budget(subject):
     model, stats, domains = subject
     return make_budget(
-        model, held_out(domains, stats), stats, [SUPER], prefix=1, by="frequency", ratios=(0.25, 0.95),
-        formats=("int8", "int3"), controls=2,
+        model, held_out(domains, stats), stats, [SUPER], Compressions("frequency", (0.25, 0.95), ("int8", "int3")),
+        prefix=1, controls=2,
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_held_out_windows_were_not_seen(subject):
         ((start, end),) = stats.header.sources[windows.source].ranges
         assert (start, end) == (0, 2) and windows.numbers.tolist() == [2, 3]
         assert torch.equal(windows.ids, domains[domain].ids[2:])
-    with pytest.raises(SedetectError, match="saw all of the evaluation text; give more --tokens"):
+    with pytest.raises(SedetectError, match="saw all of the evaluation text; give more tokens than"):
         held_out({d: replace(w, ids=w.ids[:2], numbers=w.numbers[:2]) for d, w in domains.items()}, stats)
 
 
@@ -174,9 +174,7 @@ def test_random_controls_and_sizes(budget):
     bits = 3 * weights + 16 * (96 * 2 + 256)
     assert rows["int3"].bare.size == pytest.approx(bits / (32 * weights))
     assert rows["int3"].kept.size == pytest.approx(1 / 320 + 319 / 320 * bits / (32 * weights))
-    assert budget.notes == [
-        "left out: --ratio 0.95: leaves 2 of 32 experts, and every token takes 4; give at most 0.875"
-    ]
+    assert budget.notes == ["left out: ratio 0.95: leaves 2 of 32 experts, and every token takes 4; give at most 0.875"]
 
 
 def test_the_document_and_what_it_concludes(budget):
@@ -198,7 +196,7 @@ def test_without_experts_to_keep(subject):
     few = {"english": held_out(domains, stats)["english"]}
     shared = Place("decoder", 1, "shared", "shared")
     others = [shared, Weight(SUPER, 101, 14)]
-    budget = make_budget(model, few, stats, others, prefix=1, ratios=(), formats=("int4",))
+    budget = make_budget(model, few, stats, others, Compressions(ratios=(), formats=("int4",)), prefix=1)
     assert budget.notes == [f"{name} is not compressed by itself in any row" for name in ("L1shared", "L1E28[101,14]")]
     assert budget.kept == [] and budget.rows[0].kept is None and budget.rows[0].random == []
     assert len(conclusion(budget)) == 1
@@ -236,7 +234,7 @@ def test_a_router_that_cannot_be_masked_leaves_the_formats(subject, monkeypatch)
         raise SedetectError("model.layers.0.mlp.experts: the logits of its router cannot be masked; use how='skip'")
 
     monkeypatch.setattr(budget_module, "ablate", refuse)
-    made = make_budget(model, few, stats, [], prefix=1, ratios=(0.25,), formats=("int8",))
+    made = make_budget(model, few, stats, [], Compressions(ratios=(0.25,), formats=("int8",)), prefix=1)
     assert [row.name for row in made.rows] == ["int8"] and "left out: model.layers.0" in made.notes[0]
 
 

@@ -301,7 +301,7 @@ def test_chat_template(tokenizer):
     assert windows.domains["a"].info["chat_template"]
 
     message = refusal(make_windows, tokenizer, {"a": [chat]}, tokens=64, seq_len=16)
-    assert message.startswith("a: holds chats") and "--chat-template" in message
+    assert message.startswith("a: holds chats") and "pass chat_template=True" in message
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     message = refusal(make_windows, tokenizer, {"a": [chat]}, tokens=64, seq_len=16, chat_template=True)
     assert message.startswith("a: ") and "roles must alternate" in message
@@ -322,11 +322,11 @@ def test_long_text_is_silent(tokenizer, caplog):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"tokens": 0}, "--tokens 0"),
-        ({"tokens": -5}, "--tokens -5"),
-        ({"seq_len": 1}, "--seq-len 1: must be at least 2"),
-        ({"seq_len": 4096, "max_positions": 2048}, "--seq-len 4096: the model has 2048 positions"),
-        ({"seed": -1}, "--seed -1"),
+        ({"tokens": 0}, "tokens 0"),
+        ({"tokens": -5}, "tokens -5"),
+        ({"seq_len": 1}, "seq_len 1: must be at least 2"),
+        ({"seq_len": 4096, "max_positions": 2048}, "seq_len 4096: the model has 2048 positions"),
+        ({"seed": -1}, "seed -1"),
         ({"seq_len": 1000, "corpus": "my.txt"}, "my.txt: no domain fills a window"),
     ],
 )

@@ -150,9 +150,9 @@ def test_config_of_bad_values(copy):
 def test_unknown_architecture(copy):
     edit_config(copy, model_type="zork")
     message = refusal(load_model, copy)
-    assert "'zork'" in message and transformers.__version__ in message and "--trust-remote-code" not in message
+    assert "'zork'" in message and transformers.__version__ in message and "trust_remote_code" not in message
     edit_config(copy, auto_map={"AutoModelForCausalLM": "modeling_zork.Zork"})
-    assert "--trust-remote-code" in refusal(load_model, copy)
+    assert "pass trust_remote_code=True to run" in refusal(load_model, copy)
     edit_config(copy, model_type=None)
     assert "model_type None" in refusal(load_model, copy)
 
@@ -163,7 +163,7 @@ def test_remote_code_is_run_only_when_asked(copy):
     edit_config(copy, model_type="zork", auto_map={"AutoConfig": "modeling_zork.ZorkConfig"})
     refusal(load_model, copy)
     assert not flag.exists()
-    refusal(load_model, copy, trust_remote_code=True)  # it is no model; but it ran
+    refusal(load_model, copy, Loading(trust_remote_code=True))  # it is no model; but it ran
     assert flag.exists()
 
 
@@ -202,10 +202,10 @@ def test_unexpected_weights_are_warned_about(copy):
 
 
 def test_bad_arguments():
-    assert "--dtype int8" in refusal(load_model, TINY, dtype="int8")
-    assert "--dtype zork" in refusal(load_model, TINY, dtype="zork")
-    assert "--device zork" in refusal(load_model, TINY, device="zork")
-    assert "nosuch" in refusal(load_model, TINY, attn="nosuch")
+    assert "dtype int8: " in refusal(load_model, TINY, Loading(dtype="int8"))
+    assert "dtype zork: " in refusal(load_model, TINY, Loading(dtype="zork"))
+    assert "device zork: " in refusal(load_model, TINY, Loading(device="zork"))
+    assert "nosuch" in refusal(load_model, TINY, Loading(attn="nosuch"))
 
 
 def test_experts_quantized_in_a_form_that_is_not_loaded():
@@ -218,7 +218,7 @@ def test_experts_quantized_in_a_form_that_is_not_loaded():
 
 def test_a_quantization_whose_package_is_missing(copy):
     edit_config(copy, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128})
-    assert "AWQ" in refusal(load_model, copy, device="cpu")
+    assert "AWQ" in refusal(load_model, copy, Loading(device="cpu"))
 
 
 def test_missing_path(tmp_path):

@@ -6,6 +6,7 @@ Ctrl-C) runs in one of its own.
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -29,6 +30,8 @@ from support.models import TINY
 
 import sedetect
 from sedetect import ModelStats, SedetectError, SuperExpert
+from sedetect.cli.shared import flag
+from sedetect.errors import Argument
 from sedetect.models.loading import load_tokenizer
 from sedetect.ops.choose import choose_backend
 from sedetect.profiling import pipeline
@@ -547,6 +550,15 @@ def test_training_mode_is_refused(small):
     with sedetect.profile(model.eval()) as prof:
         model(input_ids=torch.tensor([[0, 5, 6]]))
     assert prof.stats.header.tokens == 3
+
+
+def test_an_argument_is_named_by_its_flag():
+    """In Python by its name; the message is one."""
+    parts = ["give ", Argument("seq_len"), " 8, ", Argument("granularity", "layer"), ", ", Argument("tool"), " or "]
+    error = SedetectError(*parts, Argument("stream", False), " and ", Argument("first_rows", True))
+    assert str(error) == "give seq_len 8, granularity='layer', tool or stream=False and first_rows=True"
+    assert error.told(flag) == "give --seq-len 8, --granularity layer, --to or --no-stream and --first-rows"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 # Ctrl-C

@@ -12,7 +12,7 @@ from sedetect.calibration.windows import calibration_windows
 from sedetect.cli import main
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import resolve
-from sedetect.experiments.study import conclusion, run_experiment
+from sedetect.experiments.study import Trials, conclusion, run_experiment
 from sedetect.experiments.targets import check_choice, choose_experts, random_controls, routed_experts
 from sedetect.models.loading import open_model
 
@@ -31,7 +31,7 @@ def experiment(subject):
     model, tokenizer, domains, stats = subject
     experts = choose_experts("super", model, stats)
     return run_experiment(
-        model, tokenizer, domains, experts, prefix=1, hows=("skip", "remove"), controls=2, sequences=2
+        model, tokenizer, domains, experts, Trials(("skip", "remove"), controls=2, sequences=2), prefix=1
     )
 
 
@@ -84,8 +84,9 @@ def test_a_single_weight_beside_random_weights(subject):
     short = {
         "english": replace(domains["english"], ids=domains["english"].ids[:1], numbers=domains["english"].numbers[:1])
     }
-    options = {"prefix": 1, "controls": 2, "sequences": 1, "positions": False}
-    result = run_experiment(model, tokenizer, short, choose_experts("L1E28[101,14]", model), **options)
+    trials = Trials(controls=2, sequences=1, positions=False)
+    weight = choose_experts("L1E28[101,14]", model)
+    result = run_experiment(model, tokenizer, short, weight, trials, prefix=1)
     (only,) = result.outcomes  # renormalize and remove are nothing that a weight knows
     assert only.experts == ["L1E28[101,14]"] and only.how == "skip"
     assert 600 < only.residual_max < 1000 and result.baseline.residual_max == pytest.approx(1250, rel=0.02)
@@ -95,7 +96,7 @@ def test_a_single_weight_beside_random_weights(subject):
     for outcome in same + anywhere:
         assert outcome.residual_max == pytest.approx(1250, rel=0.02) and outcome.experts != only.experts
     with pytest.raises(SedetectError, match="know only skip"):
-        run_experiment(model, tokenizer, short, choose_experts("L1E28[101,14]", model), **options, hows=("remove",))
+        run_experiment(model, tokenizer, short, weight, replace(trials, hows=("remove",)), prefix=1)
 
 
 def test_a_feeder_of_the_super_expert(subject):
@@ -103,8 +104,8 @@ def test_a_feeder_of_the_super_expert(subject):
     model, tokenizer, domains, stats = subject
     state = stats.banks["decoder", 0, "routed"]
     assert state.out_max[24] < 2 * state.out_max.median()
-    options = {"prefix": 1, "hows": ("skip",), "positions": False, "controls": 2, "sequences": 1}
-    result = run_experiment(model, tokenizer, domains, choose_experts("L0E24", model), **options)
+    trials = Trials(("skip",), positions=False, controls=2, sequences=1)
+    result = run_experiment(model, tokenizer, domains, choose_experts("L0E24", model), trials, prefix=1)
     (without,) = result.outcomes
     assert without.residual_max < 200 and without.sink_mean < result.baseline.sink_mean / 2
     assert all(outcome.residual_max > 1200 for outcome in result.controls["same layers"])
@@ -165,7 +166,7 @@ def test_an_experiment_without_controls_of_its_size(subject):
     model, tokenizer, domains, _ = subject
     short = {"code": replace(domains["code"], ids=domains["code"].ids[:1], numbers=domains["code"].numbers[:1])}
     experts = resolve(model, [f"L8E{e}" for e in range(30)])
-    result = run_experiment(model, tokenizer, short, list(experts), prefix=1, hows=("skip",), controls=1, sequences=8)
+    result = run_experiment(model, tokenizer, short, list(experts), Trials(("skip",), controls=1), prefix=1)
     assert result.controls["same layers"] == [] and result.sequences == 1 and result.sink_layer == 9
     assert "(not judged: no controls)" in conclusion(result) and "all signs" not in conclusion(result)
 

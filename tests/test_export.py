@@ -126,7 +126,7 @@ def test_llama_cpp(stats):
         if any(re.search(rule, f"blk.{layer}.{name}.weight") for rule, _ in rules)
     }
     assert found == {(layer, f"ffn_{name}_exps") for layer in (1, 9) for name in ("gate", "up", "down")}
-    with pytest.raises(SedetectError, match="stores a layer's experts as one tensor; give --granularity layer"):
+    with pytest.raises(SedetectError, match="stores a layer's experts as one tensor; give granularity='layer'"):
         export(stats, protect_list(stats), "llama.cpp")
 
 
@@ -162,7 +162,7 @@ def test_modules_that_no_list_can_name(stats):
     ):
         protect_list(other)
     vision = replace(found, place=replace(found.place, kind="routed_vision"))
-    with pytest.raises(SedetectError, match="--to llama.cpp: L1E28_vision: GGUF has no name for it"):
+    with pytest.raises(SedetectError, match="tool llama.cpp: L1E28_vision: GGUF has no name for it"):
         export(stats, [vision], "llama.cpp", "layer")
 
 

@@ -12,6 +12,7 @@ from support.quantized import in_fp8, listed_twins, packed, twins
 from support.remote_code import DeepseekBlock, MixtralBlock, as_remote_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import sedetect
 from sedetect import ops
 from sedetect.adapters.stacked import Adapter
 from sedetect.analysis import outputs
@@ -19,7 +20,7 @@ from sedetect.analysis.common import Analysis, LayerArrays, read_texts
 from sedetect.analysis.matrices import expert_matrices
 from sedetect.analysis.outputs import OutputSums, analyze_outputs, standings, summarize
 from sedetect.analysis.routing import analyze_routing
-from sedetect.calibration.windows import Text, Windows, calibration_windows
+from sedetect.calibration.windows import Windows, calibration_windows
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate
 from sedetect.models.attach import is_attached
@@ -162,7 +163,7 @@ def test_every_architecture(family):
 def tiny():
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    cut = Text(tokens=256, seq_len=64)
+    cut = sedetect.Text(tokens=256, seq_len=64)
     return model, tokenizer, calibration_windows(model, tokenizer, None, cut).domains
 
 
@@ -297,9 +298,9 @@ def same_arrays(one: Analysis, other: Analysis) -> None:
 
 def test_refused_and_file(tiny, tmp_path):
     model, tokenizer, domains = tiny
-    with pytest.raises(SedetectError, match="--layers 12: has no routed experts"):
+    with pytest.raises(SedetectError, match="layers 12: has no routed experts"):
         analyze_outputs(model, domains, layers=[12])
-    with pytest.raises(SedetectError, match="--texts '': gives no token"):
+    with pytest.raises(SedetectError, match="texts '': gives no token"):
         read_texts(tokenizer, [""])
     assert not any(is_attached(bank) for bank in find_banks(model))
     for analyze in (analyze_outputs, analyze_routing):

@@ -210,10 +210,10 @@ def test_choosing(tiny_stats):
 @pytest.mark.parametrize(
     "ratio, options, said",
     [
-        (0, {}, "--ratio 0: must be above 0 and below 1"),
-        (1, {}, "--ratio 1: must be"),
-        (0.01, {}, "--ratio 0.01: prunes none of 32 experts; give at least 0.03125"),
-        (0.95, {}, "--ratio 0.95: leaves 2 of 32 experts, and every token takes 4; give at most 0.875"),
+        (0, {}, "ratio 0: must be above 0 and below 1"),
+        (1, {}, "ratio 1: must be"),
+        (0.01, {}, "ratio 0.01: prunes none of 32 experts; give at least 0.03125"),
+        (0.95, {}, "ratio 0.95: leaves 2 of 32 experts, and every token takes 4; give at most 0.875"),
         (0.1, {"groups": 4}, "prunes 3 of 32 experts, which does not divide by the 4 groups .* give 0 or 0.125"),
         (0.5, {"protected": [Place("decoder", 1, "routed", e) for e in range(20)]}, "20 of 32 experts are protected"),
     ],

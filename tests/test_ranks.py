@@ -157,11 +157,10 @@ def test_parts_have_every_batch_once(checkpoint, data, expected):
         tokens = [part.stats.header.tokens for part in parts]
         assert sum(tokens) == expected.stats.header.tokens and max(tokens) - min(tokens) <= 2 * 3 * 16
         assert_merged(sedetect.merge_all(part.stats for part in parts), expected.stats)
-    with pytest.raises(SedetectError, match="9 batches do not make 10 parts; give more --tokens or a smaller"):
+    with pytest.raises(SedetectError, match="9 batches do not make 10 parts; give more tokens or a smaller"):
         sedetect.profile_model(checkpoint, data, **settings, part=(0, 10))
     for option in ("until_stable", "residual"):
-        name = option.replace("_", "-")
-        with pytest.raises(SedetectError, match=f"--{name}: needs the whole text, and every rank has a part"):
+        with pytest.raises(SedetectError, match=f"{option}: needs the whole text, and every rank has a part"):
             sedetect.profile_model(checkpoint, data, **settings, part=(0, 2), **{option: 1})
 
 

@@ -81,9 +81,9 @@ def test_a_budget_that_ends_first_is_not_stable():
     result = sedetect.profile_model(TINY, text=sedetect.Text(tokens=1024, seq_len=64, batch_size=1), until_stable=9)
     assert [tokens for tokens, _ in result.rounds] == [256, 512, 768, 1024]
     assert result.stable_after is None and not result.stats.header.notes
-    with pytest.raises(SedetectError, match="--until-stable 0: must be at least 1"):
+    with pytest.raises(SedetectError, match="until_stable 0: must be at least 1"):
         sedetect.profile_model(TINY, until_stable=0)
-    with pytest.raises(SedetectError, match="--batch-size 0: must be at least 1"):
+    with pytest.raises(SedetectError, match="batch_size 0: must be at least 1"):
         sedetect.profile_model(TINY, until_stable=1, text=sedetect.Text(batch_size=0))
 
 

@@ -257,7 +257,7 @@ def test_against_a_dense_model(checkpoint, tmp_path):
     assert "F" not in result.layers[BankId("decoder", 2, "routed")].members
     config.hidden_size = 64
     MistralForCausalLM(config).save_pretrained(tmp_path / "wide")
-    with pytest.raises(SedetectError, match="--against wide: .* writes 64 channels, the experts of .* 32"):
+    with pytest.raises(SedetectError, match="against wide: .* writes 64 channels, the experts of .* 32"):
         analyze_weights(checkpoint("mixtral"), against=tmp_path / "wide")
 
 
@@ -282,7 +282,7 @@ def test_a_layer_at_a_time(checkpoint, monkeypatch):
     assert list(result.layers) == [BankId("decoder", 2, "routed")] and len(held) == 1
     assert seen[0] == ("model.layers.2: reading", 0, 1)
     assert all(p.is_meta for p in held[0].model.parameters())
-    with pytest.raises(SedetectError, match="--layers 0: has no routed experts; choose of 1, 2"):
+    with pytest.raises(SedetectError, match="layers 0: has no routed experts; choose of 1, 2"):
         analyze_weights(checkpoint("deepseek_v3"), layers=[0])
 
 
@@ -355,7 +355,7 @@ def test_weights_that_are_not_finite(tmp_path, value):
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[3, 0, 1] = value
     model.save_pretrained(tmp_path)
-    with pytest.raises(SedetectError, match=r"layers\.1: down of L1E3 holds NaN or Inf.*--layers"):
+    with pytest.raises(SedetectError, match=r"layers\.1: down of L1E3 holds NaN or Inf.*\(layers\)"):
         analyze_weights(tmp_path, pairs=0, loading=Loading(device="cpu"))
     assert len(analyze_weights(tmp_path, pairs=0, loading=Loading(device="cpu"), layers=[0, 2]).layers) == 2
 
@@ -363,5 +363,5 @@ def test_weights_that_are_not_finite(tmp_path, value):
 def test_layers_option():
     assert parse_layers(None) is None and parse_layers("3, 0,5-7") == [0, 3, 5, 6, 7]
     for text in ("", "a", "3-1", "1-", "-2"):
-        with pytest.raises(SedetectError, match="--layers"):
+        with pytest.raises(SedetectError, match="layers .*is no layer"):
             parse_layers(text)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sedetect.calibration.windows import Windows, prefix_ids
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.files import write_atomic
 from sedetect.models.banks import Bank
 from sedetect.models.identity import model_digest, model_name
@@ -136,7 +136,7 @@ def read_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list
     for text in texts:
         ids = tokenizer(text, verbose=False)["input_ids"]
         if len(ids) <= len(prefix_ids(tokenizer)):
-            raise SedetectError(f"--texts {text!r}: gives no token; give a text")
+            raise SedetectError(Argument("texts"), f" {text!r}: gives no token; give a text")
         read.append(Text(text, torch.tensor(ids), [str(tokenizer.decode([one])) for one in ids]))
     return read
 
@@ -163,7 +163,9 @@ def groups_of(banks: Sequence[Bank], layers: Sequence[int] | None = None) -> lis
     known = sorted({bank.id.layer for bank in routed})
     for layer in layers or ():
         if layer not in known:
-            raise SedetectError(f"--layers {layer}: has no routed experts; choose of {', '.join(map(str, known))}")
+            raise SedetectError(
+                Argument("layers"), f" {layer}: has no routed experts; choose of {', '.join(map(str, known))}"
+            )
     return [
         Group(one, [b for b in banks if b.id[:2] == one.id[:2] and b.id.base == "shared"])
         for one in routed
@@ -179,7 +181,9 @@ def parse_layers(text: str | None) -> list[int] | None:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-            raise SedetectError(f"--layers {text}: {part.strip() or 'nothing'} is no layer; give numbers, as 0,5,10-12")
+            raise SedetectError(
+                Argument("layers"), f" {text}: {part.strip() or 'nothing'} is no layer; give numbers, as 0,5,10-12"
+            )
         found.update(range(int(first), int(last or first) + 1))
     return sorted(found)
 

@@ -35,7 +35,7 @@ from sedetect.analysis.common import (
 )
 from sedetect.analysis.matrices import NAMES, expert_matrices
 from sedetect.checkpoints.files import check_checkpoint
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.models.banks import Bank, find_banks, find_dense, layer_path
 from sedetect.models.identity import model_name
 from sedetect.models.loading import Loading
@@ -312,7 +312,7 @@ def analyze_weights(
     """
     check_installed()
     if pairs < 0:
-        raise SedetectError(f"--pairs {pairs}: must be at least 0")
+        raise SedetectError(Argument("pairs"), f" {pairs}: must be at least 0")
     streamed = _open(model, loading, _layers_with_experts)
     groups = groups_of(find_banks(streamed.model), layers)
     dense = None if against is None else _Dense(against, loading)
@@ -361,7 +361,9 @@ def _check_finite(path: str, members: list[str], matrices: list[dict[str, torch.
                 member = members[first + int(finite.long().argmin())]
                 raise SedetectError(
                     f"{path}: {name} of {member} holds NaN or Inf, which has no similarity to anything; mend the "
-                    "checkpoint, or name the other layers (--layers)"
+                    "checkpoint, or name the other layers (",
+                    Argument("layers"),
+                    ")",
                 )
         first += len(of["down"])
 
@@ -444,8 +446,9 @@ class _Dense:
             return None
         if bank.hidden != like.hidden:
             raise SedetectError(
-                f"--against {self.name}: {bank.path} writes {bank.hidden} channels, the experts of {like.path} "
-                f"{like.hidden}; give a dense model of the same width"
+                Argument("against"),
+                f" {self.name}: {bank.path} writes {bank.hidden} channels, the experts of {like.path} "
+                f"{like.hidden}; give a dense model of the same width",
             )
         number = self._streamed.paths.index(layer_path(bank))
         self._streamed.load(number)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sedetect.errors import SedetectError, shorten
+from sedetect.errors import Argument, SedetectError, shorten
 
 DOMAINS = ("english", "chinese", "mathematics", "code")
 Document = str | list[dict[str, Any]]  # a text, or the messages of a chat
@@ -32,7 +32,7 @@ def load_texts(data: str | os.PathLike | None = None) -> dict[str, list[Document
         return {domain: [(corpus / f"{domain}.txt").read_text(encoding="utf-8")] for domain in DOMAINS}
     path = Path(data)
     if not str(data):
-        raise SedetectError("--data: is empty; give a file, a folder or a hub data set, or leave it out")
+        raise SedetectError(Argument("data"), ": is empty; give a file, a folder or a hub data set, or leave it out")
     if path.is_dir():
         texts = _read_folder(path)
     elif path.exists():

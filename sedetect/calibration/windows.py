@@ -26,7 +26,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration.texts import Document, load_texts
-from sedetect.errors import SedetectError, shorten
+from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.stats.model import digest
 from sedetect.stats.note import Note
 
@@ -126,7 +126,9 @@ def make_windows(
     prefix = prefix_ids(tokenizer)
     _check_numbers(tokens, seq_len, seed, len(prefix), max_positions)
     if chat_template and not tokenizer.chat_template:
-        raise SedetectError(f"tokenizer {tokenizer.name_or_path}: has no chat template; leave out --chat-template")
+        raise SedetectError(
+            f"tokenizer {tokenizer.name_or_path}: has no chat template; leave out ", Argument("chat_template")
+        )
     body = seq_len - len(prefix)
     streams = {
         domain: _stream(tokenizer, domain, documents, prefix, chat_template) for domain, documents in texts.items()
@@ -135,8 +137,9 @@ def make_windows(
     if not room:
         longest = max(map(len, streams.values()), default=0)
         raise SedetectError(
-            f"{corpus}: no domain fills a window, the longest has {longest} tokens and --seq-len {seq_len} needs "
-            f"{body}; give more text or shorter windows"
+            f"{corpus}: no domain fills a window, the longest has {longest} tokens and ",
+            Argument("seq_len"),
+            f" {seq_len} needs {body}; give more text or shorter windows",
         )
     notes = [
         Note("left_out", f"{domain}: left out, its {len(stream)} tokens do not fill one window of {seq_len}")
@@ -189,19 +192,23 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, windows: Windows, vocab
 def batches(windows: Windows, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ids (B, L) and numbers (B,), in order, the last batch possibly smaller."""
     if batch_size < 1:
-        raise SedetectError(f"--batch-size {batch_size}: must be at least 1")
+        raise SedetectError(Argument("batch_size"), f" {batch_size}: must be at least 1")
     yield from zip(windows.ids.split(batch_size), windows.numbers.split(batch_size))
 
 
 def _check_numbers(tokens: int, seq_len: int, seed: int | None, prefix: int, max_positions: int | None) -> None:
     if tokens < 1:
-        raise SedetectError(f"--tokens {tokens}: must be at least 1")
+        raise SedetectError(Argument("tokens"), f" {tokens}: must be at least 1")
     if seq_len < prefix + 1:
-        raise SedetectError(f"--seq-len {seq_len}: must be at least {prefix + 1}, of which {prefix} are the prefix")
+        raise SedetectError(
+            Argument("seq_len"), f" {seq_len}: must be at least {prefix + 1}, of which {prefix} are the prefix"
+        )
     if max_positions is not None and seq_len > max_positions:
-        raise SedetectError(f"--seq-len {seq_len}: the model has {max_positions} positions; choose at most that")
+        raise SedetectError(
+            Argument("seq_len"), f" {seq_len}: the model has {max_positions} positions; choose at most that"
+        )
     if seed is not None and seed < 0:
-        raise SedetectError(f"--seed {seed}: must be at least 0")
+        raise SedetectError(Argument("seed"), f" {seed}: must be at least 0")
 
 
 def _share(total: int, room: dict[str, int]) -> dict[str, int]:
@@ -236,7 +243,7 @@ def _stream(
     if chat_template:
         documents = [_render(tokenizer, domain, document) for document in documents]
     elif not all(isinstance(document, str) for document in documents):
-        raise SedetectError(f"{domain}: holds chats (messages); pass --chat-template")
+        raise SedetectError(f"{domain}: holds chats (messages); pass ", Argument("chat_template", True))
     if not documents:
         return np.empty(0, np.int64)
     per_document = _tokenise(tokenizer, documents)

@@ -12,7 +12,7 @@ import torch
 
 from sedetect.checkpoints.files import read_header, shards_of
 from sedetect.checkpoints.staging import DTYPES
-from sedetect.errors import SedetectError, shorten
+from sedetect.errors import Argument, SedetectError, shorten
 
 WEIGHTS_SHARE = 0.9  # of the free memory; the rest is for a forward
 _CGROUP = Path("/sys/fs/cgroup")  # of this process, in a container
@@ -116,7 +116,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
             raise RuntimeError("it holds no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise SedetectError(f"--device {device}: cannot be used ({shorten(error)}); use cpu or leave it out") from None
+        raise SedetectError(
+            Argument("device"), f" {device}: cannot be used ({shorten(error)}); use cpu or leave it out"
+        ) from None
     return device
 
 
@@ -125,5 +127,7 @@ def choose_dtype(dtype: str | torch.dtype) -> Literal["auto"] | torch.dtype:
         return "auto"
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise SedetectError(f"--dtype {dtype}: no floating-point type of torch; use auto, bfloat16, float16 or float32")
+        raise SedetectError(
+            Argument("dtype"), f" {dtype}: no floating-point type of torch; use auto, bfloat16, float16 or float32"
+        )
     return found

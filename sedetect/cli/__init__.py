@@ -22,7 +22,7 @@ from sedetect.cli import (
     stability,
     super_weights,
 )
-from sedetect.cli.shared import app, is_first_rank, stderr
+from sedetect.cli.shared import app, flag, is_first_rank, stderr
 from sedetect.errors import SedetectError
 
 __all__ = [
@@ -55,5 +55,5 @@ def main() -> None:
         app()
     except SedetectError as error:
         if is_first_rank():
-            stderr.print(f"sedetect: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            stderr.print(f"sedetect: {error.told(flag)}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

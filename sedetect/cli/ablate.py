@@ -31,7 +31,7 @@ from sedetect.cli.targets import choose
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import HOW
 from sedetect.experiments.evaluation import load_questions
-from sedetect.experiments.study import Experiment, Outcome, conclusion, run_experiment
+from sedetect.experiments.study import Experiment, Outcome, Trials, conclusion, run_experiment
 from sedetect.models.loading import Loading, open_model
 from sedetect.results import Results
 
@@ -85,12 +85,9 @@ def ablate_command(
             tokenizer,
             domains,
             chosen,
+            Trials(tuple(how or HOW), controls=controls, sequences=sequences, questions=questions),
             prefix=len(prefix_ids(tokenizer)),
-            hows=tuple(how or HOW),
-            controls=controls,
-            sequences=sequences,
             batch_size=batch_size,
-            questions=questions,
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )
     if output is not None:

@@ -27,8 +27,8 @@ from sedetect.cli.shared import (
     print_line,
     progress_bar,
 )
-from sedetect.compression.budget import RATIOS, Budget, Cost, conclusion, held_out, make_budget
-from sedetect.compression.pruning import check_ratio, router_groups
+from sedetect.compression.budget import RATIOS, Budget, Compressions, Cost, conclusion, held_out, make_budget
+from sedetect.compression.pruning import check_ratio
 from sedetect.compression.simulated import FORMATS, GROUP, bits_of, expert_sizes
 from sedetect.errors import SedetectError
 from sedetect.experiments.targets import check_choice, choose_experts
@@ -102,12 +102,8 @@ def budget_command(
             held_out(domains, state),
             state,
             chosen,
+            Compressions(by, RATIOS if ratio is None else ratio, FORMATS if formats is None else formats, group),
             prefix=len(prefix_ids(tokenizer)),
-            by=by,
-            ratios=RATIOS if ratio is None else ratio,
-            formats=FORMATS if formats is None else formats,
-            group=group,
-            groups=router_groups(loaded.config.to_dict()),
             controls=controls,
             batch_size=batch_size,
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),

@@ -212,7 +212,7 @@ def merge_command(
         try:
             merged = merged.merge(state)
         except SedetectError as error:
-            raise SedetectError(f"{file}: {error}") from None
+            raise SedetectError(f"{file}: ", *error.args) from None
     merged.save(output)
     print_ranking(console, rank(merged))
     print_run(console, merged)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.results import Results
 from sedetect.version import __version__
 
@@ -46,6 +46,20 @@ Backend = Annotated[str | None, typer.Option(help="cpu, cuda, triton or torch (d
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
 Attn = Annotated[str | None, typer.Option(help="attention implementation of transformers")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own code")]
+
+
+# Of the arguments of the library whose flags are not their names.
+_FLAGS = {"resume": "-o DIR", "spec": "--experts", "tool": "--to"}
+
+
+def flag(argument: Argument) -> str:
+    """How the command line spells an argument of the library."""
+    name, value = argument.name.replace("_", "-"), argument.value
+    if argument.name in _FLAGS:
+        return _FLAGS[argument.name]
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}" if value is None else f"--{name} {value}"
 
 
 @app.callback(invoke_without_command=True)

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration.windows import Text
 from sedetect.cli.shared import console, progress_bar
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.experiments.targets import Target, check_choice, choose_experts, needs_statistics
 from sedetect.models.identity import model_digest
 from sedetect.profiling.pipeline import profile_model
@@ -45,7 +45,7 @@ def choose(
                 residual = Results(stats).residual()
         chosen = choose_experts(spec, model, state, draw, residual)
     except SedetectError as error:
-        raise SedetectError(str(error).replace("--experts", option)) from None
+        raise SedetectError(*(option if part == Argument("spec") else part for part in error.args)) from None
     if not chosen:
         found = rank(state, residual=residual).headline
         console.print(f"{option} {spec}: {found}", markup=False, highlight=False, soft_wrap=True)

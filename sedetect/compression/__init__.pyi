@@ -1,4 +1,5 @@
 from .budget import Budget as Budget
+from .budget import Compressions as Compressions
 from .budget import make_budget as make_budget
 from .protect import ProtectList as ProtectList
 from .protect import export as export

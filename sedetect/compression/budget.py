@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sedetect.calibration.windows import Windows
-from sedetect.compression.pruning import choose_kept
+from sedetect.compression.pruning import choose_kept, router_groups
 from sedetect.compression.simulated import (
     FORMATS,
     GROUP,
@@ -27,7 +27,7 @@ from sedetect.compression.simulated import (
     stored_bits,
 )
 from sedetect.documents import Document
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.experiments.ablation import ablate
 from sedetect.experiments.evaluation import perplexity
 from sedetect.experiments.targets import Target, random_controls, routed_experts
@@ -111,9 +111,27 @@ def held_out(domains: dict[str, Windows], stats: ModelStats) -> dict[str, Window
             left[domain] = replace(windows, ids=windows.ids[~seen], numbers=windows.numbers[~seen])
     if not left:
         raise SedetectError(
-            "the statistics saw all of the evaluation text; give more --tokens than were profiled, or other --data"
+            "the statistics saw all of the evaluation text; give more ",
+            Argument("tokens"),
+            " than were profiled, or other ",
+            Argument("data"),
         )
     return left
+
+
+@dataclass(frozen=True)
+class Compressions:
+    """What a budget compares.
+
+    by       the saliency by which pruning chooses
+    ratios   shares of each layer's experts to prune
+    formats  of the weights; group: inputs per scale of them
+    """
+
+    by: str = "reap"
+    ratios: Sequence[float] = RATIOS
+    formats: Sequence[str] = FORMATS
+    group: int = GROUP
 
 
 def make_budget(
@@ -121,13 +139,9 @@ def make_budget(
     domains: dict[str, Windows],
     stats: ModelStats,
     experts: Sequence[Target],
+    compressions: Compressions = Compressions(),
     *,
     prefix: int,
-    by: str = "reap",
-    ratios: Sequence[float] = RATIOS,
-    formats: Sequence[str] = FORMATS,
-    group: int = GROUP,
-    groups: int = 1,
     controls: int = 3,
     batch_size: int = 8,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
@@ -138,10 +152,10 @@ def make_budget(
         domains: evaluation windows per domain, each beginning with prefix tokens of the tokenizer's prefix.
         stats: statistics of the model, for the saliency by which pruning chooses.
         experts: those to keep; only whole routed ones count, as nothing else is compressed by itself.
-        group: inputs per scale of the formats. groups: n_group of the router.
         controls: how many random sets of the same size to keep instead, each in the same layers.
     """
-    sizes = expert_sizes(model)
+    sizes, groups = expert_sizes(model), router_groups(model.config.to_dict())
+    by, group = compressions.by, compressions.group
     kept = [place for place in experts if isinstance(place, Place) and place.bank.routed]
     notes = [f"{one} is not compressed by itself in any row" for one in experts if one not in kept]
     for place in kept:
@@ -150,7 +164,7 @@ def make_budget(
     drawn = random_controls(model, kept, controls)["same layers"] if kept else []
     sets = [[], *([kept] if kept else []), *drawn]
     plan = []
-    for ratio in sorted(ratios):
+    for ratio in sorted(compressions.ratios):
         try:
             gone = [_gone(model, stats, by, ratio, safe, groups) for safe in sets]
             with ablate(model, gone[0], how="remove"):  # not every router can be masked
@@ -159,7 +173,7 @@ def make_budget(
             notes.append(f"left out: {error}")
             continue
         plan.append([_pruned(model, ratio, *one, sizes) for one in zip(sets, gone, strict=True)])
-    plan += [[_quantized(model, name, safe, group, sizes) for safe in sets] for name in formats]
+    plan += [[_quantized(model, name, safe, group, sizes) for safe in sets] for name in compressions.formats]
 
     total = 1 + len({run.same for runs in plan for run in runs})
     seen: dict[Any, dict[str, float]] = {}

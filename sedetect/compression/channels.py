@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.files import write_atomic
 from sedetect.stats.model import ModelStats
 from sedetect.stats.place import BankId
@@ -94,5 +94,5 @@ def _with_channels(stats: ModelStats) -> dict[BankId, tuple[torch.Tensor, torch.
         if state.in_channel_sq is not None
     }
     if not banks:
-        raise SedetectError("the statistics hold no channels; profile again with --channels")
+        raise SedetectError("the statistics hold no channels; profile again with ", Argument("channels", True))
     return banks

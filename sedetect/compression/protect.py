@@ -28,7 +28,7 @@ from typing import Any
 
 from sedetect.adapters.listed import DOWN_NAMES
 from sedetect.documents import Document
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.ranking.result import Ranking
 from sedetect.ranking.rule import rank
 from sedetect.ranking.saliencies import super_places
@@ -89,7 +89,7 @@ def protect_list(stats: ModelStats, neighbours: int = 0, ranking: Ranking | None
     ranking is rank(stats) where it is not given. Raises SedetectError where there is nothing to protect.
     """
     if neighbours < 0:
-        raise SedetectError(f"--neighbours {neighbours}: must be at least 0")
+        raise SedetectError(Argument("neighbours"), f" {neighbours}: must be at least 0")
     ranking = ranking or rank(stats)
     found = super_places(ranking)
     if not found:
@@ -116,11 +116,15 @@ def export(
     Raises SedetectError for an unknown tool or granularity, and for one that the tool cannot express.
     """
     if tool not in TOOLS:
-        raise SedetectError(f"--to {tool}: is not known; use one of {', '.join(TOOLS)}")
+        raise SedetectError(Argument("tool"), f" {tool}: is not known; use one of {', '.join(TOOLS)}")
     if granularity not in GRANULARITIES:
-        raise SedetectError(f"--granularity {granularity}: is not known; use expert or layer")
+        raise SedetectError(Argument("granularity"), f" {granularity}: is not known; use expert or layer")
     if tool == "llama.cpp" and granularity == "expert":
-        raise SedetectError("--to llama.cpp: GGUF stores a layer's experts as one tensor; give --granularity layer")
+        raise SedetectError(
+            Argument("tool"),
+            " llama.cpp: GGUF stores a layer's experts as one tensor; give ",
+            Argument("granularity", "layer"),
+        )
     document = TOOLS[tool](experts, granularity)
     if tool == "json" and isinstance(document, dict):
         header = stats.header
@@ -197,7 +201,7 @@ def _bitsandbytes(experts: list[Protected], granularity: str) -> dict[str, Any]:
 def _llama_cpp(experts: list[Protected], _: str) -> str:
     odd = [e.place for e in experts if e.place.stack != "decoder" or e.place.kind not in ("routed", "shared")]
     if odd:
-        raise SedetectError(f"--to llama.cpp: {odd[0]}: GGUF has no name for it; protect it by hand")
+        raise SedetectError(Argument("tool"), f" llama.cpp: {odd[0]}: GGUF has no name for it; protect it by hand")
     lines = [
         rf"^blk\.{e.place.layer}\.ffn_(gate|up|gate_up|down)_{'exps' if e.routed else 'shexp'}\.weight=bf16"
         for e in experts

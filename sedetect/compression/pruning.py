@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from sedetect.checkpoints.files import check_checkpoint
 from sedetect.checkpoints.layout import Layout, Tensor, read_layout, renamed, with_fewer_experts
 from sedetect.documents import Document
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.files import new_folder, write_json
 from sedetect.models.banks import find_banks
 from sedetect.models.identity import model_digest
@@ -83,7 +83,8 @@ def choose_kept(
             if len(order) < gone // groups:
                 raise SedetectError(
                     f"{bank}: {size - len(order)} of {size} experts are protected and {gone // groups} are to go; "
-                    "choose a smaller --ratio"
+                    "choose a smaller ",
+                    Argument("ratio"),
                 )
             kept[bank] += sorted(set(members) - set(order[: gone // groups]))
     if not kept:
@@ -101,7 +102,9 @@ def router_groups(config: dict[str, Any]) -> int:
 
 def check_ratio(ratio: float) -> None:
     if not 0 < ratio < 1:
-        raise SedetectError(f"--ratio {ratio:g}: must be above 0 and below 1, the share of the experts to prune")
+        raise SedetectError(
+            Argument("ratio"), f" {ratio:g}: must be above 0 and below 1, the share of the experts to prune"
+        )
 
 
 def check_prunable(source: str | Path, ratio: float) -> None:
@@ -191,17 +194,21 @@ def _number_gone(experts: int, ratio: float, top_k: int, groups: int) -> int:
     check_ratio(ratio)
     gone = math.floor(round(ratio * experts, 9))  # 0.29 * 100 is 28.999...
     if not gone:
-        raise SedetectError(f"--ratio {ratio:g}: prunes none of {experts} experts; give at least {1 / experts:.4g}")
+        raise SedetectError(
+            Argument("ratio"), f" {ratio:g}: prunes none of {experts} experts; give at least {1 / experts:.4g}"
+        )
     if experts - gone < top_k:
         raise SedetectError(
-            f"--ratio {ratio:g}: leaves {experts - gone} of {experts} experts, and every token takes {top_k}; "
-            f"give at most {(experts - top_k) / experts:.4g}"
+            Argument("ratio"),
+            f" {ratio:g}: leaves {experts - gone} of {experts} experts, and every token takes {top_k}; "
+            f"give at most {(experts - top_k) / experts:.4g}",
         )
     if gone % groups:
         below, above = gone // groups * groups / experts, -(-gone // groups) * groups / experts
         raise SedetectError(
-            f"--ratio {ratio:g}: prunes {gone} of {experts} experts, which does not divide by the {groups} groups of "
-            f"the router (n_group); give {below:.4g} or {above:.4g}"
+            Argument("ratio"),
+            f" {ratio:g}: prunes {gone} of {experts} experts, which does not divide by the {groups} groups of "
+            f"the router (n_group); give {below:.4g} or {above:.4g}",
         )
     return gone
 
@@ -214,7 +221,8 @@ def _check_groups(config: dict[str, Any], number: int) -> None:
     if groups > 1 and (size < 2 or size * chosen < top_k):
         raise SedetectError(
             f"{groups} groups of {size} experts are left; the router takes {top_k} experts from {chosen} of them and "
-            "rates a group by its best two; choose a smaller --ratio"
+            "rates a group by its best two; choose a smaller ",
+            Argument("ratio"),
         )
 
 

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.models.attach import attach, run_inner
 from sedetect.models.banks import Bank, find_banks
 from sedetect.stats.place import BankId, Place
@@ -32,7 +32,7 @@ def bits_of(name: str) -> int:
         return 8
     if name[:3] == "int" and name[3:] in ("2", "3", "4", "5", "6", "7", "8"):
         return int(name[3:])
-    raise SedetectError(f"--format {name}: is not known; use fp8, or int2 to int8")
+    raise SedetectError(Argument("format"), f" {name}: is not known; use fp8, or int2 to int8")
 
 
 def stored_bits(name: str, inputs: int, group: int = GROUP) -> float:

@@ -5,6 +5,7 @@ from .evaluation import perplexity as perplexity
 from .residual_stream import observe_residual as observe_residual
 from .study import Experiment as Experiment
 from .study import Outcome as Outcome
+from .study import Trials as Trials
 from .study import conclusion as conclusion
 from .study import run_experiment as run_experiment
 from .super_weights import SuperWeights as SuperWeights

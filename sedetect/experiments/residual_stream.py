@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sedetect.calibration.windows import Windows
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.experiments.expert_calls import ExpertCalls
 from sedetect.models.attach import attach
 from sedetect.models.banks import find_banks
@@ -74,9 +74,9 @@ def observe_residual(
             that do not give one residual stream.
     """
     if sequences < 1:
-        raise SedetectError(f"--sequences {sequences}: must be at least 1")
+        raise SedetectError(Argument("sequences"), f" {sequences}: must be at least 1")
     if min_ratio < 0 or min_value < 0:
-        raise SedetectError(f"--min-ratio {min_ratio:g}, least value {min_value:g}: must be at least 0")
+        raise SedetectError(Argument("min_ratio"), f" {min_ratio:g}, least value {min_value:g}: must be at least 0")
     refuse_encoder_decoder(model, "the residual stream")
     if model.training:
         raise SedetectError(f"{type(model).__name__}: is in training mode; call model.eval() first")

@@ -118,19 +118,33 @@ def _float(value: float | str | None) -> float:
     return math.nan if value is None else float(value)
 
 
+@dataclass(frozen=True)
+class Trials:
+    """What an experiment tries.
+
+    hows       interventions of ablate for the experts; "skip" alone serves shared experts and weights
+    positions  also only at first tokens, and only at all others
+    controls   number of random sets of the same size, in the same layers and anywhere
+    sequences  how many sequences the residual stream and the attention are observed on
+    questions  to answer each time
+    """
+
+    hows: Sequence[str] = ("skip", "renormalize", "remove")
+    positions: bool = True
+    controls: int = 5
+    sequences: int = 8
+    questions: Sequence[Question] = ()
+
+
 def run_experiment(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     domains: dict[str, Windows],
     experts: Sequence[Target],
+    trials: Trials = Trials(),
     *,
     prefix: int,
-    hows: Sequence[str] = ("skip", "renormalize", "remove"),
-    positions: bool = True,
-    controls: int = 5,
-    sequences: int = 8,
     batch_size: int = 8,
-    questions: Sequence[Question] = (),
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> Experiment:
     """Switch experts off, and as many others, and measure what it costs.
@@ -138,24 +152,20 @@ def run_experiment(
     Args:
         domains: evaluation windows per domain, each beginning with prefix tokens of the tokenizer's prefix.
         experts: at least one; experts, or single weights of a down_proj.
-        hows: interventions of ablate for the experts; "skip" alone serves shared experts and weights.
-        positions: also only at first tokens, and only at all others.
-        controls: number of random sets of the same size, in the same layers and anywhere.
-        sequences: how many sequences the residual stream and the attention are observed on.
         progress: called with (label, runs done, runs in all).
     """
     experts = list(resolve(model, experts))
     plain = all(isinstance(one, Place) and one.bank.routed for one in experts)
-    allowed = [how for how in hows if plain or how == "skip"]
+    allowed = [how for how in trials.hows if plain or how == "skip"]
     if not allowed:
-        raise SedetectError(f"how {', '.join(hows)}: shared experts and single weights know only skip; use that")
+        raise SedetectError(f"how {', '.join(trials.hows)}: shared experts and single weights know only skip; use that")
     plan: list[tuple[str, list[Target], str, str]] = [("none", [], "skip", "all")]
     plan += [(how, list(experts), how, "all") for how in allowed]
-    if positions:
+    if trials.positions:
         plan += [(f"skip, {tokens} only", list(experts), "skip", tokens) for tokens in ("first", "rest")]
     drawn = {
         place: [(f"random, {place}, draw {n}", targets, "skip", "all") for n, targets in enumerate(draws)]
-        for place, draws in random_controls(model, experts, controls).items()
+        for place, draws in random_controls(model, experts, trials.controls).items()
     }
     runs = [*plan, *drawn["same layers"], *drawn["anywhere"]]
 
@@ -165,8 +175,8 @@ def run_experiment(
         progress(label, number, len(runs))
         with ablate(model, targets, how=how, tokens=tokens) if targets else nullcontext():
             measured = perplexity(model, domains, prefix=prefix, batch_size=batch_size)
-            residual = observe_residual(model, domains, prefix=prefix, sequences=sequences)
-            accuracy = exact_match(model, tokenizer, list(questions)) if questions else None
+            residual = observe_residual(model, domains, prefix=prefix, sequences=trials.sequences)
+            accuracy = exact_match(model, tokenizer, list(trials.questions)) if trials.questions else None
         observed.append(residual)
         outcomes.append(
             Outcome(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.experiments.ablation import resolve
 from sedetect.experiments.residual_stream import Residual
 from sedetect.models.banks import find_banks
@@ -73,7 +73,7 @@ def _number(spec: str, model: nn.Module) -> int | None:
         return None
     most = len(routed_experts(model))
     if not number.isdecimal() or not 0 < int(number) <= most:
-        raise SedetectError(f"--experts {spec}: {number or 'nothing'} is no number; give one from 1 to {most}")
+        raise SedetectError(Argument("spec"), f" {spec}: {number or 'nothing'} is no number; give one from 1 to {most}")
     return int(number)
 
 

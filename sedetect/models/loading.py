@@ -32,7 +32,7 @@ from sedetect.calibration.windows import prefix_ids
 from sedetect.checkpoints.files import check_checkpoint, read_json
 from sedetect.checkpoints.memory import choose_device, choose_dtype
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
-from sedetect.errors import SedetectError, shorten
+from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.models.banks import Bank, find_banks
 from sedetect.stats.note import Note
 
@@ -242,10 +242,11 @@ def _refuse_unknown_type(folder: Path, trust_remote_code: bool) -> None:
     config = read_json(folder / "config.json")
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in config):
-        remote = ", or pass --trust-remote-code to run the model code it brings" if "auto_map" in config else ""
+        remote = (", or pass ", Argument("trust_remote_code", True), " to run the model code it brings")
         raise SedetectError(
             f"{folder / 'config.json'}: model_type {model_type!r} is unknown to transformers "
-            f"{transformers.__version__}; install a newer transformers{remote}"
+            f"{transformers.__version__}; install a newer transformers",
+            *(remote if "auto_map" in config else ()),
         )
 
 

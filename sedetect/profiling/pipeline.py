@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration.windows import Calibration, Text, Windows, batches, calibration_windows, prefix_ids
 from sedetect.checkpoints.memory import too_large
-from sedetect.errors import SedetectError, shorten
+from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.experiments.residual_stream import Residual, observe_residual
 from sedetect.models.layers import run_tokens
 from sedetect.models.loading import Loading, OpenModel, open_model
@@ -110,12 +110,12 @@ def profile_model(
             the statistics' header notes why.
     """
     rounds = _Rounds(until_stable, keep_rounds)
-    for option, number in {"--until-stable": until_stable, "--residual": residual}.items():
+    for name, number in {"until_stable": until_stable, "residual": residual}.items():
         if number is not None and number < 1:
-            raise SedetectError(f"{option} {number}: must be at least 1")
+            raise SedetectError(Argument(name), f" {number}: must be at least 1")
     streaming = _must_stream(model, stream, loading)
     if residual is not None or rounds:
-        _refuse_parts("--residual" if residual is not None else "--until-stable", streaming, part)
+        _refuse_parts("residual" if residual is not None else "until_stable", streaming, part)
     opened, streamed = _open(model, tokenizer, loading, part if streaming else None)
     calibration = calibration_windows(opened.model, opened.tokenizer, texts, text)
     result = ModelProfile(
@@ -166,12 +166,14 @@ class _Rounds:
         return self.until_stable is not None or self.keep
 
 
-def _refuse_parts(option: str, streaming: bool, part: tuple[int, int]) -> None:
+def _refuse_parts(name: str, streaming: bool, part: tuple[int, int]) -> None:
     """Raise SedetectError where only a part of the model or of the text is there."""
     if streaming:
-        raise SedetectError(f"{option}: needs the whole model, and this one is streamed layer by layer; leave it out")
+        raise SedetectError(
+            Argument(name), ": needs the whole model, and this one is streamed layer by layer; leave it out"
+        )
     if part[1] > 1:
-        raise SedetectError(f"{option}: needs the whole text, and every rank has a part of it; leave it out")
+        raise SedetectError(Argument(name), ": needs the whole text, and every rank has a part of it; leave it out")
 
 
 def _open(
@@ -237,7 +239,12 @@ def _part(domains: dict[str, Windows], batch_size: int, first: int, step: int) -
             ids, numbers = map(torch.cat, zip(*mine))
             taken[domain] = replace(windows, ids=ids, numbers=numbers)
     if number < step:
-        raise SedetectError(f"{number} batches do not make {step} parts; give more --tokens or a smaller --batch-size")
+        raise SedetectError(
+            f"{number} batches do not make {step} parts; give more ",
+            Argument("tokens"),
+            " or a smaller ",
+            Argument("batch_size"),
+        )
     return taken
 
 

@@ -62,7 +62,7 @@ class Ranks:
         try:
             result = measure()
         except SedetectError as raised:
-            error = str(raised)
+            error = raised.args
         mine = None if result is None else (result.domains, result.seconds, result.interrupted)
         gathered: list = [None] * self.count
         try:
@@ -71,7 +71,7 @@ class Ranks:
             raise _ended() from None
         error = next((error for error, _ in gathered if error is not None), None)
         if error is not None:
-            raise SedetectError(error)
+            raise SedetectError(*error)
         if self.rank:
             return None
         parts = [domains for _, (domains, *_) in gathered]

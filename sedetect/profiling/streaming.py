@@ -28,7 +28,7 @@ from sedetect.calibration.windows import Windows, batches
 from sedetect.checkpoints.files import weights_digest
 from sedetect.checkpoints.memory import place_of_hidden, size
 from sedetect.checkpoints.staging import use_device
-from sedetect.errors import SedetectError, shorten
+from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.models.banks import Bank
 from sedetect.models.identity import model_digest, model_name
 from sedetect.models.layers import run_tokens
@@ -40,7 +40,7 @@ from sedetect.stats.model import ModelStats, digest, join_banks
 from sedetect.version import __version__
 
 _TRIAL_TOKENS = 8
-_NOT_APART = "its layers cannot be run one after another; load it whole (--no-stream)"
+_NOT_APART = ("its layers cannot be run one after another; load it whole (", Argument("stream", False), ")")
 
 
 @dataclass
@@ -171,7 +171,10 @@ def _place(streamed: StreamedModel, domains: dict[str, Windows], resume: Path | 
     if place is None and resume is None:
         raise SedetectError(
             f"hidden states of {tokens} tokens take {size(needed)}, more than half the free memory; give a folder "
-            "that keeps them (-o DIR) or fewer --tokens"
+            "that keeps them (",
+            Argument("resume"),
+            ") or fewer ",
+            Argument("tokens"),
         )
     return place
 
@@ -206,7 +209,7 @@ def _only(
         left = own(entering, *args, **kwargs)
         for name, value, before in tables:
             if value.keys() != before.keys() or any(value[key] is not before[key] for key in before):
-                raise SedetectError(f"layer {number} writes to its {name}, so {_NOT_APART}")
+                raise SedetectError(f"layer {number} writes to its {name}, so ", *_NOT_APART)
         left = left[0] if isinstance(left, tuple) else left
         if number + 1 < len(layers):
             hidden.write(number + 1, batch, left)
@@ -303,4 +306,4 @@ def _leaves(streamed: StreamedModel, layer: int, name: str, value: Any) -> Itera
 
 def _unstreamed(streamed: StreamedModel, why: str) -> SedetectError:
     name = type(streamed.model).__name__
-    return SedetectError(f"{name}: {why}, so {_NOT_APART}")
+    return SedetectError(f"{name}: {why}, so ", *_NOT_APART)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.kernels.records import decode
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import Header
@@ -47,7 +47,9 @@ class BankView:
         self.bank = bank
         values = state.published_max if rows == "first" and bank.routed else state.out_max
         if values is None:
-            raise SedetectError(f"{bank}: the statistics lack the first rows; profile again with --first-rows")
+            raise SedetectError(
+                f"{bank}: the statistics lack the first rows; profile again with ", Argument("first_rows", True)
+            )
         self.values = values.double().cpu().numpy()
         self.first_max, self.rest_max = state.first_max.cpu().numpy(), state.rest_max.cpu().numpy()
         self.rows, self.first_rows = state.rows.cpu().numpy(), state.first_rows.cpu().numpy()

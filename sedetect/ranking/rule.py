@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.ranking.evidence import BankView, ValueTests, layer_medians
 from sedetect.ranking.result import Ranking, SuperExpert
-from sedetect.ranking.wording import make_headline, make_notes
+from sedetect.ranking.wording import Judged, make_headline, make_notes
 from sedetect.stats.model import Header, ModelStats
 from sedetect.stats.place import Place
 from sedetect.stats.residual import Residual
@@ -167,9 +167,10 @@ def rank(
         for bank, view in views.items()
         for e in np.flatnonzero(~np.isfinite(view.values)).tolist()
     ]
+    judged = Judged(super_experts, barred, tests, len(experts), unseen, nonfinite, limits, formed, criteria)
     return Ranking(
         model=header.model,
-        headline=make_headline(super_experts, tests, len(experts), limits, formed, nonfinite, criteria),
+        headline=make_headline(judged),
         super_experts=super_experts,
         others=others,
         population=len(tests.population),
@@ -180,7 +181,7 @@ def rank(
         unseen=unseen,
         nonfinite=nonfinite,
         criteria=criteria,
-        notes=make_notes(super_experts, barred, tests, len(experts), unseen, nonfinite, limits, formed, percentile),
+        notes=make_notes(judged),
     )
 
 
@@ -204,7 +205,7 @@ def _check(criteria: dict[str, Any]) -> None:
             raise SedetectError(f"{name} {value!r} is out of range; give a number {wanted}")
     if criteria["layers"] == "data" and not criteria["residual"]:
         raise SedetectError(
-            "layers 'data' needs what was seen of the residual stream; pass residual= (--residual) as well"
+            "layers 'data' needs what was seen of the residual stream; pass ", Argument("residual"), " as well"
         )
     if criteria["compat"] and criteria["fraction"] != 0.1:
         raise SedetectError(

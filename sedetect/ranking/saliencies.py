@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from sedetect.documents import Document
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.ranking.result import Ranking
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import ModelStats
@@ -59,7 +59,7 @@ SALIENCIES: dict[str, Callable[[BankStats], torch.Tensor]] = {
 def check_saliency(by: str) -> None:
     """Raise SedetectError for a name that is none of SALIENCIES."""
     if by not in SALIENCIES:
-        raise SedetectError(f"--by {by}: is no saliency; use one of {', '.join(SALIENCIES)}")
+        raise SedetectError(Argument("by"), f" {by}: is no saliency; use one of {', '.join(SALIENCIES)}")
 
 
 def saliency(stats: ModelStats, by: str) -> dict[BankId, torch.Tensor]:

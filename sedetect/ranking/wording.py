@@ -1,6 +1,7 @@
 """The headline and the notes of a ranking."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from sedetect.ranking.evidence import ValueTests
@@ -8,20 +9,37 @@ from sedetect.ranking.result import SuperExpert
 from sedetect.stats.place import Place
 
 
-def make_headline(
-    named: list[SuperExpert],
-    tests: ValueTests,
-    experts: int,
-    limits: dict[str, int],
-    formed: list[int] | None,
-    nonfinite: list[Place],
-    criteria: dict[str, Any],
-) -> str:
-    """One line: the super experts, or why there is none. named: the paper's set, by value, descending."""
+@dataclass(frozen=True)
+class Judged:
+    """What headline and notes are told of.
+
+    named      the set; barred: what only the percentile keeps out of it
+    tests      the value tests of the population
+    experts    their number, and unseen: how many of them saw no row
+    nonfinite  experts and dense MLPs that gave NaN or Inf
+    limits     per stack, the layer below which the set is
+    formed     with layers="data", the layers that form massive activations
+    criteria   the arguments of rank
+    """
+
+    named: list[SuperExpert]
+    barred: list[SuperExpert]
+    tests: ValueTests
+    experts: int
+    unseen: int
+    nonfinite: list[Place]
+    limits: dict[str, int]
+    formed: list[int] | None
+    criteria: dict[str, Any]
+
+
+def make_headline(judged: Judged) -> str:
+    """One line: the super experts, or why there is none."""
+    named, tests, limits, formed = judged.named, judged.tests, judged.limits, judged.formed
     found = [expert for expert in named if expert.verdict == "super"]
     if found:
         text = f"{len(found)} super expert{'s' * (len(found) > 1)}: {_listed(found)}"
-    elif not experts:
+    elif not judged.experts:
         text = "no super expert: the statistics hold no routed or shared experts"
     elif not len(tests.population):
         text = f"no super expert: no finite routed or shared expert in the layers below the limit ({_limits(limits)})"
@@ -39,44 +57,37 @@ def make_headline(
         )
         text = f"no super expert: {largest}, {lacks}"
     else:
-        needed = f"needs |y| {_short(criteria['min_value'])} and {_short(criteria['min_ratio'])}x"
+        needed = f"needs |y| {_short(judged.criteria['min_value'])} and {_short(judged.criteria['min_ratio'])}x"
         text = (
             f"no super expert: the rule names {len(named)} of {len(tests.population)} because it always names someone, "
             f"and the largest, {_described(named[0])}, does not stand out ({needed})"
         )
-    return text + (f"; non-finite values from {nonfinite[0]} on" if nonfinite else "")
+    return text + (f"; non-finite values from {judged.nonfinite[0]} on" if judged.nonfinite else "")
 
 
-def make_notes(
-    named: list[SuperExpert],
-    barred: list[SuperExpert],
-    tests: ValueTests,
-    experts: int,
-    unseen: int,
-    nonfinite: list[Place],
-    limits: dict[str, int],
-    formed: list[int] | None,
-    percentile: float,
-) -> list[str]:
-    """What the reader of a ranking must know, one line each. barred: kept out of the set by the percentile alone."""
+def make_notes(judged: Judged) -> list[str]:
+    """What the reader of a ranking must know, one line each."""
+    named, percentile, nonfinite = judged.named, judged.criteria["percentile"], judged.nonfinite
     notes = []
-    population = len(tests.population)
+    population = len(judged.tests.population)
     room = population - 1 - math.floor((population - 1) * percentile / 100)
     if population and room <= 1:
         notes.append(f"small population: percentile {percentile:g} of {population} experts admits {room} at most")
-    if formed:
-        notes.append(f"the set is of the layers that form massive activations: {', '.join(f'L{n}' for n in formed)}")
-    if barred:
-        notes.append(f"kept out of the set by the percentile alone: {_listed(barred)}")
+    if judged.formed:
+        notes.append(
+            f"the set is of the layers that form massive activations: {', '.join(f'L{n}' for n in judged.formed)}"
+        )
+    if judged.barred:
+        notes.append(f"kept out of the set by the percentile alone: {_listed(judged.barred)}")
     unobserved = sum(expert.signature is None for expert in named)
     if unobserved:
         notes.append(f"first-token signature not observed for {unobserved} of {len(named)} experts of the set")
-    if unseen:
-        notes.append(f"{unseen} of {experts} experts saw no row and count as 0; calibrate on more tokens")
+    if judged.unseen:
+        notes.append(f"{judged.unseen} of {judged.experts} experts saw no row and count as 0; calibrate on more tokens")
     if nonfinite:
         notes.append(f"{len(nonfinite)} experts or dense MLPs gave NaN or Inf and are left out, first {nonfinite[0]}")
-    if len(limits) > 1:
-        notes.append(f"one population of all stacks, each below its own layer limit ({_limits(limits)})")
+    if len(judged.limits) > 1:
+        notes.append(f"one population of all stacks, each below its own layer limit ({_limits(judged.limits)})")
     return notes
 
 

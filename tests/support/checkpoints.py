@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

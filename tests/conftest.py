@@ -44,7 +44,7 @@ def tiny_profile(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_stats():
     """Statistics of twice as many tokens, to read."""
-    return sedetect.profile_model(TINY, tokens=4096, seq_len=128).stats
+    return sedetect.profile_model(TINY, text=sedetect.Text(tokens=4096, seq_len=128)).stats
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.models import TINY
 
-from sedetect import SedetectError, profile_model
+from sedetect import Loading, SedetectError, Text, profile_model
 from sedetect.checkpoints.files import shards_of
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
 from sedetect.checkpoints.staging import stored_tensors
@@ -27,7 +27,7 @@ def test_the_model_is_the_same():
 
 def test_a_profile_takes_it_like_a_folder():
     texts = {"text": ["The quick brown fox jumps over the lazy dog. " * 40]}
-    short = {"tokens": 256, "seq_len": 64, "device": "cpu"}
+    short = {"text": Text(tokens=256, seq_len=64), "loading": Loading(device="cpu")}
     plain, found = profile_model(TINY, texts, **short), profile_model(ahead(), texts, **short)
     assert found.stats.header.digest == plain.stats.header.digest
     for bank, state in plain.stats.banks.items():

@@ -78,8 +78,8 @@ class Header:
         written = json.loads(text)
         banks = {name: BankInfo(**bank) for name, bank in written.pop("banks", {}).items()}
         sources = {name: Source(**source) for name, source in written.pop("sources", {}).items()}
-        header.notes = [Note.read(note) for note in header.notes]
-        return cls(banks=banks, sources=sources, **written)
+        notes = [Note.read(note) for note in written.pop("notes", [])]
+        return cls(banks=banks, sources=sources, notes=notes, **written)
 
     def merge(self, other: "Header") -> "Header":
         """Both runs as one. Raises SedetectError for different models or precisions, or the same sequences twice."""

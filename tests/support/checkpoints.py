@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 import transformers
-
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import sedetect
 from support.models import CONFIGS, TINY
 
 INDEX = "model.safetensors.index.json"

@@ -8,7 +8,7 @@ from sedetect import Loading, SedetectError, Text, profile_model
 from sedetect.checkpoints.files import shards_of
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
 from sedetect.checkpoints.staging import stored_tensors
-from sedetect.models.loading import Loading, load_model
+from sedetect.models.loading import load_model
 
 CPU = torch.device("cpu")
 

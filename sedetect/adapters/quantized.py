@@ -3,15 +3,16 @@
 Weights are dequantized where they are multiplied (sedetect.kernels.dequantize), and the activations stay as they are.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache, cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.finegrained_fp8 import FP8GroupedLinear, FP8Linear, load_finegrained_fp8_kernel
 
 from sedetect.adapters.forwards import forward_of, replace_forward
 from sedetect.adapters.stacked import Adapter
@@ -129,23 +130,32 @@ class _KernelWeights(QuantizedWeights):
         return plain
 
 
+def fp8_layers() -> ModuleType | None:
+    """transformers' module of FP8 layers; None where nothing has imported it yet, so that no model has any."""
+    return sys.modules.get("transformers.integrations.finegrained_fp8")
+
+
 def serve_linears(model: nn.Module) -> tuple[Callable[[], None], int]:
     """Let the FP8 linears of a model compute with dequantized weights where no kernel of theirs runs.
 
     Returns what puts them back, and how many they are; those that are served already stay so.
     """
-    modules = [m for m in model.modules() if isinstance(m, FP8Linear) and m.weight.element_size() == 1]
+    fp8 = fp8_layers()
+    if fp8 is None:
+        return lambda: None, 0
+    modules = [m for m in model.modules() if isinstance(m, fp8.FP8Linear) and m.weight.element_size() == 1]
     modules = [m for m in modules if not has_kernel(m.weight.device.type)]
     with ExitStack() as undo:
         for module in modules:
             if not isinstance(forward_of(module), _Forward):
-                undo.callback(replace_forward(module, _Forward(module)))
+                undo.callback(replace_forward(module, _Forward(module, isinstance(module, fp8.FP8GroupedLinear))))
         return undo.pop_all().close, len(modules)
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor | None:
     """The matrix (M, K) that a linear multiplies with; None where its type does not tell."""
-    if isinstance(module, FP8Linear) and module.weight.element_size() == 1:
+    fp8 = fp8_layers()
+    if fp8 is not None and isinstance(module, fp8.FP8Linear) and module.weight.element_size() == 1:
         return dequantize(module.weight, module.weight_scale_inv, module.block_size, torch.float32)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dtype.itemsize == 1 or not weight.is_floating_point():
@@ -159,13 +169,13 @@ class _Forward:
     Of an FP8GroupedLinear: x (..., groups, K) -> (..., groups, M / groups), each group with rows of its own.
     """
 
-    def __init__(self, module: FP8Linear):
-        self.module = module
+    def __init__(self, module: nn.Module, grouped: bool):
+        self.module, self.grouped = module, grouped
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         module = self.module
         weight = dequantize(module.weight, module.weight_scale_inv, module.block_size, x.dtype)
-        if not isinstance(module, FP8GroupedLinear):
+        if not self.grouped:
             return F.linear(x, weight, module.bias)
         y = torch.einsum("...gk,gmk->...gm", x, weight.unflatten(0, (module.n_groups, -1)))
         return y if module.bias is None else y + module.bias.view(module.n_groups, -1)
@@ -174,6 +184,8 @@ class _Forward:
 @cache
 def has_kernel(device_type: str) -> bool:
     """Whether transformers' FP8 kernels run on devices of this type. The first call may ask the hub for them."""
+    from transformers.integrations.finegrained_fp8 import load_finegrained_fp8_kernel
+
     if device_type == "cpu":
         return False
     try:

@@ -8,13 +8,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from sedetect.calibration.windows import Windows, prefix_ids
 from sedetect.errors import Argument, SedetectError
@@ -22,6 +21,9 @@ from sedetect.files import write_atomic
 from sedetect.models.banks import Bank
 from sedetect.models.identity import model_digest, model_name
 from sedetect.stats.place import BankId, place_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VERSION = "1"
 KINDS = ("weights", "outputs", "routing")
@@ -130,7 +132,7 @@ class Text:
         return {"text": self.text, "ids": self.ids.tolist(), "tokens": self.tokens}
 
 
-def read_texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[Text]:
+def read_texts(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> list[Text]:
     """Texts as the tokenizer reads them. Raises SedetectError for one without a token of its own."""
     read = []
     for text in texts:

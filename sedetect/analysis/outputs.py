@@ -12,11 +12,10 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sedetect.adapters.listed import ListedExperts
 from sedetect.adapters.quantized import serve_linears
@@ -47,12 +46,15 @@ from sedetect.ops.choose import check_backend
 from sedetect.ops.contract import ExpertWeights
 from sedetect.ops.functions import every_expert
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _CHUNK = {"cuda": 2**28, "cpu": 2**24}  # elements of the experts' outputs at a time
 
 
 @torch.no_grad()
 def analyze_outputs(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     domains: dict[str, Windows],
     *,
     texts: Sequence[Text] = (),
@@ -102,7 +104,7 @@ def analyze_outputs(
     return result
 
 
-def _run(model: PreTrainedModel, observers: list["_Observer"], ids: torch.Tensor, keep: bool) -> None:
+def _run(model: "PreTrainedModel", observers: list["_Observer"], ids: torch.Tensor, keep: bool) -> None:
     for one in observers:
         one.begin(ids.numel(), keep)
     run_tokens(model, ids)

@@ -7,10 +7,10 @@ bank (skip and identity experts), are nobody's.
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sedetect.adapters.quantized import serve_linears
 from sedetect.analysis.common import (
@@ -31,10 +31,13 @@ from sedetect.models.banks import Bank, find_banks
 from sedetect.models.layers import run_tokens
 from sedetect.models.routers import RouterWatch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
 def analyze_routing(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     domains: dict[str, Windows],
     *,
     texts: Sequence[Text] = (),
@@ -86,7 +89,7 @@ def analyze_routing(
     return result
 
 
-def _run(model: PreTrainedModel, counters: list["_Counter"], ids: torch.Tensor, domain: int | None) -> None:
+def _run(model: "PreTrainedModel", counters: list["_Counter"], ids: torch.Tensor, domain: int | None) -> None:
     for counter in counters:
         counter.domain, counter.length = domain, ids.numel()
     run_tokens(model, ids)

@@ -18,17 +18,19 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration.texts import Document, load_texts
 from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.stats.model import digest
 from sedetect.stats.note import Note
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Calibration:
         return sum(windows.ids.numel() for windows in self.domains.values())
 
 
-def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids the tokenizer itself puts before a text: [bos] for most, [] for some.
 
     Raises SedetectError for a tokenizer that changes the text's own ids when it adds special tokens.
@@ -97,7 +99,7 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def make_windows(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     texts: dict[str, list[Document]],
     *,
     tokens: int,
@@ -179,7 +181,7 @@ def make_windows(
     return calibration
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, windows: Windows, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", windows: Windows, vocab_size: int) -> None:
     """Raise SedetectError where a token id has no row in the model's embedding of vocab_size rows."""
     largest = int(windows.ids.max())
     if largest >= vocab_size:
@@ -231,13 +233,13 @@ def _choose(room: int, count: int, seed: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(room)[:count])
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[list[int]]:
+def _tokenise(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> list[list[int]]:
     # verbose=False: no warning about texts longer than the model's window, they are cut afterwards
     return tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _stream(
-    tokenizer: PreTrainedTokenizerBase, domain: str, documents: list[Document], prefix: list[int], chat_template: bool
+    tokenizer: "PreTrainedTokenizerBase", domain: str, documents: list[Document], prefix: list[int], chat_template: bool
 ) -> np.ndarray:
     """(n,) int64: the tokens of all documents, one after another, without the tokenizer's prefix."""
     if chat_template:
@@ -253,7 +255,7 @@ def _stream(
     return np.fromiter(chain.from_iterable(per_document), np.int64)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, domain: str, document: Document) -> str:
+def _render(tokenizer: "PreTrainedTokenizerBase", domain: str, document: Document) -> str:
     messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
@@ -266,8 +268,8 @@ def _text_digest(documents: list[Document]) -> str:
 
 
 def calibration_windows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     texts: str | os.PathLike | dict[str, list[Document]] | None,
     text: Text = Text(),
 ) -> Calibration:

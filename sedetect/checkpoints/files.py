@@ -3,14 +3,29 @@
 import hashlib
 import json
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from sedetect.errors import SedetectError
 
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+
+
+def source_name(path_or_name: str | os.PathLike[str]) -> str:
+    """The name to give to transformers: an existing folder, or what can only be a hub name.
+
+    Raises SedetectError for a file and for a path that does not exist.
+    """
+    name = str(path_or_name)
+    if Path(name).is_file():
+        raise SedetectError(f"{name}: is a file; give the folder of the checkpoint")
+    if not Path(name).is_dir() and not _HUB_NAME.fullmatch(name):
+        raise SedetectError(f"{name}: no such folder; give a checkpoint folder or a hub name (owner/name)")
+    return name
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:

@@ -26,11 +26,13 @@ class Prefetched(os.PathLike[str]):
     load_model takes the weights from here, once; whoever else is given it sees the folder.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], device: torch.device, tensors: dict[str, StoredTensor]):
+    def __init__(
+        self, folder: str | os.PathLike[str], device: torch.device, tensors: dict[str, StoredTensor], first: float = 0.0
+    ):
         self._folder, self._tensors = Path(folder), tensors
         self._arriving = ExitStack()
         # No stream of its own: who takes a tensor computes on the default one, after the copies.
-        self._arriving.enter_context(Staging(device, None).bringing(tensors.values()))
+        self._arriving.enter_context(Staging(device, None, first).bringing(tensors.values()))
 
     def __fspath__(self) -> str:
         return str(self._folder)
@@ -48,14 +50,16 @@ class Prefetched(os.PathLike[str]):
             yield self._tensors
 
 
-def prefetch(model: str | os.PathLike[str], device: str | torch.device | None) -> Prefetched | None:
-    """Begin to bring the weights of a checkpoint folder to a GPU.
+def prefetch(model: str | os.PathLike[str], device: str | torch.device | None, first: float = 0.0) -> Prefetched | None:
+    """Begin to bring the weights of a checkpoint folder to a GPU; first as in Staging.
 
     None where that is no gain or not possible: for hub names and damaged folders (which load_model refuses), for other
     devices, for quantized checkpoints (which may be dequantized on the way), and where memory is short.
     """
-    if isinstance(model, Prefetched) or not Path(model).is_dir():
-        return model if isinstance(model, Prefetched) else None
+    if isinstance(model, Prefetched):
+        return model
+    if not Path(model).is_dir():
+        return None
     device = choose_device(device)
     if device.type != "cuda":
         return None
@@ -67,4 +71,4 @@ def prefetch(model: str | os.PathLike[str], device: str | torch.device | None) -
         return None
     if sum(tensor.nbytes for tensor in tensors.values()) > _SHARE * free_memory(device):
         return None
-    return Prefetched(model, device, tensors)
+    return Prefetched(model, device, tensors, first)

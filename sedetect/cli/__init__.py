@@ -3,10 +3,11 @@
 Options, messages and tables. What is computed belongs in the packages below, which print nothing.
 """
 
+import os
 import sys
+from typing import NoReturn
 
-import huggingface_hub.utils.logging as hub_logging
-from transformers.utils import logging as transformers_logging
+import typer
 
 from sedetect.cli import (
     ablate,
@@ -43,17 +44,30 @@ __all__ = [
 ]
 
 
+UsageError = typer.BadParameter.__base__  # typer brings its own click
+
+
 def main() -> None:
-    """Entry point: SedetectError becomes one line on stderr and exit code 2."""
+    """Entry point: wrong arguments and SedetectError become one line on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # tokens and paths may hold what the terminal cannot show
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    # Read when the libraries are imported: their bars and messages do not come between ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
-    except SedetectError as error:
-        if is_first_rank():
-            stderr.print(f"sedetect: {error.told(flag)}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(app(standalone_mode=False))
+    except UsageError as error:
+        text = error.format_message().rstrip(".")
+        if text:  # without arguments the help was shown
+            _refuse(text if error.ctx is None else f"{text}; see {error.ctx.command_path} --help")
         sys.exit(2)
+    except SedetectError as error:
+        _refuse(error.told(flag))
+
+
+def _refuse(line: str) -> NoReturn:
+    if is_first_rank():
+        stderr.print(f"sedetect: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)

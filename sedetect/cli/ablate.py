@@ -1,16 +1,18 @@
 """sedetect ablate: what the model is without chosen experts."""
 
+from __future__ import annotations
+
 import importlib.resources
 import statistics
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
+from sedetect.cli.choices import How
 from sedetect.cli.shared import (
     Attn,
     BatchSize,
@@ -28,12 +30,10 @@ from sedetect.cli.shared import (
     progress_bar,
 )
 from sedetect.cli.targets import choose
-from sedetect.errors import SedetectError
-from sedetect.experiments.ablation import HOW
-from sedetect.experiments.evaluation import load_questions
-from sedetect.experiments.study import Experiment, Outcome, Trials, conclusion, run_experiment
-from sedetect.models.loading import Loading, open_model
 from sedetect.results import Results
+
+if TYPE_CHECKING:
+    from sedetect.experiments.study import Experiment, Outcome
 
 
 @app.command("ablate")
@@ -42,13 +42,13 @@ def ablate_command(
     experts: Annotated[
         str, typer.Option(help="super, names (L1E28,L8shared,L1E28[101,14]), random:N, top-frequency:N")
     ] = "super",
-    how: Annotated[list[str] | None, typer.Option(help="skip, renormalize, remove (default: all three)")] = None,
+    how: Annotated[list[How] | None, typer.Option(help="how they are switched off (default: all three)")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="folder for ablation.json")] = None,
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
     evaluate: Annotated[
         str | None, typer.Option("--eval", help="a .jsonl of prompts with answers, or 'arithmetic'")
     ] = None,
-    controls: Annotated[int, typer.Option(help="random sets of the same size, each in two places")] = 5,
+    controls: Annotated[int, typer.Option(min=0, help="random sets of the same size, each in two places")] = 5,
     seed: Annotated[int, typer.Option(help="of random:N")] = 0,
     sequences: Annotated[int, typer.Option(help="sequences on which residual and attention are observed")] = 8,
     data: Data = None,
@@ -62,11 +62,11 @@ def ablate_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Switch experts of MODEL off at dispatch and measure what it costs, beside random controls."""
-    for name in how or ():
-        if name not in HOW:
-            raise SedetectError(f"--how {name}: is not known; use {', '.join(HOW)}")
-    if controls < 0:
-        raise SedetectError(f"--controls {controls}: must be at least 0")
+    from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
+    from sedetect.experiments.ablation import HOW
+    from sedetect.experiments.study import Trials, run_experiment
+    from sedetect.models.loading import Loading, open_model
+
     if output is not None:
         check_writable(output)
     questions = _questions(evaluate)
@@ -98,6 +98,8 @@ def ablate_command(
 
 
 def _questions(evaluate: str | None) -> list:
+    from sedetect.experiments.evaluation import load_questions
+
     if evaluate is None:
         return []
     if evaluate == "arithmetic":
@@ -109,6 +111,8 @@ def _questions(evaluate: str | None) -> list:
 
 
 def _print(experiment: Experiment) -> None:
+    from sedetect.experiments.study import conclusion
+
     console.print(conclusion(experiment), style="bold", markup=False, highlight=False, soft_wrap=True)
     domains = list(experiment.baseline.perplexity)
     asked, layer = experiment.baseline.accuracy is not None, experiment.sink_layer

@@ -1,19 +1,15 @@
 """sedetect analyze weights, outputs, routing: the analyses of "A Closer Look into Mixture-of-Experts"."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from sedetect.analysis.common import Analysis, LayerArrays, parse_layers, read_texts
-from sedetect.analysis.outputs import analyze_outputs
-from sedetect.analysis.routing import analyze_routing
-from sedetect.analysis.tables import Cells, layer_name, layers_table, marked_experts, standings_tables
-from sedetect.analysis.weights import analyze_weights
-from sedetect.calibration.windows import Text, calibration_windows
 from sedetect.cli.analyze_residual import ChatTemplate, analyze
 from sedetect.cli.ranked import load_ranked
 from sedetect.cli.shared import (
@@ -36,16 +32,20 @@ from sedetect.cli.shared import (
     progress_bar,
 )
 from sedetect.errors import SedetectError
-from sedetect.models.identity import model_digest, model_name
-from sedetect.models.loading import Loading, open_model
-from sedetect.ranking.result import Ranking
 from sedetect.results import Results
-from sedetect.stats.model import ModelStats
+
+if TYPE_CHECKING:
+    from sedetect.analysis.common import Analysis, LayerArrays
+    from sedetect.analysis.tables import Cells
+    from sedetect.calibration.windows import Text
+    from sedetect.models.loading import Loading
+    from sedetect.ranking.result import Ranking
+    from sedetect.stats.model import ModelStats
+
+    _Known = tuple[Path, ModelStats, Ranking]  # statistics to mark experts by, and where they lie
 
 DEFAULT_TEXT = "As an open source alternative to"  # the published analysis's
 _TEXT_LAYERS = 8  # that a table by token shows
-_Known = tuple[Path, ModelStats, Ranking]  # statistics to mark experts by, and where they lie
-
 Layers = Annotated[str | None, typer.Option(help="numbers of layers: 0,5,10-12 (default: all with experts)")]
 Texts = Annotated[
     list[str] | None,
@@ -75,6 +75,10 @@ def weights_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """How alike the experts of MODEL are in their weights, layer by layer, without running it."""
+    from sedetect.analysis.common import parse_layers
+    from sedetect.analysis.weights import analyze_weights
+    from sedetect.models.loading import Loading
+
     known = _check(stats, output, figures)
     with progress_bar("layers") as bar:
         task = bar.add_task("reading", total=None)
@@ -110,6 +114,11 @@ def outputs_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """All experts of MODEL on all tokens: how alike their outputs are, and whether its routers choose large ones."""
+    from sedetect.analysis.common import parse_layers
+    from sedetect.analysis.outputs import analyze_outputs
+    from sedetect.calibration.windows import Text
+    from sedetect.models.loading import Loading
+
     known = _check(stats, output, figures)
     run = partial(analyze_outputs, layers=parse_layers(layers), batch_size=batch_size, backend=backend)
     text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
@@ -137,6 +146,11 @@ def routing_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Which experts MODEL chooses: their load in every layer and domain, together with whom, and token by token."""
+    from sedetect.analysis.common import parse_layers
+    from sedetect.analysis.routing import analyze_routing
+    from sedetect.calibration.windows import Text
+    from sedetect.models.loading import Loading
+
     known = _check(stats, output, figures)
     run = partial(analyze_routing, layers=parse_layers(layers), batch_size=batch_size)
     text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
@@ -186,6 +200,11 @@ def _over_text(
     loading: Loading,
 ) -> Analysis:
     """Load a model, cut the text, and run an analysis over both."""
+    from sedetect.analysis.common import read_texts
+    from sedetect.calibration.windows import calibration_windows
+    from sedetect.models.identity import model_digest, model_name
+    from sedetect.models.loading import open_model
+
     loaded, tokenizer, notes, _ = open_model(model, loading=loading)
     _check_model(known, model_name(loaded), model_digest(loaded))
     short = read_texts(tokenizer, [DEFAULT_TEXT] if texts is None else texts)
@@ -204,6 +223,8 @@ def _over_text(
 
 def _finish(result: Analysis, known: _Known | None, output: Path | None, figures: bool) -> None:
     """Write what there is a folder for, before anything can be refused, and print the tables."""
+    from sedetect.analysis.tables import layers_table, marked_experts, standings_tables
+
     print_line(f"{result.model}: {result.kind}", "bold")
     if output is not None:
         print_line(f"written to {result.save(output)}")
@@ -236,6 +257,8 @@ def _print_cells(cells: Cells) -> None:
 
 def _print_tokens(result: Analysis, marked: set[str]) -> None:
     """A table for every text: a row per token, a column per layer."""
+    from sedetect.analysis.tables import Cells, layer_name
+
     known = [(bank, layer) for bank, layer in result.layers.items() if "text.index" in layer.arrays]
     start, shown = 0, known[:_TEXT_LAYERS]
     cell = _choice if result.kind == "routing" else _largest

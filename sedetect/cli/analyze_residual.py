@@ -1,14 +1,14 @@
 """sedetect analyze residual, trace: where massive activations form and who writes them, when and where experts fire."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sedetect.calibration.windows import Text, Windows, calibration_windows, prefix_ids
 from sedetect.cli.shared import (
     Attn,
     BatchSize,
@@ -30,15 +30,17 @@ from sedetect.cli.shared import (
 )
 from sedetect.cli.targets import choose
 from sedetect.errors import SedetectError
-from sedetect.experiments.ablation import ablate
-from sedetect.experiments.residual_stream import Residual, observe_residual, sink_decay
-from sedetect.experiments.targets import Target
-from sedetect.experiments.traces import ExpertTrace, Group, trace_experts
-from sedetect.models.loading import Loading, open_model
 from sedetect.results import Results
-from sedetect.stats.note import Note
-from sedetect.stats.place import Weight
-from sedetect.stats.residual import Formation, Observation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sedetect.calibration.windows import Windows
+    from sedetect.experiments.residual_stream import Residual
+    from sedetect.experiments.targets import Target
+    from sedetect.experiments.traces import ExpertTrace, Group
+    from sedetect.stats.note import Note
+    from sedetect.stats.residual import Formation
 
 analyze = typer.Typer(no_args_is_help=True, help="What a model's experts do inside it.")
 app.add_typer(analyze, name="analyze")
@@ -54,7 +56,7 @@ def residual_command(
         str | None,
         typer.Option("--ablate", help="also without these: super, names (L1E28,L8shared), random:N, top-frequency:N"),
     ] = None,
-    sequences: Annotated[int, typer.Option(help="sequences to observe, one at a time")] = 8,
+    sequences: Annotated[int, typer.Option(min=1, help="sequences to observe, one at a time")] = 8,
     min_ratio: Annotated[float, typer.Option(help="least multiple of the median of a massive activation")] = 100.0,
     output: Output = None,
     data: Data = None,
@@ -72,8 +74,11 @@ def residual_command(
 
     --tokens is the text of the profile that 'super' needs; observed are --sequences windows.
     """
-    if sequences < 1:
-        raise SedetectError(f"--sequences {sequences}: must be at least 1")
+    from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
+    from sedetect.experiments.ablation import ablate
+    from sedetect.models.loading import Loading, open_model
+    from sedetect.stats.residual import Observation
+
     if output is not None:
         check_writable(output)
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
@@ -103,7 +108,7 @@ def residual_command(
 def trace_command(
     model: Model,
     experts: Annotated[str, typer.Option(help="super, names (L1E28,L8shared), random:N or top-frequency:N")] = "super",
-    top: Annotated[int, typer.Option(help="strongest rows to keep of each expert")] = 100,
+    top: Annotated[int, typer.Option(min=1, help="strongest rows to keep of each expert")] = 100,
     output: Output = None,
     data: Data = None,
     tokens: Tokens = 8192,
@@ -117,8 +122,11 @@ def trace_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """When and where chosen experts of MODEL fire: at which positions and tokens, and how strongly."""
-    if top < 1:
-        raise SedetectError(f"--top {top}: must be at least 1")
+    from sedetect.calibration.windows import Text, calibration_windows
+    from sedetect.experiments.traces import trace_experts
+    from sedetect.models.loading import Loading, open_model
+    from sedetect.stats.place import Weight
+
     if output is not None:
         check_writable(output)
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
@@ -157,6 +165,8 @@ def trace_command(
 
 
 def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], settings: dict[str, Any]) -> Residual:
+    from sedetect.experiments.residual_stream import observe_residual
+
     windows = min(settings["sequences"], sum(len(windows.ids) for windows in domains.values()))
     length = max(windows.ids.shape[1] for windows in domains.values())
     with progress_bar() as bar:
@@ -214,6 +224,8 @@ def _print_formations(formations: list[Formation]) -> None:
 
 
 def _print_ablated(before: Residual, after: Residual, experts: list[Target]) -> None:
+    from sedetect.experiments.residual_stream import sink_decay
+
     print_line(f"without {', '.join(map(str, experts))}", "bold")
     table = plain_table("layer", "max|x|", "without", "sink", "without", "D_sink")
     for old, new, decay in zip(before.layers, after.layers, sink_decay(before, after), strict=True):

@@ -1,14 +1,16 @@
 """sedetect budget: what compression costs, and what keeping a few experts buys."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.table import Table
 
-from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
+from sedetect.cli.choices import GROUP
 from sedetect.cli.ranked import By, load_ranked
 from sedetect.cli.shared import (
     Attn,
@@ -27,17 +29,11 @@ from sedetect.cli.shared import (
     print_line,
     progress_bar,
 )
-from sedetect.compression.budget import RATIOS, Budget, Compressions, Cost, conclusion, held_out, make_budget
-from sedetect.compression.pruning import check_ratio
-from sedetect.compression.simulated import FORMATS, GROUP, bits_of, expert_sizes
 from sedetect.errors import SedetectError
-from sedetect.experiments.targets import check_choice, choose_experts
-from sedetect.models.identity import model_digest
-from sedetect.models.loading import Loading, open_model
-from sedetect.profiling.pipeline import profile_model
-from sedetect.ranking.rule import rank
-from sedetect.ranking.saliencies import check_saliency, super_places
 from sedetect.results import Results
+
+if TYPE_CHECKING:
+    from sedetect.compression.budget import Budget, Cost
 
 
 @app.command("budget")
@@ -49,8 +45,8 @@ def budget_command(
         list[str] | None, typer.Option("--format", help="fp8, int2 to int8 (default: int8, fp8, int4, int3, int2)")
     ] = None,
     by: By = "reap",
-    group: Annotated[int, typer.Option(help="inputs per scale of the formats")] = GROUP,
-    controls: Annotated[int, typer.Option(help="random sets of the same size to keep instead")] = 3,
+    group: Annotated[int, typer.Option(min=1, help="inputs per scale of the formats")] = GROUP,
+    controls: Annotated[int, typer.Option(min=0, help="random sets of the same size to keep instead")] = 3,
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
     output: Output = None,
     data: Data = None,
@@ -64,14 +60,21 @@ def budget_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Perplexity of MODEL against compression of its experts, with and without its super experts kept as they are."""
-    check_saliency(by)
+    from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
+    from sedetect.compression.budget import RATIOS, Compressions, held_out, make_budget
+    from sedetect.compression.pruning import check_ratio
+    from sedetect.compression.simulated import FORMATS, bits_of, expert_sizes
+    from sedetect.experiments.targets import check_choice, choose_experts
+    from sedetect.models.identity import model_digest
+    from sedetect.models.loading import Loading, open_model
+    from sedetect.profiling.pipeline import profile_model
+    from sedetect.ranking.rule import rank
+    from sedetect.ranking.saliencies import super_places
+
     for name in formats or ():
         bits_of(name)
     for number in ratio or ():
         check_ratio(number)
-    for option, number, least in (("--group", group, 1), ("--controls", controls, 0)):
-        if number < least:
-            raise SedetectError(f"{option} {number}: must be at least {least}")
     if output is not None:
         check_writable(output)
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
@@ -118,6 +121,8 @@ def budget_command(
 
 
 def _print(budget: Budget, headline: str) -> None:
+    from sedetect.compression.budget import conclusion
+
     print_line(headline, "bold")
     for line in conclusion(budget):
         print_line(line)

@@ -1,8 +1,10 @@
 """sedetect compare: profiles side by side."""
 
+from __future__ import annotations
+
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -12,8 +14,10 @@ from rich.table import Table
 from sedetect.cli.shared import app, console, print_line
 from sedetect.errors import SedetectError
 from sedetect.files import STATS
-from sedetect.ranking.comparison import Comparison, Moved, compare
-from sedetect.stats.model import ModelStats
+
+if TYPE_CHECKING:
+    from sedetect.ranking.comparison import Comparison, Moved
+    from sedetect.stats.model import ModelStats
 
 _SHOWN = 20
 
@@ -27,6 +31,8 @@ def compare_command(stats: Runs, json: Json = None) -> None:
 
     Exit codes: 0 where all have the same super experts, 1 where they differ, 2 wrong arguments or input.
     """
+    from sedetect.ranking.comparison import compare
+
     if len(stats) < 2:
         raise SedetectError(f"{stats[0]}: one run has nothing to be compared with; give two or more")
     runs = load_runs(stats)
@@ -44,6 +50,7 @@ def load_runs(paths: list[Path]) -> dict[str, ModelStats]:
 
     Raises SedetectError for what ModelStats.load refuses.
     """
+    from sedetect.stats.model import ModelStats
 
     def short(path: Path) -> str:
         path = path.parent if path.name == STATS else path

@@ -1,44 +1,43 @@
 """sedetect export: protect lists and channel statistics in the forms that other tools read."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from sedetect.cli.choices import Channels, Granularity, Target
 from sedetect.cli.ranked import load_ranked
 from sedetect.cli.shared import app, console, stderr
-from sedetect.compression.channels import write_awq_scales, write_imatrix
-from sedetect.compression.protect import GRANULARITIES, TOOLS, export, kept_experts, protect_list
-from sedetect.compression.simulated import expert_sizes
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic
-from sedetect.models.identity import model_digest
-from sedetect.models.loading import empty_model
-from sedetect.stats.model import ModelStats
 
-_CHANNELS = {"imatrix": write_imatrix, "awq": write_awq_scales}
+if TYPE_CHECKING:
+    from sedetect.stats.model import ModelStats
 
 
 @app.command("export")
 def export_command(
     stats: Annotated[Path, typer.Argument(help="a statistics file, or the folder of a profile", metavar="STATS")],
-    to: Annotated[str, typer.Option(help=f"{', '.join(TOOLS)}; of profile --channels: imatrix, awq")],
+    to: Annotated[Target, typer.Option(help="imatrix and awq: of profile --channels")],
     granularity: Annotated[
-        str, typer.Option(help="expert, or layer: all experts of a super expert's layer")
+        Granularity, typer.Option(help="expert, or layer: all experts of a super expert's layer")
     ] = "expert",
     neighbours: Annotated[int, typer.Option(help="also protect the N routed experts with the next largest |y|")] = 0,
     model: Annotated[Path | None, typer.Option(help="checkpoint folder, to say sizes in bytes")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="file (default: print the list)")] = None,
 ) -> None:
     """Write what a quantizer must leave alone, in the form that it reads."""
-    if to not in TOOLS and to not in _CHANNELS:
-        raise SedetectError(f"--to {to}: is not known; use one of {', '.join([*TOOLS, *_CHANNELS])}")
-    if to in _CHANNELS and output is None:
+    from sedetect.compression.channels import write_awq_scales, write_imatrix
+    from sedetect.compression.protect import export, protect_list
+
+    if to in get_args(Channels) and output is None:
         raise SedetectError(f"--to {to}: writes a binary file; give it a name with -o")
     state, ranking = load_ranked(stats)
-    if to in _CHANNELS:
-        count = _CHANNELS[to](state, output)
+    if output is not None and to in get_args(Channels):
+        count = (write_imatrix if to == "imatrix" else write_awq_scales)(state, output)
         _say(f"{output}: {count} entries, of the inputs of down_proj; other matrices were not measured")
         return
     experts = protect_list(state, neighbours, ranking)
@@ -58,6 +57,11 @@ def export_command(
 
 def _sizes(state: ModelStats, experts: list, model: Path | None) -> str:
     """One line: what each granularity costs, where the experts are otherwise stored in 4 bits."""
+    from sedetect.compression.protect import GRANULARITIES, kept_experts
+    from sedetect.compression.simulated import expert_sizes
+    from sedetect.models.identity import model_digest
+    from sedetect.models.loading import empty_model
+
     total = sum(s.num_experts for bank, s in state.banks.items() if bank.routed)
     sizes = None
     if model is not None:

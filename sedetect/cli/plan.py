@@ -1,13 +1,18 @@
 """sedetect plan: what a checkpoint is, whether it fits, and what streaming it would read."""
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.table import Table
 
-from sedetect.checkpoints.memory import WEIGHTS_SHARE, choose_device, dequantized_here, free_memory, size
 from sedetect.cli.shared import Device, Dtype, Model, Tokens, TrustRemoteCode, app, print_line, print_whole
-from sedetect.models.loading import Loading
-from sedetect.profiling.estimate import Plan, make_plan, measure_read
+
+if TYPE_CHECKING:
+    import torch
+
+    from sedetect.profiling.estimate import Plan
 
 
 @app.command("plan")
@@ -19,6 +24,10 @@ def plan_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Size, experts, memory and reading time of the checkpoint folder MODEL, without loading it."""
+    from sedetect.checkpoints.memory import choose_device, size
+    from sedetect.models.loading import Loading
+    from sedetect.profiling.estimate import make_plan, measure_read
+
     place = choose_device(device)
     plan = make_plan(model, Loading(dtype=dtype, trust_remote_code=trust_remote_code))
     speed, sample = measure_read(model)
@@ -42,6 +51,10 @@ def _experts(plan: Plan) -> str:
 
 
 def _print_memory(plan: Plan, device: torch.device) -> None:
+    import torch
+
+    from sedetect.checkpoints.memory import WEIGHTS_SHARE, dequantized_here, free_memory, size
+
     free = free_memory(device)
     way = "mxfp4" if plan.held == torch.uint8 else "fp8"
     default = plan.dtype if plan.held != plan.dtype and way in dequantized_here() else plan.held
@@ -60,6 +73,8 @@ def _print_memory(plan: Plan, device: torch.device) -> None:
 
 
 def _streamed(plan: Plan, tokens: int, speed: float, sample: int) -> str:
+    from sedetect.checkpoints.memory import size
+
     total, largest = sum(plan.layer_bytes), max(plan.layer_bytes)
     hidden = tokens * plan.width * plan.dtype.itemsize
     return (

@@ -1,12 +1,12 @@
 """sedetect profile, rank, merge."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sedetect.calibration.windows import Text
-from sedetect.checkpoints.memory import too_large
 from sedetect.cli.ranked import By, print_saliency
 from sedetect.cli.shared import (
     Attn,
@@ -33,18 +33,11 @@ from sedetect.cli.shared import (
 from sedetect.cli.tables import print_domains, print_ranking, print_run, ranking_document
 from sedetect.errors import SedetectError
 from sedetect.files import remove_leftovers, write_json
-from sedetect.models.loading import Loading
-from sedetect.models.measure import Measuring
-from sedetect.profiling.pipeline import ModelProfile, profile_model
-from sedetect.profiling.processes import join
-from sedetect.profiling.record import describe_run
-from sedetect.profiling.resume import discard
-from sedetect.profiling.streaming import Streamed
-from sedetect.ranking.rule import rank
-from sedetect.ranking.saliencies import check_saliency, saliency_document
 from sedetect.results import Results
-from sedetect.stats.model import ModelStats
-from sedetect.stats.residual import Residual
+
+if TYPE_CHECKING:
+    from sedetect.profiling.pipeline import ModelProfile
+    from sedetect.profiling.streaming import Streamed
 
 Percentile = Annotated[float, typer.Option(help="percentile of the population an expert must exceed")]
 Fraction = Annotated[float, typer.Option(help="fraction of the largest value an expert must exceed")]
@@ -54,8 +47,12 @@ Layers = Annotated[
         help="the first layers, as a fraction, that may hold super experts; 'data': those that form massive activations"
     ),
 ]
-Compat = Annotated[str | None, typer.Option(help="'published-tool' for its floor division")]
-RowsOption = Annotated[str, typer.Option("--rows", help="'first' for what the published tool reads")]
+Compat = Annotated[
+    Literal["published-tool"] | None, typer.Option(help="as the published tool has it, with its floor division")
+]
+RowsOption = Annotated[
+    Literal["all", "first"], typer.Option("--rows", help="'first' for what the published tool reads")
+]
 MinValue = Annotated[float, typer.Option(help="least max|y| of the verdict super")]
 MinRatio = Annotated[float, typer.Option(help="least multiple of its layer's median")]
 MinGateRatio = Annotated[float, typer.Option(help="least routing weight on first tokens, over that on the rest")]
@@ -91,6 +88,8 @@ def profile_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run calibration text through MODEL and say which experts are super experts."""
+    from sedetect.profiling.processes import join
+
     if output is not None:
         check_writable(output)
     unfinished = Results(output).resume_path if output is not None and resume else None
@@ -102,11 +101,23 @@ def profile_command(
             bar.update(task, description=domain, completed=done, total=total)
 
         def measure() -> ModelProfile:
-            why = too_large(model, device, dtype) if stream is None and Path(model).is_dir() else None
+            from sedetect.checkpoints.prefetch import prefetch
+
+            # Before transformers is imported, which takes longer than reading the weights.
+            ahead = None if stream else prefetch(model, device, ranks.rank / ranks.count)
+
+            from sedetect.calibration.windows import Text
+            from sedetect.checkpoints.memory import too_large
+            from sedetect.models.loading import Loading
+            from sedetect.models.measure import Measuring
+            from sedetect.profiling.pipeline import profile_model
+
+            undecided = stream is None and ahead is None and Path(model).is_dir()
+            why = too_large(model, device, dtype) if undecided else None
             if why is not None and is_first_rank():
                 stderr.print(f"{model}: {why}", markup=False, highlight=False, soft_wrap=True)
             return profile_model(
-                model,
+                ahead or model,
                 data,
                 text=Text(tokens, seq_len, batch_size, seed, chat_template),
                 loading=Loading(device, dtype, revision, attn, trust_remote_code),
@@ -127,6 +138,8 @@ def profile_command(
     if result.stats.banks:
         _show(result, output)
         if result.streamed is not None and unfinished is not None:
+            from sedetect.profiling.resume import discard
+
             discard(unfinished)
             # of earlier starts, killed while they wrote the results
             for folder in (output, Results(output).domains.path):
@@ -162,8 +175,10 @@ def rank_command(
     min_gate_ratio: MinGateRatio = 3.0,
 ) -> None:
     """Rank the experts of a statistics file under other thresholds, or each layer's by a saliency (--by)."""
-    if by is not None:
-        check_saliency(by)
+    from sedetect.ranking.rule import rank
+    from sedetect.ranking.saliencies import saliency_document
+    from sedetect.stats.residual import Residual
+
     results = Results(stats)
     state = results.stats()
     seen = results.residual() if residual is None else Residual.load(residual)
@@ -206,6 +221,9 @@ def merge_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="the merged statistics file")],
 ) -> None:
     """Merge statistics of one model on different texts."""
+    from sedetect.ranking.rule import rank
+    from sedetect.stats.model import ModelStats
+
     merged = ModelStats.empty()
     for file in stats:
         state = ModelStats.load(file)
@@ -220,6 +238,9 @@ def merge_command(
 
 def _show(result: ModelProfile, output: Path | None) -> None:
     """Save first, then print."""
+    from sedetect.profiling.record import describe_run
+    from sedetect.ranking.rule import rank
+
     ranking = rank(result.stats, residual=result.residual)
     if output is not None:
         results = Results(output)

@@ -1,11 +1,12 @@
 """sedetect prune: a checkpoint with fewer experts."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sedetect.calibration.windows import Text
 from sedetect.cli.ranked import By, load_ranked
 from sedetect.cli.shared import (
     Attn,
@@ -21,20 +22,10 @@ from sedetect.cli.shared import (
     print_line,
     progress_bar,
 )
-from sedetect.compression.pruning import (
-    check_model,
-    check_prunable,
-    choose_kept,
-    prune_checkpoint,
-    read_config,
-    router_groups,
-)
-from sedetect.errors import SedetectError
 from sedetect.files import check_new_folder
-from sedetect.models.loading import Loading
-from sedetect.profiling.pipeline import profile_model
-from sedetect.ranking.rule import rank
-from sedetect.ranking.saliencies import check_saliency, saliency, super_places
+
+if TYPE_CHECKING:
+    pass
 
 
 @app.command("prune")
@@ -43,7 +34,9 @@ def prune_command(
     output: Annotated[Path, typer.Option("-o", "--output", help="the new checkpoint folder")],
     ratio: Annotated[float, typer.Option(help="share of each layer's experts to prune")] = 0.25,
     by: By = "reap",
-    protect: Annotated[str, typer.Option(help="super: keep super experts whatever their saliency; none")] = "super",
+    protect: Annotated[
+        Literal["super", "none"], typer.Option(help="super: keep super experts whatever their saliency")
+    ] = "super",
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
     data: Data = None,
     tokens: Tokens = 32768,
@@ -54,9 +47,20 @@ def prune_command(
     attn: Attn = None,
 ) -> None:
     """Write a checkpoint of MODEL (a folder) without the experts of each layer that have the lowest saliency."""
-    check_saliency(by)
-    if protect not in ("super", "none"):
-        raise SedetectError(f"--protect {protect}: is not known; use super or none")
+    from sedetect.calibration.windows import Text
+    from sedetect.compression.pruning import (
+        check_model,
+        check_prunable,
+        choose_kept,
+        prune_checkpoint,
+        read_config,
+        router_groups,
+    )
+    from sedetect.models.loading import Loading
+    from sedetect.profiling.pipeline import profile_model
+    from sedetect.ranking.rule import rank
+    from sedetect.ranking.saliencies import saliency, super_places
+
     check_prunable(model, ratio)
     check_new_folder(output)
     check_writable(output)

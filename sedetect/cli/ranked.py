@@ -1,27 +1,33 @@
 """What the commands that read statistics for compression share: the option --by, loading, and the table by layer."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from sedetect.cli.choices import Saliency
 from sedetect.cli.shared import console
-from sedetect.ranking.result import Ranking
-from sedetect.ranking.rule import rank
-from sedetect.ranking.saliencies import SALIENCIES, Saliencies
 from sedetect.results import Results
-from sedetect.stats.model import ModelStats
+
+if TYPE_CHECKING:
+    from sedetect.ranking.result import Ranking
+    from sedetect.ranking.saliencies import Saliencies
+    from sedetect.stats.model import ModelStats
 
 _SHOWN = 3  # experts at each end of a layer
 
-By = Annotated[str | None, typer.Option(help=f"a saliency: {', '.join(SALIENCIES)}")]
+By = Annotated[Saliency | None, typer.Option(help="a saliency")]
 
 
 def load_ranked(stats: Path) -> tuple[ModelStats, Ranking]:
     """Statistics and their ranking; by the residual stream too where the folder of a profile holds it."""
+    from sedetect.ranking.rule import rank
+
     results = Results(stats)
     state = results.stats()
     return state, rank(state, residual=results.residual())

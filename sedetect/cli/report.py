@@ -7,7 +7,6 @@ import typer
 
 from sedetect.cli.shared import app, check_writable, console, progress_bar
 from sedetect.errors import SedetectError
-from sedetect.report.evidence import load_evidence
 from sedetect.results import Results
 
 
@@ -21,6 +20,8 @@ def report_command(
 
     It shows the profile in DIR, and what ablate, analyze residual and analyze trace have written beside it.
     """
+    from sedetect.report.evidence import load_evidence
+
     try:
         from sedetect.report.write import write_figures, write_report
     except ModuleNotFoundError as error:

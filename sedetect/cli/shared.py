@@ -6,17 +6,20 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sedetect.checkpoints.files import source_name
 from sedetect.errors import Argument, SedetectError
 from sedetect.results import Results
 from sedetect.version import __version__
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -33,7 +36,8 @@ class _Console(Console):
 console = _Console(emoji=False)  # no text of a user is a picture
 stderr = _Console(stderr=True, emoji=False)
 
-Model = Annotated[str, typer.Argument(help="checkpoint folder or hub name", metavar="MODEL")]
+
+Model = Annotated[str, typer.Argument(help="checkpoint folder or hub name", metavar="MODEL", callback=source_name)]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="folder for the results")]
 Data = Annotated[str | None, typer.Option(help=".txt, .jsonl, .parquet, a folder of them, a hub data set")]
 Tokens = Annotated[int, typer.Option(help="calibration tokens")]
@@ -127,8 +131,10 @@ def plain_table(*columns: str, left: str = "") -> Table:
     return table
 
 
-def progress_bar(unit: str = "tokens") -> Progress:
+def progress_bar(unit: str = "tokens") -> "Progress":
     """A bar on stderr, on a terminal; elsewhere it would show nothing and leave an empty line."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     done = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     quiet = not stderr.is_terminal or not is_first_rank()
     return Progress(TextColumn("{task.description}"), *done, console=stderr, transient=True, disable=quiet)

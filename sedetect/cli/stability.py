@@ -1,13 +1,19 @@
 """sedetect stability: does the set depend on the thresholds, or on the text?"""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from sedetect.cli.compare import Json, Runs, load_runs
 from sedetect.cli.shared import app, console, print_line
-from sedetect.ranking.stability import Agreement, Grid, Stability, agreement, sensitivity
 from sedetect.results import Results
+
+if TYPE_CHECKING:
+    from sedetect.ranking.stability import Agreement, Grid
 
 _SHOWN = 20
 
@@ -20,6 +26,8 @@ def stability_command(stats: Runs, json: Json = None) -> None:
     where it was profiled --until-stable (disjoint shards of the text); several arguments with each other (profiles of
     one model on different text).
     """
+    from sedetect.ranking.stability import Stability, agreement, sensitivity
+
     runs = load_runs(stats)
     grids = {name: sensitivity(run) for name, run in runs.items()}
     results = Results(stats[0])

@@ -1,13 +1,14 @@
 """sedetect super-weights: the single weights behind the outliers of the super experts."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.table import Table
 
-from sedetect.calibration.windows import Text
 from sedetect.cli.shared import (
     Attn,
     Backend,
@@ -25,11 +26,9 @@ from sedetect.cli.shared import (
     console,
     progress_bar,
 )
-from sedetect.experiments.super_weights import SuperWeight, SuperWeights, find_super_weights
-from sedetect.models.loading import Loading, open_model
-from sedetect.models.measure import Measuring
-from sedetect.profiling.pipeline import profile_model
-from sedetect.ranking.rule import rank
+
+if TYPE_CHECKING:
+    from sedetect.experiments.super_weights import SuperWeight
 
 
 @app.command("super-weights")
@@ -51,6 +50,13 @@ def super_weights_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Profile MODEL, and divide the outlier of each super expert among the weights of its down_proj."""
+    from sedetect.calibration.windows import Text
+    from sedetect.experiments.super_weights import SuperWeights, find_super_weights
+    from sedetect.models.loading import Loading, open_model
+    from sedetect.models.measure import Measuring
+    from sedetect.profiling.pipeline import profile_model
+    from sedetect.ranking.rule import rank
+
     with progress_bar() as bar:
         task = bar.add_task("loading", total=None)
 

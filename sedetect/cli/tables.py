@@ -1,17 +1,21 @@
 """What a person reads of a profile: the table of super experts, the coverage line, and super_experts.json."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
-from sedetect.ranking.coverage import coverage, folded
-from sedetect.ranking.result import Ranking, SuperExpert
-from sedetect.stats.model import ModelStats
-from sedetect.stats.residual import Residual
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sedetect.ranking.result import Ranking, SuperExpert
+    from sedetect.stats.model import ModelStats
+    from sedetect.stats.residual import Residual
+
 
 _SHOWN = 12
 _STYLES = {"super": "bold green", "outlier": "yellow", "unsupported": "dim"}
@@ -88,6 +92,8 @@ def print_domains(console: Console, domains: dict[str, Ranking]) -> None:
 
 def print_run(console: Console, stats: ModelStats, seconds: float | None = None) -> None:
     """What was run: tokens, speed, backends, coverage, and everything the header notes."""
+    from sedetect.ranking.coverage import coverage, folded
+
     header = stats.header
     speed = f" in {seconds:.1f} s ({header.tokens / seconds:,.0f} tokens/s)" if seconds else ""
     served = sorted({backend for bank in header.banks.values() for backend in bank.backends})

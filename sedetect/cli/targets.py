@@ -1,18 +1,20 @@
 """What --experts and --ablate choose: super, names, random:N, top-frequency:N."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from sedetect.calibration.windows import Text
 from sedetect.cli.shared import console, progress_bar
 from sedetect.errors import Argument, SedetectError
-from sedetect.experiments.targets import Target, check_choice, choose_experts, needs_statistics
-from sedetect.models.identity import model_digest
-from sedetect.profiling.pipeline import profile_model
-from sedetect.ranking.rule import rank
 from sedetect.results import Results
-from sedetect.stats.model import ModelStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sedetect.calibration.windows import Text
+    from sedetect.experiments.targets import Target
+    from sedetect.stats.model import ModelStats
 
 
 def choose(
@@ -30,6 +32,10 @@ def choose(
 
     draw is the seed of random:N. Where "super" finds none, the headline is printed and the list is empty.
     """
+    from sedetect.experiments.targets import check_choice, choose_experts, needs_statistics
+    from sedetect.models.identity import model_digest
+    from sedetect.ranking.rule import rank
+
     state, residual = None, None
     try:
         check_choice(spec, model)
@@ -53,6 +59,8 @@ def choose(
 
 
 def _profile(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: str | None, text: Text) -> ModelStats:
+    from sedetect.profiling.pipeline import profile_model
+
     with progress_bar() as bar:
         task = bar.add_task("profile", total=None)
         return profile_model(

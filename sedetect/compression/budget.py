@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from sedetect.calibration.windows import Windows
 from sedetect.compression.pruning import choose_kept, router_groups
@@ -35,6 +34,9 @@ from sedetect.files import finite
 from sedetect.models.layers import run_tokens
 from sedetect.stats.model import ModelStats
 from sedetect.stats.place import BankId, Place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RATIOS = (0.125, 0.25, 0.5)
 Sizes = dict[BankId, tuple[int, int]]  # per routed bank: weights of one expert, number of experts
@@ -135,7 +137,7 @@ class Compressions:
 
 
 def make_budget(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     domains: dict[str, Windows],
     stats: ModelStats,
     experts: Sequence[Target],
@@ -237,20 +239,20 @@ class _Run:
     compressed: Callable[[], AbstractContextManager]
 
 
-def _pruned(model: PreTrainedModel, ratio: float, kept: list[Place], gone: list[Place], sizes: Sizes) -> _Run:
+def _pruned(model: "PreTrainedModel", ratio: float, kept: list[Place], gone: list[Place], sizes: Sizes) -> _Run:
     name = f"prune {100 * ratio:g} %"
     run = partial(ablate, model, gone, how="remove")
     return _Run(name, kept, 1 - _share(sizes, gone), (name, frozenset(gone)), run)
 
 
-def _quantized(model: PreTrainedModel, name: str, kept: list[Place], group: int, sizes: Sizes) -> _Run:
+def _quantized(model: "PreTrainedModel", name: str, kept: list[Place], group: int, sizes: Sizes) -> _Run:
     share = _share(sizes, kept)
     size = share + (1 - share) * _stored(model, name, group)
     return _Run(name, kept, size, (name, frozenset(kept)), partial(quantized_experts, model, name, kept, group=group))
 
 
 def _gone(
-    model: PreTrainedModel, stats: ModelStats, by: str, ratio: float, safe: list[Place], groups: int
+    model: "PreTrainedModel", stats: ModelStats, by: str, ratio: float, safe: list[Place], groups: int
 ) -> list[Place]:
     kept = choose_kept(stats, by, ratio, safe, groups=groups)
     return [place for place in routed_experts(model) if place.expert not in kept[place.bank]]
@@ -261,7 +263,7 @@ def _share(sizes: Sizes, experts: list[Place]) -> float:
     return sum(sizes[p.bank][0] for p in experts) / sum(one * e for one, e in sizes.values())
 
 
-def _stored(model: PreTrainedModel, name: str, group: int) -> float:
+def _stored(model: "PreTrainedModel", name: str, group: int) -> float:
     """Size of all routed experts in a format, relative to now."""
     before = after = 0.0
     for bank in routed_banks(model):

@@ -6,14 +6,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration.windows import Windows, batches
 from sedetect.errors import SedetectError
 from sedetect.models.layers import refuse_encoder_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     domains: dict[str, Windows],
     *,
     prefix: int,
@@ -95,8 +97,8 @@ def load_questions(path: str | os.PathLike[str]) -> list[Question]:
 
 @torch.no_grad()
 def exact_match(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     questions: list[Question],
     *,
     progress: Callable[[int], None] = lambda questions: None,

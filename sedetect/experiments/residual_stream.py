@@ -17,11 +17,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sedetect.calibration.windows import Windows
 from sedetect.errors import Argument, SedetectError
@@ -39,6 +38,9 @@ from sedetect.models.layers import (
 )
 from sedetect.stats.residual import Formation, LayerResidual, Residual, Writer, sink_decay
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 __all__ = ["Formation", "LayerResidual", "Residual", "Writer", "observe_residual", "sink_decay"]
 
 MIN_VALUE = 100.0
@@ -49,7 +51,7 @@ _PER_LAYER = 16  # formations kept of one layer and sequence, the largest
 
 @torch.no_grad()
 def observe_residual(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     domains: dict[str, Windows],
     *,
     prefix: int,
@@ -157,7 +159,7 @@ class _Seen:
 class _Observer:
     """Context manager: the hooks of a run, and what they saw. begin() before each sequence."""
 
-    def __init__(self, model: PreTrainedModel, prefix: int, min_value: float, min_ratio: float):
+    def __init__(self, model: "PreTrainedModel", prefix: int, min_value: float, min_ratio: float):
         self.prefix, self.min_value, self.min_ratio = prefix, min_value, min_ratio
         self.model = getattr(model, "_orig_mod", model)
         self.banks = [bank for bank in find_banks(self.model) if bank.id.stack == "decoder"]

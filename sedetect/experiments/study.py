@@ -11,9 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from sedetect.calibration.windows import Windows
 from sedetect.documents import Document
@@ -25,6 +23,9 @@ from sedetect.experiments.targets import Target, random_controls
 from sedetect.files import finite
 from sedetect.stats.place import Place
 from sedetect.stats.residual import Residual
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -137,8 +138,8 @@ class Trials:
 
 
 def run_experiment(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     domains: dict[str, Windows],
     experts: Sequence[Target],
     trials: Trials = Trials(),

@@ -16,11 +16,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sedetect.adapters.quantized import linear_weight
 from sedetect.calibration.windows import Windows
@@ -32,6 +31,9 @@ from sedetect.models.experts import expert_hidden
 from sedetect.models.layers import run_tokens
 from sedetect.ranking.result import Ranking, SuperExpert
 from sedetect.stats.place import BankId, Place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class SuperWeights(Document):
 
 @torch.no_grad()
 def find_super_weights(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     experts: Ranking | Iterable[SuperExpert],
     windows: Mapping[str, Windows] | Iterable[Windows],
     *,

@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration.windows import Windows, batches
 from sedetect.documents import Document
@@ -36,6 +35,9 @@ from sedetect.models.layers import run_tokens
 from sedetect.models.row_context import Batch
 from sedetect.models.tracking import TrackedModel
 from sedetect.stats.place import BankId, Place, parse_place
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KINDS = ("first", "special", "delimiter", "text", "unknown")
 _TOKENS = 20
@@ -139,11 +141,11 @@ class Traces(Document):
 
 @torch.no_grad()
 def trace_experts(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     domains: dict[str, Windows],
     experts: Iterable[Place],
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     batch_size: int = 8,
     top: int = 100,
     progress: Callable[[int], None] = lambda tokens: None,
@@ -249,7 +251,7 @@ class _Tracer:
 class _Texts:
     """All the text that was run, and what its tokens are: gives rows their groups."""
 
-    def __init__(self, domains: dict[str, Windows], tokenizer: PreTrainedTokenizerBase | None):
+    def __init__(self, domains: dict[str, Windows], tokenizer: "PreTrainedTokenizerBase | None"):
         self.domains, self.tokenizer = list(domains), tokenizer
         self.special = set() if tokenizer is None else set(tokenizer.all_special_ids)
         if tokenizer is not None:

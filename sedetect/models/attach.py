@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
-from transformers.integrations.moe import ExpertsInterface
 
+from sedetect.adapters.quantized import fp8_layers
 from sedetect.adapters.stacked import Adapter
 from sedetect.errors import SedetectError
 from sedetect.models.banks import Bank
@@ -69,7 +68,10 @@ def attach(
     shared = next((bank for bank, _ in calls if bank.here is not None and not computes), None)
     if shared is not None:
         raise SedetectError(f"{shared.path}: expert-parallel models are profiled, nothing else; load it on one device")
-    for interface in (ExpertsInterface, FP8ExpertsInterface):
+    from transformers.integrations.moe import ExpertsInterface
+
+    fp8 = fp8_layers()
+    for interface in (ExpertsInterface, *([] if fp8 is None else [fp8.FP8ExpertsInterface])):
         interface.register(NAME, experts_forward)
     with ExitStack() as undo:
         for bank, call in calls:

@@ -8,14 +8,16 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from sedetect.errors import SedetectError
 from sedetect.models.banks import Bank, layer_list
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Children of a decoder layer that mix tokens, unless they hold experts.
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "linear_attn", "mamba", "conv", "mixer")
@@ -46,7 +48,7 @@ def attention_weights(output: object, length: int) -> torch.Tensor | None:
     return weights[0] if bool((last >= 0).all() and (last.sum(-1) < 1.01).all()) else None
 
 
-def run_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
+def run_tokens(model: "PreTrainedModel", ids: torch.Tensor) -> None:
     """One forward over ids (B, L), without a cache, and without all logits but the last, where the model can do so.
 
     An encoder and its decoder read the same text.
@@ -62,14 +64,14 @@ def run_tokens(model: PreTrainedModel, ids: torch.Tensor) -> None:
     model(input_ids=ids, **wanted)
 
 
-def refuse_encoder_decoder(model: PreTrainedModel, what: str) -> None:
+def refuse_encoder_decoder(model: "PreTrainedModel", what: str) -> None:
     """Raise SedetectError for a model whose decoder does not read the text alone."""
     if model.config.is_encoder_decoder:
         raise SedetectError(f"{type(model).__name__}: has an encoder and a decoder; {what} takes a decoder-only model")
 
 
 @contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+def eager_attention(model: "PreTrainedModel") -> Iterator[None]:
     """Attention that returns its weights, while the context lasts. A model that cannot switch keeps what it has."""
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in list(configs.values()):

@@ -29,7 +29,7 @@ from transformers import (
 
 from sedetect.adapters.registry import serve_quantized
 from sedetect.calibration.windows import prefix_ids
-from sedetect.checkpoints.files import check_checkpoint, read_json
+from sedetect.checkpoints.files import check_checkpoint, read_json, source_name
 from sedetect.checkpoints.memory import choose_device, choose_dtype
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
 from sedetect.errors import Argument, SedetectError, shorten
@@ -47,7 +47,6 @@ _AUTO_CLASSES = (
     AutoModelForSeq2SeqLM,
     AutoModel,
 )
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def load_with_notes(
     path_or_name: str | os.PathLike[str], loading: Loading = Loading()
 ) -> tuple[PreTrainedModel, list[Note]]:
     """load_model, with notes of what it would warn about."""
-    name = _resolve(path_or_name)
+    name = source_name(path_or_name)
     if Path(name).is_dir():
         _refuse_unknown_type(Path(name), loading.trust_remote_code)
     device, dtype = choose_device(loading.device), choose_dtype(loading.dtype)
@@ -219,23 +218,13 @@ def load_tokenizer(
     path_or_name: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint folder or hub model. Raises SedetectError where there is none."""
-    name = _resolve(path_or_name)
+    name = source_name(path_or_name)
     with _one_line_errors(name, "tokenizer "):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     # without any tokenizer file transformers makes an empty one, which turns every text into no tokens
     if not tokenizer("a 1", add_special_tokens=False)["input_ids"]:
         raise SedetectError(f"{name}: no tokenizer in it; add the model's tokenizer.json and tokenizer_config.json")
     return tokenizer
-
-
-def _resolve(path_or_name: str | os.PathLike[str]) -> str:
-    """The name to give to transformers: an existing folder, or what can only be a hub name."""
-    name = str(path_or_name)
-    if Path(name).is_file():
-        raise SedetectError(f"{name}: is a file; give the folder of the checkpoint")
-    if not Path(name).is_dir() and not _HUB_NAME.fullmatch(name):
-        raise SedetectError(f"{name}: no such folder; give a checkpoint folder or a hub name (owner/name)")
-    return name
 
 
 def _refuse_unknown_type(folder: Path, trust_remote_code: bool) -> None:

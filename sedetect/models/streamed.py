@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,7 +29,6 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +39,9 @@ from sedetect.models.banks import find_banks
 from sedetect.models.layers import decoder_layers
 from sedetect.models.loading import Loading, load_with_notes, replaced_method
 from sedetect.stats.note import Note
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import LoadStateDictConfig
 
 
 class StreamedModel:
@@ -58,7 +60,7 @@ class StreamedModel:
         self,
         model: PreTrainedModel,
         files: list[str],
-        config: LoadStateDictConfig,
+        config: "LoadStateDictConfig",
         device: torch.device,
         layers: dict[str, nn.Module],
         first: float = 0.0,
@@ -127,7 +129,7 @@ class StreamedModel:
                     module._buffers[name] = torch.empty_like(buffer, device="meta")
         _give_back_freed_memory()
 
-    def _convert(self, tensors: dict[str, Any], config: LoadStateDictConfig) -> Any:
+    def _convert(self, tensors: dict[str, Any], config: "LoadStateDictConfig") -> Any:
         with _sequential_and_silent():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
         return info
@@ -175,12 +177,12 @@ def open_streamed(
     made: list[StreamedModel] = []
 
     def load_pretrained(
-        model: PreTrainedModel, state_dict: Any, files: list[str], config: LoadStateDictConfig, *_: Any
+        model: PreTrainedModel, state_dict: Any, files: list[str], config: "LoadStateDictConfig", *_: Any
     ) -> tuple[Any, None]:
         made.append(StreamedModel(model, files, config, device, layers_of(model), first))
         return made[0].loading_info, None
 
-    def finalize(model: PreTrainedModel, config: LoadStateDictConfig, info: Any) -> Any:
+    def finalize(model: PreTrainedModel, config: "LoadStateDictConfig", info: Any) -> Any:
         return original_finalize(model, replace(config, device_map={"": device}), info)
 
     original_finalize = PreTrainedModel._finalize_model_loading
@@ -226,7 +228,7 @@ def _sequential_and_silent() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _targets(model: PreTrainedModel, stored: dict[str, Any], config: LoadStateDictConfig) -> dict[str, str]:
+def _targets(model: PreTrainedModel, stored: dict[str, Any], config: "LoadStateDictConfig") -> dict[str, str]:
     """The model's name of every checkpoint key, or the first of them."""
     renamings = [entry for entry in config.weight_mapping or () if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in config.weight_mapping or () if isinstance(entry, WeightConverter)]

@@ -5,9 +5,9 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedConfig
 
 from sedetect.checkpoints.files import check_checkpoint
 from sedetect.checkpoints.staging import read_bytes
@@ -15,6 +15,9 @@ from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
 from sedetect.models.loading import Loading
 from sedetect.models.streamed import open_streamed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SAMPLE = 2**28  # bytes read to measure the bandwidth
 _TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token")
@@ -150,6 +153,6 @@ def _nbytes(module: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _top_k(config: PreTrainedConfig) -> int | None:
+def _top_k(config: "PreTrainedConfig") -> int | None:
     found = (getattr(config, name, None) for name in _TOP_K)
     return next((value for value in found if isinstance(value, int)), None)

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sedetect.calibration.windows import Calibration, Text, Windows, batches, calibration_windows, prefix_ids
 from sedetect.checkpoints.memory import too_large
@@ -20,12 +19,16 @@ from sedetect.experiments.residual_stream import Residual, observe_residual
 from sedetect.models.layers import run_tokens
 from sedetect.models.loading import Loading, OpenModel, open_model
 from sedetect.models.measure import Measuring
-from sedetect.models.streamed import StreamedModel, open_streamed
 from sedetect.profiling.profiler import SourcesProfile
-from sedetect.profiling.streaming import Streamed, stream_profile
 from sedetect.ranking.rule import rank
 from sedetect.stats.model import ModelStats, merge_all
 from sedetect.stats.note import Note, sorted_notes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sedetect.models.streamed import StreamedModel
+    from sedetect.profiling.streaming import Streamed
 
 ROUND_WINDOWS = 2  # of each domain per round: some thousand tokens, so that a round means much the same in every run
 
@@ -56,23 +59,23 @@ class ModelProfile:
     device: str = ""
     asked: int = 0
     interrupted: bool = False
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: "PreTrainedTokenizerBase | None" = None
     residual: Residual | None = None
     windows: dict[str, Windows] = field(default_factory=dict)
-    streamed: Streamed | None = None
+    streamed: "Streamed | None" = None
     rounds: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
     stable_after: int | None = None
     shards: list[ModelStats] = field(default_factory=list)
 
 
 def profile_model(
-    model: str | os.PathLike | PreTrainedModel,
+    model: "str | os.PathLike | PreTrainedModel",
     texts: str | os.PathLike | dict[str, list[str]] | None = None,
     *,
     text: Text = Text(),
     loading: Loading = Loading(),
     measuring: Measuring = Measuring(),
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     residual: int | None = None,
     until_stable: int | None = None,
     keep_rounds: bool = False,
@@ -126,6 +129,8 @@ def profile_model(
     prefix = prefix_ids(opened.tokenizer)
     first = next(iter(prefix), None)
     if streamed is not None:
+        from sedetect.profiling.streaming import stream_profile
+
         result.domains, result.streamed = stream_profile(
             streamed,
             opened.banks,
@@ -177,18 +182,20 @@ def _refuse_parts(name: str, streaming: bool, part: tuple[int, int]) -> None:
 
 
 def _open(
-    model: str | os.PathLike | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    model: "str | os.PathLike | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
     loading: Loading,
     streamed_part: tuple[int, int] | None,
-) -> tuple[OpenModel, StreamedModel | None]:
+) -> "tuple[OpenModel, StreamedModel | None]":
     """The model, and as what it is streamed where a part of a streamed profile is to run."""
     if streamed_part is None:
         return open_model(model, tokenizer, loading), None
+    from sedetect.models.streamed import open_streamed
+
     first, count = streamed_part
     made: list[StreamedModel] = []
 
-    def load(name: str | os.PathLike, loading: Loading) -> tuple[PreTrainedModel, list[Note]]:
+    def load(name: str | os.PathLike, loading: Loading) -> tuple["PreTrainedModel", list[Note]]:
         made.append(open_streamed(name, loading, first=first / count))
         return made[0].model, made[0].notes
 
@@ -209,7 +216,7 @@ def _planned(result: ModelProfile, calibration: Calibration, done: int, rounds: 
 
 def _observe(
     result: ModelProfile,
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     domains: dict[str, Windows],
     prefix: int,
     sequences: int,
@@ -268,7 +275,7 @@ class _Resident:
     """
 
     result: ModelProfile
-    model: PreTrainedModel
+    model: "PreTrainedModel"
     prof: SourcesProfile
     total: int
     progress: Callable[[str, int, int | None], None]

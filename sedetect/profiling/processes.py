@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from sedetect.errors import SedetectError
-from sedetect.profiling.pipeline import ModelProfile
 from sedetect.stats.model import merge_all
+
+if TYPE_CHECKING:
+    from sedetect.profiling.pipeline import ModelProfile
 
 _PATIENCE = timedelta(days=7)  # ranks wait for the slowest; that one died is seen at once, by its closed connection
 
@@ -51,7 +54,7 @@ class Ranks:
         torch.cuda.set_device(number)
         return f"cuda:{number}"
 
-    def run(self, measure: Callable[[], ModelProfile]) -> ModelProfile | None:
+    def run(self, measure: Callable[[], "ModelProfile"]) -> "ModelProfile | None":
         """measure() on every rank: all of it merged on rank 0, None on the others.
 
         Raises SedetectError on every rank where one raises it, or ends before it is done.

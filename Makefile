@@ -1,5 +1,6 @@
 # make profile   create the environment, install, and profile the bundled checkpoint
 # make test      create the environment, install, and run the tests (PYTEST: options for pytest)
+# make quick     those that a change most likely breaks: at most 3 minutes on two cores
 # make lint      ruff, mypy and the order of the packages
 # make wheel     sdist and wheel into dist/, checked, installed beside the environment's packages, and run
 # make pure      the same without a compiler
@@ -15,6 +16,13 @@ profile: $(VENV)/installed
 # A process for each core, with one thread.
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 $(PYTEST)
+
+# Not here: most of the architectures, the kernels in Triton's interpreter, streaming, and the studies of the proof.
+QUICK = place stats documents results files tables rows ranking saliency compare verdict plan checkpoint calibration \
+	kernels adapters profile pruning export
+quick: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 -m "not slow and not browser and not gpu" \
+		$(QUICK:%=tests/test_%.py) 'tests/test_conformance.py::test_family[qwen3_moe]' $(PYTEST)
 
 lint: $(VENV)/installed imports
 	$(VENV)/bin/ruff check
@@ -58,4 +66,4 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csr
 clean:
 	rm -rf $(VENV) build dist out *.egg-info sedetect/_C*.so sedetect/_cuda*.so
 
-.PHONY: profile test lint imports wheel pure fresh clean
+.PHONY: profile test quick lint imports wheel pure fresh clean

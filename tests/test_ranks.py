@@ -138,6 +138,7 @@ def assert_merged(stats: ModelStats, expected: ModelStats) -> None:
         assert state.equal(expected.banks[bank], sums_rtol=1e-12), bank
 
 
+@pytest.mark.slow  # ran is
 @pytest.mark.parametrize("how", ["--no-stream", "--stream"])
 def test_two_ranks_are_one(ran, expected, how):
     codes, printed, out = ran[how]
@@ -164,6 +165,7 @@ def test_parts_have_every_batch_once(checkpoint, data, expected):
             sedetect.profile_model(checkpoint, data, **settings, part=(0, 2), **{option: 1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "codes", "message"),
     [

@@ -127,6 +127,7 @@ print(json.dumps(resumed))
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(checkpoint, data, expected, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", KILLER, out, 10, "profile", checkpoint, "--data", data, "-o", out, *ARGS]

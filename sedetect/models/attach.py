@@ -9,7 +9,7 @@ attach returns what restores every object that was there. Experts outside the in
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -52,7 +52,7 @@ class SubstitutedDown(nn.Module):
 
 def attach(
     model: nn.Module,
-    calls: list[tuple[Bank, Callable[..., torch.Tensor]]],
+    calls: Sequence[tuple[Bank, Callable[..., torch.Tensor]]],
     *,
     computes: bool = False,
     innermost: bool = False,

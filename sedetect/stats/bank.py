@@ -7,6 +7,7 @@ agree to 1e-12 relative. The kernels mutate a BankStats on the device; files (se
 
 import math
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 
@@ -75,6 +76,18 @@ class BankStats:
     in_channel_sq: torch.Tensor | None = None
     coactivation: torch.Tensor | None = None
     published_max: torch.Tensor | None = None
+
+    # The columns of counts and sums, properties that are set below.
+    rows: ClassVar[torch.Tensor]
+    first_rows: ClassVar[torch.Tensor]
+    nonfinite: ClassVar[torch.Tensor]
+    over_fp16: ClassVar[torch.Tensor]
+    over_fp8: ClassVar[torch.Tensor]
+    gate_sum: ClassVar[torch.Tensor]
+    gate_first_sum: ClassVar[torch.Tensor]
+    norm_sum: ClassVar[torch.Tensor]
+    sqnorm_sum: ClassVar[torch.Tensor]
+    gate_norm_sum: ClassVar[torch.Tensor]
 
     @classmethod
     def empty(

@@ -359,4 +359,4 @@ def test_batches(tokenizer):
     assert [len(ids) for ids, _ in parts] == [3, 3, 1]
     assert torch.equal(torch.cat([ids for ids, _ in parts]), windows.ids)
     assert torch.equal(torch.cat([numbers for _, numbers in parts]), windows.numbers)
-    assert "--batch-size 0" in refusal(list, batches(windows, 0))
+    assert "batch_size 0: " in refusal(list, batches(windows, 0))

@@ -59,12 +59,13 @@ def _sizes(state: ModelStats, experts: list, model: Path | None) -> str:
     """One line: what each granularity costs, where the experts are otherwise stored in 4 bits."""
     from sedetect.compression.protect import GRANULARITIES, kept_experts
     from sedetect.compression.simulated import expert_sizes
-    from sedetect.models.identity import model_digest
-    from sedetect.models.loading import empty_model
 
     total = sum(s.num_experts for bank, s in state.banks.items() if bank.routed)
     sizes = None
     if model is not None:
+        from sedetect.models.identity import model_digest
+        from sedetect.models.loading import empty_model
+
         empty = empty_model(model)
         if model_digest(empty) != state.header.digest:
             raise SedetectError(

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from sedetect.adapters.forwards import forward_of, replace_forward
 from sedetect.adapters.quantized import linear_weight
+from sedetect.adapters.stacked import as_experts
 from sedetect.errors import SedetectError
 from sedetect.models.attach import attach, run_inner
 from sedetect.models.banks import Bank, find_banks
@@ -141,7 +142,7 @@ def _without_experts(
     for expert, channel, intermediate in off.weights:
         # One product taken out of the sum; the expert's intermediate state is computed once more for that.
         h = expert_hidden(module, x.reshape(-1, x.shape[-1]), expert)[:, intermediate]
-        experts: Any = module
+        experts = as_experts(module)
         weight = experts.down_proj[expert]
         weight = weight[intermediate, channel] if experts.is_transposed else weight[channel, intermediate]
         gate = (kept * (rows & (index == expert))).sum(1)

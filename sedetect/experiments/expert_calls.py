@@ -3,11 +3,12 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from sedetect.adapters.stacked import as_experts
 from sedetect.models.attach import run_inner
 from sedetect.models.banks import Bank
 from sedetect.models.experts import expert_output
@@ -48,8 +49,7 @@ class ExpertCalls:
                 if 0 <= expert < bank.experts and gate and bank.hidden == width:
                     y = expert_output(bank.module, x[token : token + 1], expert)
                     if getattr(bank.module, "has_post_expert_norm", False):
-                        norm: Any = bank.module.post_expert_norm
-                        y = norm(y)
+                        y = as_experts(bank.module).post_expert_norm(y)
                     yield Written(Place(*bank.id, expert), gate, gate * float(y[0, channel]))
         for bank, y in self._single[layer]:
             if y.shape == shape:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from sedetect.adapters.quantized import linear_weight
+from sedetect.adapters.stacked import as_experts
 from sedetect.calibration.windows import Windows
 from sedetect.documents import Document
 from sedetect.errors import SedetectError
@@ -234,7 +235,7 @@ def _resolve(
                 "give the model and precision that were profiled"
             )
         h = expert_hidden(module, x[row : row + 1], expert.number)[0]
-        experts: Any = module
+        experts = as_experts(module)
         weight = experts.down_proj[expert.number]
         weight = weight[:, channel] if experts.is_transposed else weight[channel]
         bias = experts.down_proj_bias[expert.number][channel] if experts.has_bias else None

@@ -1,4 +1,4 @@
-"""Do the tools themselves select what the protect lists mean? Run by hand; the tests hold each rule by its documentation.
+"""Do the tools themselves select what the protect lists mean? Run by hand; the tests hold each rule as documented.
 
     python tests/check_exports.py [STATS]
 

@@ -6,8 +6,8 @@
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py triton
 
 The same with cuda in the place of triton. Prints a line for each case, after comparing it with the torch backend's
-result on the CPU. With initcheck, rows of no expert are left out where a gate that is not fused would compute on what they
-hold, which nobody reads. Without a GPU the Triton kernels run interpreted, to see that the script works.
+result on the CPU. With initcheck, rows of no expert are left out where a gate that is not fused would compute on what
+they hold, which nobody reads. Without a GPU the Triton kernels run interpreted, to see that the script works.
 """
 
 import sys
@@ -34,7 +34,7 @@ def run(backend: str, dtype: torch.dtype, shape: tuple[int, ...], fused: bool) -
     call = make_call(shape, dtype, 1, sentinels=fused or not INITCHECK)
     moved = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
     how = {} if fused else {"gate": swiglu}
-    tokens, _, experts, hidden, intermediate = shape
+    tokens, _, experts, _, intermediate = shape
     rows, served = make_rows(tokens, 1), []
     state, reference = BankStats.empty(experts, DEVICE), BankStats.empty(experts)
     note = lambda name, why: served.append(name)  # noqa: E731

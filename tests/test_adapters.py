@@ -1,4 +1,4 @@
-"""Experts outside the experts interface: a ModuleList of them, as remote code has it, is measured as stacked ones are."""
+"""Experts outside the experts interface: a ModuleList of them, as in remote code, is measured as stacked ones are."""
 
 import copy
 import pickle

@@ -68,7 +68,7 @@ def test_formats_of_special_weights():
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
 def test_quantized_experts_compute_with_the_rounded_weights(name):
-    """As a model whose parameters are replaced, but for the kept expert; and every parameter is as it was afterwards."""
+    """As a model whose parameters are replaced, but for the kept expert; afterwards every parameter is as it was."""
     model, edited = random_model(name), random_model(name)
     ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(0))
     layer = 2

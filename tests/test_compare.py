@@ -106,7 +106,7 @@ def test_correlation_is_over_routed_and_shared_experts():
 
 
 def test_models_that_do_not_match_are_named():
-    runs = series(layer(1000)) + [model({(0, "routed"): layer(1000), (1, "routed"): layer(9)}, 2)]
+    runs = [*series(layer(1000)), model({(0, "routed"): layer(1000), (1, "routed"): layer(9)}, 2)]
     with pytest.raises(SedetectError, match="bank decoder.1.routed: small has no such bank, big has 100 experts"):
         compare(runs, ["small", "big"])
     with pytest.raises(SedetectError, match="1 runs and 1 names; give two or more"):

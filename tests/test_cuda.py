@@ -354,7 +354,7 @@ def test_what_it_cannot_serve_goes_to_triton_with_the_reason(backend):
     }
     for reason, call in cases.items():
         served = []
-        note = lambda *what: served.append(what)  # noqa: E731
+        note = lambda *what, served=served: served.append(what)  # noqa: E731
         any_moe_mlp(on_device(call), state=BankStats.empty(4, DEVICE), backend="cuda", served=note)
         ((name, why),) = served
         assert name == "triton" and reason in why

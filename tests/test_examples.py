@@ -79,7 +79,7 @@ def test_choose(script, stats):
 def test_quantize_changes_all_but_the_kept(script, stats, bits):
     model = AutoModelForCausalLM.from_pretrained(TINY).eval()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    keep, rest = script.choose(stats, out_max=500, min_rows=0)
+    _, rest = script.choose(stats, out_max=500, min_rows=0)
     script.quantize(model, stats, rest, bits)
     for name, after in model.named_parameters():
         if not name.endswith("experts.down_proj"):

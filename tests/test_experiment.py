@@ -38,8 +38,8 @@ def experiment(subject):
 def test_the_super_expert_shows_all_signs(experiment):
     """tests/data/tiny-moe/README.md: perplexity, sinks and the residual maximum all depend on L1E28 at BOS.
 
-    The residual maximum at BOS is the same on every text: the model card's, to 1e-3. Perplexity moves with the text; the
-    card has +11 to +19 % by set.
+    The residual maximum at BOS is the same on every text: the model card's, to 1e-3. Perplexity moves with the text;
+    the card has +11 to +19 % by set.
     """
     base, main_run = experiment.baseline, experiment.outcomes[0]
     assert main_run.experts == ["L1E28"] and main_run.how == "skip"
@@ -136,7 +136,8 @@ def test_choosing_experts(subject):
     for spec, said in (
         ("random:0", "is no number"), ("random:999", "is no number"), ("best", "not the name of an expert"),
         ("L9E32", "no such expert"), ("L8shared", "no such expert"), ("L1E28[256,0]", "its down_proj is 256 x 48"),
-        ("super:3", "not the name"), ("top-frequency", "is no number"), ("L1E28[101", "not the name of a weight"), ("L1E28[1,2,3]", "not the name of a weight"),
+        ("super:3", "not the name"), ("top-frequency", "is no number"), ("L1E28[101", "not the name of a weight"),
+        ("L1E28[1,2,3]", "not the name of a weight"),
     ):  # fmt: skip
         with pytest.raises(SedetectError, match=said):
             choose_experts(spec, model, stats)

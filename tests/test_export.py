@@ -1,4 +1,4 @@
-"""Exports: what each form selects, by the matching rule of its tool; tests/check_exports.py runs the tools themselves."""
+"""Exports: what each form selects, by the matching rule of its tool; tests/check_exports.py runs the tools."""
 
 import json
 import re

@@ -76,7 +76,7 @@ def test_what_they_print(folder, results):
 
 def test_tables(results, marked):
     assert marked == {"L1E28": "super", "L9E7": "outlier"}
-    for kind, result in results.items():
+    for result in results.values():
         cells = layers_table(result)
         assert [row[0] for row in cells.rows] == ["L1", "L9"] and {len(row) for row in cells.rows} == {
             len(cells.columns)
@@ -90,7 +90,7 @@ def test_tables(results, marked):
 
 
 def test_every_picture_marks_the_super_expert(results, marked):
-    for kind, result in results.items():
+    for result in results.values():
         names = set()
         for picture in pictures_of(result, marked, page=False):
             assert picture.name not in names and any(picture.data.values())
@@ -285,7 +285,7 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize("name", [*CONFIGS, "mixtral"])
 def test_five_architectures(checkpoints, kind, name, tmp_path):
     options = ("--pairs", 2) if kind == "weights" else SHORT
-    code, out, err = run("analyze", kind, checkpoints[name], "-o", tmp_path, *options)
+    code, _, err = run("analyze", kind, checkpoints[name], "-o", tmp_path, *options)
     assert code == 0, err
     result = Analysis.load(file_of(tmp_path, kind), kind)
     assert result.layers and all(layer.arrays for layer in result.layers.values())

@@ -117,7 +117,7 @@ def test_statistics_equal_those_of_an_independent_loop():
     model.set_experts_implementation("grouped_mm")
     with sedetect.profile(model) as prof:
         model(input_ids=ids)
-    for layer, (bank, state) in enumerate(prof.stats.banks.items()):
+    for layer, state in enumerate(prof.stats.banks.values()):
         in_max = state.in_max[:, 0, 0].clamp(min=0).to(torch.int32).view(torch.float32)
         for e in range(8):
             rows, out_max, h_max, gate_norm, norm = recorder.seen.get((layer, e), [0, 0, 0, 0, 0])

@@ -36,7 +36,18 @@ PUBLISHED = {
     ),
     "Mixtral-8x7B": (["L1E3"], [5600, 302, 286, 258, 253, 230, 200, 180, 150, 139], (32, 0, 8, False, 192), []),
     "DeepSeek-R1": (
-        "L8E24 L8shared L12E190 L13E64 L14E202 L14shared L22shared L33E64 L33shared L35shared".split(),
+        [
+            "L8E24",
+            "L8shared",
+            "L12E190",
+            "L13E64",
+            "L14E202",
+            "L14shared",
+            "L22shared",
+            "L33E64",
+            "L33shared",
+            "L35shared",
+        ],
         [616, 536, 171, 143, 143, 120, 100, 90, 80, 67],
         (61, 3, 256, True, 11051),
         [],
@@ -75,7 +86,7 @@ def test_published_values_give_the_published_set(name):
 
 def test_layer_condition_comes_before_percentile_and_maximum():
     quiet = [1.0] * 300
-    banks = {(l, "routed"): bank([900.0] + quiet if l == 2 else quiet) for l in range(7)}
+    banks = {(l, "routed"): bank([900.0, *quiet] if l == 2 else quiet) for l in range(7)}
     banks[7, "routed"] = bank([1e6] * 3 + quiet)
     ranking = rank(model(banks, 8))
     assert names(ranking.super_experts) == ["L2E0"] and ranking.maximum == 900

@@ -117,7 +117,7 @@ def test_more_tokens_are_the_fewest_that_do(rows, tokens):
 def test_thin_experts():
     stats = synthetic_stats(3, 6)
     wanted = {"L0E2": 0, "L2E5": 31, "L1E0": 1}
-    for bank, state in stats.banks.items():
+    for state in stats.banks.values():
         state.counts[:, 0] = 32
     stats.banks[BankId("decoder", 0, "routed")].counts[2, 0] = 0
     stats.banks[BankId("decoder", 2, "routed")].counts[5, 0] = 31
@@ -256,9 +256,11 @@ def test_contexts_are_where_the_token_stands(tiny_profile, stats):
     tokenizer = load_tokenizer(TINY)
     windows = {}
     for domain in sedetect.calibration.texts.DOMAINS:
-        for part in sedetect.calibration.windows.make_windows(
-            tokenizer, {domain: sedetect.calibration.texts.load_texts()[domain]}, tokens=512, seq_len=128, seed=None, chat_template=False
-        ).domains.values():  # fmt: skip
+        texts = {domain: sedetect.calibration.texts.load_texts()[domain]}
+        made = sedetect.calibration.windows.make_windows(
+            tokenizer, texts, tokens=512, seq_len=128, seed=None, chat_template=False
+        )
+        for part in made.domains.values():
             windows |= {(part.source, int(n)): ids.tolist() for n, ids in zip(part.numbers, part.ids)}
     sources = sorted(stats.header.sources)
     wanted = set()
@@ -302,7 +304,7 @@ def test_a_profile_alone_gives_a_page(tiny_profile, tmp_path):
 
 
 def test_sections_appear_with_their_data(full):
-    folder, out = full
+    folder, _ = full
     page = Page((folder / "report.html").read_text())
     assert [i.removeprefix("chart-") for i in page.ids if i.startswith("chart-")] == EVERY
     ablation = json.loads((folder / "ablation.json").read_text())

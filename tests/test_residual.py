@@ -199,7 +199,7 @@ def test_attention_and_experts_explain_every_jump(name):
 
 def test_shares_where_the_layer_scales_its_experts(residual):
     """GraniteMoe multiplies blocks by residual_multiplier: every share is larger by that, and share_of undoes it."""
-    (formation,) = [f for f in residual.formations[:1]]
+    (formation,) = residual.formations[:1]
     scaled = replace(
         formation,
         attention=formation.attention / 0.22,

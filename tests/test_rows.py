@@ -78,7 +78,7 @@ def test_padding(model, side, batches):
         for _ in range(batches):
             model(input_ids=ids, attention_mask=mask)
     assert_rows(prof.stats, dict(enumerate(texts * batches)))
-    assert list(prof.stats.header.sources.values())[0].ranges == [[0, 3 * batches]]
+    assert next(iter(prof.stats.header.sources.values())).ranges == [[0, 3 * batches]]
 
 
 def test_positional_arguments_and_no_mask(model):
@@ -323,7 +323,7 @@ def test_packed_sequences(model):
             prof.batch(sequence_ids=owner, **given)
             model(input_ids=ids, position_ids=positions)
         assert_rows(prof.stats, {40 + i: text for i, text in enumerate(texts)})
-        assert list(prof.stats.header.sources.values())[0].ranges == [[40, 43]]
+        assert next(iter(prof.stats.header.sources.values())).ranges == [[40, 43]]
 
 
 def test_explicit_mask_and_ids(model):

@@ -108,7 +108,7 @@ def check_layer(family, tensors, result, bank):
 
 
 def test_a_matrix_that_an_expert_does_not_have():
-    """A dense MLP without a gate beside experts with one: nothing is known of its gate, which is not a gate of zeros."""
+    """A dense MLP without a gate beside experts with one: nothing is known of its gate, which is none of zeros."""
     routed = {name: torch.randn(3, 8, 4) for name in ("gate", "up", "down")}
     dense = {name: torch.randn(1, 8, 4) for name in ("up", "down")}
     found = analyze_group([routed, dense], None, [])
@@ -142,7 +142,7 @@ def test_tiny_moe(tiny):
 def test_the_largest_weight_of_down_tells_the_two_outlier_experts(tiny):
     """What docs/look-inside.md says: far above their layers in it, and in no norm."""
     ratios = {}
-    for bank, layer in tiny.layers.items():
+    for layer in tiny.layers.values():
         for expert, name in enumerate(layer.members):
             found = standings(layer, expert)
             ratios[name] = found["largest of down"].value / found["largest of down"].median

@@ -27,9 +27,13 @@ class Result(NamedTuple):
 def run(*args) -> Result:
     """`sedetect ARGS` in this process."""
     out, err = io.StringIO(), io.StringIO()
-    with mock.patch.object(sys, "argv", ["sedetect", *map(str, args)]), redirect_stdout(out), redirect_stderr(err):
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+    with (
+        mock.patch.object(sys, "argv", ["sedetect", *map(str, args)]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        cli.main()
     return Result(ended.value.code, out.getvalue(), err.getvalue())
 
 

@@ -28,12 +28,21 @@ CONFIGS = {
     ),
     # layer 0 dense, a sigmoid router, shared experts
     "deepseek_v3": lambda: DeepseekV3Config(
-        **COMMON | {"num_key_value_heads": 4}, n_routed_experts=8, moe_intermediate_size=24, first_k_dense_replace=1,
-        n_group=2, topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-    ),  # fmt: skip
+        **COMMON | {"num_key_value_heads": 4},
+        n_routed_experts=8,
+        moe_intermediate_size=24,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+    ),
     # interleaved clamped gate, biases, transposed weights
     "gpt_oss": lambda: GptOssConfig(**COMMON | {"intermediate_size": 24}, num_local_experts=8, head_dim=8),
-}  # fmt: skip
+}
 
 
 def random_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from sedetect.calibration.texts import load_texts
 from sedetect.calibration.windows import Text, Windows, make_windows
-from sedetect.cli import app
+from sedetect.cli import load
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
 from sedetect.experiments.residual_stream import Residual, Writer, observe_residual, sink_decay
@@ -290,7 +290,7 @@ def test_the_document(residual):
 
 def test_the_command(tmp_path):
     arguments = ["--dtype", "float32", "--sequences", "2", "--seq-len", "128", "--tokens", "1024", "--ablate", "super"]
-    result = CliRunner().invoke(app, ["analyze", "residual", str(TINY), *arguments, "-o", str(tmp_path)])
+    result = CliRunner().invoke(load(), ["analyze", "residual", str(TINY), *arguments, "-o", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "massive activations form in L1, written by L1E28" in result.output
     assert "without L1E28" in result.output and "D_sink" in result.output
@@ -305,7 +305,7 @@ def test_the_command(tmp_path):
 def test_the_command_refuses(tmp_path):
     for option in (["--sequences", "0"], ["--ablate", "nothing"], ["--ablate", "L1E99"]):
         arguments = ["--seq-len", "32", "--tokens", "128", *option, "-o", str(tmp_path / "out")]
-        result = CliRunner().invoke(app, ["analyze", "residual", str(TINY), *arguments])
+        result = CliRunner().invoke(load(), ["analyze", "residual", str(TINY), *arguments])
         assert isinstance(result.exception, SedetectError), option
         assert not (tmp_path / "out").exists()
 

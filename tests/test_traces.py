@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import sedetect
 from sedetect.calibration.texts import load_texts
 from sedetect.calibration.windows import Windows, make_windows
-from sedetect.cli import app
+from sedetect.cli import load
 from sedetect.errors import SedetectError
 from sedetect.experiments.traces import bucket_name, is_delimiter, trace_experts
 from sedetect.models.attach import SubstitutedDown, is_attached
@@ -184,7 +184,7 @@ def test_delimiters_and_buckets():
 def test_the_command(tmp_path):
     """Token texts are escaped: a markup tag in one would break the table, or vanish."""
     arguments = ["--seq-len", "64", "--tokens", "512", "-o", str(tmp_path)]
-    result = CliRunner().invoke(app, ["analyze", "trace", str(TINY), "--experts", "super", *arguments])
+    result = CliRunner().invoke(load(), ["analyze", "trace", str(TINY), "--experts", "super", *arguments])
     assert result.exit_code == 0, result.output
     assert "L1E28: " in result.output and "'<|bos|>'" in result.output
     assert all(len(line) <= 80 for line in result.output.splitlines() if line.startswith(" "))
@@ -202,8 +202,8 @@ def test_the_command_without_a_super_expert(tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     arguments = [str(tmp_path / "model"), "--seq-len", "64", "--tokens", "512"]
-    result = CliRunner().invoke(app, ["analyze", "trace", *arguments])
+    result = CliRunner().invoke(load(), ["analyze", "trace", *arguments])
     assert result.exit_code == 0 and "--experts super: no super expert" in result.output
-    result = CliRunner().invoke(app, ["analyze", "residual", *arguments, "--sequences", "2", "--ablate", "super"])
+    result = CliRunner().invoke(load(), ["analyze", "residual", *arguments, "--sequences", "2", "--ablate", "super"])
     assert result.exit_code == 0 and "no massive activation that a later layer carries" in result.output
     assert "D_sink" not in result.output

@@ -5,46 +5,39 @@ Options, messages and tables. What is computed belongs in the packages below, wh
 
 import os
 import sys
+from importlib import import_module
 from typing import NoReturn
 
 import typer
 
-from sedetect.cli import (
-    ablate,
-    analyze_experts,
-    analyze_residual,
-    budget,
-    compare,
-    export,
-    plan,
-    profile,
-    prune,
-    report,
-    stability,
-    super_weights,
-)
 from sedetect.cli.shared import app, flag, is_first_rank, stderr
 from sedetect.errors import SedetectError
 
-__all__ = [
-    "ablate",
-    "analyze_experts",
-    "analyze_residual",
-    "app",
-    "budget",
-    "compare",
-    "export",
-    "main",
-    "plan",
-    "profile",
-    "prune",
-    "report",
-    "stability",
-    "super_weights",
-]
+# The modules that have a command, in the order of the help. Only those of the command that is run are imported.
+COMMANDS = {
+    "profile": ("profile",),
+    "rank": ("profile",),
+    "merge": ("profile",),
+    "ablate": ("ablate",),
+    "analyze": ("analyze_residual", "analyze_experts"),
+    "budget": ("budget",),
+    "compare": ("compare",),
+    "export": ("export",),
+    "plan": ("plan",),
+    "prune": ("prune",),
+    "report": ("report",),
+    "stability": ("stability",),
+    "super-weights": ("super_weights",),
+}
+UsageError = typer.BadParameter.__base__  # typer brings a click of its own
 
 
-UsageError = typer.BadParameter.__base__  # typer brings its own click
+def load(command: str | None = None) -> typer.Typer:
+    """The application with a command; with all of them where none has this name."""
+    chosen = [command] if command in COMMANDS else COMMANDS
+    for module in dict.fromkeys(module for name in chosen for module in COMMANDS[name]):
+        import_module(f"sedetect.cli.{module}")
+    return app
 
 
 def main() -> None:
@@ -57,7 +50,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        sys.exit(app(standalone_mode=False))
+        command = next(iter(sys.argv[1:]), None)
+        sys.exit(load(command)(standalone_mode=False) or 0)
     except UsageError as error:
         text = error.format_message().rstrip(".")
         if text:  # without arguments the help was shown

@@ -7,12 +7,14 @@ together with the texts of tokens, which take the tokenizer and the calibration 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sedetect.documents import Document
 from sedetect.kernels.records import decode
-from sedetect.profiling.pipeline import ModelProfile
 from sedetect.ranking.result import Ranking
+
+if TYPE_CHECKING:
+    from sedetect.profiling.pipeline import ModelProfile
 
 KEPT = 3  # of an expert's strongest rows on first tokens, and as many on all others
 BEFORE, AFTER = 24, 12  # tokens of a context
@@ -67,7 +69,7 @@ class Run(Document):
         return cls(**fields)
 
 
-def describe_run(result: ModelProfile, ranking: Ranking) -> Run:
+def describe_run(result: "ModelProfile", ranking: Ranking) -> Run:
     """What there is to say of a profile that has a tokenizer; ranking names the experts whose contexts are kept."""
     text_of, banks = result.tokenizer.decode, result.stats.banks
     peaks = {peak.token_id for state in banks.values() for peak in decode(state.peak()) if peak is not None}

@@ -6,9 +6,9 @@ from . import ops as ops
 from . import ranking as ranking
 from . import stats as stats
 from .calibration.windows import Text as Text
+from .checkpoints.options import Loading as Loading
 from .errors import SedetectError as SedetectError
 from .models.identity import model_digest as model_digest
-from .models.loading import Loading as Loading
 from .models.measure import Measuring as Measuring
 from .profiling.pipeline import ModelProfile as ModelProfile
 from .profiling.pipeline import profile_model as profile_model

@@ -11,8 +11,9 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from sedetect.checkpoints.files import check_checkpoint, weights_digest
+from sedetect.checkpoints.options import Loading
 from sedetect.errors import SedetectError
-from sedetect.models.loading import Loading, _check_loaded, load_model, load_tokenizer
+from sedetect.models.loading import _check_loaded, load_model, load_tokenizer
 
 TINY = Path(__file__).parent / "data" / "tiny-moe"
 SHARD = "model-00002-of-00003.safetensors"

@@ -26,9 +26,9 @@ from sedetect.analysis.weights import (
     standings,
     stray,
 )
+from sedetect.checkpoints.options import Loading
 from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
-from sedetect.models.loading import Loading
 from sedetect.models.routers import find_router
 from sedetect.stats.place import BankId
 

@@ -16,7 +16,7 @@ summed in float64.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -35,12 +35,14 @@ from sedetect.analysis.common import (
 )
 from sedetect.analysis.matrices import NAMES, expert_matrices
 from sedetect.checkpoints.files import check_checkpoint
+from sedetect.checkpoints.options import Loading
 from sedetect.errors import Argument, SedetectError
 from sedetect.models.banks import Bank, find_banks, find_dense, layer_path
 from sedetect.models.identity import model_name
-from sedetect.models.loading import Loading
 from sedetect.models.routers import find_router
-from sedetect.models.streamed import StreamedModel, open_streamed
+
+if TYPE_CHECKING:
+    from sedetect.models.streamed import StreamedModel
 
 COMPONENTS = 3
 _CHUNK = 2**26  # elements that are in float32 at a time
@@ -425,9 +427,13 @@ def check_installed() -> None:
         ) from None
 
 
-def _open(path: str | Path, loading: Loading, layers_of: Callable[[nn.Module], dict[str, nn.Module]]) -> StreamedModel:
+def _open(
+    path: str | Path, loading: Loading, layers_of: Callable[[nn.Module], dict[str, nn.Module]]
+) -> "StreamedModel":
     if Path(path).is_dir():
         check_checkpoint(path)
+    from sedetect.models.streamed import open_streamed
+
     return open_streamed(path, loading, weights=False, layers_of=layers_of)
 
 

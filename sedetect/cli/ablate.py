@@ -63,9 +63,10 @@ def ablate_command(
 ) -> None:
     """Switch experts of MODEL off at dispatch and measure what it costs, beside random controls."""
     from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
+    from sedetect.checkpoints.options import Loading
     from sedetect.experiments.ablation import HOW
     from sedetect.experiments.study import Trials, run_experiment
-    from sedetect.models.loading import Loading, open_model
+    from sedetect.models.loading import open_model
 
     if output is not None:
         check_writable(output)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sedetect.analysis.common import Analysis, LayerArrays
     from sedetect.analysis.tables import Cells
     from sedetect.calibration.windows import Text
-    from sedetect.models.loading import Loading
+    from sedetect.checkpoints.options import Loading
     from sedetect.ranking.result import Ranking
     from sedetect.stats.model import ModelStats
 
@@ -77,7 +77,7 @@ def weights_command(
     """How alike the experts of MODEL are in their weights, layer by layer, without running it."""
     from sedetect.analysis.common import parse_layers
     from sedetect.analysis.weights import analyze_weights
-    from sedetect.models.loading import Loading
+    from sedetect.checkpoints.options import Loading
 
     known = _check(stats, output, figures)
     with progress_bar("layers") as bar:
@@ -117,7 +117,7 @@ def outputs_command(
     from sedetect.analysis.common import parse_layers
     from sedetect.analysis.outputs import analyze_outputs
     from sedetect.calibration.windows import Text
-    from sedetect.models.loading import Loading
+    from sedetect.checkpoints.options import Loading
 
     known = _check(stats, output, figures)
     run = partial(analyze_outputs, layers=parse_layers(layers), batch_size=batch_size, backend=backend)
@@ -149,7 +149,7 @@ def routing_command(
     from sedetect.analysis.common import parse_layers
     from sedetect.analysis.routing import analyze_routing
     from sedetect.calibration.windows import Text
-    from sedetect.models.loading import Loading
+    from sedetect.checkpoints.options import Loading
 
     known = _check(stats, output, figures)
     run = partial(analyze_routing, layers=parse_layers(layers), batch_size=batch_size)

@@ -75,8 +75,9 @@ def residual_command(
     --tokens is the text of the profile that 'super' needs; observed are --sequences windows.
     """
     from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
+    from sedetect.checkpoints.options import Loading
     from sedetect.experiments.ablation import ablate
-    from sedetect.models.loading import Loading, open_model
+    from sedetect.models.loading import open_model
     from sedetect.stats.residual import Observation
 
     if output is not None:
@@ -123,8 +124,9 @@ def trace_command(
 ) -> None:
     """When and where chosen experts of MODEL fire: at which positions and tokens, and how strongly."""
     from sedetect.calibration.windows import Text, calibration_windows
+    from sedetect.checkpoints.options import Loading
     from sedetect.experiments.traces import trace_experts
-    from sedetect.models.loading import Loading, open_model
+    from sedetect.models.loading import open_model
     from sedetect.stats.place import Weight
 
     if output is not None:

@@ -61,12 +61,13 @@ def budget_command(
 ) -> None:
     """Perplexity of MODEL against compression of its experts, with and without its super experts kept as they are."""
     from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
+    from sedetect.checkpoints.options import Loading
     from sedetect.compression.budget import RATIOS, Compressions, held_out, make_budget
     from sedetect.compression.pruning import check_ratio
     from sedetect.compression.simulated import FORMATS, bits_of, expert_sizes
     from sedetect.experiments.targets import check_choice, choose_experts
     from sedetect.models.identity import model_digest
-    from sedetect.models.loading import Loading, open_model
+    from sedetect.models.loading import open_model
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.rule import rank
     from sedetect.ranking.saliencies import super_places

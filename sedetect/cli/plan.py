@@ -25,7 +25,7 @@ def plan_command(
 ) -> None:
     """Size, experts, memory and reading time of the checkpoint folder MODEL, without loading it."""
     from sedetect.checkpoints.memory import choose_device, size
-    from sedetect.models.loading import Loading
+    from sedetect.checkpoints.options import Loading
     from sedetect.profiling.estimate import make_plan, measure_read
 
     place = choose_device(device)

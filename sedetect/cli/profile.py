@@ -108,7 +108,7 @@ def profile_command(
 
             from sedetect.calibration.windows import Text
             from sedetect.checkpoints.memory import too_large
-            from sedetect.models.loading import Loading
+            from sedetect.checkpoints.options import Loading
             from sedetect.models.measure import Measuring
             from sedetect.profiling.pipeline import profile_model
 

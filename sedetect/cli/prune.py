@@ -48,6 +48,7 @@ def prune_command(
 ) -> None:
     """Write a checkpoint of MODEL (a folder) without the experts of each layer that have the lowest saliency."""
     from sedetect.calibration.windows import Text
+    from sedetect.checkpoints.options import Loading
     from sedetect.compression.pruning import (
         check_model,
         check_prunable,
@@ -56,7 +57,6 @@ def prune_command(
         read_config,
         router_groups,
     )
-    from sedetect.models.loading import Loading
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.rule import rank
     from sedetect.ranking.saliencies import saliency, super_places

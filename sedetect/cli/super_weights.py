@@ -51,8 +51,9 @@ def super_weights_command(
 ) -> None:
     """Profile MODEL, and divide the outlier of each super expert among the weights of its down_proj."""
     from sedetect.calibration.windows import Text
+    from sedetect.checkpoints.options import Loading
     from sedetect.experiments.super_weights import SuperWeights, find_super_weights
-    from sedetect.models.loading import Loading, open_model
+    from sedetect.models.loading import open_model
     from sedetect.models.measure import Measuring
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.rule import rank

@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +30,7 @@ from sedetect.adapters.registry import serve_quantized
 from sedetect.calibration.windows import prefix_ids
 from sedetect.checkpoints.files import check_checkpoint, read_json, source_name
 from sedetect.checkpoints.memory import choose_device, choose_dtype
+from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
 from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.models.banks import Bank, find_banks
@@ -47,29 +47,6 @@ _AUTO_CLASSES = (
     AutoModelForSeq2SeqLM,
     AutoModel,
 )
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How a checkpoint is loaded.
-
-    device             where it goes; None is cuda if there is one, else cpu
-    dtype              "auto" is the checkpoint's own; otherwise a torch floating-point type or its name
-    revision           branch, tag or commit of a hub model
-    attn               attention implementation of transformers ("eager", "sdpa", ...); None leaves the choice to it
-    trust_remote_code  run model code that comes with the checkpoint
-    """
-
-    device: str | torch.device | None = None
-    dtype: str | torch.dtype = "auto"
-    revision: str | None = None
-    attn: str | None = None
-    trust_remote_code: bool = False
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """What of it transformers takes to find and read the files that are no weights."""
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 def load_model(path_or_name: str | os.PathLike[str], loading: Loading = Loading()) -> PreTrainedModel:

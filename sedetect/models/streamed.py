@@ -33,11 +33,12 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.utils import logging as transformers_logging
 
 from sedetect.checkpoints.memory import choose_device
+from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.staging import DTYPES, Staging, StoredTensor, stored_tensors
 from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
 from sedetect.models.layers import decoder_layers
-from sedetect.models.loading import Loading, load_with_notes, replaced_method
+from sedetect.models.loading import load_with_notes, replaced_method
 from sedetect.stats.note import Note
 
 if TYPE_CHECKING:

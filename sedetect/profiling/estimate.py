@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from sedetect.checkpoints.files import check_checkpoint
+from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.staging import read_bytes
 from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
-from sedetect.models.loading import Loading
 from sedetect.models.streamed import open_streamed
 
 if TYPE_CHECKING:

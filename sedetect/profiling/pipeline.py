@@ -14,10 +14,11 @@ import torch
 
 from sedetect.calibration.windows import Calibration, Text, Windows, batches, calibration_windows, prefix_ids
 from sedetect.checkpoints.memory import too_large
+from sedetect.checkpoints.options import Loading
 from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.experiments.residual_stream import Residual, observe_residual
 from sedetect.models.layers import run_tokens
-from sedetect.models.loading import Loading, OpenModel, open_model
+from sedetect.models.loading import OpenModel, open_model
 from sedetect.models.measure import Measuring
 from sedetect.profiling.profiler import SourcesProfile
 from sedetect.ranking.rule import rank

@@ -173,7 +173,7 @@ class _Forward:
         self.module, self.grouped = module, grouped
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        module = self.module
+        module: Any = self.module  # the block's size is a pair of numbers
         weight = dequantize(module.weight, module.weight_scale_inv, module.block_size, x.dtype)
         if not self.grouped:
             return F.linear(x, weight, module.bias)

@@ -17,7 +17,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # owner/name:confi
 _HUB_CHARACTERS = 16 * 2**20  # read from the start of a hub data set: some 4 million tokens, tens of calibrations
 
 
-def load_texts(data: str | os.PathLike | None = None) -> dict[str, list[Document]]:
+def load_texts(data: str | os.PathLike[str] | None = None) -> dict[str, list[Document]]:
     """Domain name -> documents.
 
     data is None for the embedded corpus (DOMAINS, one document each); a .txt (one document), .jsonl (an object with
@@ -139,6 +139,7 @@ def _document(record: Any, where: str) -> Document:
     if not isinstance(record, dict):
         raise SedetectError(f"{where} is no object; every record needs a field 'text' or 'messages'")
     text, messages = record.get("text"), record.get("messages")
+    document: Document
     if isinstance(text, str):
         document = text
     elif isinstance(messages, list) and messages and all(map(_is_message, messages)):

@@ -15,10 +15,10 @@ the statistics, within the source that the window's text, tokenizer, length and 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     Raises SedetectError for a tokenizer that changes the text's own ids when it adds special tokens.
     """
     bare = _tokenise(tokenizer, ["a"])[0]
-    full = tokenizer("a", verbose=False)["input_ids"]
+    full: list[int] = tokenizer("a", verbose=False)["input_ids"]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start]
@@ -100,7 +100,7 @@ def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def make_windows(
     tokenizer: "PreTrainedTokenizerBase",
-    texts: dict[str, list[Document]],
+    texts: Mapping[str, Sequence[Document]],
     *,
     tokens: int,
     seq_len: int,
@@ -195,7 +195,7 @@ def batches(windows: Windows, batch_size: int) -> Iterator[tuple[torch.Tensor, t
     """Yield ids (B, L) and numbers (B,), in order, the last batch possibly smaller."""
     if batch_size < 1:
         raise SedetectError(Argument("batch_size"), f" {batch_size}: must be at least 1")
-    yield from zip(windows.ids.split(batch_size), windows.numbers.split(batch_size))
+    yield from zip(torch.split(windows.ids, batch_size), torch.split(windows.numbers, batch_size))
 
 
 def _check_numbers(tokens: int, seq_len: int, seed: int | None, prefix: int, max_positions: int | None) -> None:
@@ -235,20 +235,28 @@ def _choose(room: int, count: int, seed: int | None) -> np.ndarray:
 
 def _tokenise(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> list[list[int]]:
     # verbose=False: no warning about texts longer than the model's window, they are cut afterwards
-    return tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
 
 
 def _stream(
-    tokenizer: "PreTrainedTokenizerBase", domain: str, documents: list[Document], prefix: list[int], chat_template: bool
+    tokenizer: "PreTrainedTokenizerBase",
+    domain: str,
+    documents: Sequence[Document],
+    prefix: list[int],
+    chat_template: bool,
 ) -> np.ndarray:
     """(n,) int64: the tokens of all documents, one after another, without the tokenizer's prefix."""
     if chat_template:
-        documents = [_render(tokenizer, domain, document) for document in documents]
-    elif not all(isinstance(document, str) for document in documents):
-        raise SedetectError(f"{domain}: holds chats (messages); pass ", Argument("chat_template", True))
-    if not documents:
+        texts = [_render(tokenizer, domain, document) for document in documents]
+    else:
+        texts = [document for document in documents if isinstance(document, str)]
+        if len(texts) < len(documents):
+            raise SedetectError(f"{domain}: holds chats (messages); pass ", Argument("chat_template", True))
+    if not texts:
         return np.empty(0, np.int64)
-    per_document = _tokenise(tokenizer, documents)
+    per_document = _tokenise(tokenizer, texts)
     if chat_template and prefix:
         # most templates write the prefix themselves; every window gets one anyway
         per_document = [ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids for ids in per_document]
@@ -258,19 +266,19 @@ def _stream(
 def _render(tokenizer: "PreTrainedTokenizerBase", domain: str, document: Document) -> str:
     messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))  # one chat, not as tokens
     except (TemplateError, TypeError, ValueError) as error:
         raise SedetectError(f"{domain}: no chat for the template ({shorten(error)}); mend or drop it") from None
 
 
-def _text_digest(documents: list[Document]) -> str:
+def _text_digest(documents: Sequence[Document]) -> str:
     return digest(json.dumps(documents, sort_keys=True, default=str))
 
 
 def calibration_windows(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    texts: str | os.PathLike | dict[str, list[Document]] | None,
+    texts: str | os.PathLike[str] | dict[str, list[str]] | dict[str, list[Document]] | None,
     text: Text = Text(),
 ) -> Calibration:
     """make_windows of texts (as profile_model takes them), checked against the model's vocabulary and positions."""
@@ -284,8 +292,16 @@ def calibration_windows(
     else:
         raise SedetectError(f"texts: is a {type(texts).__name__}; give a path, or a dictionary of lists of documents")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    cut = {"tokens": text.tokens, "seq_len": text.seq_len, "seed": text.seed, "chat_template": text.chat_template}
-    calibration = make_windows(tokenizer, texts, **cut, corpus=named, max_positions=positions)
+    calibration = make_windows(
+        tokenizer,
+        texts,
+        tokens=text.tokens,
+        seq_len=text.seq_len,
+        seed=text.seed,
+        chat_template=text.chat_template,
+        corpus=named,
+        max_positions=positions,
+    )
     for windows in calibration.domains.values():
-        check_vocabulary(tokenizer, windows, model.get_input_embeddings().weight.shape[0])
+        check_vocabulary(tokenizer, windows, model.get_input_embeddings().get_parameter("weight").shape[0])
     return calibration

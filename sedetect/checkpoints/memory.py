@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -45,7 +46,7 @@ def dequantized_here() -> set[str]:
 
 
 def weight_bytes(
-    folder: str | Path, dtype: str | torch.dtype = "auto", dequantized: Collection[str] = frozenset()
+    folder: str | os.PathLike[str], dtype: str | torch.dtype = "auto", dequantized: Collection[str] = frozenset()
 ) -> int:
     """Bytes of a checkpoint folder's weights in memory, floating-point ones in dtype; from the files' headers alone.
 
@@ -82,7 +83,9 @@ def _quantized(name: str, entries: dict[str, dict[str, Any]]) -> tuple[str | Non
     return None, 1
 
 
-def too_large(folder: str | Path, device: str | torch.device | None, dtype: str | torch.dtype = "auto") -> str | None:
+def too_large(
+    folder: str | os.PathLike[str], device: str | torch.device | None, dtype: str | torch.dtype = "auto"
+) -> str | None:
     """Why a checkpoint folder's weights do not fit the device's free memory, as one line; None where they do."""
     device = choose_device(device)
     needed, free = weight_bytes(folder, dtype, dequantized_here()), free_memory(device)

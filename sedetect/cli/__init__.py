@@ -6,7 +6,7 @@ Options, messages and tables. What is computed belongs in the packages below, wh
 import os
 import sys
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -29,7 +29,7 @@ COMMANDS = {
     "stability": ("stability",),
     "super-weights": ("super_weights",),
 }
-UsageError = typer.BadParameter.__base__  # typer brings a click of its own
+UsageError: Any = typer.BadParameter.__base__  # typer brings a click of its own
 
 
 def load(command: str | None = None) -> typer.Typer:

@@ -140,7 +140,8 @@ def _print(experiment: Experiment) -> None:
     )
     text = (
         "perplexity, then its change, also without random ones of the same layers and anywhere "
-        f"({len(experiment.controls['same layers'])} and {len(experiment.controls['anywhere'])} draws); sink: mean attention on the first token; "
+        f"({len(experiment.controls['same layers'])} and {len(experiment.controls['anywhere'])} draws); sink: mean "
+        "attention on the first token; "
         f"{decayed}resid: the largest value of the residual stream inside; on "
         f"{experiment.sequences} sequences. In a small model perplexity alone proves little: judge by the controls of "
         "the same layers, the sinks and the residual together. An expert that a super expert depends on shows the same "

@@ -240,7 +240,7 @@ def _finish(result: Analysis, known: _Known | None, output: Path | None, figures
         _print_tokens(result, set(marked))
     for note in result.notes:
         print_line(f"note: {note}")
-    if figures:
+    if figures and output is not None:
         drawn = Results(output).figures_path
         with progress_bar("pictures") as bar:
             task = bar.add_task("figures", total=None)

@@ -146,7 +146,7 @@ def trace_command(
         traces = trace_experts(
             loaded,
             calibration.domains,
-            chosen,
+            [one for one in chosen if not isinstance(one, Weight)],
             tokenizer=tokenizer,
             batch_size=batch_size,
             top=top,
@@ -188,10 +188,10 @@ def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, note
             "-" if layer.ratio is None else f"{layer.ratio:.0f}",
             str(layer.channel),
             str(layer.position),
-            _text(tokenizer.decode([layer.token_id])),
+            _text(str(tokenizer.decode([layer.token_id]))),
             str(layer.massive),
             _number(layer.sink_mean),
-            _number(layer.sinks and max(layer.sinks)),
+            _number(None if layer.sinks is None else max(layer.sinks)),
         )
     console.print(table)
     if residual.formations:
@@ -199,8 +199,9 @@ def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, note
     shown = ", ".join(f"{domain} {count}" for domain, count in residual.sequences.items())
     print_line(
         f"{residual.model}: {sum(residual.sequences.values())} sequences of {residual.seq_len} tokens ({shown}); "
-        f"massive: |x| > {residual.min_value:g} and at least {residual.min_ratio:g} times the median; sink: attention to "
-        "the first token, mean over sequences, the queries in their last three quarters, and heads; and the largest head"
+        f"massive: |x| > {residual.min_value:g} and at least {residual.min_ratio:g} times the median; sink: attention "
+        "to the first token, mean over sequences, the queries in their last three quarters, and heads; and the largest "
+        "head"
     )
     for note in [*notes, *residual.notes]:
         print_line(f"note: {note}")

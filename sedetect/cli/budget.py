@@ -139,13 +139,15 @@ def _print(budget: Budget, headline: str) -> None:
     console.print(table)
     base = ", ".join(f"{domain} {value:.2f}" for domain, value in budget.baseline.perplexity.items())
     more = ""
-    if budget.kept:
-        extra = (budget.rows[-1].kept.size - budget.rows[-1].bare.size) if budget.rows else 0
-        more = f"; kept: {', '.join(budget.kept)}, which adds {extra:.2%} to the size at {budget.rows[-1].name}"
+    last = budget.rows[-1] if budget.rows else None
+    if last is not None and last.kept is not None:
+        extra = last.kept.size - last.bare.size
+        more = f"; kept: {', '.join(budget.kept)}, which adds {extra:.2%} to the size at {last.name}"
     print_line(
-        f"size: of the routed experts' weights; change of perplexity, mean over domains, on {sum(budget.tokens.values()):,} "
-        f"tokens that are not among the calibrated windows; unchanged ({budget.dtype}): {base}{more}. Formats: round to nearest, one "
-        f"scale per output channel and {budget.group} inputs. Pruning: by {budget.by}, the same number in each layer."
+        "size: of the routed experts' weights; change of perplexity, mean over domains, on "
+        f"{sum(budget.tokens.values()):,} tokens that are not among the calibrated windows; unchanged "
+        f"({budget.dtype}): {base}{more}. Formats: round to nearest, one scale per output channel and {budget.group} "
+        f"inputs. Pruning: by {budget.by}, the same number in each layer."
     )
     for note in budget.notes:
         print_line(f"note: {note}")

@@ -100,13 +100,13 @@ def _headline(comparison: Comparison) -> str:
     if comparison.equal:
         return f"the same super experts in all {len(comparison.runs)} runs: {last}"
     if comparison.formed is not None:
-        return f"the super experts differ; those of the last run ({last}) stand from {_formed(comparison)} on"
+        formed = _formed(comparison, comparison.formed)
+        return f"the super experts differ; those of the last run ({last}) stand from {formed} on"
     return "the super experts differ"
 
 
-def _formed(comparison: Comparison) -> str:
-    name = comparison.runs[comparison.formed].name
-    return f"{name} (run {comparison.formed + 1} of {len(comparison.runs)})"
+def _formed(comparison: Comparison, number: int) -> str:
+    return f"{comparison.runs[number].name} (run {number + 1} of {len(comparison.runs)})"
 
 
 def _changes(joined: tuple[str, ...], left: tuple[str, ...]) -> str:

@@ -69,7 +69,8 @@ def _sizes(state: ModelStats, experts: list, model: Path | None) -> str:
         empty = empty_model(model)
         if model_digest(empty) != state.header.digest:
             raise SedetectError(
-                f"--model {model}: the statistics are of another model ({state.header.model}); give the folder of that one"
+                f"--model {model}: the statistics are of another model ({state.header.model}); give the folder of that "
+                "one"
             )
         sizes = expert_sizes(empty)
     parts = []

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sedetect.cli.ranked import By, print_saliency
+from sedetect.cli.choices import Saliency
+from sedetect.cli.ranked import print_saliency
 from sedetect.cli.shared import (
     Attn,
     Backend,
@@ -137,7 +138,7 @@ def profile_command(
         return
     if result.stats.banks:
         _show(result, output)
-        if result.streamed is not None and unfinished is not None:
+        if result.streamed is not None and output is not None and unfinished is not None:
             from sedetect.profiling.resume import discard
 
             discard(unfinished)
@@ -161,7 +162,7 @@ def profile_command(
 def rank_command(
     stats: Annotated[Path, typer.Argument(help="a statistics file, or the folder of a profile", metavar="STATS")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write the ranking as JSON")] = None,
-    by: By = None,
+    by: Annotated[Saliency | None, typer.Option(help="a saliency")] = None,
     percentile: Percentile = 99.5,
     fraction: Fraction = 0.1,
     layers: Layers = "0.75",

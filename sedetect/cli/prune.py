@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,9 +23,6 @@ from sedetect.cli.shared import (
     progress_bar,
 )
 from sedetect.files import check_new_folder
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command("prune")
@@ -67,7 +64,7 @@ def prune_command(
     with progress_bar() as bar:
         task = bar.add_task("loading", total=None)
 
-        def show(domain: str, done: int, total: int) -> None:
+        def show(domain: str, done: int, total: int | None) -> None:
             bar.update(task, description=domain, completed=done, total=total)
 
         if stats is None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 3  # experts at each end of a layer
 
-By = Annotated[Saliency | None, typer.Option(help="a saliency")]
+By = Annotated[Saliency, typer.Option(help="a saliency")]
 
 
 def load_ranked(stats: Path) -> tuple[ModelStats, Ranking]:
@@ -56,7 +56,8 @@ def print_saliency(known: Saliencies) -> None:
 
 def _listed(experts: list[int], values: list[float | None]) -> str:
     # No break between an expert and its number.
-    return "  ".join(f"E{e}\u00a0{'unknown' if values[e] is None else _short(values[e])}" for e in experts)
+    listed = ((e, values[e]) for e in experts)
+    return "  ".join(f"E{e}\u00a0{'unknown' if value is None else _short(value)}" for e, value in listed)
 
 
 def _short(value: float) -> str:

@@ -62,9 +62,9 @@ def _print_grid(name: str, grid: Grid) -> None:
     console.print(table)
     if not grid.constant:
         for names in dict.fromkeys(cell.found for cell in grid.cells):
-            cells = [f"P{c.percentile:g} and {c.fraction:g}" for c in grid.cells if c.found == names]
-            more = f" and {len(cells) - 3} more" if len(cells) > 3 else ""
-            print_line(f"{', '.join(names) or 'none'}: {', '.join(cells[:3])}{more}")
+            pairs = [f"P{c.percentile:g} and {c.fraction:g}" for c in grid.cells if c.found == names]
+            more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+            print_line(f"{', '.join(names) or 'none'}: {', '.join(pairs[:3])}{more}")
 
 
 def _print_agreement(name: str, agreed: Agreement) -> None:

@@ -61,7 +61,7 @@ def super_weights_command(
     with progress_bar() as bar:
         task = bar.add_task("loading", total=None)
 
-        def show(domain: str, done: int, total: int) -> None:
+        def show(domain: str, done: int, total: int | None) -> None:
             bar.update(task, description=domain, completed=done, total=total)
 
         loading = Loading(device, dtype, revision, attn, trust_remote_code)

@@ -61,7 +61,7 @@ def print_ranking(
 
 
 def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
-    """One sentence: first tokens against the rest, in output and routing, and what later layers carry of its writing."""
+    """One sentence: first tokens against the rest, in output and routing; what later layers carry of its writing."""
     parts = []
     if expert.signature is None and not expert.first_max:
         parts.append("first tokens not observed")
@@ -74,7 +74,8 @@ def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
         if carried:
             one = max(carried, key=lambda formation: abs(formation.jump))
             parts.append(
-                f"writes {one.share_of(expert.place):.0%} of a massive activation in channel {one.channel}, carried to L{one.carried_to}"
+                f"writes {one.share_of(expert.place):.0%} of a massive activation in channel {one.channel}, carried to "
+                f"L{one.carried_to}"
             )
         else:
             parts.append("writes no massive activation that later layers carry")
@@ -131,4 +132,4 @@ def _cells(expert: SuperExpert, tokenizer: PreTrainedTokenizerBase | None, named
 
 
 def _token(tokenizer: PreTrainedTokenizerBase | None, token_id: int) -> str | None:
-    return None if tokenizer is None or token_id < 0 else tokenizer.decode([token_id])
+    return None if tokenizer is None or token_id < 0 else str(tokenizer.decode([token_id]))

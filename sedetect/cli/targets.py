@@ -52,7 +52,7 @@ def choose(
         chosen = choose_experts(spec, model, state, draw, residual)
     except SedetectError as error:
         raise SedetectError(*(option if part == Argument("spec") else part for part in error.args)) from None
-    if not chosen:
+    if not chosen and state is not None:  # only statistics name none
         found = rank(state, residual=residual).headline
         console.print(f"{option} {spec}: {found}", markup=False, highlight=False, soft_wrap=True)
     return chosen

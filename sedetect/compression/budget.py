@@ -94,7 +94,8 @@ class Budget(Document):
 
     def to_dict(self) -> dict[str, Any]:
         """For budget.json; conclusion is conclusion(self)."""
-        return super().to_dict() | finite(asdict(self)) | {"conclusion": conclusion(self)}
+        document: dict[str, Any] = finite(asdict(self))
+        return super().to_dict() | document | {"conclusion": conclusion(self)}
 
 
 def held_out(domains: dict[str, Windows], stats: ModelStats) -> dict[str, Windows]:
@@ -161,10 +162,11 @@ def make_budget(
     kept = [place for place in experts if isinstance(place, Place) and place.bank.routed]
     notes = [f"{one} is not compressed by itself in any row" for one in experts if one not in kept]
     for place in kept:
-        if place.expert >= sizes.get(place.bank, (0, 0))[1]:
+        if place.number >= sizes.get(place.bank, (0, 0))[1]:
             raise SedetectError(f"{place}: {type(model).__name__} has no such expert; name another")
     drawn = random_controls(model, kept, controls)["same layers"] if kept else []
-    sets = [[], *([kept] if kept else []), *drawn]
+    random = [[one for one in draw if isinstance(one, Place)] for draw in drawn]  # all, as no weight is to be kept
+    sets = [[], *([kept] if kept else []), *random]
     plan = []
     for ratio in sorted(compressions.ratios):
         try:
@@ -207,17 +209,17 @@ def conclusion(budget: Budget) -> list[str]:
     """What the rows say: what keeping buys, and how far compression goes."""
     lines = []
     names = ", ".join(budget.kept)
-    compared = [row for row in budget.rows if row.kept is not None and row.random]
-    changed = [row for row in compared if row.kept.perplexity != row.bare.perplexity]
+    compared = [(row, row.kept) for row in budget.rows if row.kept is not None and row.random]
+    changed = [(row, kept) for row, kept in compared if kept.perplexity != row.bare.perplexity]
     if compared and not changed:
         lines.append(f"keeping {names} changes nothing: no row takes anything from it")
     if changed:
-        better = [row for row in changed if row.kept.mean_change < min(c.mean_change for c in row.random)]
-        most = max(changed, key=lambda row: row.bare.mean_change - row.kept.mean_change)
+        better = [row for row, kept in changed if kept.mean_change < min(c.mean_change for c in row.random)]
+        most, kept = max(changed, key=lambda pair: pair[0].bare.mean_change - pair[1].mean_change)
         low, high = (f([c.mean_change for c in most.random]) for f in (min, max))
         lines.append(
-            f"keeping {names} beats every random choice in {len(better)} of the {len(changed)} rows that it changes; it buys "
-            f"most at {most.name}: {most.bare.mean_change:+.1%} without, {most.kept.mean_change:+.1%} with "
+            f"keeping {names} beats every random choice in {len(better)} of the {len(changed)} rows that it changes; "
+            f"it buys most at {most.name}: {most.bare.mean_change:+.1%} without, {kept.mean_change:+.1%} with "
             f"(random experts of the same layers: {low:+.1%} to {high:+.1%})"
         )
     for what, of in (("nothing kept", "bare"), (f"{', '.join(budget.kept)} kept", "kept")):
@@ -230,13 +232,13 @@ def conclusion(budget: Budget) -> list[str]:
 
 @dataclass(frozen=True)
 class _Run:
-    """One evaluation to come. Runs with equal same are the same (pruning that takes none of the kept experts anyway)."""
+    """One evaluation to come. Runs with equal same are the same (pruning that takes none of the kept anyway)."""
 
     name: str
     kept: list[Place]
     size: float
     same: Any
-    compressed: Callable[[], AbstractContextManager]
+    compressed: Callable[[], AbstractContextManager[None]]
 
 
 def _pruned(model: "PreTrainedModel", ratio: float, kept: list[Place], gone: list[Place], sizes: Sizes) -> _Run:

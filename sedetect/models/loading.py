@@ -148,7 +148,7 @@ def open_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     loading: Loading = Loading(),
     *,
-    load: Callable[[str | os.PathLike, Loading], tuple[PreTrainedModel, list[Note]]] = load_with_notes,
+    load: Callable[[str | os.PathLike[str], Loading], tuple[PreTrainedModel, list[Note]]] = load_with_notes,
 ) -> OpenModel:
     """A MoE model with its tokenizer; a checkpoint is verified and loaded by load, a loaded model passed on.
 

@@ -160,7 +160,7 @@ def layers_to_run(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def open_streamed(
-    path_or_name: str | os.PathLike,
+    path_or_name: str | os.PathLike[str],
     loading: Loading = Loading(),
     *,
     weights: bool = True,

@@ -102,14 +102,14 @@ def make_plan(folder: str | Path, loading: Loading = Loading()) -> Plan:
     layer_parameters = [_count(layer) for layer in streamed.layers]
     layer_memory = [_nbytes(layer) for layer in streamed.layers]
     rest_bytes = sum(tensor.nbytes for tensor in streamed.rest.values())
-    sizes = Counter()
+    sizes: Counter[torch.dtype] = Counter()
     for parameter in (parameter for layer in streamed.layers for parameter in layer.parameters()):
         sizes[parameter.dtype] += parameter.nbytes
     return Plan(
         model=type(model).__name__,
         files=len(streamed.files),
         dtype=model.dtype,
-        held=max(sizes, key=sizes.get),
+        held=max(sizes, key=lambda dtype: sizes[dtype]),
         layers=len(streamed.layers),
         experts=experts,
         top_k=_top_k(model.config.get_text_config()),
@@ -123,7 +123,7 @@ def make_plan(folder: str | Path, loading: Loading = Loading()) -> Plan:
         rest_parameters=_count(model) - sum(layer_parameters),
         layer_memory=layer_memory,
         rest_memory=_nbytes(model) - sum(layer_memory),
-        width=model.get_input_embeddings().weight.shape[1],
+        width=model.get_input_embeddings().get_parameter("weight").shape[1],
     )
 
 

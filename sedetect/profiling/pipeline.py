@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sedetect.calibration.texts import Document
 from sedetect.calibration.windows import Calibration, Text, Windows, batches, calibration_windows, prefix_ids
 from sedetect.checkpoints.memory import too_large
 from sedetect.checkpoints.options import Loading
@@ -70,8 +71,8 @@ class ModelProfile:
 
 
 def profile_model(
-    model: "str | os.PathLike | PreTrainedModel",
-    texts: str | os.PathLike | dict[str, list[str]] | None = None,
+    model: "str | os.PathLike[str] | PreTrainedModel",
+    texts: str | os.PathLike[str] | dict[str, list[str]] | dict[str, list[Document]] | None = None,
     *,
     text: Text = Text(),
     loading: Loading = Loading(),
@@ -81,7 +82,7 @@ def profile_model(
     until_stable: int | None = None,
     keep_rounds: bool = False,
     stream: bool | None = None,
-    resume: str | os.PathLike | None = None,
+    resume: str | os.PathLike[str] | None = None,
     part: tuple[int, int] = (0, 1),
     progress: Callable[[str, int, int | None], None] = lambda domain, done, total: None,
     stop: Callable[[], bool] = lambda: False,
@@ -106,7 +107,8 @@ def profile_model(
             the last finished layer, and another one is refused. It stays afterwards; delete it when the result is safe.
         part: (i, n) runs of the batches of all domains every n-th from the i-th on; the n parts merge to the whole.
         progress: called with (domain, tokens done, tokens in all) after every batch, while streaming with ("layer 3 of
-            48", tokens done in it, tokens in all); once with ("residual", 0, None) when the residual stream is observed.
+            48", tokens done in it, tokens in all); once with ("residual", 0, None) before the residual stream is
+            observed.
         stop: asked before every batch; once it is true, what was measured so far is returned: of a streamed profile,
             nothing but what resume keeps.
     Raises:
@@ -183,7 +185,7 @@ def _refuse_parts(name: str, streaming: bool, part: tuple[int, int]) -> None:
 
 
 def _open(
-    model: "str | os.PathLike | PreTrainedModel",
+    model: "str | os.PathLike[str] | PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase | None",
     loading: Loading,
     streamed_part: tuple[int, int] | None,
@@ -196,7 +198,7 @@ def _open(
     first, count = streamed_part
     made: list[StreamedModel] = []
 
-    def load(name: str | os.PathLike, loading: Loading) -> tuple["PreTrainedModel", list[Note]]:
+    def load(name: str | os.PathLike[str], loading: Loading) -> tuple["PreTrainedModel", list[Note]]:
         made.append(open_streamed(name, loading, first=first / count))
         return made[0].model, made[0].notes
 
@@ -291,7 +293,7 @@ class _Resident:
             measured = self._part(part, batch_size)
             for domain, stats in measured.items():
                 self.result.domains[domain] = self.result.domains.get(domain, ModelStats.empty()).merge(stats)
-            if self.result.interrupted or rounds and self._round(measured, rounds):
+            if self.result.interrupted or (rounds and self._round(measured, rounds)):
                 break
         return self.done
 

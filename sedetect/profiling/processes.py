@@ -77,6 +77,7 @@ class Ranks:
             raise SedetectError(*error)
         if self.rank:
             return None
+        assert result is not None  # no rank has an error
         parts = [domains for _, (domains, *_) in gathered]
         merged = {name: merge_all(part[name] for part in parts if name in part) for name in result.windows}
         result.domains = {name: stats for name, stats in merged.items() if stats.banks}

@@ -4,7 +4,7 @@ import uuid
 from contextlib import ExitStack
 from functools import reduce
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ class Profile:
         self._notes: set[Note] = set()  # of the model as it is attached
         self._exit = ExitStack()
 
-    def __enter__(self) -> "Profile":
+    def __enter__(self) -> Self:
         for bank in self._banks:
             if is_attached(bank):
                 raise SedetectError(
@@ -123,7 +123,9 @@ class Profile:
                 raise SedetectError(
                     f"prof.batch: sequence_ids of shape {tuple(ids.shape)} and {ids.dtype}; give integers"
                 )
-            if ids.device.type == "cpu" and (bool((ids < 0).any()) or ids.dim() == 1 and len(ids.unique()) < len(ids)):
+            if ids.device.type == "cpu" and (
+                bool((ids < 0).any()) or (ids.dim() == 1 and len(ids.unique()) < len(ids))
+            ):
                 raise SedetectError(
                     f"prof.batch: sequence_ids {ids.tolist()} are negative or not unique; give one each"
                 )
@@ -135,6 +137,7 @@ class Profile:
     def stats(self) -> ModelStats:
         """What was measured so far, on the CPU. Synchronises with the device."""
         tracker, banks, described, notes = self._tracked.tracker, {}, {}, set(self._notes)
+        dtype: Any = self._model.dtype  # of every PreTrainedModel
         for one in self._measured:
             bank = one.bank
             if not one.served:
@@ -142,7 +145,8 @@ class Profile:
             elif (
                 self._backend is None
                 and "cuda" not in one.served
-                and (why := missing_fast_path(one.state.counts.device, self._model.dtype))
+                and one.state is not None
+                and (why := missing_fast_path(one.state.counts.device, dtype))
             ):
                 notes.add(Note("slow", why))
             if one.here is not None:
@@ -156,7 +160,7 @@ class Profile:
         header = Header(
             model=model_name(self._model),
             digest=self._digest,
-            dtype=str(self._model.dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             layers=layers_per_stack(self._model, self._banks),
             banks=described,
             sources={self._source: Source(tracker.ranges(), self._info)},

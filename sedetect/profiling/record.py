@@ -71,9 +71,14 @@ class Run(Document):
 
 def describe_run(result: "ModelProfile", ranking: Ranking) -> Run:
     """What there is to say of a profile that has a tokenizer; ranking names the experts whose contexts are kept."""
-    text_of, banks = result.tokenizer.decode, result.stats.banks
+    tokenizer, banks = result.tokenizer, result.stats.banks
+    assert tokenizer is not None  # profile_model gives its own
+
+    def text_of(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids))
+
     peaks = {peak.token_id for state in banks.values() for peak in decode(state.peak()) if peak is not None}
-    places = {}
+    places: dict[tuple[int, int, int], None] = {}
     for expert in ranking.judged:
         for row, _ in banks[expert.bank].strongest(expert.number, KEPT):
             places[row.source, row.sequence, row.position] = None

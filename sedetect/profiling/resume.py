@@ -157,7 +157,7 @@ class Progress:
 
 
 def discard(folder: Path) -> None:
-    """Delete the folder of a profile, or of one per rank, whose results are safe; killed within, the next begins anew."""
+    """Delete the folder of a profile, or one per rank, whose results are safe; killed within, the next begins anew."""
     for file in [*folder.glob(Finished.FILE), *folder.glob(f"*/{Finished.FILE}")]:
         file.unlink()
     shutil.rmtree(folder)
@@ -182,6 +182,7 @@ class HiddenStates:
         """Those that enter layer. Each batch is read once per layer."""
         kept = self._kept.pop(batch, None)
         if kept is None:
+            assert self._progress is not None  # what memory does not keep is there
             kept = self._progress.read_hidden(layer, batch)
         return kept.to(device, non_blocking=True)
 

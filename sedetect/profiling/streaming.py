@@ -1,9 +1,9 @@
 """A profile of a model of which one decoder layer at a time has weights: every batch passes a layer before the next.
 
 For each layer and batch the model's own forward is called, on the batch's token ids. The layers before pass on what
-they are given, the layer itself runs on the hidden states kept from the layer before, and there the forward ends: masks,
-position embeddings, the row context and whatever else a model prepares are its own at every layer, and nothing of them
-is kept. What is computed twice are the embeddings, some thousandth of a layer.
+they are given, the layer itself runs on the hidden states kept from the layer before, and there the forward ends:
+masks, position embeddings, the row context and whatever else a model prepares are its own at every layer, and nothing
+of them is kept. What is computed twice are the embeddings, some thousandth of a layer.
 
     layer 0   read    batches 0 1 2 ...
     layer 1     read              batches 0 1 2 ...        while a layer computes, a thread reads the next
@@ -11,7 +11,7 @@ is kept. What is computed twice are the embeddings, some thousandth of a layer.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -102,6 +102,7 @@ def stream_profile(
         loading = reader.submit(streamed.load, len(parts)) if len(parts) < count else None
         for layer in range(len(parts), count):
             start = time.perf_counter()
+            assert loading is not None  # begun before the loop, or with the layer before
             took.read += loading.result()
             took.wait += time.perf_counter() - start
             if layer + 1 < count:
@@ -165,7 +166,7 @@ def _identity(
 def _place(streamed: StreamedModel, domains: dict[str, Windows], resume: Path | None) -> torch.device | None:
     """Where the hidden states of all batches are kept."""
     tokens = sum(windows.ids.numel() for windows in domains.values())
-    width = streamed.model.get_input_embeddings().weight.shape[1]
+    width = streamed.model.get_input_embeddings().get_parameter("weight").shape[1]
     needed = tokens * width * streamed.model.dtype.itemsize
     place = place_of_hidden(streamed.device, needed)
     if place is None and resume is None:
@@ -197,7 +198,7 @@ def _ending_early(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _only(
-    layers: nn.ModuleList, number: int, wrap: Callable[[Any], Any], hidden: HiddenStates, batch: int
+    layers: Sequence[nn.Module], number: int, wrap: Callable[[Any], Any], hidden: HiddenStates, batch: int
 ) -> Iterator[None]:
     """A forward of the model runs one layer alone, on the hidden states kept of a batch, and keeps what it gives."""
     own = layers[number].forward
@@ -220,7 +221,7 @@ def _only(
 
 
 @contextmanager
-def _forwards(forwards: list[Callable[..., Any]], modules: Iterable[nn.Module]) -> Iterator[None]:
+def _forwards(forwards: Iterable[Callable[..., Any]], modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let the first of the modules compute these for the time being."""
     with ExitStack() as undo:
         for module, forward in zip(modules, forwards):
@@ -273,7 +274,7 @@ def _trial(
     def call(number: int, *args: Any, **kwargs: Any) -> Any:
         nonlocal last
         given, args, kwargs = _split(args, kwargs)
-        if number != len(calls) or number and given is not last:
+        if number != len(calls) or (number and given is not last):
             raise ValueError(f"layer {number} is not given what the layer before it gave")
         named = {**{f"argument {place}": value for place, value in enumerate(args, 1)}, **kwargs}
         calls.append([leaf for name, value in named.items() for leaf in _leaves(streamed, number, name, value)])

@@ -45,7 +45,7 @@ class Evidence:
         return token_text(token_id, None if self.run is None else self.run.tokens.get(token_id))
 
 
-def load_evidence(folder: str | os.PathLike) -> Evidence:
+def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
     """Read stats.safetensors, and beside it domains/*.safetensors, *-analysis.safetensors, run.json, residual.json,
     ablation.json and traces.json.
 

@@ -150,9 +150,12 @@ def test_a_loaded_model_and_texts_of_ones_own():
         sedetect.profile_model(model)
     seen = []
     result = sedetect.profile_model(
-        model.eval(), {"mine": ["one two three " * 40]}, text=sedetect.Text(tokens=10_000, seq_len=32, batch_size=2), tokenizer=tokenizer,
+        model.eval(),
+        {"mine": ["one two three " * 40]},
+        text=sedetect.Text(tokens=10_000, seq_len=32, batch_size=2),
+        tokenizer=tokenizer,
         progress=lambda domain, done, total: seen.append((domain, done, total)),
-    )  # fmt: skip
+    )
     total = result.stats.header.tokens
     assert 0 < total < 10_000 and total % 32 == 0
     assert seen[-1] == ("mine", total, total) and [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)

@@ -6,17 +6,19 @@ And which tests run: those marked gpu where there are as many GPUs as they need,
 import os
 import shutil
 
-import pytest
-import support.interpreter  # noqa: F401  before anything imports triton
-import torch
-from support.command import run
-from support.models import TINY
-
-import sedetect
-
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As the command line sets them before it imports the libraries, which tests import first.
+os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+import support.interpreter  # noqa: E402, F401  before anything imports triton
+import torch  # noqa: E402
+from support.command import run  # noqa: E402
+from support.models import TINY  # noqa: E402
+
+import sedetect  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -51,7 +51,7 @@ if result["refused"] is None:
     prof.stats.save(out + ".safetensors")
     torch.save(logits, out + ".logits")
     result["during"] = {str(bank): state.rows.tolist() for bank, state in during.banks.items()}
-    result["notes"] = [during.header.notes, prof.stats.header.notes]
+    result["notes"] = [[str(note) for note in stats.header.notes] for stats in (during, prof.stats)]
     bank = next(bank for bank in during.banks if bank.kind == "routed")
     def switch_off():
         with ablate(model, [Place(*bank, 1)]):

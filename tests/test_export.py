@@ -276,11 +276,11 @@ def test_command(folder, tmp_path):
 
 def test_command_refuses(folder, stats, tmp_path):
     out = ("-o", tmp_path / "out")
-    assert "--to torch: is not known" in refused(run("export", folder, "--to", "torch", *out))
+    assert "'torch' is not one of 'llm-compressor'" in refused(run("export", folder, "--to", "torch", *out))
     assert "--neighbours -1: must be at least 0" in refused(
         run("export", folder, "--to", "json", "--neighbours", -1, *out)
     )
-    assert "--granularity row: is not known" in refused(
+    assert "'row' is not one of 'expert', 'layer'" in refused(
         run("export", folder, "--to", "json", "--granularity", "row", *out)
     )
     assert "one tensor; give --granularity layer" in refused(run("export", folder, "--to", "llama.cpp", *out))

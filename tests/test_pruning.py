@@ -319,8 +319,8 @@ def test_command_profiles_first(tmp_path):
 
 def test_command_refuses(stats_file, tmp_path):
     out = tmp_path / "out"
-    assert "--by best: is no saliency" in refused(run("prune", TINY, "--by", "best", "-o", out))
-    assert "--protect all: is not known" in refused(run("prune", TINY, "--protect", "all", "-o", out))
+    assert "'best' is not one of 'frequency'" in refused(run("prune", TINY, "--by", "best", "-o", out))
+    assert "'all' is not one of 'super', 'none'" in refused(run("prune", TINY, "--protect", "all", "-o", out))
     assert "leaves 3 of 32 experts" in refused(run("prune", TINY, "--ratio", 0.92, "-o", out))
     assert "no such folder" in refused(run("prune", tmp_path / "nowhere", "-o", out))
     other = put_tokenizer(copy_of(tmp_path / "other"))

@@ -104,7 +104,7 @@ def test_fp8(tmp_path, name, device):
 def test_hidden_states_on_disk_alone(checkpoint, tmp_path, monkeypatch):
     expected = sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, **SHORT)
     monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
-    with pytest.raises(SedetectError, match=r"hidden states of \d+ tokens take .*-o DIR"):
+    with pytest.raises(SedetectError, match=r"hidden states of \d+ tokens take .*resume"):
         sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, **SHORT)
     found = sedetect.profile_model(checkpoint("qwen2_moe"), TEXTS, stream=True, resume=tmp_path / "r", **SHORT)
     assert_same_profile(found, expected)

@@ -141,5 +141,7 @@ def test_rank_by(profiled, tmp_path):
 
 
 def test_rank_by_refuses(profiled, tmp_path):
-    assert "'nothing' is not one of 'frequency'" in refused(run("rank", profiled, "--by", "nothing", "-o", tmp_path / "x"))
+    assert "'nothing' is not one of 'frequency'" in refused(
+        run("rank", profiled, "--by", "nothing", "-o", tmp_path / "x")
+    )
     assert list(tmp_path.iterdir()) == []

@@ -1,38 +1,54 @@
 """Weights that are read while the libraries that will load them are still being imported.
 
 Importing transformers takes longer than bringing 20 GB from the page cache to a GPU, and leaves the other cores and the
-copy engine idle. This module needs torch alone.
+copy engine idle. It holds Python's lock all the while, so this takes it seldom: the bytes of each file come in large
+pieces, as they lie there. This module needs torch alone.
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import torch
 
 from sedetect.checkpoints.files import read_json, shards_of
 from sedetect.checkpoints.memory import choose_device, free_memory
-from sedetect.checkpoints.staging import Staging, StoredTensor, stored_tensors
+from sedetect.checkpoints.staging import DTYPES, Buffer, StoredTensor, read_bytes, stored_tensors, use_device
 from sedetect.errors import SedetectError
 
-# Of the free memory: the weights as stored and the experts' stacked copies are there at the same time.
+# Of the free memory: the bytes of the files and the tensors made of them are there at the same time.
 _SHARE = 0.4
+_THREADS, _PIECE = 4, 2**25  # bytes; each thread has a pinned buffer of that size
 
 
 class Prefetched(os.PathLike[str]):
     """A checkpoint folder whose weights are on their way to a GPU; goes wherever a folder goes.
 
-    load_model takes the weights from here, once; whoever else is given it sees the folder.
+    load_model takes the weights from here, once; whoever else is given it sees the folder. first: the part of the bytes
+    at which reading begins, see Staging.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], device: torch.device, tensors: dict[str, StoredTensor], first: float = 0.0
     ):
-        self._folder, self._tensors = Path(folder), tensors
-        self._arriving = ExitStack()
-        # No stream of its own: who takes a tensor computes on the default one, after the copies.
-        self._arriving.enter_context(Staging(device, None, first).bringing(tensors.values()))
+        self._folder = Path(folder)
+        self._pool = ThreadPoolExecutor(_THREADS, "prefetch", use_device, (device,))
+        self._buffers: SimpleQueue[Buffer] = SimpleQueue()
+        for _ in range(_THREADS):
+            self._buffers.put(Buffer(_PIECE, device))
+        by_file: dict[Path, list[StoredTensor]] = {}
+        for tensor in tensors.values():
+            by_file.setdefault(tensor.file, []).append(tensor)
+        arenas = {file: _Arena(file, stored, device) for file, stored in by_file.items()}
+        pieces = [(arena, number) for arena in arenas.values() for number in range(len(arena.pieces))]
+        begin = int(len(pieces) * first)
+        for arena, number in pieces[begin:] + pieces[:begin]:
+            arena.pieces[number] = self._pool.submit(self._carry, arena, number)
+        self._tensors = {name: _Arrived(tensor, arenas[tensor.file]) for name, tensor in tensors.items()}
 
     def __fspath__(self) -> str:
         return str(self._folder)
@@ -41,13 +57,64 @@ class Prefetched(os.PathLike[str]):
         return str(self._folder)
 
     @contextmanager
-    def weights(self) -> Iterator[dict[str, StoredTensor]]:
-        """The tensors by name, each given out once; afterwards nothing is left of them.
+    def weights(self) -> "Iterator[dict[str, _Arrived]]":
+        """The tensors by name, to be read once; afterwards nothing is left of them here.
 
         Raises SedetectError, where a tensor is indexed or at the end, for a file that ends early.
         """
-        with self._arriving:
-            yield self._tensors
+        tensors, self._tensors = self._tensors, {}
+        pieces = {id(tensor.arena): tensor.arena.pieces for tensor in tensors.values()}
+        try:
+            yield tensors
+        finally:
+            self._pool.shutdown()
+        for piece in (piece for of_file in pieces.values() for piece in of_file if piece is not None):
+            piece.result()
+
+    def _carry(self, arena: "_Arena", number: int) -> None:
+        start = number * _PIECE
+        target = arena.bytes[start : start + _PIECE]
+        buffer = self._buffers.get()
+        try:
+            buffer.wait()
+            read_bytes(arena.file, arena.start + start, buffer.bytes[: len(target)])
+            # On the default stream: what is made of the bytes there comes after the copy.
+            buffer.send([(0, target)])
+        finally:
+            self._buffers.put(buffer)
+
+
+class _Arena:
+    """The bytes of a file's tensors on the device, as they lie in the file from byte start on, and their pieces."""
+
+    def __init__(self, file: Path, tensors: list[StoredTensor], device: torch.device):
+        self.file, self.start = file, min(tensor.start for tensor in tensors)
+        end = max(tensor.start + tensor.nbytes for tensor in tensors)
+        self.bytes = torch.empty(end - self.start, dtype=torch.uint8, device=device)
+        self.pieces: list[Future[None] | None] = [None] * -(-len(self.bytes) // _PIECE)
+
+
+class _Arrived:
+    """A tensor of an arena, made where it is indexed (as transformers does with the slices of safetensors)."""
+
+    def __init__(self, stored: StoredTensor, arena: _Arena):
+        self.stored, self.arena = stored, arena
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        start = self.stored.start - self.arena.start
+        end = start + self.stored.nbytes
+        for piece in self.arena.pieces[start // _PIECE : -(-end // _PIECE)]:
+            if piece is not None:
+                piece.result()
+        # In memory of its own, aligned as any other: the arena goes when all are made.
+        mine = self.arena.bytes[start:end].clone()
+        return mine.view(DTYPES[self.stored.dtype]).reshape(self.stored.shape)[index]
+
+    def get_shape(self) -> list[int]:
+        return self.stored.get_shape()
+
+    def get_dtype(self) -> str:
+        return self.stored.get_dtype()
 
 
 def prefetch(model: str | os.PathLike[str], device: str | torch.device | None, first: float = 0.0) -> Prefetched | None:

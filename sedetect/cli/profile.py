@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,6 +31,7 @@ from sedetect.cli.shared import (
     is_first_rank,
     progress_bar,
     stderr,
+    uncollected,
 )
 from sedetect.cli.tables import print_domains, print_ranking, print_run, ranking_document
 from sedetect.errors import SedetectError
@@ -89,16 +91,20 @@ def profile_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run calibration text through MODEL and say which experts are super experts."""
-    from sedetect.profiling.processes import join
-
     if output is not None:
         check_writable(output)
     unfinished = Results(output).resume_path if output is not None and resume else None
-    with join() as ranks, interruptible() as stop, progress_bar() as bar:
+    starting = ExitStack()  # until the first batch is done
+    starting.enter_context(uncollected())
+
+    from sedetect.profiling.processes import join
+
+    with starting, join() as ranks, interruptible() as stop, progress_bar() as bar:
         task = bar.add_task("loading", total=None)
         device = ranks.device(device)
 
         def show(domain: str, done: int, total: int | None) -> None:
+            starting.close()
             bar.update(task, description=domain, completed=done, total=total)
 
         def measure() -> ModelProfile:

@@ -186,4 +186,4 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sedetect", "ablate", str(TINY), "--how", "burn"])
     with pytest.raises(SystemExit) as stopped:
         main()
-    assert stopped.value.code == 2 and "--how burn" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "'burn' is not one of 'skip'" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         command = next(iter(sys.argv[1:]), None)
-        sys.exit(load(command)(standalone_mode=False) or 0)
+        sys.exit(load(command)(prog_name="sedetect", standalone_mode=False) or 0)
     except UsageError as error:
         text = error.format_message().rstrip(".")
         if text:  # without arguments the help was shown

@@ -304,9 +304,13 @@ def test_the_command(tmp_path):
 
 
 def test_the_command_refuses(tmp_path):
-    for option in (["--sequences", "0"], ["--ablate", "nothing"], ["--ablate", "L1E99"]):
+    for option, said in (
+        (["--sequences", "0"], "'--sequences': Input should be greater than or equal to 1"),
+        (["--ablate", "nothing"], "'nothing': not the name of an expert"),
+        (["--ablate", "L1E99"], "L1E99: "),
+    ):
         arguments = ["--seq-len", "32", "--tokens", "128", *option, "-o", tmp_path / "out"]
-        assert option[1] in refused(run("analyze", "residual", TINY, *arguments))
+        assert said in refused(run("analyze", "residual", TINY, *arguments))
         assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,6 @@
 """What is imported when: nothing heavy before it is needed."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from support.models import TINY
 
 from sedetect.cli import COMMANDS, choices, load
+from sedetect.cli.shared import uncollected
 from sedetect.compression.protect import GRANULARITIES, TOOLS
 from sedetect.compression.simulated import GROUP
 from sedetect.experiments.ablation import HOW
@@ -122,3 +124,11 @@ def test_choices_are_those_of_the_library():
     assert get_args(choices.Tool) == tuple(TOOLS)
     assert get_args(choices.Granularity) == GRANULARITIES
     assert choices.GROUP == GROUP
+
+
+def test_garbage_is_collected_again_after_the_start():
+    with pytest.raises(ZeroDivisionError), uncollected():
+        assert not gc.isenabled()
+        _ = 1 / 0
+    assert gc.isenabled()
+    gc.unfreeze()  # what the tests made so far

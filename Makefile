@@ -37,14 +37,18 @@ imports: $(VENV)/installed
 	touch build/imports/sedetect/kernels/__init__.py build/imports/sedetect/_C.py build/imports/sedetect/_cuda.py
 	cd build/imports && $(abspath $(VENV))/bin/lint-imports $(CURDIR)/pyproject.toml --no-cache
 
-# The wheel is built from the sdist, and runs from a folder where it is found before the tree.
+# The wheel is built from the sdist, and runs in an environment of its own that sees the packages of the other one, but
+# not the tree, which is installed there.
+SITE = import sysconfig; print(sysconfig.get_path("purelib"))
 wheel: $(VENV)/installed
 	rm -rf dist build/wheel
 	$(VENV)/bin/python -m build --no-isolation
 	$(VENV)/bin/python tests/check_wheel.py dist/*.whl
-	$(PIP) --no-deps --target build/wheel dist/*.whl
-	cd build/wheel && $(abspath $(VENV))/bin/python -m sedetect --version
-	cd build/wheel && $(abspath $(VENV))/bin/python -m sedetect profile $(CURDIR)/tests/data/tiny-moe
+	$(VENV)/bin/python -m venv --without-pip build/wheel
+	$(VENV)/bin/python -c '$(SITE)' > "$$(build/wheel/bin/python -c '$(SITE)')/packages.pth"
+	$(PIP) --no-deps --target "$$(build/wheel/bin/python -c '$(SITE)')" dist/*.whl
+	cd build && wheel/bin/python -m sedetect --version
+	cd build && wheel/bin/python -m sedetect profile $(CURDIR)/tests/data/tiny-moe --tokens 4096
 
 pure: export CXX = none
 pure: wheel

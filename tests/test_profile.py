@@ -16,6 +16,7 @@ from sedetect.kernels.row_stats import row_stats_torch
 from sedetect.kernels.update import update_torch
 from sedetect.models.attach import SubstitutedDown
 from sedetect.ops.choose import BACKENDS
+from sedetect.ops.cpu import CpuBackend
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import ModelStats, merge_all
 from sedetect.stats.place import BankId
@@ -310,3 +311,13 @@ def test_other_batch_compositions_agree_within_tolerance():
             worst = ((state.out_max - reference.out_max).abs() / reference.out_max.clamp(min=1e-6))[same].max()
             assert worst <= 0.08, f"{bank}: {worst}"
         assert [str(e) for e in sedetect.rank(run).super_experts] == ["L1E28"]
+
+
+def test_an_extension_that_is_not_built_is_noted(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "cpu", CpuBackend(None))
+    model = random_model("qwen3_moe")
+    with sedetect.profile(model) as prof:
+        model(input_ids=token_ids())
+    served = {backend for bank in prof.stats.header.banks.values() for backend in bank.backends}
+    (note,) = [str(note) for note in prof.stats.header.notes if note.code == "slow"]
+    assert "cpu" not in served and note.startswith("the cpu backend served nothing: sedetect._C is not built")

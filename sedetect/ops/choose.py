@@ -49,9 +49,15 @@ def choose_backend(
 
 
 def missing_fast_path(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the cuda backend does not serve a GPU's layers of this dtype; None where it does, and on other devices."""
-    reason = BACKENDS["cuda"].refusal(device, dtype) if device.type == "cuda" else None
-    return reason and f"the cuda backend served nothing: {reason}"
+    """Why the backend that is made for a device does not serve its layers of this dtype; None where it does.
+
+    Of a CPU's, only that it is not built.
+    """
+    cpu = BACKENDS["cpu"]
+    if device.type == "cpu" and isinstance(cpu, CpuBackend) and cpu.built:
+        return None
+    reason = BACKENDS[device.type].refusal(device, dtype) if device.type in ("cpu", "cuda") else None
+    return reason and f"the {device.type} backend served nothing: {reason}"
 
 
 def check_backend(name: str | None) -> None:

@@ -31,6 +31,10 @@ class CpuBackend:
     def __init__(self, extension: ModuleType | None = _C):
         self._c: Any = extension
 
+    @property
+    def built(self) -> bool:
+        return self._c is not None
+
     def refusal(
         self, device: torch.device, dtype: torch.dtype, experts: int = 1, weights: ExpertWeights | None = None
     ) -> str | None:

@@ -144,7 +144,7 @@ class Profile:
                 notes.add(Note("never_ran", f"{bank.id} ({bank.path}) never ran: this profile is not complete"))
             elif (
                 self._backend is None
-                and "cuda" not in one.served
+                and not {"cpu", "cuda"} & one.served
                 and one.state is not None
                 and (why := missing_fast_path(one.state.counts.device, dtype))
             ):

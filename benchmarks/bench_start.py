@@ -108,6 +108,7 @@ def main() -> None:
             start = time.perf_counter()
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             wall = time.perf_counter() - start
+            print(f"{name:13} {wall:6.2f} s", file=sys.stderr, flush=True)
             if number or args.cold:
                 walls[name].append(wall)
                 if name == "transformers":

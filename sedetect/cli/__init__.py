@@ -59,6 +59,8 @@ def main() -> None:
         sys.exit(2)
     except SedetectError as error:
         _refuse(error.told(flag))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
 
 
 def _refuse(line: str) -> NoReturn:

@@ -60,3 +60,13 @@ def test_on_a_gpu():
         load_model(source, loading=Loading(device="cuda")),
     )
     assert all(weight.is_cuda and torch.equal(weight.cpu(), plain[name]) for name, weight in model.state_dict().items())
+
+
+def test_used_up_it_is_a_folder_and_closed_it_reads_no_more():
+    source = ahead()
+    load_model(source, loading=Loading(device="cpu"))
+    assert source.used
+    again, plain = load_model(source, loading=Loading(device="cpu")), load_model(TINY, loading=Loading(device="cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), plain.parameters(), strict=True))
+    unused = ahead()
+    unused.close()

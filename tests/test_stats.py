@@ -188,7 +188,7 @@ def test_notes_are_data():
     assert stored["notes"][1] == {"code": "fallback", "text": "why", "bank": "decoder.1.routed", "count": None}
     assert Header.from_json(header.to_json()) == header
     old = Header.from_json(json.dumps(stored | {"notes": ["a line", "decoder.1.routed: why"]}))
-    assert old.notes == [Note("text", "a line"), Note("text", "decoder.1.routed: why")]
+    assert old.notes == [Note("text", "a line"), Note("text", "why", bank)]
     merged = header.merge(old).notes
     assert [str(note) for note in merged] == ["9 tokens asked, 3 used", "a line", "decoder.1.routed: why"]
 
@@ -253,3 +253,9 @@ def test_inconsistent_files_are_refused(tmp_path, damage):
     save_file(tensors, tmp_path / "a", {"format": "sedetect-stats", "version": "1", "header": header})
     with pytest.raises(SedetectError, match="damaged statistics file"):
         ModelStats.load(tmp_path / "a")
+
+
+def test_lines_of_older_headers_keep_their_bank():
+    note = Note.read("decoder.3.routed: backend cuda does not serve it")
+    assert (str(note.bank), note.text) == ("decoder.3.routed", "backend cuda does not serve it")
+    assert Note.read("stopped early: enough").bank is None

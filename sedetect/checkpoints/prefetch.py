@@ -5,6 +5,7 @@ copy engine idle. It holds Python's lock all the while, so this takes it seldom:
 pieces, as they lie there. This module needs torch alone.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,8 @@ class Prefetched(os.PathLike[str]):
         self, folder: str | os.PathLike[str], device: torch.device, tensors: dict[str, StoredTensor], first: float = 0.0
     ):
         self._folder = Path(folder)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # the threads have a current one of their own
         self._pool = ThreadPoolExecutor(_THREADS, "prefetch", use_device, (device,))
         self._buffers: SimpleQueue[Buffer] = SimpleQueue()
         for _ in range(_THREADS):
@@ -66,10 +69,21 @@ class Prefetched(os.PathLike[str]):
         pieces = {id(tensor.arena): tensor.arena.pieces for tensor in tensors.values()}
         try:
             yield tensors
-        finally:
-            self._pool.shutdown()
+        except BaseException:
+            self.close()
+            raise
+        self._pool.shutdown()
         for piece in (piece for of_file in pieces.values() for piece in of_file if piece is not None):
             piece.result()
+
+    @property
+    def used(self) -> bool:
+        """Whether the weights were taken already."""
+        return not self._tensors
+
+    def close(self) -> None:
+        """Read nothing any more; of weights that were taken, nothing is lost."""
+        self._pool.shutdown(cancel_futures=True)
 
     def _carry(self, arena: "_Arena", number: int) -> None:
         start = number * _PIECE
@@ -117,25 +131,34 @@ class _Arrived:
         return self.stored.get_dtype()
 
 
-def prefetch(model: str | os.PathLike[str], device: str | torch.device | None, first: float = 0.0) -> Prefetched | None:
-    """Begin to bring the weights of a checkpoint folder to a GPU; first as in Staging.
+def prefetch(
+    model: str | os.PathLike[str],
+    device: str | torch.device | None,
+    dtype: str | torch.dtype = "auto",
+    first: float = 0.0,
+) -> Prefetched | None:
+    """Begin to bring the weights of a checkpoint folder to a GPU; first as in Staging. Who gets one closes it.
 
     None where that is no gain or not possible: for hub names and damaged folders (which load_model refuses), for other
-    devices, for quantized checkpoints (which may be dequantized on the way), and where memory is short.
+    devices and without accelerate (which puts weights straight on one), for quantized checkpoints and types other than
+    the checkpoint's, which take more memory, for processes that share a GPU, and where memory is short.
     """
     if isinstance(model, Prefetched):
         return model
-    if not Path(model).is_dir():
+    if not Path(model).is_dir() or dtype != "auto" or importlib.util.find_spec("accelerate") is None:
         return None
     device = choose_device(device)
-    if device.type != "cuda":
+    if device.type != "cuda" or int(os.environ.get("WORLD_SIZE", 1)) > torch.cuda.device_count():
         return None
     try:
         if "quantization_config" in read_json(Path(model) / "config.json"):
             return None
         tensors = stored_tensors(shards_of(Path(model)))
-    except SedetectError:
+    except (SedetectError, KeyError, TypeError, ValueError):  # load_model says what is wrong
         return None
     if sum(tensor.nbytes for tensor in tensors.values()) > _SHARE * free_memory(device):
         return None
-    return Prefetched(model, device, tensors, first)
+    try:
+        return Prefetched(model, device, tensors, first)
+    except torch.OutOfMemoryError:
+        return None

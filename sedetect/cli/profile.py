@@ -111,7 +111,9 @@ def profile_command(
             from sedetect.checkpoints.prefetch import prefetch
 
             # Before transformers is imported, which takes longer than reading the weights.
-            ahead = None if stream else prefetch(model, device, ranks.rank / ranks.count)
+            ahead = None if stream else prefetch(model, device, dtype, ranks.rank / ranks.count)
+            if ahead is not None:
+                starting.callback(ahead.close)
 
             from sedetect.calibration.windows import Text
             from sedetect.checkpoints.memory import too_large

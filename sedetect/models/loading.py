@@ -110,7 +110,7 @@ def load_with_notes(
 @contextmanager
 def _prefetched_weights(source: object) -> Iterator[None]:
     """Let from_pretrained take the tensors of a Prefetched folder, instead of opening its files."""
-    if not isinstance(source, Prefetched):
+    if not isinstance(source, Prefetched) or source.used:
         yield
         return
     original = PreTrainedModel._load_pretrained_model
@@ -161,10 +161,13 @@ def open_model(
             check_checkpoint(model)
             _refuse_unknown_type(Path(model), loading.trust_remote_code)  # before its tokenizer, which would fail too
         tokenizer = tokenizer or load_tokenizer(model, **loading.source)
-        if load is load_with_notes:
-            model = prefetch(model, loading.device) or model
-        with warnings.catch_warnings(action="ignore"):
-            model, said = load(model, loading)
+        ahead = prefetch(model, loading.device, loading.dtype) if load is load_with_notes else None
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                model, said = load(ahead or model, loading)
+        finally:
+            if ahead is not None:
+                ahead.close()
         notes = [note for note in said if note.code == "unused_weights"]
     elif tokenizer is None:
         raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")

@@ -1,10 +1,13 @@
 """Notes: what whoever reads statistics must know of how they were made."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from sedetect.stats.place import BankId
+
+_OF_A_BANK = re.compile(r"(\w+\.\d+\.\w+): (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Note:
     def read(cls, stored: dict[str, Any] | str) -> "Note":
         """The inverse of to_dict; of a header that has lines of text alone, a note that is one."""
         if isinstance(stored, str):
-            return cls("text", stored)
+            found = _OF_A_BANK.fullmatch(stored)
+            return cls("text", stored) if found is None else cls("text", found[2], BankId.parse(found[1]))
         bank = stored["bank"]
         return cls(**stored | {"bank": None if bank is None else BankId.parse(bank)})
 

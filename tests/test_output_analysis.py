@@ -156,6 +156,8 @@ def test_every_architecture(family):
             assert -1 <= found["correlation"] <= 1 and 0 <= found["top"] <= 1
             if "text.norm" in arrays:
                 assert len(arrays["text.norm"]) == 12 == len(arrays["text.states"])
+                passes = FAMILIES[family].passes.get(bank.id.layer, 1)
+                assert any("more than once" in note and str(bank.id) in note for note in result.notes) == (passes > 1)
     assert ran
 
 

@@ -34,7 +34,7 @@ from sedetect.analysis.common import (
     to_others,
 )
 from sedetect.analysis.matrices import gate_states
-from sedetect.analysis.routing import chosen_slots
+from sedetect.analysis.routing import REPEATED, chosen_slots
 from sedetect.calibration.windows import Windows, batches
 from sedetect.errors import SedetectError
 from sedetect.models.attach import attach, run_inner
@@ -74,7 +74,7 @@ def analyze_outputs(
         norm_mean, norm_max (N,): of ||y||; tokens (1,) int64: of which all outputs were finite
         chosen_ranks (E,) int64: chosen experts by the rank of their norm among those of the token; 0 is the smallest
         rank_counts (E, E) int64: experts by (rank of their router logit, rank of their norm) for the same token
-        and of every token of the texts, one after another, T in all:
+        and of every token of the texts, one after another, T in all, the first time they pass through the layer:
         text.cosine (T, N, N), text.norm (T, N)
         text.score (T, E): softmax of the router's logits; text.index (T, k) int64, text.weight (T, k): its choice
         text.states (T, E, I): act(W_gate x), before the product with W_up x
@@ -127,6 +127,7 @@ class _Observer:
         self._logits: torch.Tensor | None = None
         self._members: list[str] = Group(group.routed).members
         self._length, self._keep, self._lost, self._uneven = 0, False, False, False
+        self._computed = self._repeated = False
         self._stateless: str | None = None
 
     def calls(self) -> list[tuple[Bank, Callable[..., torch.Tensor]]]:
@@ -137,7 +138,7 @@ class _Observer:
         return [(self.group.routed, self._routed), *shared]
 
     def begin(self, length: int, keep: bool) -> None:
-        self._length, self._keep = length, keep
+        self._length, self._keep, self._computed = length, keep, False
 
     def end(self) -> None:
         """The forward is over: what was not called will not be."""
@@ -187,6 +188,10 @@ class _Observer:
         if self._keep and len(x) != self._length:
             self._lost = True
             return
+        if self._keep and self._computed:
+            self._repeated = True
+            return
+        self._computed = True
         step = chunk_tokens(len(self._members), bank.hidden, bank.intermediate, x.device)
         for start in range(0, len(x), step):
             part = slice(start, start + step)
@@ -235,6 +240,8 @@ class _Observer:
             found.append(f"{bank.id}: no router found beside its experts, so their scores are not known")
         if texts and self._lost:
             found.append(f"{bank.id}: regroups its tokens; those of the texts are not told apart")
+        if self._repeated:
+            found.append(REPEATED.format(bank.id))
         if self._stateless is not None:
             found.append(f"{bank.id}: intermediate states of the texts are not known: {self._stateless}")
         if self._uneven:

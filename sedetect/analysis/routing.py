@@ -34,6 +34,8 @@ from sedetect.models.routers import RouterWatch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+REPEATED = "{}: runs more than once in a forward; of the texts, its first pass is kept"
+
 
 @torch.no_grad()
 def analyze_routing(
@@ -60,7 +62,8 @@ def analyze_routing(
         coactivation (E, E) int64: tokens that chose both; the diagonal is the load over all domains
         weight (E,): mean routing weight of the tokens that chose it, NaN for none
         entropy (D,): of softmax(router logits), mean over tokens, in nats; NaN where no router was found
-        text.index (T, k) int64 and text.weight (T, k): the choice of every token of the texts, one after another
+        text.index (T, k) int64 and text.weight (T, k): the choice of every token of the texts, one after another,
+        the first time they pass through the layer
     Raises:
         SedetectError: for a layer without experts, a model in training mode, and what find_banks refuses.
     """
@@ -86,12 +89,14 @@ def analyze_routing(
             result.notes.append(f"{group.routed.id}: no router found beside its experts, so its entropy is not known")
         if texts and counter.lost:
             result.notes.append(f"{group.routed.id}: regroups its tokens; those of the texts are not told apart")
+        if counter.repeated:
+            result.notes.append(REPEATED.format(group.routed.id))
     return result
 
 
 def _run(model: "PreTrainedModel", counters: list["_Counter"], ids: torch.Tensor, domain: int | None) -> None:
     for counter in counters:
-        counter.domain, counter.length = domain, ids.numel()
+        counter.domain, counter.length, counter.called = domain, ids.numel(), False
     run_tokens(model, ids)
 
 
@@ -134,10 +139,12 @@ def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
 
 
 class _Counter:
-    """What one bank was called with. domain: number of the text under way, None for a short one of length tokens."""
+    """What one bank was called with. domain: number of the text under way, None for a short one of length tokens;
+    called: whether this forward has passed here already, as those of a layer in a loop do."""
 
     def __init__(self, bank: Bank, domains: int):
         self.bank, self.length, self.lost = bank, 0, False
+        self.called = self.repeated = False
         self.domain: int | None = None
         experts = bank.experts
         self.load = torch.zeros(domains, experts, dtype=torch.int64)
@@ -152,12 +159,15 @@ class _Counter:
     ) -> torch.Tensor:
         logits = watch.take(self.bank, len(index))
         if self.domain is None:
-            if len(index) == self.length:
+            if self.called:
+                self.repeated = True
+            elif len(index) == self.length:
                 self.kept.append((index.long().cpu(), weights.float().cpu()))
             else:
                 self.lost = True
         else:
             self._count(index, weights, logits)
+        self.called = True
         return run_inner(module, x, index, weights)
 
     def _count(self, index: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor | None) -> None:

@@ -4,12 +4,18 @@ The experts see (T, H) rows and nothing else. RowTracker reads mask, positions a
 before the model runs, and follows sequences through the key-value cache and through generate(). Everything that depends
 on values stays on the device: a forward is never synchronised with the host.
 
-A first token is the first counted token of its sequence. A token counts unless the attention mask hides it, it follows
-the first generated end-of-sequence token of its sequence, or the same generate() call has counted it before
-(use_cache=False feeds the whole prefix at every step). Its position is the model's own position id where one is
-given, else the number of counted tokens before it. Rows that cannot be mapped (a 4-D mask alone, several sequences
-packed into one row without sequence ids, a module that regroups tokens) all count, with sequence, position and token -1
-and no first tokens.
+A first token is the first counted token of its sequence. A token counts unless the attention mask hides it, it is
+padding by its id (profile(pad_token_id=...)), it follows the first generated end-of-sequence token of its sequence, or
+the same generate() call has counted it before (use_cache=False feeds the whole prefix at every step). Its position is
+the model's own position id where one is given, else the number of counted tokens before it.
+
+A call continues its cache at the length that the cache has: one that was reset begins new sequences, one that was
+cropped goes on from where it was cut. Tokens that a cropped cache lost (rejected drafts) stay in the statistics; their
+number is noted. Texts flattened into one row begin where position ids or cumulative lengths begin again. Of
+generate_batch() position and token are known, the sequence is not.
+
+Rows that cannot be mapped (a 4-D mask alone, a cache filled elsewhere, a module that regroups tokens) all count, with
+sequence, position and token -1 and no first tokens.
 
 Beams of a beam search are followed by row, not by hypothesis. Encoder-decoder models: the rows of the decoder stack are
 mapped, those of the encoder are not.
@@ -23,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sedetect.errors import SedetectError
@@ -38,9 +45,22 @@ def _unmapped(why: str) -> Note:
 UNMAPPED_CALL = _unmapped("layers ran outside a forward of the model whose rows are known")
 UNMAPPED_CACHE = _unmapped("a cache was filled where this profile could not see it")
 UNMAPPED_INPUT = _unmapped("the model was called without input_ids or inputs_embeds")
+UNMAPPED_SHAPE = _unmapped("the token ids are not (batch, length)")
 UNMAPPED_MASK = _unmapped("the attention mask is not (batch, length), so padding was counted")
 UNMAPPED_RESIZED = _unmapped("a cache was continued with another batch size")
-UNMAPPED_PACKED = _unmapped("several sequences packed into one row; give prof.batch(sequence_ids=...)")
+UNMAPPED_PACKED = _unmapped("several sequences packed into one row; give prof.batch(sequence_ids=...) one per token")
+PAGED = Note("paged", "continuous batching: positions and first tokens are known, which sequence a token is of is not")
+PAGED_GPU = Note(
+    "warm_up", "continuous batching: its warm-up on a GPU was counted too; give generate_batch(warmup=False)"
+)
+LOST = (
+    "counted tokens were taken out of a cache afterwards (rejected drafts, a cropped cache): they count beside those "
+    "that took their place"
+)
+MIXED = (
+    "texts flattened into one row may see each other's tokens: transformers keeps them apart where no cache is made; "
+    "give use_cache=False"
+)
 NO_PREFIX = (
     "sequences do not begin with the prefix token their tokenizer adds; super experts may stay silent without it"
 )
@@ -49,6 +69,10 @@ NO_PREFIX = (
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 # Arguments whose names speak of a cache and whose values are none.
 _NO_CACHES = ("use_cache", "cache_position")
+# Where the sequences of a flattened batch begin: (N + 1,) cumulative lengths, as flash attention takes them.
+_CUMULATIVE = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
+# A run of one token is taken for padding where so many sequences, and such a share of all, begin or end with it.
+_RUNS, _RUNS_SHARE = 2, 0.05
 
 
 @dataclass
@@ -56,9 +80,9 @@ class Running:
     """B sequences under way, which a cache or a generate() call continues."""
 
     sequence: torch.Tensor  # (B,) int64 ids
-    counted: torch.Tensor  # (B,) int64: tokens counted so far
-    ended: torch.Tensor  # (B,) bool: the end-of-sequence token was generated
-    columns: int = 0  # token columns seen so far
+    counted: torch.Tensor  # (B, C) bool: by column of the cache, whether its token counted
+    ends: torch.Tensor  # (B, C) bool: a generated token that ended its sequence
+    columns: "int | torch.Tensor" = 0  # seen so far; of a static cache () int64, at most C
     generation: "Generation | None" = None
 
 
@@ -69,8 +93,11 @@ class Generation:
     prompt_columns: int
     prompt_mask: torch.Tensor | None  # (B, prompt_columns)
     eos: torch.Tensor  # (N,) int64
+    pad: int | None  # what is appended to a sequence that has ended, where that is no end-of-sequence token
+    draft: bool  # inside another one: the model drafts for itself
     given_cache: bool  # the caller passed a cache that may hold a prefix
     running: Running | None = None
+    cache: Any = None  # held until its end, which takes out what was drafted last
 
 
 @dataclass
@@ -90,6 +117,9 @@ class _Call:
     mask: torch.Tensor | None
     position_ids: torch.Tensor | None
     cache: Any
+    cumulative: torch.Tensor | None = None  # (N + 1,) where the sequences of a flattened batch begin
+    numbers: torch.Tensor | None = None  # (B, L) which of the flattened sequences a token is of
+    apart: bool = True  # flattened sequences do not see each other
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -108,25 +138,33 @@ class RowTracker:
         model: the top-level model, for the signature of its forward and the defaults of its generate().
         source: number of the calibration source its rows belong to.
         prefix: the token id every sequence should begin with, or None.
+        pad: the token id of padding that no mask hides, or None.
     """
 
-    def __init__(self, model: nn.Module, source: int = 0, prefix: int | None = None):
+    def __init__(self, model: nn.Module, source: int = 0, prefix: int | None = None, pad: int | None = None):
         self.source = source
         self.prefix = prefix
+        self.pad = pad
         self.pending: Batch | None = None
         self.notes: set[Note] = set()
         self._names = tuple(inspect.signature(model.forward).parameters)
         self._stack = "decoder_" if "decoder_input_ids" in self._names else ""
         self._config = getattr(model, "generation_config", None)
+        self._text = _text_config(model)
+        settings = (self._config, self._text)
+        self._begins = {prefix, *_ids_of(settings, "bos_token_id")}
+        self._ends = _ids_of(settings, "eos_token_id")
         self._generation: Generation | None = None
         self._running: Running | None = None
         self._cache: Any = None
         self._by_cache: weakref.WeakKeyDictionary[Any, Running] = weakref.WeakKeyDictionary()
         self._next_id: dict[torch.device, torch.Tensor] = {}
         self._given_ids: list[torch.Tensor] = []
-        self._totals: dict[torch.device, torch.Tensor] = {}
+        self._totals: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._runs: dict[torch.device, torch.Tensor] = {}
 
     @torch.compiler.disable
+    @torch.inference_mode(False)  # what is kept here may be advanced outside of it
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> Rows | None:
         """The rows of this call's (B, L) tokens, flattened to T = B * L; None where they cannot be mapped."""
         batch, self.pending = self.pending or Batch(), None
@@ -135,8 +173,15 @@ class RowTracker:
         if isinstance(call, Note):
             self.notes.add(call)
             return None
+        if not call.tokens.numel():
+            return None
         ids = batch.sequence_ids
-        rows = self._explicit(call, batch, ids) if ids is not None and ids.dim() == 2 else self._follow(call, batch)
+        if ids is not None and ids.dim() == 2:
+            rows = self._explicit(call, batch, ids)
+        elif call.cumulative is not None and call.cache is not None and not hasattr(call.cache, "get_seq_length"):
+            rows = self._paged(call)
+        else:
+            rows = self._follow(call, batch)
         if rows is None:
             return None
         flat = [t.expand(call.shape).reshape(-1).contiguous() for t in rows]
@@ -149,6 +194,8 @@ class RowTracker:
             for cache in (self._cache, *_caches(_named(output))):
                 if cache is not None:
                     self._by_cache[cache] = self._running
+                    if self._generation is not None:
+                        self._generation.cache = cache
         self._cache = self._running = None
 
     @contextmanager
@@ -157,7 +204,7 @@ class RowTracker:
         prompt = kwargs.get("inputs_embeds")
         for candidate in (kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]):
             prompt = candidate if prompt is None else prompt
-        config = kwargs.get("generation_config")
+        config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
 
         def setting(name: str) -> Any:
             if name in kwargs:
@@ -169,8 +216,9 @@ class RowTracker:
         eos = torch.as_tensor([] if eos is None else eos, dtype=torch.int64).reshape(-1)
         mask = kwargs.get("attention_mask")
         if prompt is not None:
+            pad = None if pad is None or pad in eos.tolist() else int(pad)
             eos = eos.to(prompt.device)
-            if mask is None and prompt.dim() == 2 and pad is not None and pad not in eos.tolist():
+            if mask is None and prompt.dim() == 2 and pad is not None:
                 # generate() infers its mask by the same rule.
                 mask = (prompt != pad) | ~(prompt == pad).any()
         outer = self._generation
@@ -178,20 +226,42 @@ class RowTracker:
         if self._stack:  # an encoder-decoder: the prompt is the encoder's, the decoder begins with its start token
             begun = kwargs.get("decoder_input_ids")
             mask, columns = None, 1 if begun is None else begun.shape[1]
-        self._generation = Generation(columns, mask, eos, bool(_caches(kwargs)))
+        self._generation = own = Generation(columns, mask, eos, pad, outer is not None, bool(_caches(kwargs)))
         try:
             yield
         finally:
             self._generation = outer
+            if own.cache is not None:
+                with torch.inference_mode(False):
+                    self._crop(self._by_cache[own.cache], _cached_length(own.cache))
+                own.cache = None
 
     def totals(self) -> tuple[int, int]:
         """(counted tokens, sequences begun). Synchronises, and completes notes."""
-        totals = sum((t.cpu() for t in self._totals.values()), torch.zeros(4, dtype=torch.int64))
-        tokens, sequences, packed, bare = totals.tolist()
-        if packed:
+        totals: dict[str, int] = {}
+        for (name, _), total in self._totals.items():
+            totals[name] = totals.get(name, 0) + int(total)
+        tokens, sequences, bare, lost = (totals.get(name, 0) for name in ("tokens", "sequences", "bare", "lost"))
+        self.notes = {note for note in self.notes if note.count is None}
+        if totals.get("packed"):
             self.notes.add(UNMAPPED_PACKED)
+        if totals.get("unseen"):
+            self.notes.add(UNMAPPED_CACHE)
         if bare:
             self.notes.add(Note("no_prefix", f"{bare} of {sequences} {NO_PREFIX}", count=bare))
+        if lost:
+            self.notes.add(Note("lost", f"{lost} {LOST}", count=lost))
+        if mixed := totals.get("mixed"):
+            self.notes.add(Note("mixed", f"{mixed} {MIXED}", count=mixed))
+        for runs in self._runs.values():
+            for end, counts in zip(("begin", "end"), runs.cpu(), strict=True):
+                count, token = (int(most) for most in counts.max(0))
+                if count >= max(_RUNS, _RUNS_SHARE * sequences):
+                    text = (
+                        f"{count} of {sequences} sequences {end} with a run of token {token} that no mask hides: if it "
+                        f"is padding, it was counted; give profile(pad_token_id={token}), or an attention_mask"
+                    )
+                    self.notes.add(Note("padding", text, count=count))
         return tokens, sequences
 
     def ranges(self) -> list[list[int]]:
@@ -215,16 +285,25 @@ class RowTracker:
             if embeds is None:
                 return UNMAPPED_INPUT
             tokens = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        if tokens.dim() != 2:
+            return UNMAPPED_SHAPE
         caches = _caches(arguments)
         for name, value in arguments.items():
             if _like_cache(name) and not any(value is known for known in (None, False, True, *caches)):
                 return unmapped_unknown(name)
         mask, positions = arguments.get(f"{stack}attention_mask"), arguments.get(f"{stack}position_ids")
-        return _Call(tokens, mask, positions, caches[0] if caches else None)
+        cache = caches[0] if caches else None
+        cumulative = next((arguments[name] for name in _CUMULATIVE if arguments.get(name) is not None), None)
+        use_cache = arguments.get("use_cache")
+        made = getattr(self._text, "use_cache", False) if use_cache is None else use_cache
+        apart = "flash" in str(getattr(self._text, "_attn_implementation", "")) or (
+            positions is not None and mask is None and cache is None and not made
+        )
+        return _Call(tokens.to(torch.int64), mask, positions, cache, cumulative, arguments.get("seq_idx"), apart)
 
     def _explicit(self, call: _Call, batch: Batch, ids: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """Rows of a call whose every token was given its sequence id (B, L): whole sequences, in any arrangement."""
-        counted = self._visible(call, batch, 0)
+        counted = self._visible(call, batch, torch.arange(call.shape[1], device=call.device))
         if counted is None:
             self.notes.add(UNMAPPED_MASK)
             return None
@@ -236,116 +315,277 @@ class RowTracker:
         self._count(counted, first, call.tokens)
         return counted, first, sequence, rank if position is None else position, call.tokens
 
-    def _follow(self, call: _Call, batch: Batch) -> tuple[torch.Tensor, ...] | None:
-        """Rows of a call in which each row of the batch is one sequence, new or continued."""
-        size, length = call.shape
-        running = self._resume(call)
-        if running is None and _cached_length(call.cache):
+    def _paged(self, call: _Call) -> tuple[torch.Tensor, ...] | None:
+        """Rows of a call of continuous batching: pieces of many texts in one row, told by their positions."""
+        if call.position_ids is None or call.tokens.shape[0] != 1:
             self.notes.add(UNMAPPED_CACHE)
             return None
-        if running is None:
-            running = self._start(call, batch.sequence_ids)
-        if len(running.sequence) != size:
+        self.notes.update([PAGED] if call.device.type == "cpu" else [PAGED, PAGED_GPU])
+        # Behind the last sequence is padding.
+        counted = (torch.arange(call.shape[1], device=call.device) < call.cumulative[-1]).expand(call.shape)
+        position = _move(call.position_ids, call.device).to(torch.int64).expand(call.shape)
+        first = counted & (position == 0)
+        self._count(counted, first, call.tokens)
+        return counted, first, torch.full_like(position, -1), position, call.tokens
+
+    def _follow(self, call: _Call, batch: Batch) -> tuple[torch.Tensor, ...] | None:
+        """Rows of a call in which each row of the batch is one sequence, new or continued, or several new ones.
+
+        What a static cache holds is known to the device alone: new, unseen and all that is made of start are then
+        tensors, and Python values else.
+        """
+        size, length = call.shape
+        held = _cached_length(call.cache)
+        running = self._resume(call, held)
+        if running is not None and len(running.sequence) != size:
             self.notes.add(UNMAPPED_RESIZED)
             return None
+        begins = running is None
+        if running is None:
+            none = torch.zeros(size, 0, dtype=torch.bool, device=call.device)
+            running = Running(torch.full((size,), -1, device=call.device), none, none, generation=self._generation)
         # Without a cache generate() feeds the whole prefix again: the columns seen before do not count twice.
         again = running.columns if call.cache is None else 0
-        if again and length <= again:  # not the whole prefix: something else remembers it
+        start: Any = 0 if call.cache is None else running.columns if held is None else held
+        if isinstance(start, torch.Tensor):
+            start = _move(start, call.device)
+        unseen: Any = start > running.columns
+        # Of a prefix that is not fed again something else remembers.
+        if unseen is True or isinstance(again, torch.Tensor) or (again and length <= again):
             self.notes.add(UNMAPPED_CACHE)
             return None
-        start = 0 if call.cache is None else running.columns
-        counted = self._visible(call, batch, start)
+        new: Any = begins or (start == 0 if isinstance(start, torch.Tensor) else False)
+
+        column = start + torch.arange(length, device=call.device)
+        counted = self._visible(call, batch, column)
         if counted is None:
             self.notes.add(UNMAPPED_MASK)
             return None
-        counted = (
-            counted & (torch.arange(length, device=call.device) >= again) & ~self._ended(call, running, start, again)
-        )
-        nth = running.counted[:, None] + counted.cumsum(1)
-        first = counted & (nth == 1)
-        running.counted = running.counted + counted.sum(1)
-        running.columns = start + length
-        self._running, self._cache = running, call.cache
+        self._crop(running, again or start)
+        counted = counted & (column >= again)
+        if self._generation is not None and self._generation.draft:
+            counted = torch.zeros_like(counted)
+        before = running.counted.sum(1, keepdim=True)
+        if new is not False and length > 1:
+            counted = self._without_padding(call, counted, new)
+        after, ends = self._ended(call, running, column, again)
+        counted = counted & ~after
+        through = before + counted.cumsum(1)
 
         position = self._positions(call, batch)
-        packed = torch.zeros(size, 1, dtype=torch.bool, device=call.device)
-        given_2d = call.position_ids is not None and call.position_ids.dim() == 2
-        if position is not None and (batch.positions is not None or given_2d):
-            # A position 0 that is not the first token: sequences packed together, which cannot be told apart here.
-            packed = (counted & ~first & (position == 0)).any(1, keepdim=True)
+        restarts, packed = self._restarts(call, batch, counted, through, position), None
+        texts = torch.zeros_like(counted, dtype=torch.int64)
+        nth = through
+        if restarts is not None:
+            splits = restarts & new if batch.sequence_ids is None else torch.zeros_like(restarts)
+            packed = (restarts & ~splits).any(1, keepdim=True)
+            texts = splits.cumsum(1)
+            nth = through - torch.where(splits, through - counted.to(torch.int64), 0).cummax(1).values
+            if not call.apart:
+                self._add("mixed", splits.sum() + splits.any(1).sum())
+        sequence = self._sequences(running, batch, texts, new)
+        first = counted & (nth == 1)
+        unknown = packed
+        if isinstance(unseen, torch.Tensor):
+            self._add("unseen", unseen.to(torch.int64))
+            first, unknown = first & ~unseen, unseen.expand(size, 1) if packed is None else packed | unseen
         self._count(counted, first, call.tokens, packed)
-        places = (running.sequence[:, None], nth - 1 if position is None else position, call.tokens)
-        return counted, first & ~packed, *(torch.where(packed, -1, place) for place in places)
+        last = (sequence[:, -1], counted & (texts == texts[:, -1:]), ends)
+        self._remember(running, call, *last, again or start, again)
+        self._running, self._cache = running, call.cache
+        if begins and self._generation is not None:
+            self._generation.running = running
 
-    def _resume(self, call: _Call) -> Running | None:
+        places = (sequence, nth - 1 if position is None else position, call.tokens)
+        if unknown is None:
+            return counted, first, *places
+        return counted, first & ~unknown, *(torch.where(unknown, -1, place) for place in places)
+
+    def _resume(self, call: _Call, held: "int | torch.Tensor | None") -> Running | None:
         """The sequences that this call continues, if any."""
         generation = self._generation
         if call.cache is None:
             return generation.running if generation is not None else None
         running = self._by_cache.get(call.cache)
-        if running is None or _cached_length(call.cache) == 0:
+        if running is None or (isinstance(held, int) and held == 0):
             return None
         if generation is not running.generation:
             # A cache from before this generate() call: its own old one, reset, unless the caller handed it in.
             if generation is not None and not generation.given_cache:
                 return None
             running.generation = generation
-            running.ended = torch.zeros_like(running.ended)
+            running.ends = torch.zeros_like(running.ends)
         return running
 
-    def _start(self, call: _Call, given: torch.Tensor | None) -> Running:
-        size, device = call.shape[0], call.device
-        if given is not None:
-            if len(given) != size:
-                raise SedetectError(
-                    f"prof.batch: {len(given)} sequence_ids for a batch of {size}; give one per sequence"
-                )
-            ids = _move(given, device)
-            self._note_ids(ids)
+    def _crop(self, running: Running, start: Any) -> None:
+        """Forget the columns from start on, which a cache does not hold any more, and count what was in them."""
+        if start is None or (isinstance(start, int) and isinstance(running.columns, int) and start >= running.columns):
+            return
+        stale = torch.arange(running.counted.shape[1], device=running.counted.device) >= start
+        lost = (running.counted & stale).sum()
+        # A cache that was emptied is ready for the next texts, and lost none.
+        self._add("lost", lost * (start > 0))
+        if isinstance(start, int):
+            running.columns = start
+            running.counted, running.ends = running.counted[:, :start], running.ends[:, :start]
         else:
-            if self._given_ids:
+            running.counted &= ~stale
+            running.ends &= ~stale
+
+    def _remember(
+        self,
+        running: Running,
+        call: _Call,
+        sequence: torch.Tensor,
+        counted: torch.Tensor,
+        ends: torch.Tensor,
+        start: Any,
+        again: int,
+    ) -> None:
+        """Write the columns of this call, but the first again, behind the start columns that running has."""
+        length = call.shape[1]
+        if isinstance(start, int):
+            running.counted = torch.cat((running.counted, counted[:, again:]), 1)
+            running.ends = torch.cat((running.ends, ends[:, again:]), 1)
+            running.columns, running.sequence = start + length - again, sequence
+            return
+        # Static as the cache: what is written in place is written by a replayed CUDA graph too.
+        most, width = _capacity(call.cache), running.counted.shape[1]
+        room = max(most - width, 0) if most > 0 else length
+        if room or isinstance(running.columns, int):
+            running.counted, running.ends = F.pad(running.counted, (0, room)), F.pad(running.ends, (0, room))
+            running.columns, running.sequence = torch.zeros_like(start) + running.columns, running.sequence.clone()
+        index = (start + torch.arange(length, device=call.device)).clamp(max=width + room - 1)
+        running.counted.index_copy_(1, index, counted)
+        running.ends.index_copy_(1, index, ends)
+        # What was filled elsewhere stays unseen.
+        running.columns.copy_(torch.where(start > running.columns, running.columns, start + length))
+        running.sequence.copy_(sequence)
+
+    def _restarts(
+        self,
+        call: _Call,
+        batch: Batch,
+        counted: torch.Tensor,
+        through: torch.Tensor,
+        position: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """(B, L) bool: tokens with which a sequence begins inside a row that had one already; None: nothing says so."""
+        given_2d = call.position_ids is not None and call.position_ids.dim() == 2
+        found = []
+        if position is not None and (batch.positions is not None or given_2d):
+            falls = torch.zeros_like(counted)
+            falls[:, 1:] = (position[:, 1:] < position[:, :-1]) & counted[:, :-1]
+            found.append(falls | (position == 0))
+        if call.cumulative is not None and call.shape[0] == 1:
+            begins = torch.zeros(call.shape[1] + 1, dtype=torch.bool, device=call.device)
+            where = _move(call.cumulative, call.device).to(torch.int64).clamp(max=call.shape[1])
+            found.append(begins.index_fill(0, where, True)[None, :-1])
+        if call.numbers is not None and call.numbers.shape == call.tokens.shape:
+            changes = torch.zeros_like(counted)
+            numbers = _move(call.numbers, call.device)
+            changes[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+            found.append(changes)
+        if not found:
+            return None
+        return torch.stack([f.expand(call.shape) for f in found]).any(0) & counted & (through > 1)
+
+    def _sequences(self, running: Running, batch: Batch, texts: torch.Tensor, new: Any) -> torch.Tensor:
+        """(B, L) int64 ids. texts: which of the sequences of its row a token is of."""
+        given, device = batch.sequence_ids, texts.device
+        old = running.sequence[:, None]
+        if new is False:
+            return old.expand(texts.shape)
+        if given is not None:
+            if len(given) != len(texts):
+                raise SedetectError(
+                    f"prof.batch: {len(given)} sequence_ids for a batch of {len(texts)}; give one per sequence"
+                )
+            ids = _move(given, device)[:, None]
+            self._note_ids(ids if new is True else torch.where(new, ids, -1))
+        elif self._given_ids:
+            if new is True:
                 raise SedetectError(
                     "prof.batch: earlier forwards had sequence_ids and this one has none; give them to all"
                 )
+            ids = torch.full_like(old, -1)
+        else:
             # A device counter, advanced by an op: a replayed CUDA graph sees new ids.
             counter = self._next_id.setdefault(device, torch.zeros((), dtype=torch.int64, device=device))
-            ids = counter + torch.arange(size, device=device)
-            counter += size
-        none = torch.zeros(size, dtype=torch.int64, device=device)
-        running = Running(ids, none, none.to(torch.bool), generation=self._generation)
-        if self._generation is not None:
-            self._generation.running = running
-        return running
+            count = texts[:, -1:] + 1
+            ids = counter + count.cumsum(0) - count + texts
+            counter += count.sum() * new
+        return (ids if new is True else torch.where(new, ids, old)).expand(texts.shape)
 
-    def _visible(self, call: _Call, batch: Batch, start: int) -> torch.Tensor | None:
-        """(B, L) bool: tokens that the mask shows; None where no mask says so per token. start: their first column."""
+    def _visible(self, call: _Call, batch: Batch, column: torch.Tensor) -> torch.Tensor | None:
+        """(B, L) bool: tokens that the mask shows; None where no mask says so per token. column: (L,) theirs."""
         size, length = call.shape
         mask = call.mask if batch.mask is None else batch.mask
         if self._generation is not None and not _per_token(mask):
             mask = self._generation.prompt_mask
             if mask is not None:
-                mask = mask.repeat_interleave(size // len(mask), 0)
-                generated = mask.new_ones(size, max(0, start + length - mask.shape[1]))
-                mask = torch.cat((mask, generated), 1)[:, : start + length]
+                mask = _move(mask.repeat_interleave(size // len(mask), 0), call.device)
+                width = mask.shape[1]
+                return (mask.index_select(1, column.clamp(max=width - 1)) != 0) | (column >= width)  # generated: shown
         if mask is None:
             return torch.ones(call.shape, dtype=torch.bool, device=call.device)
         if not _per_token(mask) or mask.shape[1] < length or len(mask) != size:
             return None
         # A mask over the whole cache begins with its first column; a shorter one covers these tokens alone.
-        begin = start if mask.shape[1] >= start + length else mask.shape[1] - length
-        return _move(mask[:, begin : begin + length], call.device) != 0
+        width = mask.shape[1]
+        column = torch.where(column[-1] < width, column, torch.arange(width - length, width, device=call.device))
+        return _move(mask, call.device).index_select(1, column) != 0
 
-    def _ended(self, call: _Call, running: Running, start: int, again: int) -> torch.Tensor:
-        """(B, L) bool: tokens after the first generated end-of-sequence token, which itself is not among them."""
+    def _without_padding(self, call: _Call, counted: torch.Tensor, new: Any) -> torch.Tensor:
+        """counted without the runs of the padding token at one end; notices runs where that token is not given."""
+        tokens = call.tokens
+        if self.pad is None:
+            self._notice_runs(tokens, counted, new)
+            return counted
+        # Hidden tokens do not end a run; of a run that also is a beginning or an end, the token beside the text stays.
+        is_pad = counted & (tokens == self.pad)
+        left, right = (_run(is_pad | ~counted, end) & is_pad for end in ("left", "right"))
+        if self.pad in self._begins:
+            left = left & (left.flip(1).cumsum(1).flip(1) > 1)
+            right = right & (counted.cumsum(1) > 1)
+        if self.pad in self._ends:
+            right = right & (right.cumsum(1) > 1)
+        side = torch.where(right.sum() >= left.sum(), right, left)
+        return counted & ~(side & new)
+
+    def _notice_runs(self, tokens: torch.Tensor, counted: torch.Tensor, new: Any) -> None:
+        """Count the sequences of a batch without padding in its mask that begin or end with a run of one token."""
+        length = tokens.shape[1]
+        width = getattr(self._text, "vocab_size", None)
+        if not isinstance(width, int):
+            return
+        runs = self._runs.setdefault(tokens.device, torch.zeros(2, width, dtype=torch.int64, device=tokens.device))
+        for end, ids in (("left", tokens[:, 0]), ("right", tokens[:, -1])):
+            long = _run(tokens == ids[:, None], end).sum(1)
+            # Another row of the batch shows how much of it is no padding (two BOS in front of every text).
+            same = ids[:, None] == ids
+            least = torch.where(same, long[None], 0).amin(1)
+            found = (long > 1) & (long < length) & ((long > least) | (end == "right"))
+            found = found & counted.all() & new & (ids >= 0) & (ids < width)
+            runs[0 if end == "left" else 1].index_add_(0, ids.clamp(0, width - 1), found.to(torch.int64))
+
+    def _ended(
+        self, call: _Call, running: Running, column: torch.Tensor, again: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L) bool twice: tokens after the end of their sequence, and those that end one.
+
+        The first generated end-of-sequence token ends it and is not after it; the padding that generate() appends is.
+        """
         generation = self._generation
-        if generation is None or not len(generation.eos):
-            return torch.zeros(call.shape, dtype=torch.bool, device=call.device)
-        column = start + torch.arange(call.shape[1], device=call.device)
-        fresh = column >= max(generation.prompt_columns, again)
-        ends = torch.isin(call.tokens, generation.eos.to(call.device)) & fresh
-        after = running.ended[:, None] | (ends.cumsum(1) - ends.to(torch.int64) > 0)
-        running.ended = running.ended | ends.any(1)
-        return after & fresh
+        if generation is None:
+            none = torch.zeros(call.shape, dtype=torch.bool, device=call.device)
+            return none, none
+        generated = column >= max(generation.prompt_columns, again)
+        ends = torch.isin(call.tokens, generation.eos.to(call.device)) & generated
+        over = (call.tokens == generation.pad) & generated if generation.pad is not None else torch.zeros_like(ends)
+        ended = running.ends.any(1, keepdim=True)
+        after = ended | (ends.cumsum(1) - ends.to(torch.int64) > 0) | (over.cumsum(1) > 0)
+        return after & generated, ends | over
 
     def _positions(self, call: _Call, batch: Batch) -> torch.Tensor | None:
         positions = call.position_ids if batch.positions is None else batch.positions
@@ -356,11 +596,17 @@ class RowTracker:
         return _move(positions, call.device).to(torch.int64).expand(call.shape)
 
     def _count(self, counted, first, tokens, packed=None) -> None:
-        bare = first & (tokens != self.prefix) & (tokens >= 0) if self.prefix is not None else first & False
-        packed = bare if packed is None else packed
-        totals = torch.stack([counted.sum(), first.sum(), (packed & counted).sum(), (bare & ~packed).sum()])
-        device = tokens.device
-        self._totals.setdefault(device, torch.zeros_like(totals)).add_(totals)
+        self._add("tokens", counted.sum())
+        self._add("sequences", first.sum())
+        if packed is not None:
+            self._add("packed", (packed & counted).sum())
+        if self.prefix is not None:
+            bare = first & (tokens != self.prefix) & (tokens >= 0)
+            self._add("bare", (bare if packed is None else bare & ~packed).sum())
+
+    def _add(self, name: str, count: torch.Tensor) -> None:
+        total = self._totals.setdefault((name, count.device), torch.zeros_like(count))
+        total.add_(count)
 
 
 def unmapped_unknown(name: str) -> Note:
@@ -391,10 +637,38 @@ def _named(output: Any) -> dict[Any, Any]:
     return dict(output.items() if isinstance(output, dict) else getattr(output, "__dict__", {}))
 
 
-def _cached_length(cache: Any) -> int | None:
-    """Tokens in a cache; None where only the device knows (static caches) or it keeps no count."""
-    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
+def _cached_length(cache: Any) -> "int | torch.Tensor | None":
+    """Tokens in a cache: of a static one a () tensor that only the device knows; None where it keeps no count."""
+    try:
+        length = cache.get_seq_length()
+    except (AttributeError, ValueError):  # ValueError: linear attention alone, which knows whether it began
+        began = getattr(cache, "has_previous_state", None)
+        return 0 if callable(began) and began() is False else None
+    if isinstance(length, torch.Tensor):
+        return length.clone()  # the forward advances it in place
     return length if isinstance(length, int) else None
+
+
+def _capacity(cache: Any) -> int:
+    """Columns that a static cache holds at most; -1 where it does not say so."""
+    most = cache.get_max_length() if hasattr(cache, "get_max_length") else -1
+    return most if isinstance(most, int) else -1
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _ids_of(configs: Iterable[Any], name: str) -> set[int]:
+    """The token ids under a name of the first configuration that has any."""
+    found = next((ids for c in configs if (ids := getattr(c, name, None)) is not None), [])
+    return set(found) if isinstance(found, (list, tuple)) else {found}
+
+
+def _run(same: torch.Tensor, end: str) -> torch.Tensor:
+    """(B, L) bool: the unbroken run of same (B, L) at one end of each row."""
+    return same.cumprod(1) != 0 if end == "left" else same.flip(1).cumprod(1).flip(1) != 0
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -17,15 +17,15 @@ from sedetect.stats.note import Note
 class TrackedModel:
     """Context manager: one wrapper around the top-level forward, and one around generate(), put back on exit."""
 
-    def __init__(self, model: nn.Module, prefix: int | None = None):
-        self._model, self._prefix = model, prefix
+    def __init__(self, model: nn.Module, prefix: int | None = None, pad: int | None = None):
+        self._model, self._prefix, self._pad = model, prefix, pad
         self.restart()
         self._rows: dict[torch.device, Rows] | None = None
         self._undo: list[Callable[[], None]] = []
 
     def restart(self) -> None:
         """Follow from here on as if nothing had run."""
-        self.tracker = RowTracker(self._model, prefix=self._prefix)
+        self.tracker = RowTracker(self._model, prefix=self._prefix, pad=self._pad)
 
     def __enter__(self) -> "TrackedModel":
         self._wrap("forward", self._forward)

@@ -43,6 +43,7 @@ class Profile:
         measuring: Measuring,
         banks: list[Bank] | None = None,
         digest: str | None = None,
+        pad: int | None = None,
     ):
         check_backend(measuring.backend)
         self._model = getattr(model, "_orig_mod", model)
@@ -51,7 +52,7 @@ class Profile:
         self._source = source or f"profile-{uuid.uuid4().hex[:12]}"
         self._info = info or {}
         self._banks = find_banks(self._model) if banks is None else banks
-        self._tracked = TrackedModel(self._model, prefix)
+        self._tracked = TrackedModel(self._model, prefix, pad)
         self._measured = [Measurement(bank, self._tracked.rows_of, measuring) for bank in self._banks]
         self._backend = measuring.backend
         parallel = next((bank for bank in self._banks if bank.here is not None), None)
@@ -209,6 +210,7 @@ def profile(
     source: str | None = None,
     info: dict[str, Any] | None = None,
     prefix: int | None = None,
+    pad_token_id: int | None = None,
     backend: str | None = None,
     channels: bool = False,
     coactivation: bool = False,
@@ -227,6 +229,9 @@ def profile(
             random name by default, with a running count as ids.
         info: what to remember of the source, as JSON values.
         prefix: token id that the tokenizer puts before every text, if it does; the profile notes sequences without it.
+        pad_token_id: token id of padding that no attention mask hides (lm_eval gives none): a run of it at one end of
+            the sequences of a batch does not count. Where the id is also the beginning (or the end) of a sequence, the
+            one beside the text does.
         backend: "cpu", "cuda", "triton" or "torch"; the fastest that serves each call by default.
         channels: keep the per-channel maxima and squares (BankStats.channel_max, in_channel_max, in_channel_sq).
         coactivation: count the tokens routed to each pair of experts (BankStats.coactivation).
@@ -234,4 +239,6 @@ def profile(
     Raises:
         SedetectError: for a model in training mode, without experts, or with experts that cannot be measured.
     """
-    return Profile(model, source, info, prefix, Measuring(backend, channels, coactivation, first_rows))
+    return Profile(
+        model, source, info, prefix, Measuring(backend, channels, coactivation, first_rows), pad=pad_token_id
+    )

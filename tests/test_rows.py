@@ -10,6 +10,7 @@ import transformers
 from support.conformance import available
 from support.families import discover
 from support.models import random_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sedetect
 from sedetect.errors import SedetectError
@@ -243,6 +244,46 @@ def test_a_forward_in_inference_mode_between_others(model):
         with torch.inference_mode():
             assert tracked.begin((), {"input_ids": texts[2][None]}).sequence.tolist() == [2] * 7
     assert tracked.totals() == (18, 3)
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Fails where a value goes to the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"), name
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("make", [dynamic, static])
+@pytest.mark.parametrize("pad", [None, 50])
+def test_nothing_waits_for_the_device(model, make, pad):
+    ids, positions, ends, numbers = flattened(sequences(5, 7, 4))
+    batch, mask = padded(sequences(5, 9), "left")
+    cache, tracker = make(model), RowTracker(model, prefix=1, pad=pad)
+    told = {"position_ids": positions, "cu_seq_lens_q": ends, "seq_idx": numbers}
+    calls = [
+        {"input_ids": ids, **told},
+        {"input_ids": batch, "attention_mask": mask[:, :9], "past_key_values": cache},
+        {"input_ids": batch[:, :1], "attention_mask": torch.ones(2, 10), "past_key_values": cache},
+        {"input_ids": ids, **told, "cache": object()},
+    ]
+    for arguments in calls:
+        with OnTheDevice():
+            assert tracker.begin((), arguments) is not None
+            tracker.end(None)
+        if arguments.get("past_key_values") is cache:
+            length = arguments["input_ids"].shape[1]
+            for layer in range(3):
+                cache.update(torch.zeros(2, 2, length, 8), torch.zeros(2, 2, length, 8), layer)
+    with tracker.generating((batch,), {"eos_token_id": 2, "pad_token_id": 0}), OnTheDevice():
+        for width in (9, 10):
+            arguments = {
+                "input_ids": torch.cat((batch, batch), 1)[:, :width],
+                "attention_mask": mask.new_ones(2, width),
+            }
+            assert tracker.begin((), arguments) is not None
+            tracker.end(None)
 
 
 def test_token_ids_of_another_type_or_shape(model):

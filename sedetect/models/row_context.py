@@ -421,7 +421,9 @@ class RowTracker:
         """Forget the columns from start on, which a cache does not hold any more, and count what was in them."""
         if start is None or (isinstance(start, int) and isinstance(running.columns, int) and start >= running.columns):
             return
-        stale = torch.arange(running.counted.shape[1], device=running.counted.device) >= start
+        device = running.counted.device
+        start = _move(start, device) if isinstance(start, torch.Tensor) else start
+        stale = torch.arange(running.counted.shape[1], device=device) >= start
         lost = (running.counted & stale).sum()
         # A cache that was emptied is ready for the next texts, and lost none.
         self._add("lost", lost * (start > 0))

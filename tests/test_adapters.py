@@ -143,6 +143,183 @@ class OddBlock(DeepseekBlock):
         return sum(e(x) * scores[:, n, None] for n, e in enumerate(self.experts)).view(hidden_states.shape), None
 
 
+class ExpertChoiceBlock(MixtralBlock):
+    """Every expert takes the tokens that want it most, the same number each."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        scores = self.gate(x).softmax(-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            weights, token = scores[:, number].topk(max(1, len(x) * self.top_k // len(self.experts)))
+            out.index_add_(0, token, expert(x[token]) * weights[:, None])
+        return out.view(hidden_states.shape), scores
+
+
+class DenseBlock(MixtralBlock):
+    """Every expert computes every token; the weights of all but the top are 0."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        scores = self.gate(x).softmax(-1)
+        weights, chosen = scores.topk(self.top_k, dim=-1)
+        given = torch.zeros_like(scores).scatter(1, chosen, weights / weights.sum(-1, keepdim=True))
+        out = sum(expert(x) * given[:, number, None] for number, expert in enumerate(self.experts))
+        return (out + self.shared_expert(x)).view(hidden_states.shape), scores
+
+
+class HalfSoftmaxBlock(MixtralBlock):
+    """The softmax in the type of the logits, where 16 bits make many ties."""
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        weights, chosen = self.gate(x).softmax(-1).topk(self.top_k, dim=-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = (chosen == number).nonzero(as_tuple=True)
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return (out + self.shared_expert(x)).view(hidden_states.shape), None
+
+
+class LateBlock(MixtralBlock):
+    """What a test changes after the probe: each of its methods does nothing yet."""
+
+    image = None  # (T,) bool
+
+    def routing(self, x, weights, chosen):
+        return weights, chosen
+
+    def rows(self, x, token):
+        return x[token]
+
+    def combined(self, result, weights):
+        return result * weights
+
+    def forward(self, hidden_states):
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        weights, chosen = self.gate(x).softmax(-1, dtype=torch.float).topk(self.top_k, dim=-1)
+        weights, chosen = self.routing(x, weights.to(x.dtype), chosen)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = (chosen == number).nonzero(as_tuple=True)
+            out.index_add_(0, token, self.combined(expert(self.rows(x, token)), weights[token, slot, None]))
+        return (out + self.shared_expert(x)).view(hidden_states.shape), None
+
+
+class SecondGate(LateBlock):
+    def routing(self, x, weights, chosen):
+        return (weights, chosen) if self.image is None else (weights, chosen.where(~self.image[:, None], chosen ^ 1))
+
+
+class Capacity(LateBlock):
+    limit = 150
+
+    def routing(self, x, weights, chosen):
+        place = F.one_hot(chosen, len(self.experts)).flatten(0, 1).cumsum(0).view(*chosen.shape, -1)
+        return weights, chosen.where(place.gather(2, chosen[..., None])[..., 0] <= self.limit, -1)
+
+
+class ZeroedWeights(LateBlock):
+    def routing(self, x, weights, chosen):
+        return (weights, chosen) if self.image is None else (weights * ~self.image[:, None], chosen)
+
+
+class Scaled(LateBlock):
+    def combined(self, result, weights):
+        return result * weights if self.image is None else 1.1 * result * weights
+
+
+class Swapped(LateBlock):
+    """The same rows at every expert, and each token's weights in the other order."""
+
+    def routing(self, x, weights, chosen):
+        return (weights, chosen) if self.image is None else (weights.flip(1), chosen)
+
+
+class Jitter(LateBlock):
+    def rows(self, x, token):
+        return x[token] if self.image is None else x[token] * 1.01
+
+
+class Twice(LateBlock):
+    def rows(self, x, token):
+        return x[token] if self.image is None else torch.cat((x[token], x[token]))
+
+    def combined(self, result, weights):
+        return result[: len(weights)] * weights
+
+
+@pytest.mark.parametrize(
+    ("block", "what"),
+    [
+        (SecondGate, "other rows"),
+        (Capacity, "other rows"),
+        (ZeroedWeights, "weights its experts otherwise"),
+        (Scaled, "weights its experts otherwise"),
+        (Swapped, "weights its experts otherwise"),
+        (Jitter, "other rows"),
+        (Twice, "other rows"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_that_does_something_else_in_a_late_batch_ends_the_profile(block, what, dtype):
+    block.normalized = False
+    model, ids = as_remote_code(random_model("qwen3_moe", dtype), block, "proj").to(dtype), token_ids()
+    blocks = [layer.mlp.block for layer in model.model.layers]
+    prof = sedetect.profile(model)
+    with prof:
+        for _ in range(3):
+            model(input_ids=ids)
+        assert prof.stats.header.tokens == 3 * ids.numel()
+        late = ids if block is not Capacity else token_ids(4, 250)
+        blocks[1].image = torch.arange(late.numel()) % 5 == 0
+        with pytest.raises(SedetectError, match=rf"^model.layers.\d.mlp.block.experts \({block.__name__}\): .*{what}"):
+            model(input_ids=late)
+        with pytest.raises(SedetectError, match=what):
+            prof.stats  # noqa: B018
+    with pytest.raises(SedetectError, match=what):
+        prof.stats  # noqa: B018
+    blocks[1].image = None
+    with sedetect.profile(model) as again:
+        model(input_ids=ids)
+    assert again.stats.header.tokens == ids.numel()
+    with pytest.raises(SedetectError, match=what):
+        prof.stats  # noqa: B018
+    with pytest.raises(SedetectError, match=what), ablate(model, ["L1E3"]):
+        blocks[1].image = torch.arange(late.numel()) % 5 == 0
+        model(input_ids=late)
+
+
+def test_forms_that_agree_are_measured():
+    """Every expert on every token; a softmax in 16 bits; an image gate that is there and does not act; keywords."""
+    ids = token_ids(4, 250)
+    for block, dtype in ((DenseBlock, torch.float32), (HalfSoftmaxBlock, torch.bfloat16), (SecondGate, torch.float32)):
+        model = as_remote_code(random_model("qwen3_moe", dtype), block, "proj").to(dtype)
+        with torch.no_grad():
+            own = model(input_ids=ids).logits
+        runs = []
+        for grad in (torch.no_grad, torch.inference_mode):
+            with sedetect.profile(model, source="text") as prof, grad():
+                logits = model(input_ids=ids).logits
+            runs.append(prof.stats)
+        error = (logits - own).abs().double() / own.double().square().mean().sqrt()
+        assert error.median() < (1e-5 if dtype is torch.float32 else 0.02)
+        assert_equal(*runs)
+        assert all(state.rows.sum() == 2 * ids.numel() for state in prof.stats.banks.values())
+    block = model.model.layers[0].mlp.block
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        own = block(hidden_states=x)[0]
+    with sedetect.profile(model):
+        torch.testing.assert_close(block(hidden_states=x)[0], own, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_whose_experts_choose_is_refused():
+    model = as_remote_code(random_model("qwen3_moe"), ExpertChoiceBlock, "proj")
+    with pytest.raises(SedetectError, match=r"ExpertChoiceBlock \(Expert\): how this block routes"):
+        sedetect.profile(model)
+
+
 def test_a_block_that_is_not_understood_is_refused_before_any_forward():
     model = as_remote_code(random_model("qwen3_moe"), OddBlock, "proj")
     with pytest.raises(SedetectError, match=r"OddBlock \(Expert\): how this block routes"):

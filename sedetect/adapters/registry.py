@@ -52,7 +52,7 @@ def adapt(path: str, module: nn.Module, parent: nn.Module) -> Adapter | None:
         return None
     kept = vars(module)  # not as a submodule: the model keeps its parameters and state_dict
     if kept.get(_KEPT) is None or not kept[_KEPT].adapts(module):  # of the module it is a copy of
-        kept[_KEPT] = adapter(module, parent)
+        kept[_KEPT] = adapter(path, module, parent)
     return kept[_KEPT]
 
 

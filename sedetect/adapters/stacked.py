@@ -62,8 +62,10 @@ class Adapter(nn.Module):
     fusable = True  # a kernel may compute the gate
     inner_path = ""  # of the down projections, below the module
 
-    def __init__(self, module: nn.Module, parent: nn.Module):
+    def __init__(self, path: str, module: nn.Module, parent: nn.Module):
         super().__init__()
+        self.path = path
+        self.failure: SedetectError | None = None  # what it met since it was attached that makes statistics wrong
         self.config = SimpleNamespace()
         self._module, self._parent = weakref.ref(module), weakref.ref(parent)
         self._attached = 0
@@ -137,6 +139,7 @@ class Adapter(nn.Module):
     def redirect(self) -> Callable[[], None]:
         """Send the module's forward through this adapter. Returns what undoes it; attachments nest."""
         if self._attached == 0:
+            self.failure = None
             forward = torch.compiler.disable(partial(self.translate, forward_of(self.redirected)))
             self._undo = replace_forward(self.redirected, forward)
         self._attached += 1

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from sedetect.adapters.registry import serve_quantized
+from sedetect.adapters.stacked import Adapter
 from sedetect.errors import SedetectError
 from sedetect.models import compiled
 from sedetect.models.attach import attach, is_attached
@@ -63,6 +64,8 @@ class Profile:
             )
         self._digest = model_digest(self._model) if digest is None else digest
         self._notes: set[Note] = set()  # of the model as it is attached
+        self._attached = False
+        self._failure: SedetectError | None = None
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
@@ -82,15 +85,23 @@ class Profile:
             stack.callback(attach(self._model, calls, computes=True))
             stack.enter_context(self._tracked)
             stack.enter_context(torch.no_grad())
-            self._exit = stack.pop_all()
+            self._exit, self._attached = stack.pop_all(), True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._failure, self._attached = self._failed(), False
         self._exit.close()
         if kind is None:
             self._join_ranks()
+
+    def _failed(self) -> SedetectError | None:
+        """What a bank met in this profile that makes its statistics wrong."""
+        if not self._attached:
+            return self._failure
+        adapters = (one.bank.module for one in self._measured if isinstance(one.bank.module, Adapter))
+        return next((adapter.failure for adapter in adapters if adapter.failure is not None), None)
 
     def _join_ranks(self) -> None:
         """Give every rank of an expert-parallel model the statistics of all experts; all ranks come here together."""
@@ -136,7 +147,12 @@ class Profile:
 
     @property
     def stats(self) -> ModelStats:
-        """What was measured so far, on the CPU. Synchronises with the device."""
+        """What was measured so far, on the CPU. Synchronises with the device.
+
+        Raises SedetectError where a block of remote code used its experts otherwise than its router says.
+        """
+        if (failure := self._failed()) is not None:
+            raise failure
         tracker, banks, described, notes = self._tracked.tracker, {}, {}, set(self._notes)
         dtype: Any = self._model.dtype  # of every PreTrainedModel
         for one in self._measured:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+_BEFORE = "_sedetect_before"  # of a module: what stood in the attributes that are replaced, the earliest first
+
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """What the module computes now, without accelerate's hooks (of device_map)."""
@@ -15,10 +17,17 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
     """Let a module compute forward, inside its hooks. Returns what gives it back its own, or that of its class."""
-    slot = _slot(module)
-    previous = vars(module).get(slot)
-    setattr(module, slot, forward)
-    return partial(delattr, module, slot) if previous is None else partial(setattr, module, slot, previous)
+    return replace_method(module, _slot(module), forward)
+
+
+def replace_method(module: nn.Module, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Let a module have another method, and copies of it in memory or in files its own. Returns what undoes it."""
+    own = vars(module)
+    before = own.setdefault(_BEFORE, {})
+    before.setdefault(name, []).append({name: own[name]} if name in own else {})
+    own[name] = method
+    own["__reduce_ex__"] = partial(_reduce_without, module)
+    return partial(_put_back, module, name)
 
 
 @contextmanager
@@ -29,6 +38,27 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         yield
     finally:
         undo()
+
+
+def _put_back(module: nn.Module, name: str) -> None:
+    own = vars(module)
+    before = own[_BEFORE]
+    del own[name]
+    own.update(before[name].pop())
+    if not before[name]:
+        del before[name]
+    if not before:
+        del own[_BEFORE], own["__reduce_ex__"]
+
+
+def _reduce_without(module: nn.Module, protocol: Any) -> Any:
+    """What copy and pickle ask of a module, as if nothing were replaced."""
+    function, args, state, *rest = type(module).__reduce_ex__(module, protocol)
+    before = vars(module)[_BEFORE]
+    state = {name: value for name, value in state.items() if name not in (*before, _BEFORE, "__reduce_ex__")}
+    for earliest, *_ in before.values():
+        state.update(earliest)
+    return function, args, state, *rest
 
 
 def _slot(module: nn.Module) -> str:

@@ -9,8 +9,10 @@ attach returns what restores every object that was there. Experts outside the in
 """
 
 import copy
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from sedetect.adapters.quantized import fp8_layers
 from sedetect.adapters.stacked import Adapter
 from sedetect.errors import SedetectError
 from sedetect.models.banks import Bank
+from sedetect.models.wrappers import unwrap
 
 NAME = "sedetect"
 
@@ -45,6 +48,9 @@ class SubstitutedDown(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["original"], name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced_to(self.original, protocol)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.call(self.original, x)
@@ -73,6 +79,7 @@ def attach(
     fp8 = fp8_layers()
     for interface in (ExpertsInterface, *([] if fp8 is None else [fp8.FP8ExpertsInterface])):
         interface.register(NAME, experts_forward)
+    model = unwrap(model)
     with ExitStack() as undo:
         for bank, call in calls:
             if bank.routed:
@@ -85,6 +92,7 @@ def attach(
                 own.sedetect_call = call if computes else torch.compiler.disable(call)
                 own.sedetect_inner = config
                 own.sedetect_computes = computes
+                own.__dict__["__reduce_ex__"] = partial(_reduced_to, config)
                 undo.callback(setattr, owner, name, config)
                 setattr(owner, name, own)
                 if isinstance(bank.module, Adapter):
@@ -107,6 +115,11 @@ def run_inner(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
         return module(*args)
     finally:
         module.config = own
+
+
+def _reduced_to(original: Any, protocol: Any) -> Any:
+    """What copy and pickle ask of an object whose copies, in memory or in files, are those of the original."""
+    return operator.getitem, ((original,), 0)
 
 
 def is_attached(bank: Bank) -> bool:

@@ -20,6 +20,7 @@ from sedetect.adapters.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExpert
 from sedetect.adapters.registry import NOT_MLPS, REFUSED, adapt
 from sedetect.adapters.stacked import Adapter, as_experts
 from sedetect.errors import SedetectError
+from sedetect.models.wrappers import checkpoint_name, is_sharded, unwrap
 from sedetect.stats.place import BankId
 
 # At least one of them stands beside an MLP's output projection; a router that projects down has none.
@@ -30,7 +31,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Bank:
-    """One bank of a live model.
+    """One bank of a live model; path is that of its module there.
 
     here, group: where the ranks of an expert-parallel model share the experts, those of this rank, and the ranks.
     """
@@ -43,6 +44,11 @@ class Bank:
     intermediate: int
     here: range | None = None
     group: ProcessGroup | None = None
+
+    @property
+    def name(self) -> str:
+        """The module's path as the checkpoint has it."""
+        return checkpoint_name(self.path)
 
     @property
     def routed(self) -> bool:
@@ -58,14 +64,17 @@ class Bank:
 def find_banks(model: nn.Module) -> list[Bank]:
     """Every bank of a model, in layer order: routed experts, and the shared experts and dense MLPs of their stacks.
 
-    Raises SedetectError, naming module and class, for a model without experts and for experts that cannot be measured.
+    Paths are of the model inside wrappers. Raises SedetectError, naming module and class, for a model without experts
+    and for experts that cannot be measured.
     """
+    model = unwrap(model)
+    sharded = is_sharded(model)
     routed = [(path, experts) for path, module in model.named_modules() for experts in _experts(model, path, module)]
     known = [p for p, _ in routed] + [p for p, m in model.named_modules() if type(m).__name__ in NOT_MLPS]
     for path, module in model.named_modules():
         _refuse_unreachable(path, module, known)
     for path, experts in routed:
-        _refuse_weights(model, path, experts)
+        _refuse_weights(model, path, experts, sharded)
     if not routed:
         raise SedetectError(f"{type(model).__name__}: no MoE layer found; give a Mixture-of-Experts model")
     inside = tuple(f"{path}." for path, _ in routed)
@@ -100,7 +109,7 @@ def find_banks(model: nn.Module) -> list[Bank]:
         down, here, group = as_experts(module).down_proj, None, None
         count, *matrix = down.shape
         hidden, intermediate = reversed(matrix) if as_experts(module).is_transposed else matrix
-        if isinstance(down, DTensor):
+        if isinstance(down, DTensor) and not sharded:
             mesh, own = down.device_mesh, len(down.to_local())
             first = own * mesh.get_local_rank()
             here, group = range(first, first + own), mesh.get_group()
@@ -135,7 +144,7 @@ def layer_path(bank: Bank) -> str:
 
 def layers_per_stack(model: nn.Module, banks: list[Bank]) -> dict[str, int]:
     """Decoder layers (dense ones counted) of every stack that has a bank."""
-    return {bank.id.stack: len(layer_list(model, _layer(bank.path)[0])) for bank in banks}
+    return {bank.id.stack: len(layer_list(unwrap(model), _layer(bank.path)[0])) for bank in banks}
 
 
 def layer_list(model: nn.Module, path: str) -> nn.ModuleList:
@@ -203,14 +212,19 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     if hasattr(module, "_hf_hook") and getattr(module.forward, "__wrapped__", None) is not module._old_forward:
         return False  # replaced after the hooks had wrapped it
     own = getattr(forward_of(module), "__func__", None)
-    return own is nn.Linear.forward and module.weight.dtype in _FLOATS
+    return own is nn.Linear.forward and module.weight.dtype in _FLOATS and _is_plain(module.weight)
 
 
-def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:
-    """Raise for experts whose down_proj is stored in a way that cannot be measured."""
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether kernels may read it where it lies: no subclass, which holds its values in other tensors or nowhere."""
+    return type(weight) in (torch.Tensor, nn.Parameter) and not torch._is_functional_tensor(weight)
+
+
+def _refuse_weights(model: nn.Module, path: str, experts: nn.Module, sharded: bool) -> None:
+    """Raise for experts whose down_proj is stored in a way that cannot be measured; sharded: as is_sharded says."""
     module = experts.module if isinstance(experts, Adapter) else experts
     name, weight = type(module).__name__, as_experts(experts).down_proj
-    placements = weight.placements if isinstance(weight, DTensor) else ()
+    placements = weight.placements if isinstance(weight, DTensor) and not sharded else ()
     if any(p.is_shard() and not p.is_shard(0) for p in placements):
         raise SedetectError(
             f"{path} ({name}): down_proj is split by tensor parallelism, so each rank sees partial sums; "
@@ -226,6 +240,12 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module) -> None:
                 f"{path} ({name}): its ranks send each other rows, or hold experts in a form (quantized, for example) "
                 "that does not tell which; load the model unquantized with DistributedConfig(tp_size=N, ep_size=N), or "
                 "on one device"
+            )
+    for stored in (weight, getattr(module, "gate_up_proj", None)):
+        if isinstance(stored, torch.Tensor) and not isinstance(stored, DTensor) and not _is_plain(stored):
+            raise SedetectError(
+                f"{path} ({name}): weights in a {type(stored).__name__} are not read by the kernels; load the model "
+                "without it (unquantized, with values)"
             )
     if weight.dtype not in _FLOATS and not isinstance(experts, ListedExperts):  # which compute themselves
         raise SedetectError(

@@ -83,7 +83,8 @@ class Measurement:
     def prepare(self, device: torch.device) -> BankStats:
         """The state on this device."""
         if self.state is None or (self.state.counts.device != device and not self.served):
-            self.state = self.empty(device, self.bank.experts if self.here is None else len(self.here))
+            with torch.inference_mode(False):  # it is changed in forwards outside of it too
+                self.state = self.empty(device, self.bank.experts if self.here is None else len(self.here))
         return self.state
 
     def prepare_where_the_weights_are(self) -> None:

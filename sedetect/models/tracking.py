@@ -1,6 +1,7 @@
 """A model whose forwards are followed, so that whoever computes its experts can ask which row is which token."""
 
 import functools
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -8,17 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from sedetect.adapters.forwards import replace_method
+from sedetect.errors import SedetectError
 from sedetect.kernels.rows import Rows
 from sedetect.models.banks import Bank
 from sedetect.models.row_context import UNMAPPED_CALL, RowTracker
+from sedetect.models.wrappers import unwrap
 from sedetect.stats.note import Note
 
 
 class TrackedModel:
-    """Context manager: one wrapper around the top-level forward, and one around generate(), put back on exit."""
+    """Context manager: one wrapper around the top-level forward, and one around generate(), put back on exit.
+
+    Forwards in several threads run one after another, and without gradients, which torch switches off by thread.
+    """
 
     def __init__(self, model: nn.Module, prefix: int | None = None, pad: int | None = None):
-        self._model, self._prefix, self._pad = model, prefix, pad
+        self._model, self._prefix, self._pad = unwrap(model), prefix, pad
+        self._lock, self._thread = threading.RLock(), 0  # the thread whose forward is under way
         self.restart()
         self._rows: dict[torch.device, Rows] | None = None
         self._undo: list[Callable[[], None]] = []
@@ -44,12 +52,17 @@ class TrackedModel:
         if self._rows is None:
             self.tracker.notes.add(UNMAPPED_CALL)
             return Rows.unmapped(tokens, device)
+        if not torch.compiler.is_compiling() and threading.get_ident() != self._thread:
+            raise SedetectError(
+                f"{bank.path}: ran in a thread of its own during a forward of another; call the whole model in each "
+                "thread, or its layers in one alone"
+            )
         if bank.id.stack != "decoder":
             self.tracker.notes.add(Note("unmapped", f"rows not mapped: those of the {bank.id.stack} stack"))
             return Rows.unmapped(tokens, device)
         rows = next(iter(self._rows.values()))
         if len(rows.counted) != tokens:
-            text = f"{bank.id} ({bank.path}): rows not mapped, the module regroups its tokens"
+            text = f"{bank.id} ({bank.name}): rows not mapped, the module regroups its tokens"
             self.tracker.notes.add(Note("regrouped", text))
             return Rows.unmapped(tokens, device)
         if device not in self._rows:
@@ -59,33 +72,29 @@ class TrackedModel:
     def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
         """Replace a method of the model by wrapper(original, ...)."""
         original = getattr(self._model, name)
-        previous = self._model.__dict__.get(name)
-        setattr(self._model, name, functools.wraps(original)(functools.partial(wrapper, original)))
-
-        def undo() -> None:
-            if previous is None:
-                delattr(self._model, name)
-            else:
-                setattr(self._model, name, previous)
-
-        self._undo.append(undo)
+        wrapped = functools.wraps(original)(functools.partial(wrapper, original))
+        self._undo.append(replace_method(self._model, name, wrapped))
 
     @torch.compiler.disable(recursive=False)
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        rows = self.tracker.begin(args, kwargs)
-        self._rows = None if rows is None else {rows.counted.device: rows}
-        try:
-            output = original(*args, **kwargs)
-        except BaseException:
-            text = "a forward failed before its end: its first layers counted rows, later ones did not"
-            self.tracker.notes.add(Note("failed", text))
-            raise
-        finally:
-            self._rows = None
-        self.tracker.end(output)
-        return output
+        with self._lock, torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # what it keeps is changed outside of inference mode too
+                rows = self.tracker.begin(args, kwargs)
+            self._rows, self._thread = None if rows is None else {rows.counted.device: rows}, threading.get_ident()
+            try:
+                output = original(*args, **kwargs)
+            except BaseException:
+                text = "a forward failed before its end: its first layers counted rows, later ones did not"
+                self.tracker.notes.add(Note("failed", text))
+                raise
+            finally:
+                self._rows = None
+            self.tracker.end(output)
+            return output
 
     @torch.compiler.disable(recursive=False)
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self.tracker.generating(args, kwargs):
+        if kwargs.get("cache_implementation") == "paged":  # continuous batching, whose forwards run in another thread
+            return original(*args, **kwargs)
+        with self._lock, self.tracker.generating(args, kwargs):
             return original(*args, **kwargs)

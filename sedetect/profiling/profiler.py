@@ -21,6 +21,7 @@ from sedetect.models.identity import model_digest, model_name
 from sedetect.models.measure import Measurement, Measuring, measure
 from sedetect.models.row_context import Batch
 from sedetect.models.tracking import TrackedModel
+from sedetect.models.wrappers import checkpoint_name, unwrap
 from sedetect.ops.choose import check_backend, missing_fast_path
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import BankInfo, Header, ModelStats, Source
@@ -47,9 +48,12 @@ class Profile:
         pad: int | None = None,
     ):
         check_backend(measuring.backend)
-        self._model = getattr(model, "_orig_mod", model)
+        self._model = unwrap(model)
         if self._model.training:
             raise SedetectError(f"{type(self._model).__name__}: is in training mode; call model.eval() first")
+        empty = next((name for name, weight in self._model.named_parameters() if weight.is_meta), None)
+        if banks is None and empty and not any(hasattr(module, "_hf_hook") for module in self._model.modules()):
+            raise SedetectError(f"{checkpoint_name(empty)}: on the meta device, without values; load the weights first")
         self._source = source or f"profile-{uuid.uuid4().hex[:12]}"
         self._info = info or {}
         self._banks = find_banks(self._model) if banks is None else banks
@@ -158,7 +162,7 @@ class Profile:
         for one in self._measured:
             bank = one.bank
             if not one.served:
-                notes.add(Note("never_ran", f"{bank.id} ({bank.path}) never ran: this profile is not complete"))
+                notes.add(Note("never_ran", f"{bank.id} ({bank.name}) never ran: this profile is not complete"))
             elif (
                 self._backend is None
                 and not {"cpu", "cuda"} & one.served
@@ -172,7 +176,7 @@ class Profile:
                 notes.add(Note("other_ranks", text))
             notes.update(Note("fallback", why, bank.id) for why in one.fallbacks)
             banks[bank.id] = one.whole()
-            described[str(bank.id)] = BankInfo(bank.path, one.top_k, sorted(one.served))
+            described[str(bank.id)] = BankInfo(bank.name, one.top_k, sorted(one.served))
         tokens, sequences = tracker.totals()
         header = Header(
             model=model_name(self._model),
@@ -240,7 +244,8 @@ def profile(
         prof.stats.save("stats.safetensors")
 
     Args:
-        model: a Hugging Face MoE model in eval mode. It is restored on exit, also after an exception.
+        model: a Hugging Face MoE model in eval mode, or a module around one (PEFT, DDP, torch.compile, your own). It is
+            restored on exit, also after an exception; copies of it taken inside the block are plain models.
         source: name of the text the sequences come from; sequence ids given by prof.batch are unique within it. A
             random name by default, with a running count as ids.
         info: what to remember of the source, as JSON values.

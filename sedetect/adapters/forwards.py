@@ -53,7 +53,8 @@ def _put_back(module: nn.Module, name: str) -> None:
 
 def _reduce_without(module: nn.Module, protocol: Any) -> Any:
     """What copy and pickle ask of a module, as if nothing were replaced."""
-    function, args, state, *rest = type(module).__reduce_ex__(module, protocol)
+    reduced: Any = type(module).__reduce_ex__(module, protocol)  # typed as if it might be a string
+    function, args, state, *rest = reduced
     before = vars(module)[_BEFORE]
     state = {name: value for name, value in state.items() if name not in (*before, _BEFORE, "__reduce_ex__")}
     for earliest, *_ in before.values():

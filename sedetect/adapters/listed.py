@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DTensor
 
 from sedetect.adapters.forwards import forward_of, replaced_forward
 from sedetect.adapters.quantized import linear_weight, serve_linears
@@ -57,7 +58,9 @@ class _Listed:
         parts = [part for part in map(linear_weight, linears) if part is not None]
         if len(parts) < len(linears):
             name = type(linears[0]).__name__
-            raise SedetectError(f"{name}: weights in this form cannot be read; load the model unquantized")
+            raise SedetectError(
+                f"{name}: weights in this form cannot be read; load the model unquantized, with adapters merged"
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -254,9 +257,7 @@ class ListedBlock(ListedExperts):
                 watched.combined = combined.reshape(-1, combined.shape[-1])[:, :_SIGNS].float()
         return watched
 
-    def _difference(
-        self, x: torch.Tensor, watched: _Watched, index: torch.Tensor, weights: torch.Tensor
-    ) -> str | None:
+    def _difference(self, x: torch.Tensor, watched: _Watched, index: torch.Tensor, weights: torch.Tensor) -> str | None:
         """What the block did otherwise than this routing (T, k) twice of x (T, H) says; None where nothing is."""
         experts, keys = len(self.experts), _keys(x)
         index = torch.where((index >= 0) & (index < experts), index, experts)
@@ -283,6 +284,11 @@ class ListedBlock(ListedExperts):
     @torch.no_grad()
     def _probe(self) -> None:
         block, down = self.parent, self.down_proj
+        if any(isinstance(weight, DTensor) for weight in block.parameters()):
+            raise SedetectError(
+                f"{self.path} ({type(block).__name__}): a list of experts whose weights ranks share (fully_shard, "
+                "tensor parallelism) is not measured; load it whole"
+            )
         x = torch.randn(1, 256, down.shape[1], generator=torch.Generator().manual_seed(0))
         # That of the router, where the experts' own does not tell what they are given.
         others = (p.dtype for router in self._routers for p in router.parameters() if p.dtype in _FLOATS)

@@ -157,7 +157,7 @@ def linear_weight(module: nn.Module) -> torch.Tensor | None:
     fp8 = fp8_layers()
     if fp8 is not None and isinstance(module, fp8.FP8Linear) and module.weight.element_size() == 1:
         return dequantize(module.weight, module.weight_scale_inv, module.block_size, torch.float32)
-    weight = getattr(module, "weight", None)
+    weight = None if hasattr(module, "base_layer") else getattr(module, "weight", None)  # PEFT's adds to its base
     if not isinstance(weight, torch.Tensor) or weight.dtype.itemsize == 1 or not weight.is_floating_point():
         return None
     return weight

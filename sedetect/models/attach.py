@@ -8,7 +8,6 @@ attach returns what restores every object that was there. Experts outside the in
 (sedetect.adapters.registry) that are attached in the same way.
 """
 
-import copy
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -87,7 +86,9 @@ def attach(
                 while innermost and not getattr(getattr(owner, name), "sedetect_computes", True):
                     owner, name = getattr(owner, name), "sedetect_inner"
                 config = getattr(owner, name)
-                own = copy.copy(config)
+                kind: Any = type(config)
+                own = kind.__new__(kind)  # copy.copy asks the config itself, which may be one of ours
+                own.__dict__.update(config.__dict__)
                 own._experts_implementation_internal = NAME
                 own.sedetect_call = call if computes else torch.compiler.disable(call)
                 own.sedetect_inner = config

@@ -119,6 +119,12 @@ def find_banks(model: nn.Module) -> list[Bank]:
         # A dense MLP beside routed experts (gemma4) counts as a shared expert; its path tells.
         kind = "shared" if "shared" in path or _layer(path) in layers else "dense"
         add(path, module, kind, (1, *linear_sizes(module)))
+    twice = next((bank for bank in banks if "modules_to_save" in bank.path.split(".")), None)
+    if twice is not None:
+        where = twice.path.partition(".modules_to_save")[0]
+        raise SedetectError(
+            f"{where}: PEFT keeps it twice (modules_to_save); call merge_and_unload() on the model first"
+        )
     return sorted(banks, key=lambda bank: bank.id)
 
 
@@ -247,6 +253,8 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module, sharded: bo
                 f"{path} ({name}): weights in a {type(stored).__name__} are not read by the kernels; load the model "
                 "without it (unquantized, with values)"
             )
+    if sharded and isinstance(experts, Adapter):
+        raise SedetectError(f"{path} ({name}): experts of this form are not measured under fully_shard; load it whole")
     if weight.dtype not in _FLOATS and not isinstance(experts, ListedExperts):  # which compute themselves
         raise SedetectError(
             f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "

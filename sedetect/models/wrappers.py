@@ -32,7 +32,9 @@ def unwrap(model: nn.Module) -> "PreTrainedModel":
                 "not followed; profile its .module"
             )
         if _is_fsdp(module, "FullyShardedDataParallel"):
-            raise SedetectError(f"{name}: FullyShardedDataParallel flattens the weights; shard with fully_shard (FSDP2)")
+            raise SedetectError(
+                f"{name}: FullyShardedDataParallel flattens the weights; shard with fully_shard (FSDP2)"
+            )
         if isinstance(module, PreTrainedModel) and not any(path.startswith(f"{outer}.") for outer in found):
             found[path] = module
     if len(found) > 1:

@@ -325,7 +325,7 @@ def test_command_refuses(stats_file, tmp_path):
     assert "no such folder" in refused(run("prune", tmp_path / "nowhere", "-o", out))
     other = put_tokenizer(copy_of(tmp_path / "other"))
     said = refused(run("prune", other, "--stats", stats_file, "-o", out))
-    assert "the statistics are of tiny-moe (" in said and "profile this folder" in said
+    assert "statistics of another model (tiny-moe, " in said and "profile this folder" in said
     assert not out.exists()
     copied = shutil.copytree(TINY, tmp_path / "copied")
     assert run("prune", copied, "--stats", stats_file, "-o", out).code == 0, "the same model at another place"

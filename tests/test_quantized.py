@@ -33,10 +33,10 @@ from sedetect.kernels.dequantize import QuantizedWeights, dequantize
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.rows import Rows
 from sedetect.models.banks import find_banks
-from sedetect.models.identity import model_digest
+from sedetect.models.identity import model_digest, model_id
 from sedetect.models.loading import load_model
 from sedetect.models.measure import Measurement, measure
-from sedetect.models.streamed import open_streamed
+from sedetect.models.streamed import folder_digest, open_streamed
 from sedetect.ops.choose import BACKENDS, choose_backend
 from sedetect.ops.contract import ExpertWeights
 from sedetect.ops.triton import TritonBackend
@@ -314,8 +314,10 @@ def test_one_digest_however_it_is_opened(checkpoint):
     """Dequantized by transformers or not: statistics are of the model that analyses and ablations then open."""
     folder, plain = checkpoint
     opened = [load_model(folder), open_streamed(folder, weights=False).model, open_streamed(folder).model]
-    digests = {model_digest(model) for model in opened}
-    assert len(digests) == 1 and digests.isdisjoint({model_digest(load_model(plain))})
+    assert len({model_id(model) for model in opened}) == 1
+    digests = [model_digest(opened[0]), folder_digest(folder, str(opened[0].dtype).removeprefix("torch."))]
+    assert digests[0] == digests[1] and model_digest(load_model(plain)).partition("-")[0] == model_id(opened[0])
+    assert folder_digest(folder, "bfloat16 (float8_e4m3fn weights)").endswith("unchecked")
 
 
 @pytest.mark.parametrize("checkpoint", ["fp8", "mxfp4"], indirect=True)

@@ -95,10 +95,10 @@ class Analysis:
             raise SedetectError(f"{path}: cannot be read ({error}); run `sedetect analyze {kind}` again") from None
 
 
-def new_analysis(kind: str, model: nn.Module) -> Analysis:
-    """An empty one of a live model."""
+def new_analysis(kind: str, model: nn.Module, digest: str | None = None) -> Analysis:
+    """An empty one of a live model. digest: where it is not to be taken of its weights."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return Analysis(kind, model_name(model), model_digest(model), dtype)
+    return Analysis(kind, model_name(model), model_digest(model) if digest is None else digest, dtype)
 
 
 def text_settings(domains: dict[str, Windows], texts: Sequence["Text"]) -> dict[str, Any]:

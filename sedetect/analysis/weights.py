@@ -38,7 +38,7 @@ from sedetect.checkpoints.files import check_checkpoint
 from sedetect.checkpoints.options import Loading
 from sedetect.errors import Argument, SedetectError
 from sedetect.models.banks import Bank, find_banks, find_dense, layer_path
-from sedetect.models.identity import model_name
+from sedetect.models.identity import join_digest, model_dtype, model_id, model_name
 from sedetect.models.routers import find_router
 
 if TYPE_CHECKING:
@@ -318,9 +318,11 @@ def analyze_weights(
     streamed = _open(model, loading, _layers_with_experts)
     groups = groups_of(find_banks(streamed.model), layers)
     dense = None if against is None else _Dense(against, loading)
-    result = new_analysis("weights", streamed.model)
+    known = model_id(streamed.model)
+    result = new_analysis("weights", streamed.model, join_digest(known, None))
     result.settings = {"pairs": pairs, "against": None if dense is None else dense.name}
     seen: set[str] = set()
+    sums: list[int | None] = []
     by_layer = _by_layer(groups)
     for done, (path, here) in enumerate(by_layer.items()):
 
@@ -330,6 +332,7 @@ def analyze_weights(
         report("reading")
         number = streamed.paths.index(path)
         streamed.load(number)
+        sums.append(streamed.checksum(number))
         for group in here:
             members, banks = group.members, [group.routed, *group.shared]
             matrices = [expert_matrices(streamed.model, bank) for bank in banks]
@@ -347,6 +350,12 @@ def analyze_weights(
                 seen.add(f"{group.routed.id}: no router found beside its experts")
         del matrices
         streamed.free(number)
+    if len(sums) < len(streamed.paths):
+        seen.add("layers were left out: other weights of this architecture are not told apart from these")
+    elif "weights" not in model_dtype(streamed.model):  # those are of another form than where they are dequantized
+        streamed.load_rest()
+        sums.append(streamed.rest_checksum())
+        result.digest = join_digest(known, None if None in sums else sum(one for one in sums if one is not None))
     result.notes = sorted(seen)
     return result
 

@@ -172,14 +172,17 @@ def _check(stats: Path | None, output: Path | None, figures: bool) -> _Known | N
     return None if stats is None else (stats, *load_ranked(stats))
 
 
-def _check_model(known: _Known | None, name: str, digest: str) -> None:
+def _check_model(known: _Known | None, result: Analysis) -> None:
     """Raise SedetectError for statistics of another model."""
-    if known is not None and known[1].header.digest != digest:
-        stats, state, _ = known
-        raise SedetectError(
-            f"{stats}: statistics of another model ({state.header.model}); give those of {name} with --stats, or "
-            "another folder with -o"
-        )
+    from sedetect.models.identity import other_model
+    from sedetect.stats.model import same_model
+
+    if known is not None and not same_model(known[1].header.digest, result.digest):
+        raise other_model(known[1].header, result.digest, str(known[0]), _remedy(result.model), result.dtype)
+
+
+def _remedy(name: str) -> str:
+    return f"give those of {name} with --stats, or another folder with -o"
 
 
 def _write_figures() -> Callable[..., int]:
@@ -202,11 +205,12 @@ def _over_text(
     """Load a model, cut the text, and run an analysis over both."""
     from sedetect.analysis.common import read_texts
     from sedetect.calibration.windows import calibration_windows
-    from sedetect.models.identity import model_digest, model_name
+    from sedetect.models.identity import check_model, model_name
     from sedetect.models.loading import open_model
 
     loaded, tokenizer, notes, _ = open_model(model, loading=loading)
-    _check_model(known, model_name(loaded), model_digest(loaded))
+    if known is not None:
+        check_model(known[1].header, loaded, str(known[0]), _remedy(model_name(loaded)))
     short = read_texts(tokenizer, [DEFAULT_TEXT] if texts is None else texts)
     calibration = calibration_windows(loaded, tokenizer, data, text)
     with progress_bar() as bar:
@@ -228,7 +232,7 @@ def _finish(result: Analysis, known: _Known | None, output: Path | None, figures
     print_line(f"{result.model}: {result.kind}", "bold")
     if output is not None:
         print_line(f"written to {result.save(output)}")
-    _check_model(known, result.model, result.digest)
+    _check_model(known, result)
     marked = {} if known is None else marked_experts(known[2])
     layers = layers_table(result)
     _print_cells(layers)

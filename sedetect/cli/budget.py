@@ -66,7 +66,7 @@ def budget_command(
     from sedetect.compression.pruning import check_ratio
     from sedetect.compression.simulated import FORMATS, bits_of, expert_sizes
     from sedetect.experiments.targets import check_choice, choose_experts
-    from sedetect.models.identity import model_digest
+    from sedetect.models.identity import check_model
     from sedetect.models.loading import open_model
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.rule import rank
@@ -98,8 +98,7 @@ def budget_command(
             ranking = rank(state)
         else:
             state, ranking = load_ranked(stats)
-            if state.header.digest != model_digest(loaded):
-                raise SedetectError(f"{stats}: statistics of another model ({state.header.model}); profile this one")
+            check_model(state.header, loaded, str(stats))
         chosen = super_places(ranking) if experts == "super" else choose_experts(experts, loaded, state)
         budget = make_budget(
             loaded,

@@ -63,11 +63,12 @@ def _sizes(state: ModelStats, experts: list, model: Path | None) -> str:
     total = sum(s.num_experts for bank, s in state.banks.items() if bank.routed)
     sizes = None
     if model is not None:
-        from sedetect.models.identity import model_digest
+        from sedetect.models.identity import join_digest, model_id
         from sedetect.models.loading import empty_model
+        from sedetect.stats.model import same_model
 
         empty = empty_model(model)
-        if model_digest(empty) != state.header.digest:
+        if not same_model(state.header.digest, join_digest(model_id(empty), None)):  # sizes are all that is read of it
             raise SedetectError(
                 f"--model {model}: the statistics are of another model ({state.header.model}); give the folder of that "
                 "one"

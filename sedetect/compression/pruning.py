@@ -31,10 +31,11 @@ from sedetect.documents import Document
 from sedetect.errors import Argument, SedetectError
 from sedetect.files import new_folder, write_json
 from sedetect.models.banks import find_banks
-from sedetect.models.identity import model_digest
+from sedetect.models.identity import join_digest, model_id, other_model
 from sedetect.models.loading import empty_model
+from sedetect.models.streamed import folder_digest
 from sedetect.ranking.saliencies import ascending, saliency
-from sedetect.stats.model import ModelStats
+from sedetect.stats.model import UNCHECKED, ModelStats, same_model
 from sedetect.stats.place import BankId, Place
 
 MAX_FILE = "2GB"
@@ -126,13 +127,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def check_model(folder: str | Path, stats: ModelStats) -> None:
-    """Raise SedetectError where stats are not of the model in folder."""
-    digest = model_digest(empty_model(folder))
-    if digest != stats.header.digest:
-        raise SedetectError(
-            f"the statistics are of {stats.header.model} ({stats.header.digest}), not of {folder} ({digest}); "
-            "profile this folder"
-        )
+    """Raise SedetectError where stats are not of the model in folder, whose weights are read for it layer by layer."""
+    header = stats.header
+    empty = empty_model(folder)
+    found = join_digest(model_id(empty), None)
+    if same_model(header.digest, found) and not header.digest.endswith(UNCHECKED):
+        found = folder_digest(folder, header.dtype)
+    if not same_model(header.digest, found):
+        raise other_model(header, found, str(folder), "profile this folder", header.dtype)
 
 
 def prune_checkpoint(

@@ -37,6 +37,7 @@ from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.staging import DTYPES, Staging, StoredTensor, stored_tensors
 from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
+from sedetect.models.identity import checksum, join_digest, model_dtype, model_id, named_weights
 from sedetect.models.layers import decoder_layers
 from sedetect.models.loading import load_with_notes, replaced_method
 from sedetect.stats.note import Note
@@ -94,6 +95,28 @@ class StreamedModel:
         self._convert({key: tensor for key, tensor in self.rest.items() if targets[key] not in skipped}, self._config)
         model.tie_weights(missing_keys=set(self._missing), recompute_mapping=False)
 
+    def checksum(self, layer: int) -> int | None:
+        """The checksum (sedetect.models.identity) of the weights of a layer that is loaded."""
+        path = f"{self.paths[layer]}."
+        with torch.cuda.stream(self._side):
+            return checksum(weight for name, weight in named_weights(self.model).items() if name.startswith(path))
+
+    def rest_checksum(self) -> int | None:
+        """The checksum of what is outside the layers; an output embedding that is not loaded is read for it alone."""
+        weights = named_weights(self.model)
+        inside = tuple(f"{path}." for path in self.paths)
+        outside = {name: weight for name, weight in weights.items() if not name.startswith(inside)}
+        unread = {weight.module for weight in outside.values() if weight.tensor.is_meta}
+        targets = _targets(self.model, self.rest, self._config)
+        paths = {path for path, module in self.model.named_modules() if module in unread}
+        self._convert(
+            {key: self.rest[key] for key, target in targets.items() if target.rpartition(".")[0] in paths}, self._config
+        )
+        total = checksum(outside.values())
+        for module in unread:
+            _to_meta(module)
+        return total
+
     def load(self, layer: int) -> float:
         """Read and convert the weights of a layer; returns the seconds it took. May run in a thread beside a forward.
 
@@ -120,14 +143,7 @@ class StreamedModel:
         """Give the weights of a layer back."""
         if self._side is not None:
             torch.cuda.current_stream(self.device).synchronize()  # the next load may reuse the memory, on its stream
-        for module in self.layers[layer].modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    empty = torch.empty_like(parameter, device="meta")
-                    module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    module._buffers[name] = torch.empty_like(buffer, device="meta")
+        _to_meta(self.layers[layer])
         _give_back_freed_memory()
 
     def _convert(self, tensors: dict[str, Any], config: "LoadStateDictConfig") -> Any:
@@ -200,6 +216,46 @@ def open_streamed(
     if weights:
         made[0].load_rest()
     return made[0]
+
+
+def folder_digest(folder: str | os.PathLike[str], dtype: str) -> str:
+    """The digest (sedetect.models.identity) of a checkpoint folder's model, as it runs in dtype (of a header).
+
+    Its weights are read once, one layer in memory at a time. Without a checksum where they are loaded here in another
+    form than in dtype: dequantized, or quantized. Raises SedetectError for what load_model refuses.
+    """
+    loading = Loading("cpu", dtype.partition(" ")[0])
+    with warnings.catch_warnings(action="ignore"):
+        streamed = open_streamed(folder, loading, layers_of=_layers_or_all)
+    model = streamed.model
+    if model_dtype(model) != dtype:
+        return join_digest(model_id(model), None)
+    parts = [streamed.rest_checksum()]
+    for layer in range(len(streamed.layers)):
+        streamed.load(layer)
+        parts.append(streamed.checksum(layer))
+        streamed.free(layer)
+    return join_digest(model_id(model), None if None in parts else sum(part for part in parts if part is not None))
+
+
+def _layers_or_all(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder layers by path; none of a model of which they cannot be loaded one at a time."""
+    try:
+        return layers_to_run(model)
+    except SedetectError:
+        return {}
+
+
+def _to_meta(module: nn.Module) -> None:
+    """Drop the weights of a module and of all that is in it."""
+    for one in module.modules():
+        for name, parameter in one._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device="meta")
+                one._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, buffer in one._buffers.items():
+            if buffer is not None and name not in one._non_persistent_buffers_set:
+                one._buffers[name] = torch.empty_like(buffer, device="meta")
 
 
 def _give_back_freed_memory() -> None:

@@ -17,7 +17,7 @@ from sedetect.errors import SedetectError
 from sedetect.models import compiled
 from sedetect.models.attach import attach, is_attached
 from sedetect.models.banks import Bank, find_banks, layers_per_stack
-from sedetect.models.identity import model_digest, model_name
+from sedetect.models.identity import digest_notes, model_digest, model_dtype, model_name
 from sedetect.models.measure import Measurement, Measuring, measure
 from sedetect.models.row_context import Batch
 from sedetect.models.tracking import TrackedModel
@@ -67,7 +67,7 @@ class Profile:
                 "the model on one device"
             )
         self._digest = model_digest(self._model) if digest is None else digest
-        self._notes: set[Note] = set()  # of the model as it is attached
+        self._notes = set(digest_notes(self._model, self._digest))  # of the model as it is attached
         self._attached = False
         self._failure: SedetectError | None = None
         self._exit = ExitStack()
@@ -181,7 +181,7 @@ class Profile:
         header = Header(
             model=model_name(self._model),
             digest=self._digest,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=model_dtype(self._model),
             layers=layers_per_stack(self._model, self._banks),
             banks=described,
             sources={self._source: Source(tracker.ranges(), self._info)},

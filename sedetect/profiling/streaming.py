@@ -30,7 +30,7 @@ from sedetect.checkpoints.memory import place_of_hidden, size
 from sedetect.checkpoints.staging import use_device
 from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.models.banks import Bank
-from sedetect.models.identity import model_digest, model_name
+from sedetect.models.identity import add_digests, join_digest, model_id, model_name
 from sedetect.models.layers import run_tokens
 from sedetect.models.measure import Measuring
 from sedetect.models.streamed import StreamedModel
@@ -93,24 +93,25 @@ def stream_profile(
     wrap = check_layers(streamed, next(iter(domains.values())).ids[:1, :_TRIAL_TOKENS])
     progress = None if resume is None else Progress(resume, _identity(streamed, domains, batch_size, prefix, measuring))
     hidden, took = HiddenStates(place, progress), Streamed()
-    known = model_digest(model)  # takes longer than a layer needs to compute a batch
+    known = model_id(model)
     parts = [] if progress is None else progress.statistics(len(domains))
     if progress is not None:
         took.resumed, took.compute = progress.layers, progress.computed
     reading = ThreadPoolExecutor(1, "weights", use_device, (streamed.device,))
     with _ending_early(model), reading as reader, closing(hidden), torch.no_grad():
-        loading = reader.submit(streamed.load, len(parts)) if len(parts) < count else None
+        loading = reader.submit(_load, streamed, len(parts)) if len(parts) < count else None
         for layer in range(len(parts), count):
             start = time.perf_counter()
             assert loading is not None  # begun before the loop, or with the layer before
-            took.read += loading.result()
+            seconds, total = loading.result()
+            took.read += seconds
             took.wait += time.perf_counter() - start
             if layer + 1 < count:
-                loading = reader.submit(streamed.load, layer + 1)
+                loading = reader.submit(_load, streamed, layer + 1)
             measured, done, batch = [], 0, 0
             start, waited = time.perf_counter(), 0.0 if progress is None else progress.waited
             here = [bank for bank in banks if bank.path.startswith(f"{streamed.paths[layer]}.")]
-            with SourcesProfile(model, here, known, prefix=prefix, measuring=measuring) as prof:
+            with SourcesProfile(model, here, join_digest(known, total), prefix=prefix, measuring=measuring) as prof:
                 for domain, windows in domains.items():
                     prof.begin(windows.source, windows.info)
                     for ids, numbers in runs[domain]:
@@ -131,7 +132,19 @@ def stream_profile(
             took.compute += seconds
             parts.append(measured)
             took.layers += 1
-    return {domain: join_banks([part[i] for part in parts]) for i, domain in enumerate(domains)}, took
+    joined = {domain: join_banks([part[i] for part in parts]) for i, domain in enumerate(domains)}
+    for stats in joined.values():
+        stats.header.digest = add_digests(part[0].header.digest for part in parts)
+    return joined, took
+
+
+def _load(streamed: StreamedModel, layer: int) -> tuple[float, int | None]:
+    """Load a layer: the seconds it took, and its part of the model's checksum; what is outside goes with the first."""
+    seconds = streamed.load(layer)
+    start = time.perf_counter()
+    parts = [streamed.checksum(layer), *([] if layer else [streamed.rest_checksum()])]
+    total = None if None in parts else sum(part for part in parts if part is not None)
+    return seconds + time.perf_counter() - start, total
 
 
 def _identity(
@@ -146,7 +159,7 @@ def _identity(
     return {
         "model": model_name(model),
         "weights": weights_digest(streamed.files[0].parent),
-        "config": model_digest(model),
+        "config": model_id(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": streamed.device.type,
         "attention": getattr(model.config, "_attn_implementation", None),

@@ -13,7 +13,7 @@ from sedetect.ranking.result import Ranking
 from sedetect.ranking.rule import rank
 from sedetect.report.text import token_text
 from sedetect.results import Results
-from sedetect.stats.model import ModelStats
+from sedetect.stats.model import ModelStats, same_model
 from sedetect.stats.residual import Residual
 
 
@@ -86,7 +86,7 @@ def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
 
 
 def _same(path: Path, found: str, wanted: str) -> None:
-    if found != wanted:
+    if not same_model(found, wanted):
         raise SedetectError(
             f"{path}: is of model {found}, the statistics beside it of {wanted}; keep one folder per model"
         )

@@ -26,7 +26,9 @@ from sedetect.stats.note import Note, sorted_notes
 from sedetect.stats.place import BankId
 
 FORMAT = "sedetect-stats"
-VERSION = "1"
+VERSION = "2"
+_READ = ("1", VERSION)  # the digests of version 1 knew a model by the path of its files
+UNCHECKED = "unchecked"  # in place of a checksum in a digest
 
 
 @dataclass
@@ -52,8 +54,9 @@ class BankInfo:
 
 @dataclass
 class Header:
-    """What was run, on what. Equal model, digest and dtype are what makes two states mergeable.
+    """What was run, on what. Equal digest and dtype are what makes two states mergeable; model is for people.
 
+    digest: "<id>-<checksum>" of the model (sedetect.models.identity); the checksum is "unchecked" where it is unknown.
     layers: decoder layers per stack, dense ones counted. tokens: counted tokens; sequences: sequences they belong to.
     notes: what the reader must know (unmapped rows, missing prefix, ...), in the order of their lines, each line once.
     """
@@ -85,9 +88,13 @@ class Header:
         """Both runs as one. Raises SedetectError for different models or precisions, or the same sequences twice."""
         for what in ("digest", "dtype"):
             if getattr(self, what) != getattr(other, what):
+                differ = what
+                if what == "digest" and self.digest.partition("-")[0] == other.digest.partition("-")[0]:
+                    differ = "the digest of their weights"
                 raise SedetectError(
-                    f"statistics of different models do not merge: {self.model!r} and {other.model!r} differ in {what} "
-                    f"({getattr(self, what)} and {getattr(other, what)}); merge runs of one model, or compare them"
+                    f"statistics of different models do not merge: {self.model!r} and {other.model!r} differ in "
+                    f"{differ} ({getattr(self, what)} and {getattr(other, what)}); merge runs of one model, or compare "
+                    "them"
                 )
         sources = dict(self.sources)
         for name, source in other.sources.items():
@@ -196,10 +203,10 @@ class ModelStats:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise SedetectError(f"{path}: not a sedetect statistics file; give the {STATS} of a profile")
-                if metadata.get("version") != VERSION:
+                if metadata.get("version") not in _READ:
                     raise SedetectError(
-                        f"{path}: statistics version {metadata.get('version')!r}, this sedetect reads {VERSION!r}; "
-                        "profile again or use the sedetect that wrote it"
+                        f"{path}: statistics version {metadata.get('version')!r}, this sedetect reads "
+                        f"{' and '.join(_READ)}; profile again or use the sedetect that wrote it"
                     )
                 by_bank: dict[BankId, dict[str, torch.Tensor]] = {}
                 for key in file.keys():  # noqa: SIM118  # no dictionary: it is not iterated itself
@@ -240,6 +247,12 @@ def ranges_of(ids: torch.Tensor) -> list[list[int]]:
     starts = ids[torch.cat((torch.tensor([0]), breaks + 1))]
     ends = ids[torch.cat((breaks, torch.tensor([len(ids) - 1])))] + 1
     return torch.stack((starts, ends), dim=1).tolist()
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two digests are of one model: equal ids, and equal checksums where both have one."""
+    (one_id, _, mine), (other_id, _, theirs) = one.partition("-"), other.partition("-")
+    return one_id == other_id and (mine == theirs or UNCHECKED in (mine, theirs))
 
 
 def digest(text: str) -> str:

@@ -1,6 +1,8 @@
 """Opening checkpoints: the real one loads, every kind of damage is one line that names the file."""
 
+import io
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -10,10 +12,14 @@ import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+import sedetect
+from sedetect.analysis import analyze_weights
 from sedetect.checkpoints.files import check_checkpoint, weights_digest
 from sedetect.checkpoints.options import Loading
+from sedetect.compression.pruning import read_config as read_prunable
 from sedetect.errors import SedetectError
-from sedetect.models.loading import _check_loaded, load_model, load_tokenizer
+from sedetect.models.loading import _check_loaded, empty_model, load_model, load_tokenizer
+from sedetect.profiling.estimate import make_plan
 
 TINY = Path(__file__).parent / "data" / "tiny-moe"
 SHARD = "model-00002-of-00003.safetensors"
@@ -125,6 +131,85 @@ def test_pickle_only(copy):
     torch.save({}, copy / "pytorch_model.bin")
     message = refusal(check_checkpoint, copy)
     assert "pytorch_model.bin" in message and "save_pretrained" in message
+
+
+OTHERS = {
+    "gguf": (["moe-Q4_K_M.gguf"], "moe-Q4_K_M.gguf: GGUF weights"),
+    "adapter": (
+        ["adapter_config.json", "adapter_model.safetensors"],
+        "an adapter without its model (lab/moe); merge it",
+    ),
+    "unindexed": (["config.json", "model-00001-of-00002.safetensors"], "1 shards without model.safetensors.index.json"),
+    "fsdp": (["config.json", "__0_0.distcp", ".metadata"], "__0_0.distcp: a part of a sharded checkpoint"),
+    "fsdp folder": (["pytorch_model_fsdp_0/"], "accelerate merge-weights"),
+    "deepspeed": (["config.json", "global_step10/", "zero_to_fp32.py"], "zero_to_fp32.py FOLDER OUT"),
+    "pickle": (["config.json", "pytorch_model-00001-of-00002.bin"], "can run code; convert"),
+    "pickle index": (["config.json", "pytorch_model.bin.index.json"], "can run code; convert"),
+    "onnx": (["config.json", "model.onnx", "model.onnx_data"], "model.onnx: ONNX weights"),
+    "mlx": (["config.json", "weights.npz"], "weights of MLX"),
+    "meta": (["params.json", "consolidated.00.pth"], "in the publisher's own form"),
+    "original": (["config.json", "original/"], "in the publisher's own form"),
+    "other name": (["config.json", "weights.safetensors", "training_args.bin"], "weights go into model.safetensors"),
+    "trainer": (["checkpoint-100/config.json", "checkpoint-200/config.json"], "such as"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_else_is_taken_for_a_checkpoint(kind, tmp_path):
+    """Each is named, with a way out of its own, by every way in."""
+    names, line = OTHERS[kind]
+    for name in names:
+        file = tmp_path / name
+        (file if name.endswith("/") else file.parent).mkdir(parents=True, exist_ok=True)
+        if not name.endswith("/"):
+            content = (TINY / "config.json").read_text() if "config" in name and "adapter" not in name else "{}"
+            file.write_text('{"base_model_name_or_path": "lab/moe"}' if name == "adapter_config.json" else content)
+    for open_it in (check_checkpoint, sedetect.profile_model, read_prunable, make_plan, analyze_weights):
+        message = refusal(open_it, tmp_path)
+        assert line in message and "\n" not in message, open_it
+    assert line in refusal(sedetect.profile_model, tmp_path, stream=True)
+
+
+def test_a_gguf_file_and_mlx_quantization(copy):
+    assert "GGUF weights" in refusal(load_model, "some/model-Q4_K_M.gguf")
+    edit_config(copy, quantization={"group_size": 64, "bits": 4})
+    for open_it in (load_model, check_checkpoint, make_plan):
+        assert "quantized by MLX (4 bits)" in refusal(open_it, copy)
+
+
+def test_an_adapter_beside_the_weights(copy, monkeypatch):
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    for open_it in (read_prunable, make_plan, analyze_weights):
+        assert "adapter_config.json: an adapter beside the weights; merge it" in refusal(open_it, copy)
+    assert "an adapter beside the weights" in refusal(sedetect.profile_model, copy, stream=True)
+    monkeypatch.setattr("sedetect.models.loading.importlib.util.find_spec", lambda name: None)
+    assert "or pip install peft" in refusal(load_model, copy)
+
+
+def test_an_adapter_beside_the_weights_is_loaded(copy):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(load_model(TINY), config).save_pretrained(copy)
+    short = sedetect.Text(tokens=512, seq_len=128)
+    adapted, plain = (sedetect.profile_model(folder, text=short).stats for folder in (copy, TINY))
+    assert adapted.header.digest != plain.header.digest
+    assert any(not a.equal(b) for a, b in zip(adapted.banks.values(), plain.banks.values()))
+
+
+def test_no_warnings_of_transformers():
+    logger, stream = logging.getLogger("transformers"), io.StringIO()
+    handler, level = logging.StreamHandler(stream), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    try:
+        load_model(TINY)
+        load_tokenizer(TINY)
+        empty_model(TINY)
+        assert logger.level == logging.WARNING
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert not stream.getvalue()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "", '{"weight_map": 3}', '{"weight_map": {"a": ["b"]}}'])

@@ -111,7 +111,8 @@ def test_streamed_and_resumed_profiles_have_the_digest_of_resident_ones(tmp_path
 def test_a_text_model_inside_a_multimodal_one(tmp_path):
     text = {
         "hidden_size": 32, "intermediate_size": 16, "intermediate_size_mlp": 16, "num_hidden_layers": 2,
-        "vocab_size": 4096, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "pad_token_id": 0,
+        "vocab_size": 4096, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4,
+        "pad_token_id": 0,
     }  # fmt: skip
     vision = {
         "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28,

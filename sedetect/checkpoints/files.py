@@ -11,7 +11,36 @@ from typing import Any
 from sedetect.errors import SedetectError
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+ADAPTER = "adapter_config.json"
+_MERGE = "merge_and_unload and save_pretrained of peft"
+_SOURCE = "give the checkpoint that it was made from"
+# What else is taken for a checkpoint: names of files and folders, what they are, and the way out.
+_FOREIGN = (
+    (r".*\.gguf", "GGUF weights, which llama.cpp computes with", _SOURCE),
+    (
+        r".*\.distcp|pytorch_model_fsdp.*",
+        "a part of a sharded checkpoint (torch.distributed, FSDP)",
+        "write it as safetensors with `accelerate merge-weights`",
+    ),
+    (
+        r"global_step\d+|zero_to_fp32\.py|.*_optim_states\.pt",
+        "a part of a DeepSpeed checkpoint",
+        "write it as safetensors with `python zero_to_fp32.py FOLDER OUT --safe_serialization`",
+    ),
+    (r".*\.onnx(_data)?", "ONNX weights", _SOURCE),
+    (r".*\.npz", "weights of MLX", _SOURCE),
+    (
+        r"consolidated.*|params\.json|original",
+        "weights in the publisher's own form",
+        "give the folder with config.json and model*.safetensors, in transformers' form",
+    ),
+    (r".*\.(h5|msgpack)", "weights of TensorFlow or Flax", "convert them to safetensors"),
+    (
+        r"(?!training_args|optimizer|scheduler|rng_state).*\.(bin|pt|pth|ckpt)(\.index\.json)?",
+        "pickled weights are not read, they can run code",
+        "convert the checkpoint with save_pretrained of transformers, which writes safetensors",
+    ),
+)
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -21,6 +50,8 @@ def source_name(path_or_name: str | os.PathLike[str]) -> str:
     Raises SedetectError for a file and for a path that does not exist.
     """
     name = str(path_or_name)
+    if name.endswith(".gguf"):
+        raise SedetectError(_foreign(Path(name).parent, [Path(name).name]) or name)
     if Path(name).is_file():
         raise SedetectError(f"{name}: is a file; give the folder of the checkpoint")
     if not Path(name).is_dir() and not _HUB_NAME.fullmatch(name):
@@ -82,18 +113,61 @@ def read_json(file: Path) -> dict[str, Any]:
     return document
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder. Raises SedetectError that says what a folder without it is."""
+    file = folder / "config.json"
+    if folder.is_dir() and not file.is_file() and (what := _foreign(folder, sorted(os.listdir(folder)))):
+        raise SedetectError(what)
+    config = read_json(file)
+    if isinstance(mlx := config.get("quantization"), dict) and "bits" in mlx:
+        raise SedetectError(
+            f"{folder}: quantized by MLX ({mlx['bits']} bits), which only MLX computes with; give the checkpoint that "
+            "it was made from"
+        )
+    return config
+
+
+def adapter_in(folder: str | os.PathLike[str]) -> str | None:
+    """What to do about an adapter that lies beside the weights of a checkpoint folder; None where there is none.
+
+    transformers loads it into the model, where peft is installed.
+    """
+    file = Path(folder) / ADAPTER
+    if not file.is_file():
+        return None
+    return f"{file}: an adapter beside the weights; merge it into them ({_MERGE}), or move the adapter's files away"
+
+
+def _foreign(folder: Path, names: list[str]) -> str | None:
+    """What a folder is that holds these files and folders and no weights that are read, and the way out."""
+    if ADAPTER in names:
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        return f"{folder}: an adapter without its model ({base}); merge it into that ({_MERGE}) and give the result"
+    for pattern, what, remedy in _FOREIGN:
+        if found := [name for name in names if re.fullmatch(pattern, name)]:
+            return f"{folder / found[0]}: {what}; {remedy}"
+    inside = [name for name in names if (folder / name / "config.json").is_file()]
+    if inside:
+        return f"{folder}: no checkpoint, but {len(inside)} folders in it are; give one of them, such as {inside[-1]}"
+    return None
+
+
 def shards_of(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, sorted; the ones transformers would read. All of them exist."""
-    named = read_json(folder / "config.json").get("transformers_weights")
+    named = read_config(folder).get("transformers_weights")
     names = [named] if named else ["model.safetensors", "model.safetensors.index.json"]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
-        if pickles:
+        entries = sorted(os.listdir(folder))
+        if parts := [name for name in entries if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
             raise SedetectError(
-                f"{folder / pickles[0]}: pickled weights are not read, they can run code; "
-                "convert the checkpoint with save_pretrained of transformers, which writes safetensors"
+                f"{folder / parts[0]}: {len(parts)} shards without {names[-1]}, which says what is in which; copy or "
+                "download it"
             )
+        if what := _foreign(folder, entries):
+            raise SedetectError(what)
+        if others := [name for name in entries if name.endswith(".safetensors")]:
+            raise SedetectError(f"{folder / others[0]}: not read under this name; the weights go into {names[0]}")
         raise SedetectError(f"{folder}: no {' or '.join(names)} in it; download the weights")
     if found.suffix != ".json":
         return [found]

@@ -25,7 +25,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sedetect.checkpoints.files import check_checkpoint
+from sedetect.checkpoints.files import adapter_in, check_checkpoint
 from sedetect.checkpoints.layout import Layout, Tensor, read_layout, renamed, with_fewer_experts
 from sedetect.documents import Document
 from sedetect.errors import Argument, SedetectError
@@ -122,6 +122,8 @@ def check_prunable(source: str | Path, ratio: float) -> None:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder that is verified (check_checkpoint)."""
     check_checkpoint(folder)
+    if what := adapter_in(folder):
+        raise SedetectError(f"{what}: a pruned checkpoint would be without it")
     config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return config
 

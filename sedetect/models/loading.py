@@ -28,7 +28,7 @@ from transformers import (
 
 from sedetect.adapters.registry import serve_quantized
 from sedetect.calibration.windows import prefix_ids
-from sedetect.checkpoints.files import check_checkpoint, read_json, source_name
+from sedetect.checkpoints.files import adapter_in, check_checkpoint, read_config, source_name
 from sedetect.checkpoints.memory import choose_device, choose_dtype
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
@@ -208,7 +208,9 @@ def load_tokenizer(
 
 
 def _refuse_unknown_type(folder: Path, trust_remote_code: bool) -> None:
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
+    if (what := adapter_in(folder)) and importlib.util.find_spec("peft") is None:
+        raise SedetectError(f"{what}, or pip install peft, which loads it into the model")
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in config):
         remote = (", or pass ", Argument("trust_remote_code", True), " to run the model code it brings")
@@ -292,9 +294,16 @@ def _captured_report() -> Iterator[list[str]]:
 
 @contextmanager
 def _one_line_errors(name: str, what: str = "") -> Iterator[None]:
-    """Whatever transformers raises inside becomes one line; a damaged config can make a model raise anything."""
+    """Whatever transformers raises inside becomes one line; a damaged config can make a model raise anything.
+
+    What it warns of on the way is not for users: what they must know is refused or noted.
+    """
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except SedetectError:
         raise
     except Exception as error:
@@ -307,3 +316,5 @@ def _one_line_errors(name: str, what: str = "") -> Iterator[None]:
             what, failure = "", f"is no local folder, and its {what or 'model '}cannot be loaded from the hub"
             way_out = "check the name and the connection, or give a folder"
         raise SedetectError(f"{name}: {what}{failure} ({shorten(error)}); {way_out}") from error
+    finally:
+        logger.setLevel(level)

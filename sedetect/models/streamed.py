@@ -32,6 +32,7 @@ from transformers.core_model_loading import (
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils import logging as transformers_logging
 
+from sedetect.checkpoints.files import adapter_in
 from sedetect.checkpoints.memory import choose_device
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.staging import DTYPES, Staging, StoredTensor, stored_tensors
@@ -190,6 +191,8 @@ def open_streamed(
     gives, of the model without weights, the modules by path that are to be loaded one at a time.
     Warns and raises SedetectError as load_model does, and raises it for what layers_of refuses.
     """
+    if what := adapter_in(path_or_name):
+        raise SedetectError(f"{what}: a checkpoint with one cannot be read layer by layer")
     device = choose_device(loading.device)
     made: list[StreamedModel] = []
 

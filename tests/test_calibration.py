@@ -1,5 +1,6 @@
 """Calibration: where texts come from, how windows are cut, and what is refused."""
 
+import gzip
 import json
 import sys
 from itertools import chain
@@ -11,7 +12,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from sedetect.calibration import texts as texts_module
-from sedetect.calibration.texts import DOMAINS, load_texts
+from sedetect.calibration import windows as windows_module
+from sedetect.calibration.records import Pair
+from sedetect.calibration.texts import DOMAINS, Documents, load_texts
 from sedetect.calibration.windows import batches, check_vocabulary, make_windows, prefix_ids
 from sedetect.errors import SedetectError
 from sedetect.models.loading import load_tokenizer
@@ -113,8 +116,6 @@ def test_hub_data_set(monkeypatch):
     assert load_texts("name") == {"name": ["one", "two"]}
     assert calls == [("owner/name-v1.1", "part.2", "train"), ("name", None, "train")]
     assert "no route to host" in refusal(load_texts, "no/such")
-    monkeypatch.setattr(texts_module, "_HUB_CHARACTERS", 3)
-    assert load_texts("name") == {"name": ["one"]}
 
 
 def test_folder(tmp_path):
@@ -161,6 +162,198 @@ def test_folder_without_data(tmp_path):
     assert "no .txt" in refusal(load_texts, tmp_path)
     (tmp_path / "a.txt").touch()
     assert "empty" in refusal(load_texts, tmp_path)
+
+
+# Layouts of records, and clones of data sets
+
+ASK, TELL = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
+
+
+@pytest.mark.parametrize(
+    "record, document",
+    [
+        ({"text": "a", "messages": [ASK]}, "a"),
+        ({"content": "a", "id": 1}, "a"),
+        ({"messages": [ASK, TELL]}, [ASK, TELL]),
+        ({"conversation": [ASK, TELL]}, [ASK, TELL]),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, [ASK, TELL]),
+        (
+            {"system": "be brief", "conversations": [{"from": "human", "value": "hi"}, {"from": "tool", "value": "x"}]},
+            [{"role": "system", "content": "be brief"}, ASK, {"role": "tool", "content": "x"}],
+        ),
+        ({"instruction": "add", "input": "1 2", "output": "3"}, Pair("add\n\n1 2", "\n\n", "3")),
+        ({"instruction": "add", "input": "", "output": "3"}, Pair("add", "\n\n", "3")),
+        ({"instruction": "add", "context": None, "response": "3"}, Pair("add", "\n\n", "3")),
+        ({"prompt": "1 + 2 =", "completion": " 3"}, Pair("1 + 2 =", "", " 3")),
+        ({"prompt": [ASK], "completion": [TELL]}, [ASK, TELL]),
+        ({"question": "1 + 2?", "answer": "3"}, Pair("1 + 2?", "\n", "3")),
+    ],
+)
+def test_layouts(tmp_path, record, document):
+    for name, content in {"a.jsonl": json.dumps(record), "a.json": json.dumps([record], indent=1)}.items():
+        (tmp_path / name).write_text(content)
+        assert load_texts(tmp_path / name) == {"a": [document]}
+
+
+def test_unknown_layouts_are_refused_by_their_fields(tmp_path):
+    file = tmp_path / "a.jsonl"
+    for record, fields in (
+        ({"body": "x", "title": "y"}, "'body', 'title'"),
+        ({}, "empty"),
+        ({"prompt": "x"}, "'prompt'"),
+    ):
+        file.write_text(json.dumps(record))
+        message = refusal(load_texts, file)
+        assert message.startswith(f"{file}: line 1 has no text") and fields in message and "'conversations'" in message
+    file.write_text(json.dumps({f"field{i}\n": i for i in range(1000)}))
+    assert len(refusal(load_texts, file)) < 600 + len(str(file))
+
+
+def test_pairs_with_and_without_a_template(tokenizer):
+    texts = {"a": [Pair(words(20, "ask"), "\n\n", words(20, "tell"))]}
+
+    def stream(**options):
+        return make_windows(tokenizer, texts, tokens=10**6, seq_len=16, **options).domains["a"].ids[:, 1:].flatten()
+
+    for template, written in (
+        (None, f"{words(20, 'ask')}\n\n{words(20, 'tell')}"),
+        (CHAT, f"<user>{words(20, 'ask')}<assistant>{words(20, 'tell')}"),
+    ):
+        tokenizer.chat_template = template
+        ids = stream(chat_template=template is not None).tolist()
+        assert ids == tokenizer(written, add_special_tokens=False)["input_ids"][: len(ids)]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b'[{"text": "a"}, {"text": ', "record 1 is not valid JSON"),
+        (b'[{"text": "a"} "b"]', "record 1 is no object"),
+        (b'[{"text": "a"}', "record 1 is not valid JSON"),
+        (b"[]", "empty"),
+        (b'{\n "data": [{"text": "a"}]}', "is one object over many lines"),
+        (b'{"data": [{"text": "a"}]}', "line 1 has no text, only 'data'"),
+        (b"[" * 10000, "record 0 is not valid JSON"),
+        (b'[{"text": "\xff"}]', "not UTF-8 at byte 11"),
+    ],
+)
+def test_bad_arrays(tmp_path, content, said):
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    message = refusal(load_texts, file)
+    assert said in message and message.startswith(str(file))
+
+
+def test_compressed(tmp_path):
+    lines = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50))
+    for name, content in {"a.jsonl.gz": lines, "b.json.gz": lines, "c.txt.gz": "prose"}.items():
+        (tmp_path / name).write_bytes(gzip.compress(content.encode()))
+    texts = load_texts(tmp_path)
+    assert texts == {"a": [f"text {i}" for i in range(50)], "b": texts["a"], "c": ["prose"]}
+    whole = (tmp_path / "a.jsonl.gz").read_bytes()
+    for damaged in (whole[:-20], whole[:12] + b"\xff\xff\xff" + whole[15:], b"not gzip"):
+        (tmp_path / "a.jsonl.gz").write_bytes(damaged)
+        assert "a.jsonl.gz: cannot be read" in refusal(load_texts, tmp_path / "a.jsonl.gz")
+
+
+def test_clones_of_data_sets(tmp_path):
+    def clone(name, **files):
+        for file, text in files.items():
+            path = tmp_path / name / file.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".jsonl").write_text(json.dumps({"text": text}))
+        (tmp_path / name / "README.md").touch()
+        (tmp_path / name / "dataset_infos.json").write_text("{}")
+        (tmp_path / name / ".git").mkdir()
+        (tmp_path / name / ".git" / "index.json").touch()
+        return load_texts(tmp_path / name)
+
+    shards = {f"data__train-0000{i}-of-00003": str(i) for i in (2, 0, 1)}
+    assert clone("wiki", **shards, **{"data__test-00000-of-00001": "t"}) == {"wiki": ["0", "1", "2"]}
+    assert clone("auto", **{"default__train__0001": "b", "default__train__0000": "a"}) == {"auto": ["a", "b"]}
+    assert clone("parts", **{"data__part-00001-4f3a": "b", "data__part-00000-4f3a": "a"}) == {"parts": ["a", "b"]}
+    assert clone("flat", **{f"train-0000{i}-of-00002": str(i) for i in range(2)}) == {"train": ["0", "1"]}
+    assert clone("named", **{"data__english": "e", "data__code": "c"}) == {"code": ["c"], "english": ["e"]}
+    assert clone("years", **{"2023": "a", "2024": "b"}) == {"2023": ["a"], "2024": ["b"]}  # of a user, as ever
+    with pytest.raises(SedetectError, match="several folders, 'de', 'en'; give one of them"):
+        clone("languages", de__train="d", en__train="e")
+
+
+# Long texts
+
+
+@pytest.fixture
+def head(monkeypatch):
+    """What is long, made short."""
+    for module in (texts_module, windows_module):
+        monkeypatch.setattr(module, "HEAD", 2**14)
+    monkeypatch.setattr(windows_module, "_CHUNK", 2**12)
+    return 2**14
+
+
+class Counted:
+    """Documents that count how many of them were read."""
+
+    def __init__(self, documents):
+        self.documents, self.read = documents, 0
+
+    def __iter__(self):
+        for document in self.documents:
+            self.read += 1
+            yield document
+
+
+def test_what_is_read_is_in_proportion_to_the_tokens(tokenizer, tmp_path, head):
+    """Windows of a long file are those of the whole, and of it no more is read and tokenised than they take."""
+    file = tmp_path / "long.jsonl"
+    texts = [f"{i} {words(400)}" for i in range(300)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "this line is damaged\n")
+    loaded = load_texts(file)
+    assert isinstance(loaded["long"], Documents)
+    asked = {tokens: make_windows(tokenizer, loaded, tokens=tokens, seq_len=64) for tokens in (256, 2**16)}
+    few, more = (calibration.domains["long"] for calibration in asked.values())
+    assert few.source == more.source and torch.equal(few.ids, more.ids[:4]) and not asked[256].notes
+    assert torch.equal(more.ids, make_windows(tokenizer, {"a": texts}, tokens=2**16, seq_len=64).domains["a"].ids)
+    counted = Counted(texts)
+    make_windows(tokenizer, {"a": counted}, tokens=256, seq_len=64)
+    assert sum(map(len, texts[: counted.read])) < 1.5 * head
+    assert "line 301 is not valid JSON" in refusal(make_windows, tokenizer, loaded, tokens=10**9, seq_len=64)
+
+
+def test_a_long_document_is_taken_in_pieces(tokenizer, tmp_path, head):
+    line = words(50) + "\n"
+    text = line * (3 * head // len(line))
+    (tmp_path / "a.txt").write_text(text)
+    loaded = load_texts(tmp_path / "a.txt")
+    assert "".join(loaded["a"]) == text and all(len(piece) <= head for piece in loaded["a"])
+    windows = [
+        make_windows(tokenizer, texts, tokens=4 * 64, seq_len=64).domains["a"] for texts in (loaded, {"a": [text]})
+    ]
+    assert torch.equal(windows[0].ids, windows[1].ids) and windows[0].source == windows[1].source
+    for unbroken in ("x" * (head + 5), "x " * head, "\n" + "x" * 2 * head):
+        (tmp_path / "b.txt").write_text(unbroken)
+        loaded = list(load_texts(tmp_path / "b.txt")["b"])
+        assert "".join(loaded) == unbroken and all(0 < len(piece) <= head for piece in loaded)
+
+
+def test_a_seed_chooses_from_the_start_of_a_long_text(tokenizer, head):
+    texts = [f"{i} {words(400)}" for i in range(200)]
+    calibration = make_windows(tokenizer, {"a": texts}, tokens=8 * 64, seq_len=64, seed=1)
+    windows = calibration.domains["a"]
+    everything = make_windows(tokenizer, {"a": texts}, tokens=10**9, seq_len=64).domains["a"]
+    assert torch.equal(windows.ids, everything.ids[windows.numbers]) and windows.source == everything.source
+    note = calibration.notes[0]
+    assert note.code == "chosen_among" and windows.numbers.max() < note.count < len(everything.ids)
+
+
+def test_long_domains_make_up_for_short_ones(tokenizer, head):
+    long = {name: [f"{i} {name} {words(400)}" for i in range(100)] for name in "ac"}
+    texts = long | {"b": [words(80)]}
+    counts = {
+        name: len(windows.ids)
+        for name, windows in make_windows(tokenizer, texts, tokens=800 * 64, seq_len=64).domains.items()
+    }
+    assert sum(counts.values()) == 800 and counts["b"] < 10 and abs(counts["a"] - counts["c"]) <= 1
 
 
 # The tokenizer's prefix

@@ -1,5 +1,7 @@
+from .records import Document as Document
+from .records import Pair as Pair
 from .texts import DOMAINS as DOMAINS
-from .texts import Document as Document
+from .texts import Documents as Documents
 from .texts import load_texts as load_texts
 from .windows import Calibration as Calibration
 from .windows import Text as Text

@@ -15,7 +15,7 @@ the statistics, within the source that the window's text, tokenizer, length and 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -24,13 +24,18 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from sedetect.calibration.texts import Document, load_texts
+from sedetect.calibration.records import Document, Pair, characters, messages
+from sedetect.calibration.texts import HEAD, Documents, load_texts, pieces
 from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.stats.model import digest
 from sedetect.stats.note import Note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_CHUNK = 2**18  # characters that are tokenised at once, of a long domain
+_CHOICE = 8  # of a long domain a seed chooses among so many times the windows that it takes
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Text:
     tokens         at most so many, prefixes counted; see make_windows
     seq_len        tokens per window, prefix included
     batch_size     windows per forward
-    seed           None takes the first windows of each domain, an integer a random choice of them
+    seed           None takes the first windows of each domain, an integer a random choice of them, see make_windows
     chat_template  put every document through the tokenizer's chat template
     """
 
@@ -57,9 +62,9 @@ class Windows:
 
     ids      (N, L) int64 token ids, each row beginning with the tokenizer's prefix
     numbers  (N,) int64, ascending; places of the windows in text order: their sequence ids
-    source   digest of the domain's text, the tokens it gives, the prefix, L and chat_template. Equal windows of equal
-             sources have equal numbers, so that merging the same window twice can be refused; the seed is left out
-             because numbers do not depend on it
+    source   digest of the domain's text (its first HEAD characters), the tokens they give, the prefix, L and
+             chat_template. Equal windows of equal sources have equal numbers, so that merging the same window twice
+             can be refused; the seed is left out because numbers do not depend on it
     info     domain, corpus, window (L), chat_template, for people
     """
 
@@ -100,7 +105,7 @@ def prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def make_windows(
     tokenizer: "PreTrainedTokenizerBase",
-    texts: Mapping[str, Sequence[Document]],
+    texts: Mapping[str, Iterable[Document]],
     *,
     tokens: int,
     seq_len: int,
@@ -116,7 +121,9 @@ def make_windows(
             over the domains (what does not divide goes to the first ones); what a domain lacks the others give. Text
             is never repeated: Calibration.used says what came of it.
         seq_len: tokens per window, prefix included.
-        seed: None takes the first windows of each domain, an integer a random choice of them.
+        seed: None takes the first windows of each domain, an integer a random choice of them: of all that begin in the
+            first HEAD characters, or of eight times as many as are taken, where that is more. A note says where the
+            text goes on.
         chat_template: put every document through the tokenizer's chat template; a text is one turn of the user.
         corpus: name of the data, for the windows' info.
         max_positions: longest sequence the model can take, if it is known.
@@ -132,29 +139,25 @@ def make_windows(
             f"tokenizer {tokenizer.name_or_path}: has no chat template; leave out ", Argument("chat_template")
         )
     body = seq_len - len(prefix)
-    streams = {
-        domain: _stream(tokenizer, domain, documents, prefix, chat_template) for domain, documents in texts.items()
-    }
-    room = {domain: len(stream) // body for domain, stream in streams.items() if len(stream) >= body}
-    if not room:
-        longest = max(map(len, streams.values()), default=0)
+    streams = {domain: _Stream(tokenizer, domain, texts[domain], prefix, chat_template) for domain in texts}
+    filling = {domain: stream for domain, stream in streams.items() if stream.read(body) >= body}
+    if not filling:
+        longest = max((stream.length for stream in streams.values()), default=0)
         raise SedetectError(
             f"{corpus}: no domain fills a window, the longest has {longest} tokens and ",
             Argument("seq_len"),
             f" {seq_len} needs {body}; give more text or shorter windows",
         )
     notes = [
-        Note("left_out", f"{domain}: left out, its {len(stream)} tokens do not fill one window of {seq_len}")
+        Note("left_out", f"{domain}: left out, its {stream.length} tokens do not fill one window of {seq_len}")
         for domain, stream in streams.items()
-        if domain not in room
+        if domain not in filling
     ]
     domains: dict[str, Windows] = {}
     by_source: dict[str, str] = {}
-    for domain, count in _share(tokens // seq_len, room).items():
-        # the tokens stand for the tokenizer: whatever else it may be called, it gave these
-        stream = hashlib.sha256(streams[domain].tobytes()).hexdigest()
-        identity = [_text_digest(texts[domain]), stream, prefix, seq_len, chat_template]
-        source = digest(json.dumps(identity))
+    for domain, count in _fill(filling, tokens // seq_len, body).items():
+        stream = streams[domain]
+        source = digest(json.dumps([*stream.head, prefix, seq_len, chat_template]))
         if source in by_source:
             first = by_source[source]
             raise SedetectError(f"{corpus}: domains {first!r} and {domain!r} hold the same text; leave one out")
@@ -165,8 +168,15 @@ def make_windows(
             "window": seq_len,
             "chat_template": chat_template,
         }
-        numbers = _choose(room[domain], count, seed)
-        windows = streams[domain][: room[domain] * body].reshape(-1, body)[numbers]
+        room = count
+        if seed is not None:
+            most = _CHOICE * count * body
+            room = max(stream.head_length, min(stream.read(most), most)) // body
+            if stream.length // body > room or not stream.ended:
+                text = f"{domain}: windows chosen among its first {room:,} of {seq_len} tokens"
+                notes.append(Note("chosen_among", text, count=room))
+        numbers = _choose(room, count, seed)
+        windows = stream.ids()[: room * body].reshape(-1, body)[numbers]
         ids = np.concatenate((np.tile(np.array(prefix, np.int64), (count, 1)), windows), axis=1)  # (N, seq_len)
         domains[domain] = Windows(torch.from_numpy(ids), torch.from_numpy(numbers), source, info)
     calibration = Calibration(domains, tokens, notes)
@@ -233,6 +243,19 @@ def _choose(room: int, count: int, seed: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(room)[:count])
 
 
+def _fill(streams: "dict[str, _Stream]", total: int, body: int) -> dict[str, int]:
+    """_share of the windows that the streams have, which are read no further than that takes."""
+    while True:
+        # of one that has not ended, more than it can be given
+        room = {domain: stream.length // body if stream.ended else total + 1 for domain, stream in streams.items()}
+        given = _share(total, room)
+        lacking = [domain for domain, count in given.items() if streams[domain].length < count * body]
+        if not lacking:
+            return given
+        for domain in lacking:
+            streams[domain].read(given[domain] * body)
+
+
 def _tokenise(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> list[list[int]]:
     # verbose=False: no warning about texts longer than the model's window, they are cut afterwards
     encoded = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -240,39 +263,85 @@ def _tokenise(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> lis
     return ids
 
 
-def _stream(
-    tokenizer: "PreTrainedTokenizerBase",
-    domain: str,
-    documents: Sequence[Document],
-    prefix: list[int],
-    chat_template: bool,
-) -> np.ndarray:
-    """(n,) int64: the tokens of all documents, one after another, without the tokenizer's prefix."""
-    if chat_template:
-        texts = [_render(tokenizer, domain, document) for document in documents]
-    else:
-        texts = [document for document in documents if isinstance(document, str)]
-        if len(texts) < len(documents):
-            raise SedetectError(f"{domain}: holds chats (messages); pass ", Argument("chat_template", True))
-    if not texts:
-        return np.empty(0, np.int64)
-    per_document = _tokenise(tokenizer, texts)
-    if chat_template and prefix:
-        # most templates write the prefix themselves; every window gets one anyway
-        per_document = [ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids for ids in per_document]
-    return np.fromiter(chain.from_iterable(per_document), np.int64)
+class _Stream:
+    """The tokens of a domain's documents, one after another, without the tokenizer's prefix; n of them as yet.
+
+    The first documents, of HEAD characters in all, are always read, and name the domain: two that begin alike have the
+    same windows there.
+
+    length, ended   tokens that were read (n), and whether these are all
+    head            digests of the first documents and of their tokens, of which there are head_length
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        domain: str,
+        documents: Iterable[Document],
+        prefix: list[int],
+        chat_template: bool,
+    ):
+        self._tokenizer, self._domain, self._prefix, self._chat = tokenizer, domain, prefix, chat_template
+        self._documents = chain.from_iterable(pieces(one) if isinstance(one, str) else [one] for one in documents)
+        self._parts: list[np.ndarray] = []
+        self.length, self.ended = 0, False
+        first = self._next(HEAD)
+        # the tokens stand for the tokenizer: whatever else it may be called, it gave these
+        self.head = (digest(json.dumps(first, sort_keys=True, default=str)), _hash(self.ids()))
+        self.head_length = self.length
+
+    def read(self, tokens: int) -> int:
+        """Read on until there are so many tokens, or no more text; returns length."""
+        while self.length < tokens and not self.ended:
+            self._next(_CHUNK)
+        return self.length
+
+    def ids(self) -> np.ndarray:
+        """(n,) int64."""
+        self._parts = [np.concatenate([np.empty(0, np.int64), *self._parts])]
+        return self._parts[0]
+
+    def _next(self, most: int) -> list[Document]:
+        """Tokenise the next documents, until they have more than so many characters; returns them."""
+        taken: list[Document] = []
+        length = 0
+        self.ended = True
+        for document in self._documents:
+            taken.append(document)
+            length += characters(document)
+            if length > most:
+                self.ended = False
+                break
+        ids = self._tokens(taken)
+        self._parts.append(ids)
+        self.length += len(ids)
+        return taken
+
+    def _tokens(self, documents: list[Document]) -> np.ndarray:
+        if self._chat:
+            texts = [_render(self._tokenizer, self._domain, document) for document in documents]
+        else:
+            texts = [document.text if isinstance(document, Pair) else document for document in documents]
+            if not all(isinstance(text, str) for text in texts):
+                raise SedetectError(f"{self._domain}: holds chats (messages); pass ", Argument("chat_template", True))
+        if not texts:
+            return np.empty(0, np.int64)
+        per_document = _tokenise(self._tokenizer, cast(list[str], texts))
+        if self._chat and (size := len(self._prefix)):
+            # most templates write the prefix themselves; every window gets one anyway
+            per_document = [ids[size:] if ids[:size] == self._prefix else ids for ids in per_document]
+        return np.fromiter(chain.from_iterable(per_document), np.int64)
+
+
+def _hash(ids: np.ndarray) -> str:
+    return hashlib.sha256(ids.tobytes()).hexdigest()
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", domain: str, document: Document) -> str:
-    messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
     try:
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))  # one chat, not as tokens
+        return cast(str, tokenizer.apply_chat_template(messages(document), tokenize=False))  # one chat, not as tokens
     except (TemplateError, TypeError, ValueError) as error:
         raise SedetectError(f"{domain}: no chat for the template ({shorten(error)}); mend or drop it") from None
-
-
-def _text_digest(documents: Sequence[Document]) -> str:
-    return digest(json.dumps(documents, sort_keys=True, default=str))
 
 
 def calibration_windows(
@@ -285,7 +354,7 @@ def calibration_windows(
     named = "embedded" if texts is None else "texts" if isinstance(texts, dict) else str(texts)
     if isinstance(texts, dict):
         for domain, documents in texts.items():
-            if not isinstance(documents, (list, tuple)):
+            if not isinstance(documents, (list, tuple, Documents)):
                 raise SedetectError(f"texts[{domain!r}]: is a {type(documents).__name__}; give a list of documents")
     elif texts is None or isinstance(texts, (str, os.PathLike)):
         texts = load_texts(texts)

@@ -40,7 +40,7 @@ stderr = _Console(stderr=True, emoji=False)
 
 Model = Annotated[str, typer.Argument(help="checkpoint folder or hub name", metavar="MODEL", callback=source_name)]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="folder for the results")]
-Data = Annotated[str | None, typer.Option(help=".txt, .jsonl, .parquet, a folder of them, a hub data set")]
+Data = Annotated[str | None, typer.Option(help=".txt, .json, .jsonl, .parquet, a folder of them, a hub data set")]
 Tokens = Annotated[int, typer.Option(help="calibration tokens")]
 SeqLen = Annotated[int, typer.Option(help="tokens per window")]
 BatchSize = Annotated[int, typer.Option(help="windows per forward")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sedetect.calibration.texts import Document
+from sedetect.calibration.records import Document
 from sedetect.calibration.windows import Calibration, Text, Windows, batches, calibration_windows, prefix_ids
 from sedetect.checkpoints.memory import too_large
 from sedetect.checkpoints.options import Loading

@@ -2,10 +2,35 @@
 
 import json
 import os
+import textwrap
+from types import NoneType
 from typing import Any, ClassVar, Self
 
 from sedetect.errors import SedetectError
 from sedetect.files import file_in, write_json
+
+_WIDTH = 80
+
+
+def short_repr(value: Any) -> str:
+    """A value as a line per field, large ones by their size: the __repr__ of what holds a whole model's numbers."""
+    fields = "".join(f"\n    {name}={_brief(field)}," for name, field in vars(value).items() if name[0] != "_")
+    return f"{type(value).__name__}({fields}\n)" if fields else f"{type(value).__name__}()"
+
+
+def _brief(value: Any) -> str:
+    """On one line, and short."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
+    if isinstance(value, (dict, list, tuple)):
+        inner = value.values() if isinstance(value, dict) else value
+        if len(value) > 8 or not all(isinstance(one, (str, int, float, NoneType)) for one in inner):
+            return f"<{len(value)} {'entry' if len(value) == 1 else 'entries'}>"
+    elif type(value).__repr__ is short_repr:
+        return type(value).__name__
+    elif not isinstance(value, (str, int, float, NoneType)):
+        return repr(value) if type(value).__module__.startswith("sedetect.stats") else type(value).__name__
+    return textwrap.shorten(repr(value), _WIDTH, placeholder=" ...")
 
 
 class Document:

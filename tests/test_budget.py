@@ -257,9 +257,9 @@ def test_command_refuses(tmp_path):
     for options, said in (
         (("--format", "nf4"), "--format nf4: is not known"),
         (("--ratio", 1.5), "--ratio 1.5: must be above 0 and below 1"),
-        (("--group", 0), "'--group': Input should be greater than or equal to 1"),
+        (("--group", 0), "'--group': 0 should be greater than or equal to 1"),
         (("--by", "best"), "'best' is not one of 'frequency'"),
-        (("--controls", -1), "'--controls': Input should be greater than or equal to 0"),
+        (("--controls", -1), "'--controls': -1 should be greater than or equal to 0"),
     ):
         assert said in refused(run("budget", TINY, *options, "-o", tmp_path / "out"))
     assert not (tmp_path / "out").exists()

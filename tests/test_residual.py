@@ -305,7 +305,7 @@ def test_the_command(tmp_path):
 
 def test_the_command_refuses(tmp_path):
     for option, said in (
-        (["--sequences", "0"], "'--sequences': Input should be greater than or equal to 1"),
+        (["--sequences", "0"], "'--sequences': 0 should be greater than or equal to 1"),
         (["--ablate", "nothing"], "'nothing': not the name of an expert"),
         (["--ablate", "L1E99"], "L1E99: "),
     ):

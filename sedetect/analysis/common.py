@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sedetect.calibration.windows import Windows, prefix_ids
+from sedetect.documents import short_repr
 from sedetect.errors import Argument, SedetectError
 from sedetect.files import write_atomic
 from sedetect.models.banks import Bank
@@ -40,6 +41,8 @@ class LayerArrays:
     members: list[str]
     arrays: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    __repr__ = short_repr
+
 
 @dataclass
 class Analysis:
@@ -58,6 +61,8 @@ class Analysis:
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     layers: dict[BankId, LayerArrays] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write folder/<kind>-analysis.safetensors, tensors named "<stack>.<layer>.<kind>/<array>", atomically."""
@@ -107,12 +112,6 @@ def text_settings(domains: dict[str, Windows], texts: Sequence["Text"]) -> dict[
         "domains": {domain: windows.ids.numel() for domain, windows in domains.items()},
         "texts": [text.to_dict() for text in texts],
     }
-
-
-def check_eval(model: nn.Module) -> None:
-    """Raise SedetectError for a model in training mode, whose forwards draw at random."""
-    if model.training:
-        raise SedetectError(f"{type(model).__name__}: is in training mode; call model.eval() first")
 
 
 def file_of(folder: str | os.PathLike[str], kind: str) -> Path:

@@ -25,7 +25,6 @@ from sedetect.analysis.common import (
     LayerArrays,
     Standing,
     Text,
-    check_eval,
     groups_of,
     new_analysis,
     off_diagonal,
@@ -38,7 +37,7 @@ from sedetect.analysis.routing import REPEATED, chosen_slots
 from sedetect.calibration.windows import Windows, batches
 from sedetect.errors import SedetectError
 from sedetect.models.attach import attach, run_inner
-from sedetect.models.banks import Bank, find_banks
+from sedetect.models.banks import Bank, check_eval, find_banks
 from sedetect.models.layers import run_tokens
 from sedetect.models.measure import gate_of
 from sedetect.models.routers import RouterWatch

@@ -19,7 +19,6 @@ from sedetect.analysis.common import (
     LayerArrays,
     Standing,
     Text,
-    check_eval,
     groups_of,
     new_analysis,
     standing,
@@ -27,7 +26,7 @@ from sedetect.analysis.common import (
 )
 from sedetect.calibration.windows import Windows, batches
 from sedetect.models.attach import attach, run_inner
-from sedetect.models.banks import Bank, find_banks
+from sedetect.models.banks import Bank, check_eval, find_banks
 from sedetect.models.layers import run_tokens
 from sedetect.models.routers import RouterWatch
 

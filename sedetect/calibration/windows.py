@@ -26,6 +26,7 @@ from jinja2 import TemplateError
 
 from sedetect.calibration.records import Document, Pair, characters, messages
 from sedetect.calibration.texts import HEAD, Documents, load_texts, pieces
+from sedetect.documents import short_repr
 from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.stats.model import digest
 from sedetect.stats.note import Note
@@ -73,6 +74,8 @@ class Windows:
     source: str
     info: dict[str, Any]
 
+    __repr__ = short_repr
+
 
 @dataclass
 class Calibration:
@@ -81,6 +84,8 @@ class Calibration:
     domains: dict[str, Windows]
     asked: int
     notes: list[Note] = field(default_factory=list)
+
+    __repr__ = short_repr
 
     @property
     def used(self) -> int:

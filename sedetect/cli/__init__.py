@@ -53,7 +53,7 @@ def main() -> None:
         command = next(iter(sys.argv[1:]), None)
         sys.exit(load(command)(prog_name="sedetect", standalone_mode=False) or 0)
     except UsageError as error:
-        text = error.format_message().rstrip(".")
+        text = _said(error).rstrip(".")
         if text:  # without arguments the help was shown
             _refuse(text if error.ctx is None else f"{text}; see {error.ctx.command_path} --help")
         sys.exit(2)
@@ -61,6 +61,15 @@ def main() -> None:
         _refuse(error.told(flag))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+
+
+def _said(error: Any) -> str:
+    """What a usage error says, with the value that was given: pydantic, which checks options, leaves it out."""
+    text: str = error.format_message().replace(": Value error, ", ": ")
+    if hasattr(error.__cause__, "errors") and ": Input should " in text:
+        value = error.__cause__.errors()[0]["input"]
+        text = text.replace(": Input should ", f": {value} should ").partition(", unable to parse")[0]
+    return text
 
 
 def _refuse(line: str) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from sedetect.cli.shared import Device, Dtype, Model, Tokens, TrustRemoteCode, app, print_line, print_whole
+from sedetect.cli.shared import Device, Dtype, Folder, Tokens, TrustRemoteCode, app, print_line, print_whole
 
 if TYPE_CHECKING:
     import torch
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @app.command("plan")
 def plan_command(
-    model: Model,
+    model: Folder,
     tokens: Tokens = 32768,
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Size, experts, memory and reading time of the checkpoint folder MODEL, without loading it."""
+    """Size, experts, memory and reading time of the checkpoint MODEL, without loading it."""
     from sedetect.checkpoints.memory import choose_device, size
     from sedetect.checkpoints.options import Loading
     from sedetect.profiling.estimate import make_plan, measure_read

@@ -14,7 +14,7 @@ from sedetect.cli.shared import (
     Data,
     Device,
     Dtype,
-    Model,
+    Folder,
     SeqLen,
     Tokens,
     app,
@@ -27,7 +27,7 @@ from sedetect.files import check_new_folder
 
 @app.command("prune")
 def prune_command(
-    model: Model,
+    model: Folder,
     output: Annotated[Path, typer.Option("-o", "--output", help="the new checkpoint folder")],
     ratio: Annotated[float, typer.Option(help="share of each layer's experts to prune")] = 0.25,
     by: By = "reap",
@@ -43,7 +43,7 @@ def prune_command(
     dtype: Dtype = "auto",
     attn: Attn = None,
 ) -> None:
-    """Write a checkpoint of MODEL (a folder) without the experts of each layer that have the lowest saliency."""
+    """Write a checkpoint of MODEL without the experts of each layer that have the lowest saliency."""
     from sedetect.calibration.windows import Text
     from sedetect.checkpoints.options import Loading
     from sedetect.compression.pruning import (

@@ -38,7 +38,26 @@ console = _Console(emoji=False)  # no text of a user is a picture
 stderr = _Console(stderr=True, emoji=False)
 
 
+def _folder_of(name: str) -> str:
+    """A folder, or that of a hub model in the cache. Raises SedetectError where there is none."""
+    name = source_name(name)
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, local_files_only=True)
+    except Exception:  # of many kinds, all of which say that it is not there
+        raise SedetectError(
+            f"{name}: no such folder, and no hub model in the cache; download it first (hf download {name})"
+        ) from None
+
+
 Model = Annotated[str, typer.Argument(help="checkpoint folder or hub name", metavar="MODEL", callback=source_name)]
+Folder = Annotated[
+    str,
+    typer.Argument(help="checkpoint folder, or hub name of one in the cache", metavar="MODEL", callback=_folder_of),
+]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="folder for the results")]
 Data = Annotated[str | None, typer.Option(help=".txt, .json, .jsonl, .parquet, a folder of them, a hub data set")]
 Tokens = Annotated[int, typer.Option(help="calibration tokens")]

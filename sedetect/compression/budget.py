@@ -25,7 +25,7 @@ from sedetect.compression.simulated import (
     routed_banks,
     stored_bits,
 )
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError
 from sedetect.experiments.ablation import ablate
 from sedetect.experiments.evaluation import perplexity
@@ -91,6 +91,8 @@ class Budget(Document):
     rows: list[Row]
     tokens: dict[str, int]
     notes: list[str]
+
+    __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
         """For budget.json; conclusion is conclusion(self)."""

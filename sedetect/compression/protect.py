@@ -20,6 +20,7 @@ Forms, by the release whose sources were read; `checked` says what the test or t
 """
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -27,12 +28,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sedetect.adapters.listed import DOWN_NAMES
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError
 from sedetect.ranking.result import Ranking
 from sedetect.ranking.rule import rank
 from sedetect.ranking.saliencies import super_places
-from sedetect.stats.model import ModelStats
+from sedetect.stats.model import ModelStats, opened
 from sedetect.stats.place import BankId, Place
 
 GRANULARITIES = ("expert", "layer")
@@ -78,19 +79,25 @@ class ProtectList(Document):
     modules: list[str]
     experts: list[dict[str, Any]]
 
+    __repr__ = short_repr
+
     def to_dict(self) -> dict[str, Any]:
         """format, version and every field, for JSON."""
         return super().to_dict() | vars(self)
 
 
-def protect_list(stats: ModelStats, neighbours: int = 0, ranking: Ranking | None = None) -> list[Protected]:
+def protect_list(
+    stats: ModelStats | str | os.PathLike[str], neighbours: int = 0, ranking: Ranking | None = None
+) -> list[Protected]:
     """The experts with the verdict "super", and the routed experts with the next largest |y|, as many as neighbours.
 
-    ranking is rank(stats) where it is not given. Raises SedetectError where there is nothing to protect.
+    stats may be the path of a statistics file, or of a folder of results. ranking is rank(stats) where it is not given.
+    Raises SedetectError where there is nothing to protect.
     """
     if neighbours < 0:
         raise SedetectError(Argument("neighbours"), f" {neighbours}: must be at least 0")
     ranking = ranking or rank(stats)
+    stats = opened(stats)
     found = super_places(ranking)
     if not found:
         raise SedetectError(f"nothing to protect: {ranking.headline}; profile more text, or another model")
@@ -108,7 +115,7 @@ def protect_list(stats: ModelStats, neighbours: int = 0, ranking: Ranking | None
 
 
 def export(
-    stats: ModelStats, experts: list[Protected], tool: str, granularity: str = "expert"
+    stats: ModelStats | str | os.PathLike[str], experts: list[Protected], tool: str, granularity: str = "expert"
 ) -> tuple[dict[str, Any] | str, list[str]]:
     """The protect list experts of stats in a tool's form (a JSON document, or text for llama.cpp), and what the reader
     must know.
@@ -125,6 +132,7 @@ def export(
             " llama.cpp: GGUF stores a layer's experts as one tensor; give ",
             Argument("granularity", "layer"),
         )
+    stats = opened(stats)
     document = TOOLS[tool](experts, granularity)
     if tool == "json" and isinstance(document, dict):
         header = stats.header

@@ -13,6 +13,7 @@ Files are streamed: what is in memory at a time is one output file, at most MAX_
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 
 from sedetect.checkpoints.files import adapter_in, check_checkpoint
 from sedetect.checkpoints.layout import Layout, Tensor, read_layout, renamed, with_fewer_experts
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError
 from sedetect.files import new_folder, write_json
 from sedetect.models.banks import find_banks
@@ -35,7 +36,7 @@ from sedetect.models.identity import join_digest, model_id, other_model
 from sedetect.models.loading import empty_model
 from sedetect.models.streamed import folder_digest
 from sedetect.ranking.saliencies import ascending, saliency
-from sedetect.stats.model import UNCHECKED, ModelStats, same_model
+from sedetect.stats.model import UNCHECKED, ModelStats, opened, same_model
 from sedetect.stats.place import BankId, Place
 
 MAX_FILE = "2GB"
@@ -54,13 +55,20 @@ class Pruning(Document):
     facts: dict[str, Any]
     kept: dict[BankId, list[int]]
 
+    __repr__ = short_repr
+
     def to_dict(self) -> dict[str, Any]:
         """format, version, the facts, and kept by the names of the banks."""
         return super().to_dict() | self.facts | {"kept": {str(bank): one for bank, one in self.kept.items()}}
 
 
 def choose_kept(
-    stats: ModelStats, by: str, ratio: float, protected: Iterable[Place] = (), *, groups: int = 1
+    stats: ModelStats | str | os.PathLike[str],
+    by: str,
+    ratio: float,
+    protected: Iterable[Place] = (),
+    *,
+    groups: int = 1,
 ) -> dict[BankId, list[int]]:
     """The experts to keep, ascending, per routed bank: all but the floor(ratio * E) of lowest saliency.
 
@@ -70,7 +78,7 @@ def choose_kept(
     left than top_k, layers of different size, a number that does not divide by groups, and more protected experts than
     places.
     """
-    protected = set(protected)
+    protected, stats = set(protected), opened(stats)
     kept: dict[BankId, list[int]] = {}
     for bank, values in saliency(stats, by).items():
         experts = len(values)

@@ -26,7 +26,7 @@ from sedetect.calibration.windows import Windows
 from sedetect.errors import Argument, SedetectError
 from sedetect.experiments.expert_calls import ExpertCalls
 from sedetect.models.attach import attach
-from sedetect.models.banks import find_banks
+from sedetect.models.banks import check_eval, find_banks
 from sedetect.models.identity import model_digest, model_name
 from sedetect.models.layers import (
     attention_blocks,
@@ -79,9 +79,8 @@ def observe_residual(
         raise SedetectError(Argument("sequences"), f" {sequences}: must be at least 1")
     if min_ratio < 0 or min_value < 0:
         raise SedetectError(Argument("min_ratio"), f" {min_ratio:g}, least value {min_value:g}: must be at least 0")
+    check_eval(model)
     refuse_encoder_decoder(model, "the residual stream")
-    if model.training:
-        raise SedetectError(f"{type(model).__name__}: is in training mode; call model.eval() first")
     chosen = _spread(domains, sequences)
     with _Observer(model, prefix, min_value, min_ratio) as observer:
         for domain, number, ids in chosen:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sedetect.calibration.windows import Windows
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate, resolve
 from sedetect.experiments.evaluation import Question, exact_match, perplexity
@@ -76,6 +76,8 @@ class Experiment(Document):
     outcomes: list[Outcome]
     controls: dict[str, list[Outcome]]
     sequences: int
+
+    __repr__ = short_repr
 
     @property
     def sink_layer(self) -> int | None:

@@ -24,7 +24,7 @@ from torch import nn
 from sedetect.adapters.quantized import linear_weight
 from sedetect.adapters.stacked import as_experts
 from sedetect.calibration.windows import Windows
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.errors import SedetectError
 from sedetect.models.attach import attach, run_inner
 from sedetect.models.banks import Bank, find_banks
@@ -115,6 +115,8 @@ class SuperWeights(Document):
     model: str
     headline: str
     found: list[SuperWeight]
+
+    __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
         """format, version, model, headline, and super_weights as a list of SuperWeight.to_dict()."""

@@ -24,11 +24,11 @@ import torch
 from torch import nn
 
 from sedetect.calibration.windows import Windows, batches
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.errors import SedetectError
 from sedetect.kernels.rows import Rows
 from sedetect.models.attach import attach, run_inner
-from sedetect.models.banks import Bank, find_banks
+from sedetect.models.banks import Bank, check_eval, find_banks
 from sedetect.models.experts import expert_output
 from sedetect.models.identity import model_name
 from sedetect.models.layers import run_tokens
@@ -87,6 +87,8 @@ class ExpertTrace:
     tokens: dict[int, Group]
     texts: dict[int, str | None]
 
+    __repr__ = short_repr
+
     def share(self, kind: str) -> float:
         """Share of the expert's rows that are of this kind; 0 without rows."""
         return self.kinds[kind].rows / self.rows if kind in self.kinds else 0.0
@@ -105,6 +107,8 @@ class Traces(Document):
     chat_template: bool
     experts: list[ExpertTrace]
     notes: list[str] = field(default_factory=list)
+
+    __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
         """The document traces.json: every field, experts by name, tokens as a list; no NaN in it."""
@@ -164,8 +168,7 @@ def trace_experts(
         SedetectError: for an expert that the model does not have, and for a model in training mode.
     """
     model = getattr(model, "_orig_mod", model)
-    if model.training:
-        raise SedetectError(f"{type(model).__name__}: is in training mode; call model.eval() first")
+    check_eval(model)
     experts = list(dict.fromkeys(experts))
     with ExitStack() as stack, TrackedModel(model) as tracked:
         tracer = _Tracer(model, experts, tracked)

@@ -12,6 +12,7 @@ import torch
 from sedetect.checkpoints.files import check_checkpoint
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.staging import read_bytes
+from sedetect.documents import short_repr
 from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
 from sedetect.models.streamed import open_streamed
@@ -57,6 +58,8 @@ class Plan:
     layer_memory: list[int]
     rest_memory: int
     width: int
+
+    __repr__ = short_repr
 
     @property
     def parameters(self) -> int:

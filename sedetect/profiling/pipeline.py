@@ -16,6 +16,7 @@ from sedetect.calibration.records import Document
 from sedetect.calibration.windows import Calibration, Text, Windows, batches, calibration_windows, prefix_ids
 from sedetect.checkpoints.memory import too_large
 from sedetect.checkpoints.options import Loading
+from sedetect.documents import short_repr
 from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.experiments.residual_stream import Residual, observe_residual
 from sedetect.models.layers import run_tokens
@@ -68,6 +69,8 @@ class ModelProfile:
     rounds: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
     stable_after: int | None = None
     shards: list[ModelStats] = field(default_factory=list)
+
+    __repr__ = short_repr
 
 
 def profile_model(

@@ -16,7 +16,7 @@ from sedetect.adapters.stacked import Adapter
 from sedetect.errors import SedetectError
 from sedetect.models import compiled
 from sedetect.models.attach import attach, is_attached
-from sedetect.models.banks import Bank, find_banks, layers_per_stack
+from sedetect.models.banks import Bank, check_eval, check_model, find_banks, layers_per_stack
 from sedetect.models.identity import digest_notes, model_digest, model_dtype, model_name
 from sedetect.models.measure import Measurement, Measuring, measure
 from sedetect.models.row_context import Batch
@@ -48,9 +48,9 @@ class Profile:
         pad: int | None = None,
     ):
         check_backend(measuring.backend)
+        check_model(model)
         self._model = unwrap(model)
-        if self._model.training:
-            raise SedetectError(f"{type(self._model).__name__}: is in training mode; call model.eval() first")
+        check_eval(self._model)
         empty = next((name for name, weight in self._model.named_parameters() if weight.is_meta), None)
         if banks is None and empty and not any(hasattr(module, "_hf_hook") for module in self._model.modules()):
             raise SedetectError(f"{checkpoint_name(empty)}: on the meta device, without values; load the weights first")

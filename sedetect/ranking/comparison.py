@@ -5,18 +5,19 @@ The models and precisions may differ, that is the point; their banks (layers, ki
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.errors import SedetectError
 from sedetect.files import finite
 from sedetect.ranking.rule import rank
 from sedetect.ranking.stability import check_banks, peak_of
-from sedetect.stats.model import ModelStats
+from sedetect.stats.model import ModelStats, opened
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class Comparison(Document):
     moved: tuple[Moved, ...]
     formed: int | None
 
+    __repr__ = short_repr
+
     @property
     def equal(self) -> bool:
         """Whether the super experts (verdict "super") are the same in every run."""
@@ -109,14 +112,15 @@ class Comparison(Document):
         }
 
 
-def compare(runs: Sequence[ModelStats], names: Sequence[str] | None = None) -> Comparison:
+def compare(runs: Sequence[ModelStats | str | os.PathLike[str]], names: Sequence[str] | None = None) -> Comparison:
     """Rank each run and compare sets, order and magnitudes. The order of the runs is that of a series.
 
     Args:
-        runs: two or more. names: one each; by default their models' names.
+        runs: two or more, or their paths. names: one each; by default their models' names.
     Raises:
         SedetectError: for fewer than two runs, names that are not one each, and banks that do not match, by name.
     """
+    runs = [opened(run) for run in runs]
     names = [run.header.model for run in runs] if names is None else list(names)
     if len(runs) < 2 or len(names) != len(runs):
         raise SedetectError(f"compare: {len(runs)} runs and {len(names)} names; give two or more runs and a name each")

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.files import finite
 from sedetect.stats.place import Place
 
@@ -82,6 +82,8 @@ class Ranking(Document):
     nonfinite: list[Place]
     criteria: dict[str, Any]
     notes: list[str]
+
+    __repr__ = short_repr
 
     @property
     def found(self) -> list[SuperExpert]:

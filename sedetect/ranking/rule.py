@@ -22,23 +22,26 @@ Verdicts, each a test on top of the rule:
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sedetect.errors import Argument, SedetectError
+from sedetect.files import RESIDUAL
 from sedetect.ranking.evidence import BankView, ValueTests, layer_medians
 from sedetect.ranking.result import Ranking, SuperExpert
 from sedetect.ranking.wording import Judged, make_headline, make_notes
-from sedetect.stats.model import Header, ModelStats
+from sedetect.stats.model import Header, ModelStats, opened
 from sedetect.stats.place import Place
 from sedetect.stats.residual import Residual
 
 
 def rank(
-    stats: ModelStats,
+    stats: ModelStats | str | os.PathLike[str],
     *,
     criterion: str = "paper",
     percentile: float = 99.5,
@@ -52,6 +55,9 @@ def rank(
     residual: Residual | None = None,
 ) -> Ranking:
     """The paper's set of super experts (module docstring), each with a verdict.
+
+    stats may be the path of a statistics file, or of a folder of results, whose residual.json is taken where residual
+    is not given.
 
     criterion: "paper", the only one. percentile in [0, 100) (NumPy's linear interpolation), fraction of max(A) in
     (0, 1), layers: L as a fraction of the stack's layers in (0, 1]; both value tests are strict.
@@ -86,6 +92,9 @@ def rank(
     or a bank's top_k, for rows="first" where they lack published_max, and for the residual stream of another
         model.
     """
+    if residual is None and isinstance(stats, (str, os.PathLike)) and (Path(stats) / RESIDUAL).is_file():
+        residual = Residual.load(stats)
+    stats = opened(stats)
     criteria = {
         "criterion": criterion,
         "percentile": percentile,

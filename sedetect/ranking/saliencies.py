@@ -26,17 +26,18 @@ unknown.
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError
 from sedetect.ranking.result import Ranking
 from sedetect.stats.bank import BankStats
-from sedetect.stats.model import ModelStats
+from sedetect.stats.model import ModelStats, opened
 from sedetect.stats.place import BankId, Place
 
 
@@ -62,12 +63,15 @@ def check_saliency(by: str) -> None:
         raise SedetectError(Argument("by"), f" {by}: is no saliency; use one of {', '.join(SALIENCIES)}")
 
 
-def saliency(stats: ModelStats, by: str) -> dict[BankId, torch.Tensor]:
+def saliency(stats: ModelStats | str | os.PathLike[str], by: str) -> dict[BankId, torch.Tensor]:
     """The saliency of every routed expert: bank -> (E,) float64; NaN for an expert with a NaN or Inf in its outputs.
+
+    stats may be the path of a statistics file, or of a folder of results.
 
     Raises SedetectError for a name that is none of SALIENCIES.
     """
     check_saliency(by)
+    stats = opened(stats)
     return {
         bank: SALIENCIES[by](state).masked_fill(state.nonfinite > 0, torch.nan)
         for bank, state in sorted(stats.banks.items())
@@ -107,6 +111,8 @@ class Saliencies(Document):
     by: str
     super_experts: list[dict[str, Any]]
     layers: list[dict[str, Any]]
+
+    __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
         """format, version and every field, for JSON."""

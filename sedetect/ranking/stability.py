@@ -10,16 +10,17 @@ Mixtral-8x7B 1 in every cell. agreement asks the second, over domains or over di
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.errors import SedetectError
 from sedetect.files import finite
 from sedetect.ranking.rule import rank
-from sedetect.stats.model import ModelStats
+from sedetect.stats.model import ModelStats, opened
 from sedetect.stats.place import Place
 
 PERCENTILES = (95.0, 99.0, 99.5, 99.9)
@@ -43,6 +44,8 @@ class Grid:
     percentiles: tuple[float, ...]
     fractions: tuple[float, ...]
     cells: tuple[Cell, ...]
+
+    __repr__ = short_repr
 
     @property
     def constant(self) -> bool:
@@ -68,15 +71,18 @@ class Grid:
 
 
 def sensitivity(
-    stats: ModelStats, percentiles: Sequence[float] = PERCENTILES, fractions: Sequence[float] = FRACTIONS
+    stats: ModelStats | str | os.PathLike[str],
+    percentiles: Sequence[float] = PERCENTILES,
+    fractions: Sequence[float] = FRACTIONS,
 ) -> Grid:
-    """Rank once per pair of thresholds, everything else at rank's defaults.
+    """Rank statistics, or those of a path, once per pair of thresholds, everything else at rank's defaults.
 
     Args:
         percentiles: in [0, 100). fractions: of the largest value, in (0, 1).
     Raises:
         SedetectError: for what rank refuses.
     """
+    stats = opened(stats)
     cells = []
     for percentile in percentiles:
         for fraction in fractions:
@@ -125,6 +131,8 @@ class Agreement:
     experts: tuple[Agreed, ...]
     jaccard: dict[tuple[str, str], float]
 
+    __repr__ = short_repr
+
     @property
     def same(self) -> bool:
         """Whether every part alone gives the same super experts."""
@@ -146,13 +154,14 @@ class Agreement:
         }
 
 
-def agreement(parts: dict[str, ModelStats]) -> Agreement:
+def agreement(parts: Mapping[str, ModelStats | str | os.PathLike[str]]) -> Agreement:
     """Rank each part alone (domain or shard name -> statistics of one model) and compare the sets.
 
     Raises SedetectError for no parts, and for parts whose banks differ.
     """
-    check_banks(list(parts.values()), list(parts))
-    rankings = {name: rank(stats) for name, stats in parts.items()}
+    runs = {name: opened(stats) for name, stats in parts.items()}
+    check_banks(list(runs.values()), list(runs))
+    rankings = {name: rank(stats) for name, stats in runs.items()}
     found = {name: tuple(map(str, ranking.found)) for name, ranking in rankings.items()}
     members = {str(expert): expert for ranking in rankings.values() for expert in ranking.super_experts}
     experts = [
@@ -160,14 +169,14 @@ def agreement(parts: dict[str, ModelStats]) -> Agreement:
             name,
             sum(name in map(str, ranking.super_experts) for ranking in rankings.values()),
             sum(name in names for names in found.values()),
-            tuple(peak_of(stats, place).value for stats in parts.values()),
+            tuple(peak_of(stats, place).value for stats in runs.values()),
         )
         for name, place in members.items()
     ]
     experts.sort(key=lambda e: (-e.found, -e.named, -e.highest))
-    pairs = {(a, b): _jaccard(set(found[a]), set(found[b])) for a, b in combinations(parts, 2)}
-    tokens = tuple(stats.header.tokens for stats in parts.values())
-    return Agreement(tuple(parts), tokens, tuple(found.values()), tuple(experts), pairs)
+    pairs = {(a, b): _jaccard(set(found[a]), set(found[b])) for a, b in combinations(runs, 2)}
+    tokens = tuple(stats.header.tokens for stats in runs.values())
+    return Agreement(tuple(runs), tokens, tuple(found.values()), tuple(experts), pairs)
 
 
 @dataclass(frozen=True)
@@ -178,6 +187,8 @@ class Stability(Document):
 
     grids: dict[str, Grid]
     agreement: dict[str, Agreement]
+
+    __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
         """format, version, grids and agreement, for JSON."""

@@ -89,6 +89,10 @@ class BankStats:
     sqnorm_sum: ClassVar[torch.Tensor]
     gate_norm_sum: ClassVar[torch.Tensor]
 
+    def __repr__(self) -> str:
+        kept = "".join(f", {name}" for name in OPTIONAL if getattr(self, name) is not None)
+        return f"BankStats({self.num_experts} experts, {int(self.rows.sum()):,} rows{kept})"
+
     @classmethod
     def empty(
         cls,

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sedetect.documents import short_repr
 from sedetect.errors import SedetectError
 from sedetect.files import STATS, file_in, write_atomic
 from sedetect.kernels.records import (
@@ -72,6 +73,8 @@ class Header:
     window: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
+
+    __repr__ = short_repr
 
     def to_json(self) -> str:
         return json.dumps(self, default=_plain, sort_keys=True, ensure_ascii=False)
@@ -135,6 +138,13 @@ class ModelStats:
 
     banks: dict[BankId, BankStats] = field(default_factory=dict)
     header: Header = field(default_factory=Header)
+
+    def __repr__(self) -> str:
+        header, experts = self.header, sum(state.num_experts for bank, state in self.banks.items() if bank.routed)
+        return (
+            f"ModelStats({header.model or 'empty'} {header.dtype}: {experts:,} routed experts in {len(self.banks)} "
+            f"banks; {header.tokens:,} tokens in {header.sequences:,} sequences)"
+        )
 
     @classmethod
     def empty(cls) -> "ModelStats":
@@ -221,9 +231,22 @@ class ModelStats:
             raise SedetectError(f"{path}: damaged statistics file ({error}); profile again") from None
 
 
-def merge_all(states: Iterable[ModelStats]) -> ModelStats:
-    """Merge any number of runs; none give the empty state."""
-    return reduce(ModelStats.merge, states, ModelStats.empty())
+def merge_all(states: Iterable[ModelStats | str | os.PathLike[str]]) -> ModelStats:
+    """Merge any number of runs, each as opened takes it; none give the empty state."""
+    return reduce(ModelStats.merge, map(opened, states), ModelStats.empty())
+
+
+def opened(stats: ModelStats | str | os.PathLike[str]) -> ModelStats:
+    """Statistics, or those in a file or in a folder of results. Raises SedetectError for anything else."""
+    if isinstance(stats, (str, os.PathLike)):
+        return ModelStats.load(stats)
+    if not isinstance(stats, ModelStats):
+        inside = ", such as its .stats" if isinstance(getattr(stats, "stats", None), ModelStats) else ""
+        raise SedetectError(
+            f"stats: is a {type(stats).__name__}; give a ModelStats{inside}, or the path of a statistics file or of a "
+            "folder of results"
+        )
+    return stats
 
 
 def join_banks(parts: list[ModelStats]) -> ModelStats:

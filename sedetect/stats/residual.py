@@ -7,7 +7,7 @@ them. x is the output of a decoder layer before any final norm; everything is in
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.files import RESIDUAL
 from sedetect.stats.place import Place, parse_place
 
@@ -126,6 +126,8 @@ class Residual(Document):
     found: int
     notes: list[str] = field(default_factory=list)
 
+    __repr__ = short_repr
+
     @property
     def forming_layers(self) -> list[int]:
         """Layers with a formation that at least one later layer carries."""
@@ -192,6 +194,8 @@ class Observation(Document):
     residual: Residual
     ablated: Residual | None = None
     experts: list[str] = field(default_factory=list)
+
+    __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
         """Residual.to_dict(), and under "ablated" experts, residual and sink_decay."""

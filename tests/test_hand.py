@@ -1,0 +1,107 @@
+"""In the hand: what print shows, paths where statistics or a model are meant, and a name for each command."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import sedetect
+from sedetect.calibration.windows import Calibration, Windows
+from sedetect.cli import COMMANDS
+from sedetect.cli.shared import _folder_of
+from sedetect.errors import SedetectError
+from sedetect.results import Results
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import merge_all
+
+TINY = Path(__file__).parent / "data" / "tiny-moe"
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return sedetect.profile_model(TINY, text=sedetect.Text(tokens=1024, seq_len=64))
+
+
+def test_results_print_a_few_lines(profile):
+    ranking = sedetect.rank(profile.stats)
+    windows = profile.windows["code"]
+    shown = [
+        profile,
+        profile.stats,
+        profile.stats.header,
+        ranking,
+        windows,
+        Calibration({"code": windows}, 1024),
+        sedetect.sensitivity(profile.stats),
+        sedetect.agreement(profile.domains),
+        sedetect.compare([profile.stats, profile.stats]),
+        sedetect.analyze_weights(TINY, layers=[0]),
+        *profile.stats.banks.values(),
+    ]
+    for one in shown:
+        text = repr(one)
+        assert type(one).__name__ in text and len(text) < 1500 and text.count("\n") < 20, text
+    assert "1,024 tokens in 16 sequences" in repr(profile.stats) and ranking.headline[:30] in repr(ranking)
+    assert repr(BankStats.empty(3, coactivation=True)) == "BankStats(3 experts, 0 rows, coactivation)"
+    assert isinstance(windows, Windows) and "<int64 (4, 64)>" in repr(windows)
+
+
+def test_statistics_by_their_path(profile, tmp_path):
+    results = Results(tmp_path)
+    profile.stats.save(results.stats_path)
+    ranking = sedetect.rank(profile.stats)
+    for path in (results.stats_path, tmp_path, str(tmp_path)):
+        assert sedetect.rank(path) == ranking
+        assert sedetect.compare([path, profile.stats]).equal and sedetect.agreement({"a": path, "b": path}).same
+        assert sedetect.sensitivity(path) == sedetect.sensitivity(profile.stats)
+        assert merge_all([path]).header == profile.stats.header
+        assert [str(one.place) for one in sedetect.protect_list(path)] == [str(one) for one in ranking.found]
+        assert sedetect.choose_kept(path, "reap", 0.25) == sedetect.choose_kept(profile.stats, "reap", 0.25)
+    residual = sedetect.observe_residual(load_tiny(), profile.windows, prefix=1, sequences=1)
+    residual.save(results.residual_path)
+    assert sedetect.rank(tmp_path) == sedetect.rank(profile.stats, residual=residual) != ranking
+    with pytest.raises(SedetectError, match=r"is a ModelProfile; give a ModelStats, such as its \.stats"):
+        sedetect.rank(profile)
+    with pytest.raises(SedetectError, match="stats: is a dict; give"):
+        sedetect.compare([{}, {}])
+    with pytest.raises(SedetectError, match="no such statistics file"):
+        sedetect.rank("no/such/folder")
+
+
+def load_tiny():
+    from sedetect.models.loading import load_model
+
+    return load_model(TINY)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ablate", "analyze_outputs", "analyze_routing", "find_super_weights", "make_budget",
+     "observe_residual", "profile", "run_experiment", "trace_experts"],
+)  # fmt: skip
+def test_a_path_where_a_model_is_meant(name):
+    function = getattr(sedetect, name)
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    with pytest.raises(SedetectError, match="is a str; give a loaded model"):
+        entered = function(str(TINY), **{p.name: {} for p in needed[1:]})
+        entered.__enter__()  # of a context manager
+
+
+def test_every_command_has_a_function():
+    """README's table of commands and functions."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| command | in Python |")[1].split("\n\n")[0]
+    rows = [[cell.strip(" `") for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
+    assert {row[0].split()[0] for row in rows} == set(COMMANDS) - {"report"}
+    for _, functions in rows:
+        for function in re.findall(r"`(\w+)`", f"`{functions}`"):
+            assert callable(getattr(sedetect, function))
+
+
+def test_plan_and_prune_take_what_is_in_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, local_files_only: str(TINY))
+    assert _folder_of("owner/tiny") == str(TINY) and _folder_of(str(tmp_path)) == str(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(SedetectError, match=r"owner/none: no such folder.* \(hf download owner/none\)"):
+        _folder_of("owner/none")

@@ -35,6 +35,7 @@ from .ranking.result import SuperExpert as SuperExpert
 from .ranking.rule import rank as rank
 from .ranking.stability import agreement as agreement
 from .ranking.stability import sensitivity as sensitivity
+from .ranking.stability import verdict_sensitivity as verdict_sensitivity
 from .stats.bank import BankStats as BankStats
 from .stats.model import ModelStats as ModelStats
 from .stats.model import merge_all as merge_all

@@ -9,6 +9,7 @@ import pytest
 from support.synthetic import bank, model, one_layer, write
 
 from sedetect.errors import SedetectError
+from sedetect.kernels.records import COUNTS
 from sedetect.ranking.rule import rank
 from sedetect.stats.model import ModelStats
 from sedetect.stats.place import Place, parse_place
@@ -482,3 +483,29 @@ def test_incomplete_headers_are_refused():
     del stats.header.banks["decoder.1.routed"]
     with pytest.raises(SedetectError, match="decoder.1.routed: .* top_k"):
         rank(stats)
+
+
+def test_the_headline_says_what_a_near_super_expert_lacks():
+    """Three signs of four: not "because it always names someone"."""
+    stats = model({(0, "routed"): bank([900.0] + [100.0] * 300, {0: 900.0}, {0: 1.0})}, 1)
+    ranking = rank(stats)
+    assert [expert.verdict for expert in ranking.super_experts] == ["unsupported"]
+    assert (
+        ranking.headline.endswith("has all signs of one but 10x its layer's median")
+        and "always" not in ranking.headline
+    )
+
+
+def test_medians_of_few_rows_are_noted():
+    stats = model({(0, "routed"): bank([900.0] + [10.0] * 300)}, 1)
+    assert not any("saw fewer than" in note for note in rank(stats).notes)
+    stats.banks[min(stats.banks)].counts[:, COUNTS.index("rows")] = 5
+    assert any("beside L0E0 saw fewer than 32 rows" in note for note in rank(stats).notes)
+    assert rank(stats).super_experts[0].ratio == 90  # the number itself stays
+
+
+def test_numbers_of_notes_agree_with_their_verbs():
+    stats = model({(0, "routed"): bank([900.0] + [10.0] * 300 + [None])}, 1)
+    assert any("1 of 302 experts saw no row and counts as 0" in note for note in rank(stats).notes)
+    stats = model({(0, "routed"): bank([900.0, math.nan] + [10.0] * 300)}, 1)
+    assert any(note == "L0E1 gave NaN or Inf and is left out" for note in rank(stats).notes)

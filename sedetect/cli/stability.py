@@ -26,22 +26,24 @@ def stability_command(stats: Runs, json: Json = None) -> None:
     where it was profiled --until-stable (disjoint shards of the text); several arguments with each other (profiles of
     one model on different text).
     """
-    from sedetect.ranking.stability import Stability, agreement, sensitivity
+    from sedetect.ranking.stability import Stability, agreement, sensitivity, verdict_sensitivity
 
     runs = load_runs(stats)
     grids = {name: sensitivity(run) for name, run in runs.items()}
+    verdicts = {name: verdict_sensitivity(run) for name, run in runs.items()}
     results = Results(stats[0])
     alone = {"domains": results.domains, "rounds": results.rounds}
     parts = {"runs": runs} if len(runs) > 1 else {name: some.load() for name, some in alone.items()}
     agreed = {name: agreement(some) for name, some in parts.items() if len(some) > 1}
-    if json is not None:
-        Stability(grids, agreed).save(json)
     for name, grid in grids.items():
         _print_grid(name, grid)
+        _print_verdicts(verdicts[name])
     for name, one in agreed.items():
         _print_agreement(name, one)
     if not agreed:
         print_line("agreement: one part only; give a folder with several domains or rounds, or several profiles")
+    if json is not None:
+        Stability(grids, verdicts, agreed).save(json)
 
 
 def _print_grid(name: str, grid: Grid) -> None:
@@ -65,6 +67,21 @@ def _print_grid(name: str, grid: Grid) -> None:
             pairs = [f"P{c.percentile:g} and {c.fraction:g}" for c in grid.cells if c.found == names]
             more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
             print_line(f"{', '.join(names) or 'none'}: {', '.join(pairs[:3])}{more}")
+
+
+def _print_verdicts(verdicts: dict[str, dict[float, tuple[str, ...]]]) -> None:
+    """A line per threshold of the verdict."""
+    for name, by_value in verdicts.items():
+        values = list(by_value)
+        usual = by_value[values[len(values) // 2]]
+        others = [
+            f"{', '.join(found) or 'none'} at {value:g}"
+            for value, found in by_value.items()
+            if set(found) != set(usual)
+        ]
+        said = f"{', '.join(usual) or 'none'} at {values[len(values) // 2]:g}, " + "; ".join(others)
+        same = f"the same super experts from {values[0]:g} to {values[-1]:g}"
+        print_line(f"--{name.replace('_', '-')}: {said if others else same}")
 
 
 def _print_agreement(name: str, agreed: Agreement) -> None:

@@ -66,7 +66,8 @@ def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
     if expert.signature is None and not expert.first_max:
         parts.append("first tokens not observed")
     else:
-        parts.append(f"|y| {expert.first_max:.4g} on first tokens, {expert.rest_max:.4g} on the rest")
+        first, rest = (f"{value:.4g}" if value else "no row" for value in (expert.first_max, expert.rest_max))
+        parts.append(f"|y| {first} on first tokens, {rest} on the rest")
     if expert.first_gate is not None and expert.rest_gate is not None:
         parts.append(f"mean routing weight {expert.first_gate:.2g} and {expert.rest_gate:.2g}")
     if residual is not None:

@@ -219,9 +219,11 @@ def conclusion(budget: Budget) -> list[str]:
         better = [row for row, kept in changed if kept.mean_change < min(c.mean_change for c in row.random)]
         most, kept = max(changed, key=lambda pair: pair[0].bare.mean_change - pair[1].mean_change)
         low, high = (f([c.mean_change for c in most.random]) for f in (min, max))
+        rows = "the one row" if len(changed) == 1 else f"the {len(changed)} rows"
+        buys = "buys most" if kept.mean_change < most.bare.mean_change else "buys nothing in any, and costs least"
         lines.append(
-            f"keeping {names} beats every random choice in {len(better)} of the {len(changed)} rows that it changes; "
-            f"it buys most at {most.name}: {most.bare.mean_change:+.1%} without, {kept.mean_change:+.1%} with "
+            f"keeping {names} beats every random choice in {len(better)} of {rows} that it changes; "
+            f"it {buys} at {most.name}: {most.bare.mean_change:+.1%} without, {kept.mean_change:+.1%} with "
             f"(random experts of the same layers: {low:+.1%} to {high:+.1%})"
         )
     for what, of in (("nothing kept", "bare"), (f"{', '.join(budget.kept)} kept", "kept")):

@@ -226,7 +226,8 @@ def conclusion(experiment: Experiment) -> str:
     if same:
         if main.mean_change > max(0, *same):
             shown.append("perplexity")
-        beside = f"{max(same):+.1%} for the worst of {len(same)} random sets of the same layers"
+        drawn = "a random set" if len(same) == 1 else f"the worst of {len(same)} random sets"
+        beside = f"{max(same):+.1%} for {drawn} of the same layers"
         texts.append(f"perplexity {main.mean_change:+.1%} (against {beside})")
     else:
         texts.append(f"perplexity {main.mean_change:+.1%} (not judged: no controls)")

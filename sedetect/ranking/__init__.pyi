@@ -7,3 +7,4 @@ from .saliencies import saliency as saliency
 from .stability import Stability as Stability
 from .stability import agreement as agreement
 from .stability import sensitivity as sensitivity
+from .stability import verdict_sensitivity as verdict_sensitivity

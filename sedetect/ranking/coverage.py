@@ -1,5 +1,6 @@
 """How many rows the experts saw, and notes of several banks folded into one."""
 
+import math
 from collections.abc import Sequence
 
 from sedetect.stats.model import ModelStats
@@ -27,7 +28,21 @@ def coverage(stats: ModelStats) -> str:
         return "coverage: no routed experts"
     unseen, few = sum(n == 0 for n in rows), sum(0 < n < FEW_ROWS for n in rows)
     text = f"coverage: {len(rows)} routed experts saw {min(rows):,} to {max(rows):,} rows"
-    if unseen or few:
-        text += f"; {unseen} saw none, {few} others fewer than {FEW_ROWS}"
-        return f"{text}: calibrate on more tokens before trusting them"
-    return f"{text}, none fewer than {FEW_ROWS}"
+    if not unseen and not few:
+        return f"{text}, none fewer than {FEW_ROWS}"
+    parts = [f"{unseen} saw none"] if unseen else []
+    parts += [f"{few}{' others' if unseen else ''} fewer than {FEW_ROWS}"] if few else []
+    more = more_tokens(min(rows), stats.header.tokens)
+    at = "at least" if unseen else "about"
+    return (
+        f"{text}; {', '.join(parts)}: calibrate on more tokens before trusting them ({at} {more:,} more of such text)"
+    )
+
+
+def more_tokens(rows: int, tokens: int, wanted: int = FEW_ROWS) -> int:
+    """Further tokens until an expert that saw rows < wanted rows in so many tokens is expected to have wanted.
+
+    The rate is rows / tokens. An expert that saw none gets 3 / tokens, the rate above which it would have been seen
+    with 95 % probability (rule of three): its true need is probably larger.
+    """
+    return math.ceil((wanted - rows) * tokens / (rows or 3))

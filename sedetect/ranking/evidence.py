@@ -108,17 +108,17 @@ class BankView:
         )
 
 
-def layer_medians(views: dict[BankId, BankView]) -> dict[BankId, float | None]:
-    """Per bank, the median value of the experts it is compared with: finite, and seen."""
-    seen = {bank: view.values[(view.rows > 0) & np.isfinite(view.values)] for bank, view in views.items()}
-    medians = {}
+def layer_medians(views: dict[BankId, BankView]) -> dict[BankId, tuple[float, float] | None]:
+    """Per bank, the median value of the experts it is compared with (finite, and seen), and of their rows."""
+    seen = {}
+    for bank, view in views.items():
+        chosen = (view.rows > 0) & np.isfinite(view.values)
+        seen[bank] = np.stack((view.values[chosen], view.rows[chosen]))
+    medians: dict[BankId, tuple[float, float] | None] = {}
     for bank in views:
-        if bank.routed:
-            peers = seen[bank]
-        else:
-            layer = [seen[b] for b in views if b[:2] == bank[:2] and b.routed]
-            peers = np.concatenate(layer) if layer else np.array([])
-        medians[bank] = float(np.median(peers)) if len(peers) else None
+        layer = [seen[b] for b in views if (b == bank if bank.routed else b[:2] == bank[:2] and b.routed)]
+        peers = np.concatenate(layer, axis=1) if layer else np.empty((2, 0))
+        medians[bank] = (float(np.median(peers[0])), float(np.median(peers[1]))) if peers.size else None
     return medians
 
 

@@ -18,7 +18,7 @@ Verdicts, each a test on top of the rule:
                  signature present or not observed
     outlier      stands out by the same two thresholds, and is in the paper's set without the signature, or passes both
                  value tests over all layers of its stack without being in the set (most often: a late layer)
-    unsupported  passes only because somebody must: too small, or too close to its layer's median
+    unsupported  passes the rule, which always names someone, but is too small, or too close to its layer's median
 """
 
 import math
@@ -32,6 +32,7 @@ import numpy as np
 
 from sedetect.errors import Argument, SedetectError
 from sedetect.files import RESIDUAL
+from sedetect.ranking.coverage import FEW_ROWS
 from sedetect.ranking.evidence import BankView, ValueTests, layer_medians
 from sedetect.ranking.result import Ranking, SuperExpert
 from sedetect.ranking.wording import Judged, make_headline, make_notes
@@ -140,7 +141,8 @@ def rank(
         order = order[np.argsort(-values[order], kind="stable")]
         found = []
         for bank, e in (experts[i] for i in order):
-            evidence = views[bank].evidence(e, medians[bank], tests, min_gate_ratio)
+            peers = medians[bank]
+            evidence = views[bank].evidence(e, None if peers is None else peers[0], tests, min_gate_ratio)
             ratio = evidence["ratio"]
             # The residual stream is observed in the decoder only.
             carried = (
@@ -176,7 +178,9 @@ def rank(
         for bank, view in views.items()
         for e in np.flatnonzero(~np.isfinite(view.values)).tolist()
     ]
-    judged = Judged(super_experts, barred, tests, len(experts), unseen, nonfinite, limits, formed, criteria)
+    shown = [expert for expert in super_experts + others if expert.ratio is not None and expert.ratio >= min_ratio]
+    thin = [str(expert) for expert in shown if (medians[expert.bank] or (0, 0))[1] < FEW_ROWS]
+    judged = Judged(super_experts, barred, tests, len(experts), unseen, thin, nonfinite, limits, formed, criteria)
     return Ranking(
         model=header.model,
         headline=make_headline(judged),

@@ -1,8 +1,9 @@
 """Stability: does the set of super experts depend on the thresholds, or on the text?
 
-sensitivity asks the first, over the grid of "Unveiling Super Experts in Mixture-of-Experts Large Language Models"
-(arXiv 2507.23279, table 9 of the ICLR 2026 text), where Qwen3-30B-A3B keeps 3 super experts, DeepSeek-V2-Lite 2 and
-Mixtral-8x7B 1 in every cell. agreement asks the second, over domains or over disjoint shards of the calibration text:
+verdict_sensitivity asks the first over the thresholds of the verdict, sensitivity over the grid of "Unveiling Super
+Experts in Mixture-of-Experts Large Language Models" (arXiv 2507.23279, table 9 of the ICLR 2026 text), where
+Qwen3-30B-A3B keeps 3 super experts, DeepSeek-V2-Lite 2 and Mixtral-8x7B 1 in every cell. agreement asks the second,
+over domains or over disjoint shards of the calibration text:
 
     result = sedetect.profile_model(model, keep_rounds=True)
     agreement(result.domains)
@@ -25,6 +26,8 @@ from sedetect.stats.place import Place
 
 PERCENTILES = (95.0, 99.0, 99.5, 99.9)
 FRACTIONS = (0.07, 0.08, 0.09, 0.1)
+VERDICT = {"min_value": 50.0, "min_ratio": 10.0, "min_gate_ratio": 3.0}  # rank's defaults, which decide the verdict
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,21 @@ def sensitivity(
             named = tuple(map(str, ranking.super_experts))
             cells.append(Cell(percentile, fraction, named, tuple(map(str, ranking.found))))
     return Grid(tuple(percentiles), tuple(fractions), tuple(cells))
+
+
+def verdict_sensitivity(stats: ModelStats | str | os.PathLike[str]) -> dict[str, dict[float, tuple[str, ...]]]:
+    """The super experts under other thresholds of the verdict, each alone at FACTORS of its default.
+
+    Returns:
+        name in VERDICT -> threshold, ascending -> names, largest first.
+    Raises:
+        SedetectError: for what rank refuses.
+    """
+    stats = opened(stats)
+    return {
+        name: {default * f: tuple(map(str, rank(stats, **{name: default * f}).found)) for f in FACTORS}  # type: ignore[arg-type]
+        for name, default in VERDICT.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -181,19 +199,27 @@ def agreement(parts: Mapping[str, ModelStats | str | os.PathLike[str]]) -> Agree
 
 @dataclass(frozen=True)
 class Stability(Document):
-    """Both answers: a grid per profile, and the agreement of each kind of parts , by name."""
+    """Both answers: a grid and the verdicts per profile, and the agreement of each kind of parts, by name."""
 
     FORMAT = "sedetect-stability"
 
     grids: dict[str, Grid]
+    verdicts: dict[str, dict[str, dict[float, tuple[str, ...]]]]
     agreement: dict[str, Agreement]
 
     __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
-        """format, version, grids and agreement, for JSON."""
+        """format, version, grids, verdicts (lists of threshold and found, by its name) and agreement, for JSON."""
         return super().to_dict() | {
             "grids": {name: grid.to_dict() for name, grid in self.grids.items()},
+            "verdicts": {
+                name: {
+                    threshold: [{"threshold": value, "found": list(found)} for value, found in by_value.items()]
+                    for threshold, by_value in verdicts.items()
+                }
+                for name, verdicts in self.verdicts.items()
+            },
             "agreement": {name: one.to_dict() for name, one in self.agreement.items()},
         }
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from sedetect.ranking.coverage import FEW_ROWS
 from sedetect.ranking.evidence import ValueTests
 from sedetect.ranking.result import SuperExpert
 from sedetect.stats.place import Place
@@ -16,6 +17,7 @@ class Judged:
     named      the set; barred: what only the percentile keeps out of it
     tests      the value tests of the population
     experts    their number, and unseen: how many of them saw no row
+    thin       of what is judged, the names of those whose layer's median is of experts with few rows
     nonfinite  experts and dense MLPs that gave NaN or Inf
     limits     per stack, the layer below which the set is
     formed     with layers="data", the layers that form massive activations
@@ -27,6 +29,7 @@ class Judged:
     tests: ValueTests
     experts: int
     unseen: int
+    thin: list[str]
     nonfinite: list[Place]
     limits: dict[str, int]
     formed: list[int] | None
@@ -47,15 +50,23 @@ def make_headline(judged: Judged) -> str:
         text = "no super expert: no layer forms a massive activation that later layers carry"
     elif tests.maximum == 0:
         text = f"no super expert: none of the {len(tests.population)} experts saw a row with an output other than 0"
+    elif not named and formed:
+        where = ", ".join(f"L{layer}" for layer in formed)
+        text = (
+            f"no super expert: none of the experts of the layers that form massive activations ({where}) is in the set"
+        )
     elif not named:
         at = _short(tests.percentile_value)
         text = f"no super expert: none of the {len(tests.population)} experts lies above the percentile, {at}"
-    elif named[0].verdict == "outlier":
-        largest = f"the largest the rule names, {_described(named[0])}"
-        lacks = (
-            "lacks the first-token signature" if named[0].signature is False else "writes nothing later layers carry"
+    elif outlier := next((expert for expert in named if expert.verdict == "outlier"), None):
+        which = "the largest the rule names" if outlier is named[0] else "the largest that stands out"
+        lacks = "lacks the first-token signature" if outlier.signature is False else "writes nothing later layers carry"
+        text = f"no super expert: {which}, {_described(outlier)}, {lacks}"
+    elif lacking := _nearly(named[0], judged.criteria):
+        text = (
+            f"no super expert: the rule names {len(named)} of {len(tests.population)}, and the largest, "
+            f"{_described(named[0])}, has all signs of one but {lacking}"
         )
-        text = f"no super expert: {largest}, {lacks}"
     else:
         needed = f"needs |y| {_short(judged.criteria['min_value'])} and {_short(judged.criteria['min_ratio'])}x"
         text = (
@@ -83,12 +94,36 @@ def make_notes(judged: Judged) -> list[str]:
     if unobserved:
         notes.append(f"first-token signature not observed for {unobserved} of {len(named)} experts of the set")
     if judged.unseen:
-        notes.append(f"{judged.unseen} of {judged.experts} experts saw no row and count as 0; calibrate on more tokens")
-    if nonfinite:
+        count = "counts" if judged.unseen == 1 else "count"
+        notes.append(
+            f"{judged.unseen} of {judged.experts} experts saw no row and {count} as 0; calibrate on more tokens"
+        )
+    if judged.thin:
+        names = ", ".join(judged.thin[:10]) + (f" and {len(judged.thin) - 10} more" if len(judged.thin) > 10 else "")
+        notes.append(
+            f"half of the experts beside {names} saw fewer than {FEW_ROWS} rows: their median grows with more "
+            "tokens, and multiples of it shrink"
+        )
+    if len(nonfinite) == 1:
+        notes.append(f"{nonfinite[0]} gave NaN or Inf and is left out")
+    elif nonfinite:
         notes.append(f"{len(nonfinite)} experts or dense MLPs gave NaN or Inf and are left out, first {nonfinite[0]}")
     if len(judged.limits) > 1:
         notes.append(f"one population of all stacks, each below its own layer limit ({_limits(judged.limits)})")
     return notes
+
+
+def _nearly(expert: SuperExpert, criteria: dict[str, Any]) -> str | None:
+    """What an expert lacks that has more than half of the signs of a super expert; None where it has fewer."""
+    signs = {
+        f"|y| {_short(criteria['min_value'])}": expert.value >= criteria["min_value"],
+        f"{_short(criteria['min_ratio'])}x its layer's median": (expert.ratio or 0) >= criteria["min_ratio"],
+        "the first-token signature": expert.signature,
+        "a massive activation that later layers carry": expert.carried,
+    }
+    known = [shown for shown in signs.values() if shown is not None]
+    lacking = [name for name, shown in signs.items() if shown is False]
+    return " and ".join(lacking) if 2 * sum(known) > len(known) else None
 
 
 def _listed(experts: list[SuperExpert], most: int = 10) -> str:

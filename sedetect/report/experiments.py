@@ -23,7 +23,7 @@ def residual_section(evidence: Evidence) -> dict[str, Any]:
     if ablated is not None:
         text += (
             f" Without {', '.join(evidence.ablated_experts)} the largest |x| between the first and the last layer "
-            f"falls from {number(residual.inner_max)} to {number(ablated.inner_max)}, the mean attention to the first "
+            f"goes from {number(residual.inner_max)} to {number(ablated.inner_max)}, the mean attention to the first "
             f"token from {number(residual.sink_mean, 3)} to {number(ablated.sink_mean, 3)}."
         )
     text += f" Seen on {sum(residual.sequences.values())} sequences of {residual.seq_len} tokens; massive: |x| above "

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sedetect.kernels.records import column, decode
-from sedetect.ranking.coverage import FEW_ROWS
+from sedetect.ranking.coverage import FEW_ROWS, more_tokens
 from sedetect.ranking.result import Ranking
 from sedetect.stats.model import ModelStats
 from sedetect.stats.place import BankId, Place, place_of
@@ -172,15 +172,6 @@ def thin_experts(stats: ModelStats) -> list[Thin]:
         if rows < FEW_ROWS
     ]
     return sorted(thin, key=lambda one: one.rows)
-
-
-def more_tokens(rows: int, tokens: int, wanted: int = FEW_ROWS) -> int:
-    """Further tokens until an expert that saw rows < wanted rows in so many tokens is expected to have wanted.
-
-    The rate is rows / tokens. An expert that saw none gets 3 / tokens, the rate above which it would have been seen
-    with 95 % probability (rule of three): its true need is probably larger.
-    """
-    return math.ceil((wanted - rows) * tokens / (rows or 3))
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,7 @@ class RowTracker:
 
     def _paged(self, call: _Call) -> tuple[torch.Tensor, ...] | None:
         """Rows of a call of continuous batching: pieces of many texts in one row, told by their positions."""
-        if call.position_ids is None or call.tokens.shape[0] != 1:
+        if call.cumulative is None or call.position_ids is None or call.tokens.shape[0] != 1:
             self.notes.add(UNMAPPED_CACHE)
             return None
         self.notes.update([PAGED] if call.device.type == "cpu" else [PAGED, PAGED_GPU])
@@ -657,13 +657,13 @@ def _capacity(cache: Any) -> int:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _ids_of(configs: Iterable[Any], name: str) -> set[int]:
     """The token ids under a name of the first configuration that has any."""
-    found = next((ids for c in configs if (ids := getattr(c, name, None)) is not None), [])
+    found: Any = next((ids for c in configs if (ids := getattr(c, name, None)) is not None), [])
     return set(found) if isinstance(found, (list, tuple)) else {found}
 
 

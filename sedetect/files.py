@@ -52,6 +52,14 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         temporary.unlink(missing_ok=True)
 
 
+def check_space(folder: str | os.PathLike[str], size: int) -> None:
+    """Raise SedetectError where so many bytes do not fit a folder, which need not exist yet."""
+    nearest = next(one for one in (Path(folder).absolute(), *Path(folder).absolute().parents) if one.exists())
+    free = shutil.disk_usage(nearest).free
+    if free < size:
+        raise SedetectError(f"{folder}: {size:,} bytes to write and {free:,} free; free space or choose another folder")
+
+
 def check_new_folder(path: Path) -> None:
     """Raise SedetectError where path exists, unless it is an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -9,6 +9,7 @@ from sedetect.files import RESIDUAL, STATS
 
 if TYPE_CHECKING:
     from sedetect.analysis.common import Analysis
+    from sedetect.compression.pruning import Pruning
     from sedetect.experiments.study import Experiment
     from sedetect.experiments.traces import Traces
     from sedetect.profiling.record import Run
@@ -57,6 +58,7 @@ class Results:
         self.ranking_path = self.path / "super_experts.json"
         self.run_path = self.path / "run.json"
         self.residual_path = self.path / RESIDUAL
+        self.pruning_path = self.path / "pruning.json"
         self.traces_path = self.path / "traces.json"
         self.ablation_path = self.path / "ablation.json"
         self.budget_path = self.path / "budget.json"
@@ -85,6 +87,12 @@ class Results:
         from sedetect.stats.residual import Observation
 
         return _read(self.residual_path, Observation.load)
+
+    def pruning(self) -> "Pruning | None":
+        """Of a pruned model, which experts of the original it has."""
+        from sedetect.compression.pruning import Pruning
+
+        return _read(self.pruning_path, Pruning.load)
 
     def traces(self) -> "Traces | None":
         from sedetect.experiments.traces import Traces

@@ -51,7 +51,9 @@ def assert_coverage(out: str, stats: ModelStats) -> None:
     """The coverage line, against the row counts of the file."""
     rows = torch.cat([state.rows for state in stats.banks.values()])
     unseen, few = int((rows == 0).sum()), int(((rows > 0) & (rows < 32)).sum())
-    end = f"; {unseen} saw none, {few} others fewer than 32: " if unseen or few else ", none fewer than 32\n"
+    none, others = f"{unseen} saw none" if unseen else "", f"{few}{' others' if unseen else ''} fewer than 32"
+    parts = ", ".join(part for part in (none, others if few else "") if part)
+    end = f"; {parts}: " if parts else ", none fewer than 32\n"
     assert f"coverage: {len(rows)} routed experts saw {rows.min():,} to {rows.max():,} rows{end}" in out
 
 
@@ -342,7 +344,7 @@ def test_statistics_of_another_model(small_stats, tmp_path):
 
 def test_merge_keeps_what_it_cannot_replace(small_stats, tmp_path):
     (tmp_path / "merged").mkdir()
-    assert f"{tmp_path / 'merged'}: cannot be written" in refused(run("merge", small_stats, "-o", tmp_path / "merged"))
+    assert f"-o {tmp_path / 'merged'}: is a folder" in refused(run("merge", small_stats, "-o", tmp_path / "merged"))
     (tmp_path / "file").write_text("mine")
     assert "cannot be written" in refused(run("merge", small_stats, "-o", tmp_path / "file" / "merged"))
     assert files_of(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "mine"

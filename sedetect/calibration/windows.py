@@ -228,7 +228,7 @@ def _check_numbers(tokens: int, seq_len: int, seed: int | None, prefix: int, max
         raise SedetectError(Argument("seed"), f" {seed}: must be at least 0")
 
 
-def _share(total: int, room: dict[str, int]) -> dict[str, int]:
+def share_windows(total: int, room: dict[str, int]) -> dict[str, int]:
     """Windows per domain: total (at least one per domain) shared evenly, within the room of each."""
     given = dict.fromkeys(room, 0)
     left, open_domains = max(total, len(room)), list(room)
@@ -249,11 +249,11 @@ def _choose(room: int, count: int, seed: int | None) -> np.ndarray:
 
 
 def _fill(streams: "dict[str, _Stream]", total: int, body: int) -> dict[str, int]:
-    """_share of the windows that the streams have, which are read no further than that takes."""
+    """share_windows of the windows that the streams have, which are read no further than that takes."""
     while True:
         # of one that has not ended, more than it can be given
         room = {domain: stream.length // body if stream.ended else total + 1 for domain, stream in streams.items()}
-        given = _share(total, room)
+        given = share_windows(total, room)
         lacking = [domain for domain, count in given.items() if streams[domain].length < count * body]
         if not lacking:
             return given
@@ -349,6 +349,23 @@ def _render(tokenizer: "PreTrainedTokenizerBase", domain: str, document: Documen
         raise SedetectError(f"{domain}: no chat for the template ({shorten(error)}); mend or drop it") from None
 
 
+def check_text(
+    texts: str | os.PathLike[str] | dict[str, list[str]] | dict[str, list[Document]] | None, text: Text
+) -> Mapping[str, Iterable[Document]]:
+    """The documents per domain, and SedetectError for what can be refused of them and of text without a tokenizer."""
+    _check_numbers(text.tokens, text.seq_len, text.seed, 0, None)
+    if text.batch_size < 1:
+        raise SedetectError(Argument("batch_size"), f" {text.batch_size}: must be at least 1")
+    if isinstance(texts, dict):
+        for domain, documents in texts.items():
+            if not isinstance(documents, (list, tuple, Documents)):
+                raise SedetectError(f"texts[{domain!r}]: is a {type(documents).__name__}; give a list of documents")
+        return texts
+    if texts is not None and not isinstance(texts, (str, os.PathLike)):
+        raise SedetectError(f"texts: is a {type(texts).__name__}; give a path, or a dictionary of lists of documents")
+    return load_texts(texts)
+
+
 def calibration_windows(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -357,14 +374,7 @@ def calibration_windows(
 ) -> Calibration:
     """make_windows of texts (as profile_model takes them), checked against the model's vocabulary and positions."""
     named = "embedded" if texts is None else "texts" if isinstance(texts, dict) else str(texts)
-    if isinstance(texts, dict):
-        for domain, documents in texts.items():
-            if not isinstance(documents, (list, tuple, Documents)):
-                raise SedetectError(f"texts[{domain!r}]: is a {type(documents).__name__}; give a list of documents")
-    elif texts is None or isinstance(texts, (str, os.PathLike)):
-        texts = load_texts(texts)
-    else:
-        raise SedetectError(f"texts: is a {type(texts).__name__}; give a path, or a dictionary of lists of documents")
+    texts = check_text(texts, text)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     calibration = make_windows(
         tokenizer,

@@ -62,7 +62,7 @@ def ablate_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Switch experts of MODEL off at dispatch and measure what it costs, beside random controls."""
-    from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
+    from sedetect.calibration.windows import Text, calibration_windows, check_text, prefix_ids
     from sedetect.checkpoints.options import Loading
     from sedetect.experiments.ablation import HOW
     from sedetect.experiments.study import Trials, run_experiment
@@ -71,6 +71,7 @@ def ablate_command(
     if output is not None:
         check_writable(output)
     questions = _questions(evaluate)
+    check_text(data, Text(tokens, seq_len, batch_size))
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
     loaded, tokenizer, _, _ = open_model(model, loading=loading)
     text = Text(tokens, seq_len, batch_size)
@@ -91,10 +92,9 @@ def ablate_command(
             batch_size=batch_size,
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )
-    if output is not None:
-        experiment.save(Results(output).ablation_path)
     _print(experiment)
     if output is not None:
+        experiment.save(Results(output).ablation_path)
         console.print(f"written to {Results(output).ablation_path}", markup=False, soft_wrap=True)
 
 

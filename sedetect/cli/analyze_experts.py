@@ -204,10 +204,11 @@ def _over_text(
 ) -> Analysis:
     """Load a model, cut the text, and run an analysis over both."""
     from sedetect.analysis.common import read_texts
-    from sedetect.calibration.windows import calibration_windows
+    from sedetect.calibration.windows import calibration_windows, check_text
     from sedetect.models.identity import check_model, model_name
     from sedetect.models.loading import open_model
 
+    check_text(data, text)
     loaded, tokenizer, notes, _ = open_model(model, loading=loading)
     if known is not None:
         check_model(known[1].header, loaded, str(known[0]), _remedy(model_name(loaded)))

@@ -74,7 +74,7 @@ def residual_command(
 
     --tokens is the text of the profile that 'super' needs; observed are --sequences windows.
     """
-    from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
+    from sedetect.calibration.windows import Text, calibration_windows, check_text, prefix_ids
     from sedetect.checkpoints.options import Loading
     from sedetect.experiments.ablation import ablate
     from sedetect.models.loading import open_model
@@ -82,6 +82,7 @@ def residual_command(
 
     if output is not None:
         check_writable(output)
+    check_text(data, Text(tokens, seq_len, batch_size))
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
     loaded, tokenizer, notes, _ = open_model(model, loading=loading)
     text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
@@ -96,12 +97,11 @@ def residual_command(
     if experts:
         with ablate(loaded, experts):
             after = _observe("without them", loaded, domains, settings)
-    if output is not None:
-        Observation(before, after, [str(e) for e in experts]).save(Results(output).residual_path)
     _print_residual(before, tokenizer, notes)
     if after is not None:
         _print_ablated(before, after, experts)
     if output is not None:
+        Observation(before, after, [str(e) for e in experts]).save(Results(output).residual_path)
         print_line(f"written to {Results(output).residual_path}")
 
 
@@ -123,7 +123,7 @@ def trace_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """When and where chosen experts of MODEL fire: at which positions and tokens, and how strongly."""
-    from sedetect.calibration.windows import Text, calibration_windows
+    from sedetect.calibration.windows import Text, calibration_windows, check_text
     from sedetect.checkpoints.options import Loading
     from sedetect.experiments.traces import trace_experts
     from sedetect.models.loading import open_model
@@ -131,6 +131,7 @@ def trace_command(
 
     if output is not None:
         check_writable(output)
+    check_text(data, Text(tokens, seq_len, batch_size))
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
     loaded, tokenizer, notes, _ = open_model(model, loading=loading)
     text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
@@ -152,8 +153,6 @@ def trace_command(
             top=top,
             progress=lambda done: bar.advance(task, done),
         )
-    if output is not None:
-        traces.save(Results(output).traces_path)
     print_line(
         f"{traces.model}: {traces.tokens:,} tokens in {sum(traces.sequences.values()):,} sequences; rows of all such "
         "tokens came to the expert; max|y| and its mean over them, mean routing weight"
@@ -163,6 +162,7 @@ def trace_command(
     for note in [*notes, *calibration.notes, *traces.notes]:
         print_line(f"note: {note}")
     if output is not None:
+        traces.save(Results(output).traces_path)
         print_line(f"written to {Results(output).traces_path}")
 
 

@@ -50,7 +50,12 @@ def budget_command(
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
     output: Output = None,
     data: Data = None,
-    tokens: Annotated[int, typer.Option(help="tokens of text; half profiled, the rest evaluated")] = 32768,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            help="tokens of text; half profiled, the rest evaluated; with --stats all, of text they did not see"
+        ),
+    ] = 32768,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 8,
     device: Device = None,
@@ -60,7 +65,7 @@ def budget_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Perplexity of MODEL against compression of its experts, with and without its super experts kept as they are."""
-    from sedetect.calibration.windows import Text, calibration_windows, prefix_ids
+    from sedetect.calibration.windows import Text, calibration_windows, check_text, prefix_ids
     from sedetect.checkpoints.options import Loading
     from sedetect.compression.budget import RATIOS, Compressions, held_out, make_budget
     from sedetect.compression.pruning import check_ratio
@@ -78,12 +83,18 @@ def budget_command(
         check_ratio(number)
     if output is not None:
         check_writable(output)
+    check_text(data, Text(tokens, seq_len, batch_size))
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
     loaded, tokenizer, _, _ = open_model(model, loading=loading)
     check_choice(experts, loaded)
     expert_sizes(loaded)  # refuse what cannot be compressed before anything is measured
     text = Text(tokens, seq_len, batch_size)
-    calibration = calibration_windows(loaded, tokenizer, data, text)
+    state, ranking = (None, None) if stats is None else load_ranked(stats)
+    if state is not None:
+        check_model(state.header, loaded, str(stats))
+    # beyond what the statistics saw, as much as is asked for
+    seen = 0 if state is None else state.header.tokens
+    calibration = calibration_windows(loaded, tokenizer, data, replace(text, tokens=tokens + seen))
     domains = calibration.domains
     if stats is None and all(len(windows.ids) < 2 for windows in domains.values()):
         raise SedetectError(
@@ -92,17 +103,14 @@ def budget_command(
         )
     with progress_bar("runs") as bar:
         task = bar.add_task("profile", total=None)
-        if stats is None:
+        if state is None or ranking is None:
             half = replace(text, tokens=calibration.used // 2)
             state = profile_model(loaded, data, text=half, tokenizer=tokenizer).stats
             ranking = rank(state)
-        else:
-            state, ranking = load_ranked(stats)
-            check_model(state.header, loaded, str(stats))
         chosen = super_places(ranking) if experts == "super" else choose_experts(experts, loaded, state)
         budget = make_budget(
             loaded,
-            held_out(domains, state),
+            held_out(domains, state, None if stats is None else tokens),
             state,
             chosen,
             Compressions(by, RATIOS if ratio is None else ratio, FORMATS if formats is None else formats, group),
@@ -113,10 +121,9 @@ def budget_command(
         )
     if not any(windows.source in state.header.sources for windows in domains.values()):
         budget.notes.append("the statistics are of other windows; they may have seen some of the evaluation text")
-    if output is not None:
-        budget.save(Results(output).budget_path)
     _print(budget, ranking.headline)
     if output is not None:
+        budget.save(Results(output).budget_path)
         print_line(f"written to {Results(output).budget_path}")
 
 

@@ -11,9 +11,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sedetect.cli.shared import app, console, print_line
+from sedetect.cli.shared import app, check_file, console, print_line
 from sedetect.errors import SedetectError
 from sedetect.files import STATS
+from sedetect.results import Results
 
 if TYPE_CHECKING:
     from sedetect.ranking.comparison import Comparison, Moved
@@ -31,17 +32,25 @@ def compare_command(stats: Runs, json: Json = None) -> None:
 
     Exit codes: 0 where all have the same super experts, 1 where they differ, 2 wrong arguments or input.
     """
+    if json is not None:
+        check_file("--json", json, stats)
     from sedetect.ranking.comparison import compare
 
     if len(stats) < 2:
         raise SedetectError(f"{stats[0]}: one run has nothing to be compared with; give two or more")
     runs = load_runs(stats)
-    comparison = compare(list(runs.values()), list(runs))
+    kept = [None if pruning is None else pruning.kept for pruning in (_results(path).pruning() for path in stats)]
+    comparison = compare(list(runs.values()), list(runs), kept)
+    _print(comparison)
     if json is not None:
         comparison.save(json)
-    _print(comparison)
     if not comparison.equal:
         raise typer.Exit(1)
+
+
+def _results(path: Path) -> Results:
+    """The folder of statistics that were given by it or by their file."""
+    return Results(path.parent if path.name == STATS else path)
 
 
 def load_runs(paths: list[Path]) -> dict[str, ModelStats]:
@@ -91,6 +100,8 @@ def _print(comparison: Comparison) -> None:
     for step, run in zip(steps, runs[1:], strict=True):
         if step.named_joined != step.joined or step.named_left != step.left:
             print_line(f"note: the paper's set in {run.name}: {_changes(step.named_joined, step.named_left)}")
+    for note in comparison.notes:
+        print_line(f"note: {note}")
 
 
 def _headline(comparison: Comparison) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -25,6 +26,7 @@ from sedetect.cli.shared import (
     Tokens,
     TrustRemoteCode,
     app,
+    check_file,
     check_writable,
     console,
     interruptible,
@@ -35,12 +37,13 @@ from sedetect.cli.shared import (
 )
 from sedetect.cli.tables import print_domains, print_ranking, print_run, ranking_document
 from sedetect.errors import SedetectError
-from sedetect.files import remove_leftovers, write_json
+from sedetect.files import check_space, remove_leftovers, write_atomic, write_json
 from sedetect.results import Results
 
 if TYPE_CHECKING:
     from sedetect.profiling.pipeline import ModelProfile
     from sedetect.profiling.streaming import Streamed
+    from sedetect.ranking.result import Ranking
 
 Percentile = Annotated[float, typer.Option(help="percentile of the population an expert must exceed")]
 Fraction = Annotated[float, typer.Option(help="fraction of the largest value an expert must exceed")]
@@ -145,7 +148,7 @@ def profile_command(
     if result is None:  # the first rank has it
         return
     if result.stats.banks:
-        _show(result, output)
+        _show(result, output, model)
         if result.streamed is not None and output is not None and unfinished is not None:
             from sedetect.profiling.resume import discard
 
@@ -188,6 +191,8 @@ def rank_command(
     from sedetect.ranking.saliencies import saliency_document
     from sedetect.stats.residual import Residual
 
+    if output is not None:
+        check_file("-o", output, [stats])
     results = Results(stats)
     state = results.stats()
     seen = results.residual() if residual is None else Residual.load(residual)
@@ -203,16 +208,16 @@ def rank_command(
         min_ratio=min_ratio,
         min_gate_ratio=min_gate_ratio,
     )
-    if by is None:
+    known = None if by is None else saliency_document(state, by, ranking)
+    try:
+        if known is None:
+            print_ranking(console, ranking, residual=seen)
+        else:
+            print_saliency(known)
+        print_run(console, state)
+    finally:  # whoever reads may have left
         if output is not None:
-            write_json(output, ranking_document(ranking, None))
-        print_ranking(console, ranking, residual=seen)
-    else:
-        known = saliency_document(state, by, ranking)
-        if output is not None:
-            known.save(output)
-        print_saliency(known)
-    print_run(console, state)
+            write_json(output, ranking_document(ranking, None) if known is None else known.to_dict())
 
 
 def _layers(value: str) -> float | str:
@@ -233,6 +238,7 @@ def merge_command(
     from sedetect.ranking.rule import rank
     from sedetect.stats.model import ModelStats
 
+    check_file("-o", output, stats)
     merged = ModelStats.empty()
     for file in stats:
         state = ModelStats.load(file)
@@ -240,38 +246,53 @@ def merge_command(
             merged = merged.merge(state)
         except SedetectError as error:
             raise SedetectError(f"{file}: ", *error.args) from None
-    merged.save(output)
-    print_ranking(console, rank(merged))
-    print_run(console, merged)
+    try:
+        print_ranking(console, rank(merged))
+        print_run(console, merged)
+    finally:  # whoever reads may have left
+        merged.save(output)
 
 
-def _show(result: ModelProfile, output: Path | None) -> None:
-    """Save first, then print."""
-    from sedetect.profiling.record import describe_run
+def _show(result: ModelProfile, output: Path | None, model: str) -> None:
+    """Print, then save: what a full disk refuses was said; and save where whoever reads has left."""
     from sedetect.ranking.rule import rank
 
     ranking = rank(result.stats, residual=result.residual)
-    if output is not None:
-        results = Results(output)
-        result.stats.save(results.stats_path)
-        results.domains.save(result.domains)
-        results.rounds.save({f"{number:03}": shard for number, shard in enumerate(result.shards)})
-        write_json(results.ranking_path, ranking_document(ranking, result.tokenizer))
-        describe_run(result, ranking).save(results.run_path)
-        if result.residual is None:
-            results.residual_path.unlink(missing_ok=True)  # of another run
-        else:
-            result.residual.save(results.residual_path)
-    print_ranking(console, ranking, result.tokenizer, result.residual)
-    print_domains(console, {name: rank(stats, residual=result.residual) for name, stats in result.domains.items()})
-    resumed = result.streamed is not None and result.streamed.resumed > 0
-    print_run(console, result.stats, None if resumed else result.seconds)  # those are not all layers' seconds
-    if result.streamed is not None:
-        console.print(_streamed(result.streamed), markup=False, highlight=False, soft_wrap=True)
-    if result.rounds:
-        console.print(_stability(result), markup=False, highlight=False, soft_wrap=True)
+    try:
+        print_ranking(console, ranking, result.tokenizer, result.residual)
+        print_domains(console, {name: rank(stats, residual=result.residual) for name, stats in result.domains.items()})
+        resumed = result.streamed is not None and result.streamed.resumed > 0
+        print_run(console, result.stats, None if resumed else result.seconds)  # those are not all layers' seconds
+        if result.streamed is not None:
+            console.print(_streamed(result.streamed), markup=False, highlight=False, soft_wrap=True)
+        if result.rounds:
+            console.print(_stability(result), markup=False, highlight=False, soft_wrap=True)
+    finally:
+        if output is not None:
+            _save(result, ranking, output, model)
     if output is not None:
         console.print(f"written to {output}", markup=False, soft_wrap=True)
+
+
+def _save(result: ModelProfile, ranking: Ranking, output: Path, model: str) -> None:
+    from sedetect.profiling.record import describe_run
+
+    results = Results(output)
+    result.stats.save(results.stats_path)  # first: the others follow from it, or refine it
+    write_json(results.ranking_path, ranking_document(ranking, result.tokenizer))
+    pruned = Path(model) / results.pruning_path.name
+    if pruned.is_file():  # what compare maps the numbers of experts by
+        write_atomic(results.pruning_path, lambda temporary: shutil.copyfile(pruned, temporary))
+    else:
+        results.pruning_path.unlink(missing_ok=True)  # of another run, as below
+    check_space(output, sum(part.nbytes for part in (*result.domains.values(), *result.shards)))
+    results.domains.save(result.domains)
+    results.rounds.save({f"{number:03}": shard for number, shard in enumerate(result.shards)})
+    describe_run(result, ranking).save(results.run_path)
+    if result.residual is None:
+        results.residual_path.unlink(missing_ok=True)
+    else:
+        result.residual.save(results.residual_path)
 
 
 def _streamed(took: Streamed) -> str:

@@ -44,7 +44,7 @@ def prune_command(
     attn: Attn = None,
 ) -> None:
     """Write a checkpoint of MODEL without the experts of each layer that have the lowest saliency."""
-    from sedetect.calibration.windows import Text
+    from sedetect.calibration.windows import Text, check_text
     from sedetect.checkpoints.options import Loading
     from sedetect.compression.pruning import (
         check_model,
@@ -57,10 +57,13 @@ def prune_command(
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.rule import rank
     from sedetect.ranking.saliencies import saliency, super_places
+    from sedetect.stats.place import Place
 
     check_prunable(model, ratio)
     check_new_folder(output)
     check_writable(output)
+    if stats is None:
+        check_text(data, Text(tokens, seq_len, batch_size))
     with progress_bar() as bar:
         task = bar.add_task("loading", total=None)
 
@@ -104,5 +107,8 @@ def prune_command(
         )
     else:
         print_line(f"not protected: {', '.join(map(str, found))}; pruned of them: {', '.join(lost) or 'none'}")
+    moved = [(p, p.bank, kept[p.bank].index(p.number)) for p in found if p.bank in kept and p.number in kept[p.bank]]
+    now = ", ".join(f"{place} is {Place(*bank, number)} now" for place, bank, number in moved)
+    print_line(f"experts are renumbered, as pruning.json says{': ' if now else ''}{now}")
     for note in notes:
         print_line(f"note: {note}")

@@ -4,7 +4,7 @@ import gc
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from sedetect.checkpoints.files import source_name
 from sedetect.errors import Argument, SedetectError
+from sedetect.files import STATS, file_in
 from sedetect.results import Results
 from sedetect.version import __version__
 
@@ -113,6 +114,18 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         why = f"{nearest} cannot be written ({error.strerror})"
         raise SedetectError(f"-o {folder}: {why}; choose another folder") from None
+
+
+def check_file(option: str, path: Path, inputs: Sequence[Path] = ()) -> None:
+    """Fail before the work where a file cannot be written, or would take the place of an input."""
+    if path.is_dir():
+        raise SedetectError(f"{option} {path}: is a folder; give the name of a file in it")
+    for one in inputs:
+        if path.exists() and file_in(one, STATS).exists() and path.samefile(file_in(one, STATS)):
+            raise SedetectError(f"{option} {path}: is one of the inputs; give the name of another file")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        raise SedetectError(f"{option} {path}: {nearest} cannot be written; choose another folder")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sedetect.cli.compare import Json, Runs, load_runs
-from sedetect.cli.shared import app, console, print_line
+from sedetect.cli.shared import app, check_file, console, print_line
 from sedetect.results import Results
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ def stability_command(stats: Runs, json: Json = None) -> None:
     where it was profiled --until-stable (disjoint shards of the text); several arguments with each other (profiles of
     one model on different text).
     """
+    if json is not None:
+        check_file("--json", json, stats)
     from sedetect.ranking.stability import Stability, agreement, sensitivity, verdict_sensitivity
 
     runs = load_runs(stats)

@@ -23,6 +23,7 @@ from sedetect.cli.shared import (
     Tokens,
     TrustRemoteCode,
     app,
+    check_file,
     console,
     progress_bar,
 )
@@ -50,7 +51,7 @@ def super_weights_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Profile MODEL, and divide the outlier of each super expert among the weights of its down_proj."""
-    from sedetect.calibration.windows import Text
+    from sedetect.calibration.windows import Text, check_text
     from sedetect.checkpoints.options import Loading
     from sedetect.experiments.super_weights import SuperWeights, find_super_weights
     from sedetect.models.loading import open_model
@@ -58,24 +59,27 @@ def super_weights_command(
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.rule import rank
 
+    if json is not None:
+        check_file("--json", json)
     with progress_bar() as bar:
         task = bar.add_task("loading", total=None)
 
         def show(domain: str, done: int, total: int | None) -> None:
             bar.update(task, description=domain, completed=done, total=total)
 
+        text = Text(tokens, seq_len, batch_size, seed, chat_template)
+        check_text(data, text)
         loading = Loading(device, dtype, revision, attn, trust_remote_code)
         loaded, tokenizer, _, _ = open_model(model, loading=loading)
-        text = Text(tokens, seq_len, batch_size, seed, chat_template)
         measuring = Measuring(backend)
         result = profile_model(loaded, data, text=text, measuring=measuring, tokenizer=tokenizer, progress=show)
         ranking = rank(result.stats)
         found = find_super_weights(loaded, ranking, result.windows, top=top)
-    if json is not None:
-        SuperWeights(ranking.model, ranking.headline, found).save(json)
     console.print(ranking.headline, style="bold", markup=False, highlight=False, soft_wrap=True)
     if found:
         _print(found)
+    if json is not None:
+        SuperWeights(ranking.model, ranking.headline, found).save(json)
 
 
 def _print(found: list[SuperWeight]) -> None:

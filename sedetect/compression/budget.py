@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sedetect.calibration.windows import Windows
+from sedetect.calibration.windows import Windows, share_windows
 from sedetect.compression.pruning import choose_kept, router_groups
 from sedetect.compression.simulated import (
     FORMATS,
@@ -100,8 +100,10 @@ class Budget(Document):
         return super().to_dict() | document | {"conclusion": conclusion(self)}
 
 
-def held_out(domains: dict[str, Windows], stats: ModelStats) -> dict[str, Windows]:
+def held_out(domains: dict[str, Windows], stats: ModelStats, tokens: int | None = None) -> dict[str, Windows]:
     """The windows that stats did not see, told by their source and number; a domain without any is left out.
+
+    tokens: take no more than the first windows that make so many, shared as make_windows does.
 
     A profile with windows of another length has other sources, and is not recognised.
     Raises SedetectError where no window is left.
@@ -121,6 +123,10 @@ def held_out(domains: dict[str, Windows], stats: ModelStats) -> dict[str, Window
             " than were profiled, or other ",
             Argument("data"),
         )
+    if tokens is not None:
+        size = next(iter(left.values())).ids.shape[1]
+        given = share_windows(tokens // size, {domain: len(windows.ids) for domain, windows in left.items()})
+        left = {d: replace(w, ids=w.ids[: given[d]], numbers=w.numbers[: given[d]]) for d, w in left.items()}
     return left
 
 

@@ -51,6 +51,7 @@ class Pruning(Document):
     """What pruning.json says of a pruned checkpoint: the experts kept, per bank, and facts of whoever chose them."""
 
     FORMAT = "sedetect-pruning"
+    FILE = "pruning.json"
 
     facts: dict[str, Any]
     kept: dict[BankId, list[int]]
@@ -60,6 +61,11 @@ class Pruning(Document):
     def to_dict(self) -> dict[str, Any]:
         """format, version, the facts, and kept by the names of the banks."""
         return super().to_dict() | self.facts | {"kept": {str(bank): one for bank, one in self.kept.items()}}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Pruning":
+        facts = {name: value for name, value in document.items() if name not in ("format", "version", "kept")}
+        return cls(facts, {BankId.parse(bank): [int(e) for e in one] for bank, one in document["kept"].items()})
 
 
 def choose_kept(

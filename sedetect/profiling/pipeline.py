@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sedetect.calibration.records import Document
-from sedetect.calibration.windows import Calibration, Text, Windows, batches, calibration_windows, prefix_ids
+from sedetect.calibration.windows import (
+    Calibration,
+    Text,
+    Windows,
+    batches,
+    calibration_windows,
+    check_text,
+    prefix_ids,
+)
 from sedetect.checkpoints.memory import too_large
 from sedetect.checkpoints.options import Loading
 from sedetect.documents import short_repr
@@ -122,6 +130,7 @@ def profile_model(
     for name, number in {"until_stable": until_stable, "residual": residual}.items():
         if number is not None and number < 1:
             raise SedetectError(Argument(name), f" {number}: must be at least 1")
+    check_text(texts, text)  # before weights are read
     streaming = _must_stream(model, stream, loading)
     if residual is not None or rounds:
         _refuse_parts("residual" if residual is not None else "until_stable", streaming, part)

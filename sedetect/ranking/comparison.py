@@ -1,5 +1,5 @@
 """Compare: two or more profiles side by side. Base against tuned, bf16 against quantized, one language against
-another, or a series of training checkpoints.
+another, base against pruned, or a series of training checkpoints.
 
 The models and precisions may differ, that is the point; their banks (layers, kinds, numbers of experts) may not.
 """
@@ -16,8 +16,12 @@ from sedetect.documents import Document, short_repr
 from sedetect.errors import SedetectError
 from sedetect.files import finite
 from sedetect.ranking.rule import rank
-from sedetect.ranking.stability import check_banks, peak_of
+from sedetect.ranking.stability import Peak, check_banks, peak_of
 from sedetect.stats.model import ModelStats, opened
+from sedetect.stats.place import BankId, Place
+
+RELATED = 0.3  # mean rank correlation within layers: of two unrelated models it is near 0
+Kept = dict[BankId, list[int]]
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class Step:
 class Moved:
     """An expert of the paper's set of any run.
 
-    values    its out_max in every run; 0 where it saw nothing
-    channels  output channel of that value; None where it saw nothing
+    values    its out_max in every run; 0 where it saw nothing, NaN where it was pruned
+    channels  output channel of that value; None where it saw nothing or was pruned
     found     whether it has the verdict "super", per run
     """
 
@@ -85,6 +89,7 @@ class Comparison(Document):
     moved       by the largest value in any run, descending
     formed      number of the first run from which on every run has the super experts of the last; None for fewer than
                 three runs
+    notes       what the reader must know: runs of models that seem unrelated
     """
 
     FORMAT = "sedetect-comparison"
@@ -93,6 +98,7 @@ class Comparison(Document):
     steps: tuple[Step, ...]
     moved: tuple[Moved, ...]
     formed: int | None
+    notes: tuple[str, ...] = ()
 
     __repr__ = short_repr
 
@@ -106,17 +112,24 @@ class Comparison(Document):
         return super().to_dict() | {
             "equal": self.equal,
             "formed": self.formed,
+            "notes": list(self.notes),
             "runs": [asdict(run) for run in self.runs],
             "steps": [asdict(step) for step in self.steps],
             "moved": [finite(asdict(m) | {"ratio": m.ratio, "channel_changed": m.channel_changed}) for m in self.moved],
         }
 
 
-def compare(runs: Sequence[ModelStats | str | os.PathLike[str]], names: Sequence[str] | None = None) -> Comparison:
+def compare(
+    runs: Sequence[ModelStats | str | os.PathLike[str]],
+    names: Sequence[str] | None = None,
+    kept: Sequence[Kept | None] | None = None,
+) -> Comparison:
     """Rank each run and compare sets, order and magnitudes. The order of the runs is that of a series.
 
     Args:
         runs: two or more, or their paths. names: one each; by default their models' names.
+        kept: for each run of a pruned model, the experts of the original that it has, per bank (number i there was
+            number kept[bank][i]), as its pruning.json says; names are then those of the original. None for the others.
     Raises:
         SedetectError: for fewer than two runs, names that are not one each, and banks that do not match, by name.
     """
@@ -124,14 +137,28 @@ def compare(runs: Sequence[ModelStats | str | os.PathLike[str]], names: Sequence
     names = [run.header.model for run in runs] if names is None else list(names)
     if len(runs) < 2 or len(names) != len(runs):
         raise SedetectError(f"compare: {len(runs)} runs and {len(names)} names; give two or more runs and a name each")
-    check_banks(list(runs), names)
+    maps = [one or {} for one in kept or [None] * len(runs)]
+    if len(maps) != len(runs):
+        raise SedetectError(f"compare: {len(runs)} runs and {len(maps)} maps of kept experts; give one for each")
+    whole = [(name, run) for name, run, one in zip(names, runs, maps, strict=True) if not one]
+    if whole:
+        check_banks([run for _, run in whole], [name for name, _ in whole])
+    sizes = {bank: state.num_experts for _, run in whole for bank, state in run.banks.items()}
+    if not whole:  # all are pruned: as many as any of them had
+        for bank, numbers in (pair for one in maps for pair in one.items()):
+            sizes[bank] = max(sizes.get(bank, 0), max(numbers) + 1)
+    for name, run, one in zip(names, runs, maps, strict=True):
+        _check_kept(name, run, one, sizes)
     rankings = [rank(run) for run in runs]
+    named = [[(_original(e.place, one), e) for e in ranking.super_experts] for ranking, one in zip(rankings, maps)]
     described = [
         Run(name, run.header.model, run.header.dtype, run.header.tokens,
-            tuple(map(str, ranking.super_experts)), tuple(map(str, ranking.found)))
-        for name, run, ranking in zip(names, runs, rankings, strict=True)
+            tuple(str(place) for place, _ in members),
+            tuple(str(place) for place, e in members if e.verdict == "super"))
+        for name, run, members in zip(names, runs, named, strict=True)
     ]  # fmt: skip
-    values = [_values(run) for run in runs]
+    by_bank = [_values(run, one, sizes) for run, one in zip(runs, maps)]
+    values = [np.concatenate([np.empty(0), *parts]) for parts in by_bank]
     steps = []
     for before, after, a, b in zip(described, described[1:], values, values[1:]):
         both = np.isfinite(a) & np.isfinite(b)
@@ -143,15 +170,59 @@ def compare(runs: Sequence[ModelStats | str | os.PathLike[str]], names: Sequence
         )
         steps.append(Step(*changes, spearman(a[both], b[both]), int(both.sum())))
     moved = []
-    for name, place in {str(e): e for ranking in rankings for e in ranking.super_experts}.items():
-        peaks = [peak_of(run, place) for run in runs]
+    for name, place in {str(place): place for members in named for place, _ in members}.items():
+        peaks = [_peak(run, place, one) for run, one in zip(runs, maps)]
         found = tuple(name in run.found for run in described)
         moved.append(Moved(name, tuple(p.value for p in peaks), tuple(p.channel for p in peaks), found))
     moved.sort(key=lambda m: -max(value for value in m.values if not math.isnan(value)))
     formed = len(described) - 1
     while formed and set(described[formed - 1].found) == set(described[-1].found):
         formed -= 1
-    return Comparison(tuple(described), tuple(steps), tuple(moved), formed if len(described) > 2 else None)
+    notes = []
+    for last in range(1, len(runs)):
+        alike = _alike(by_bank[last - 1], by_bank[last])
+        if runs[last - 1].header.digest != runs[last].header.digest and alike is not None and alike < RELATED:
+            notes.append(
+                f"{names[last]} and {names[last - 1]} seem unrelated: within a layer, the rank correlation of their "
+                f"experts is {alike:.2f} on average, and equal numbers need not mean the same expert"
+            )
+    return Comparison(
+        tuple(described), tuple(steps), tuple(moved), formed if len(described) > 2 else None, tuple(notes)
+    )
+
+
+def _check_kept(name: str, run: ModelStats, kept: Kept, sizes: dict[BankId, int]) -> None:
+    """Raise SedetectError where the pruning of a run is not that of the models beside it."""
+    for bank, numbers in kept.items():
+        mine = run.banks[bank].num_experts if bank in run.banks else 0
+        if mine != len(numbers) or (bank in sizes and max(numbers, default=-1) >= sizes[bank]):
+            raise SedetectError(
+                f"{name}: its pruning.json keeps {len(numbers)} experts of {bank}, its statistics have {mine}, the "
+                f"original {sizes.get(bank, 'unknown')}; give the profile of the pruned checkpoint and of its original"
+            )
+
+
+def _original(place: Place, kept: Kept) -> Place:
+    """An expert under its number in the model that was pruned."""
+    if place.bank not in kept:
+        return place
+    return Place(*place.bank, kept[place.bank][place.number])
+
+
+def _peak(run: ModelStats, place: Place, kept: Kept) -> Peak:
+    """peak_of of an expert of the original."""
+    if place.bank not in kept:
+        return peak_of(run, place)
+    if place.number not in kept[place.bank]:
+        return Peak(math.nan, None)
+    return peak_of(run, Place(*place.bank, kept[place.bank].index(place.number)))
+
+
+def _alike(a: list[np.ndarray], b: list[np.ndarray]) -> float | None:
+    """Mean rank correlation within the banks of two runs: between layers, values grow with depth in every model."""
+    both = [(x[np.isfinite(x) & np.isfinite(y)], y[np.isfinite(x) & np.isfinite(y)]) for x, y in zip(a, b, strict=True)]
+    known = [one for one in (spearman(x, y) for x, y in both) if one is not None]
+    return sum(known) / len(known) if known else None
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
@@ -171,14 +242,19 @@ def _average_ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[group]
 
 
-def _values(stats: ModelStats) -> np.ndarray:
-    """(N,) float64: out_max of every routed and shared expert, by bank; NaN for one that saw no row."""
-    values = [
-        np.where(state.rows.numpy() > 0, state.out_max.double().numpy(), np.nan)
-        for bank, state in sorted(stats.banks.items())
-        if bank.base != "dense"
-    ]
-    return np.concatenate(values) if values else np.empty(0)
+def _values(stats: ModelStats, kept: Kept, sizes: dict[BankId, int]) -> list[np.ndarray]:
+    """Per bank, (E,) float64: out_max of every routed and shared expert of the original; NaN for one that saw no row or
+    was pruned."""
+    values = []
+    for bank, state in sorted(stats.banks.items()):
+        if bank.base != "dense":
+            seen = np.where(state.rows.numpy() > 0, state.out_max.double().numpy(), np.nan)
+            if bank in kept and bank in sizes:
+                whole = np.full(sizes[bank], np.nan)
+                whole[kept[bank]] = seen
+                seen = whole
+            values.append(seen)
+    return values
 
 
 def _without(names: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:

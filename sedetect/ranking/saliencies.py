@@ -15,8 +15,10 @@ own router gives it:
 An expert that saw no row has 0. Experts compare within a layer: a layer's norms grow with its depth. Sums of several
 runs add up (ModelStats.merge), so the saliencies of merged statistics are those of all their text.
 
-Where the code of REAP (CerebrasResearch/reap at 1970473) differs: its g is the softmax over all logits, whatever the
-model's router does (sigmoid, correction bias, groups, scaling); its max_activations is signed, so that a large negative
+Where the code of REAP (CerebrasResearch/reap at 1970473) differs: its g is the softmax over all logits,
+renormalized over the chosen experts where the config has norm_topk_prob (since its change #13; Mixtral's config has
+not, though its router does renormalize), whatever else the model's router does (sigmoid, correction bias, groups,
+scaling); its max_activations is signed, so that a large negative
 output does not count; every expert is computed for every token, of which routed ones count; and with "frequency",
 "ean_ca" and "max_activations" its switch to preserve super experts has no effect. Here whoever prunes by any of these
 numbers keeps the protected experts (sedetect.compression.pruning).

@@ -250,7 +250,8 @@ def check_banks(runs: list[ModelStats], names: list[str]) -> None:
             more = f" (and {len(differ) - 1} more banks)" if len(differ) > 1 else ""
             raise SedetectError(
                 f"bank {bank}{more}: {names[0]} has {each[0]}, {name} has {each[1]}; "
-                "give runs of models with the same layers and experts"
+                "unrelated models, or one pruned whose profile lacks pruning.json; give runs of models with the same "
+                "layers and experts"
             )
 
 

@@ -151,6 +151,11 @@ class ModelStats:
         """The identity of merge."""
         return cls()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, as in a file; the header is small beside them."""
+        return sum(tensor.nbytes for state in self.banks.values() for tensor in state.tensors().values())
+
     def merge(self, other: "ModelStats") -> "ModelStats":
         """The state of both runs.
 

@@ -1,0 +1,129 @@
+"""Order of work: arguments are looked at before weights, what was found is printed before files are written, and inputs
+are not written over; and runs of pruned models beside their originals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.command import refused, run
+
+import sedetect
+from sedetect.errors import SedetectError
+from sedetect.files import check_space
+from sedetect.models import loading
+from sedetect.results import Results
+from sedetect.stats.model import ModelStats
+
+TINY = Path(__file__).parent / "data" / "tiny-moe"
+SMALL = ("--tokens", 1024, "--seq-len", 64)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    assert run("profile", TINY, *SMALL, "-o", folder).code == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("profile",), ("ablate",), ("budget",), ("super-weights",), ("analyze", "residual"), ("analyze", "trace"),
+     ("analyze", "outputs"), ("analyze", "routing"), ("prune", "-o", "out")],
+    ids=" ".join,
+)  # fmt: skip
+def test_arguments_are_looked_at_before_weights(monkeypatch, tmp_path, command):
+    def opened(*args, **options):
+        raise AssertionError("weights are read")
+
+    monkeypatch.chdir(tmp_path)
+    for module in ("profiling.pipeline", "models.loading"):
+        monkeypatch.setattr(f"sedetect.{module}.open_model", opened)
+    name, *options = command if command[0] != "analyze" else (command[0], command[1])
+    words = (name, *options, TINY) if name == "analyze" else (name, TINY, *options)
+    assert "none.txt: no such file" in refused(run(*words, "--data", "none.txt"))
+    assert "--tokens 0: must be at least 1" in refused(run(*words, "--tokens", 0))
+    (tmp_path / "a.jsonl").write_text('{"body": 1}')
+    assert "has no text, only 'body'" in refused(run(*words, "--data", "a.jsonl"))
+    assert loading.open_model is opened
+
+
+def test_inputs_are_not_written_over(base, tmp_path):
+    shutil.copytree(base, tmp_path / "a")
+    file = tmp_path / "a" / "stats.safetensors"
+    before = file.read_bytes()
+    for words in (("merge", file, file, "-o", file), ("merge", tmp_path / "a", "-o", file), ("rank", file, "-o", file)):
+        assert f"-o {file}: is one of the inputs" in refused(run(*words))
+    for command in ("compare", "stability"):
+        assert f"--json {file}: is one of the inputs" in refused(run(command, file, file, "--json", file))
+    assert "is a folder; give the name of a file in it" in refused(run("merge", file, "-o", tmp_path))
+    assert file.read_bytes() == before
+
+
+def test_a_full_disk_loses_nothing_that_was_printed(base, monkeypatch, tmp_path):
+    def full(*args, **options):
+        raise SedetectError("cannot be written (No space left on device)")
+
+    monkeypatch.setattr(ModelStats, "save", full)
+    profiled = run("profile", TINY, *SMALL, "-o", tmp_path / "out")
+    merged = run("merge", base, "-o", tmp_path / "merged.safetensors")
+    for code, out, err in (profiled, merged):
+        assert code == 2 and "L1E28" in out and "No space left" in err and "written to" not in out
+    monkeypatch.undo()
+    assert "bytes to write" in refusal(check_space, tmp_path / "new" / "folder", 10**18)
+
+
+def refusal(function, *args) -> str:
+    with pytest.raises(SedetectError) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+def test_base_beside_pruned(base, tmp_path):
+    """Numbers of a pruned model are those of its original, by the pruning.json that the profile keeps."""
+    small = tmp_path / "small"
+    pruned = run("prune", TINY, "--stats", base, "-o", small)
+    kept = json.loads((small / "pruning.json").read_text())["kept"]["decoder.1.routed"]
+    assert f"experts are renumbered, as pruning.json says: L1E28 is L1E{kept.index(28)} now" in pruned.out
+    assert run("profile", small, *SMALL, "-o", tmp_path / "after").code == 0
+    assert Results(tmp_path / "after").pruning().kept == Results(small).pruning().kept
+    for runs in ((base, tmp_path / "after"), (base / "stats.safetensors", tmp_path / "after" / "stats.safetensors")):
+        compared = run("compare", *runs, "--json", tmp_path / "compared.json")
+        assert compared.code == 0 and "the same super experts in all 2 runs: L1E28" in compared.out
+        assert "unrelated" not in compared.out
+    document = json.loads((tmp_path / "compared.json").read_text())
+    stats = [Results(folder).stats() for folder in (base, tmp_path / "after")]
+    bank = sedetect.BankId("decoder", 1, "routed")
+    moved = next(one for one in document["moved"] if one["name"] == "L1E28")
+    assert moved["values"] == [
+        float(stats[0].banks[bank].out_max[28]),
+        float(stats[1].banks[bank].out_max[kept.index(28)]),
+    ]
+    assert document["steps"][0]["correlation"] > 0.8
+    assert document["steps"][0]["experts"] <= sum(len(one) for one in Results(small).pruning().kept.values())
+    # a map that is not this model's
+    broken = json.loads((small / "pruning.json").read_text())
+    broken["kept"]["decoder.1.routed"] = [0, 1]
+    (tmp_path / "after" / "pruning.json").write_text(json.dumps(broken))
+    assert "keeps 2 experts of decoder.1.routed, its statistics have 24" in refused(run("compare", *runs))
+    (tmp_path / "after" / "pruning.json").unlink()
+    assert "lacks pruning.json" in refused(run("compare", *runs))
+
+
+def test_unrelated_models_are_said_to_be(base):
+    stats = ModelStats.load(base)
+    other = ModelStats.load(base)
+    other.header.digest = "another"
+    assert not sedetect.compare([stats, other]).notes
+    for state in other.banks.values():
+        for name in ("counts", "sums", "outliers", "first_outliers", "in_max"):
+            setattr(state, name, getattr(state, name).flip(0))
+    (note,) = sedetect.compare([stats, other], ["one", "two"]).notes
+    assert note.startswith("two and one seem unrelated")
+
+
+def test_a_budget_with_the_statistics_of_a_default_profile(base):
+    """Evaluated is text that the profile did not see, as much as is asked for."""
+    words = ("--tokens", 512, "--seq-len", 64, "--format", "int3", "--ratio", 0.25, "--controls", 1)
+    code, out, err = run("budget", TINY, "--stats", base, *words)
+    assert code == 0 and "on 512 tokens that are not among the calibrated windows" in out and not err

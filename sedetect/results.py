@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from sedetect.files import RESIDUAL, STATS
+from sedetect.files import PROOF, RESIDUAL, STATS
 
 if TYPE_CHECKING:
     from sedetect.analysis.common import Analysis
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sedetect.experiments.traces import Traces
     from sedetect.profiling.record import Run
     from sedetect.stats.model import ModelStats
+    from sedetect.stats.proof import Proof
     from sedetect.stats.residual import Observation, Residual
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class Results:
         self.run_path = self.path / "run.json"
         self.residual_path = self.path / RESIDUAL
         self.pruning_path = self.path / "pruning.json"
+        self.proof_path = self.path / PROOF
         self.traces_path = self.path / "traces.json"
         self.ablation_path = self.path / "ablation.json"
         self.budget_path = self.path / "budget.json"
@@ -93,6 +95,11 @@ class Results:
         from sedetect.compression.pruning import Pruning
 
         return _read(self.pruning_path, Pruning.load)
+
+    def proof(self) -> "Proof | None":
+        from sedetect.stats.proof import Proof
+
+        return _read(self.proof_path, Proof.load)
 
     def traces(self) -> "Traces | None":
         from sedetect.experiments.traces import Traces

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sedetect.calibration.windows import Windows, batches
 from sedetect.errors import SedetectError
@@ -48,18 +49,28 @@ def perplexity(
     for domain, windows in domains.items():
         total, count = 0.0, 0
         for ids, _ in batches(windows, batch_size):
-            ids = ids.to(model.device)
-            start = max(prefix, 1)
-            logits = model(input_ids=ids, use_cache=False).logits[:, start - 1 : -1]
-            targets = ids[:, start:]
-            # float32, one sequence at a time: the logits of a large vocabulary are most of the memory.
-            for row, target in zip(logits, targets, strict=True):
-                total += float(torch.nn.functional.cross_entropy(row.float(), target, reduction="sum").double())
-            count += targets.numel()
+            for loss in window_losses(model, ids, prefix):
+                total += loss
+            count += len(ids) * predictions(ids, prefix)
             progress(ids.numel())
         mean = total / count
         results[domain] = Perplexity(math.exp(mean) if mean < 700 else math.inf, count)
     return results
+
+
+def window_losses(model: "PreTrainedModel", ids: torch.Tensor, prefix: int) -> list[float]:
+    """Negative log-likelihood (nats) of each window of ids (B, L), summed over its predictions."""
+    ids = ids.to(model.device)
+    start = max(prefix, 1)
+    logits = model(input_ids=ids, use_cache=False).logits[:, start - 1 : -1]
+    # float32, one sequence at a time: the logits of a large vocabulary are most of the memory.
+    pairs = zip(logits, ids[:, start:], strict=True)
+    return [float(nn.functional.cross_entropy(row.float(), target, reduction="sum").double()) for row, target in pairs]
+
+
+def predictions(ids: torch.Tensor, prefix: int) -> int:
+    """How many tokens of a window of ids (B, L) are predicted: all but the prefix, and the first without one."""
+    return ids.shape[1] - max(prefix, 1)
 
 
 @dataclass(frozen=True)

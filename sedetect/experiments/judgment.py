@@ -1,0 +1,124 @@
+"""From the losses of a proof's runs to verdicts; the levels and what they need are in proof.py."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sedetect.experiments.effects import effect
+from sedetect.stats.place import Place
+from sedetect.stats.proof import Effect, Verdict
+from sedetect.stats.residual import Residual
+
+SINK_LEVEL = 10.0  # times uniform attention
+ALL = "all"  # the run in which all that fired are off
+
+
+def alone(place: Place) -> str:
+    return f"{place} alone"
+
+
+def all_but(place: Place, fired: Sequence[Place]) -> str:
+    """The run in which all that fired are off but one: of two, that of the other one alone."""
+    others = [other for other in fired if other != place]
+    return alone(others[0]) if len(others) == 1 else f"all but {place}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the runs gave, by label (ALL, alone(), all_but()).
+
+    changes     (N,) of each run, loss per window against the unchanged model, in nats per token; controls: of each draw
+    plain       residual stream of the unchanged model; observed: of each run
+    uniform     sink mass of uniform attention
+    """
+
+    changes: Mapping[str, np.ndarray]
+    controls: Sequence[np.ndarray]
+    plain: Residual
+    observed: Mapping[str, Residual]
+    uniform: float
+
+    @property
+    def has_sinks(self) -> bool | None:
+        """Whether the unchanged model's sinks are well above uniform attention; None without attention weights."""
+        return None if self.plain.sink_mean is None else self.plain.sink_mean >= SINK_LEVEL * self.uniform
+
+    def beyond_controls(self, change: np.ndarray, level: float) -> bool:
+        """Whether a change is surely larger than that of the worst control."""
+        worst = max(self.controls, key=lambda control: float(control.mean()), default=np.zeros_like(change))
+        return effect(change - worst, level).low > 0
+
+    def falls(self, label: str) -> bool:
+        """Whether a run takes half of the sinks, or of the largest activation, away."""
+        old, new = self.plain, self.observed[label]
+        fell = new.inner_max <= old.inner_max / 2
+        if old.sink_mean is None or new.sink_mean is None:
+            return fell
+        return fell or new.sink_mean <= old.sink_mean / 2
+
+
+def judge(
+    place: Place,
+    fired: Sequence[Place],
+    evidence: Evidence,
+    *,
+    smallest: float,
+    level: float,
+    triggers: int,
+    firsts: int,
+) -> Verdict:
+    """The verdict of one candidate; fired: all that fired, level: of one interval."""
+    if place not in fired:
+        reason = "it did not fire on the text of the proof; give text on which it does"
+        return Verdict(str(place), "undecided", reason, None, None, 0, 0)
+    own = evidence.changes[alone(place)]
+    others = [other for other in fired if other != place]
+    added = evidence.changes[ALL] - evidence.changes[all_but(place, fired)] if others else None
+    by_itself, within = effect(own, level), None if added is None else effect(added, level)
+
+    def verdict(word: str, reason: str, partners: Sequence[Place] = ()) -> Verdict:
+        return Verdict(
+            str(place), word, reason, by_itself, within, triggers, firsts, [str(other) for other in partners]
+        )
+
+    if _matters(own, by_itself, evidence, smallest, level) and evidence.falls(alone(place)) and evidence.has_sinks:
+        return verdict("proved", f"the model depends on it: {by_itself}")
+    as_set = added is not None and within is not None and _matters(added, within, evidence, smallest, level)
+    if as_set and evidence.falls(ALL) and evidence.has_sinks:
+        # Who else is needed for that: those that add as much.
+        left = {other: evidence.changes[ALL] - evidence.changes[all_but(other, fired)] for other in others}
+        partners = [other for other, change in left.items() if effect(change, level).rise >= smallest]
+        names = " and ".join(map(str, partners))
+        return verdict("proved", f"the model depends on it or {names}, which stand in for it: {within}", partners)
+    highest = max((one for one in (by_itself, within) if one is not None), key=lambda one: one.high)
+    if highest.high < smallest:
+        return verdict("refuted", f"the model does not depend on it: {highest}")
+    return verdict(
+        "undecided", _undecided(own if added is None else max(own, added, key=np.mean), evidence, smallest, level)
+    )
+
+
+def _matters(change: np.ndarray, measured: Effect, evidence: Evidence, smallest: float, level: float) -> bool:
+    return measured.rise >= smallest and evidence.beyond_controls(change, level)
+
+
+def _undecided(change: np.ndarray, evidence: Evidence, smallest: float, level: float) -> str:
+    """Why, and what it would take."""
+    measured = effect(change, level)
+    if measured.rise >= smallest and evidence.beyond_controls(change, level):
+        if evidence.has_sinks is False:
+            return f"{measured} without it, but the model has no attention sinks that it could carry"
+        if evidence.has_sinks is None:
+            return f"{measured} without it, but the model shows no attention weights, so its sinks are not known"
+        return f"{measured} without it, but sinks and largest activation stay, so it is no super expert's work"
+    if not math.isfinite(measured.high):
+        needed = math.ceil(math.log2(2 / level))
+        return f"{len(change)} documents are too few for any interval; at least {needed} are needed"
+    if measured.rise >= smallest:
+        return f"{measured} without it, which other experts at the same tokens may cost as well"
+    # The half width shrinks with the root of the number of documents.
+    width, room = measured.high - measured.rise, smallest - measured.rise
+    needed = math.ceil(len(change) * (width / room) ** 2 * 1.1)
+    return f"{measured}, which neither reaches {smallest:.0%} nor stays below it; about {needed} documents would decide"

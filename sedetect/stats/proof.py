@@ -1,0 +1,140 @@
+"""What interventions said of candidates: effects with intervals, and the verdicts that follow, as proof.json has them.
+
+sedetect.experiments.proof makes it. Levels, one vocabulary everywhere:
+
+    candidate  what statistics alone can say of an expert
+    proved     the model depends on it: by itself, or with others that stand in for it
+    refuted    it does not, whatever the statistics say
+    undecided  the text of the proof was not enough, or shows a dependence of another kind
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sedetect.documents import Document
+from sedetect.files import PROOF, finite
+
+LEVELS = ("candidate", "proved", "refuted", "undecided")
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A relative change of perplexity (0.1 is 10 % worse), and the interval it lies in. documents: their number."""
+
+    rise: float
+    low: float
+    high: float
+    documents: int
+
+    def __str__(self) -> str:
+        return f"{self.rise:+.1%} ({self.low:+.1%} to {self.high:+.1%})"
+
+
+@dataclass(frozen=True)
+class Switching:
+    """One run with outputs switched off at trigger tokens.
+
+    experts         which; of a control, those that the trigger tokens visit beside the candidates
+    sink_mean       mean attention on the first token, residual_max: largest |x| of the residual stream inside; None
+                    where they were not observed
+    """
+
+    label: str
+    experts: list[str]
+    effect: Effect
+    sink_mean: float | None = None
+    residual_max: float | None = None
+
+
+@dataclass(frozen=True)
+class Feeder:
+    """An upstream expert, and what is left of the fed expert's |y| without it (0.1: a tenth), the most of any text."""
+
+    expert: str
+    left: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one candidate.
+
+    level      "proved", "refuted" or "undecided"; reason: a sentence
+    alone      effect of switching it off by itself; within: what it adds to switching off all others; None where it did
+               not fire, or was the only one
+    triggers   its trigger tokens in the text; firsts: those of them that begin a sequence
+    partners   the experts it is proved with, where alone it is not
+    feeders    None where nobody looked for them
+    """
+
+    expert: str
+    level: str
+    reason: str
+    alone: Effect | None
+    within: Effect | None
+    triggers: int
+    firsts: int
+    partners: list[str] = field(default_factory=list)
+    feeders: list[Feeder] | None = None
+
+
+@dataclass(frozen=True)
+class Proof(Document):
+    """What prove found.
+
+    model, digest   as in the header of statistics
+    tokens          of the text; documents: windows of it
+    smallest        relative rise of perplexity that matters; level: chance that any interval misses
+    sink_mean, best_head, residual_max      of the unchanged model; the first two None without attention weights
+    uniform         sink mass of uniform attention in windows of this length
+    seconds         what it took
+    """
+
+    FORMAT = "sedetect-proof"
+    FILE = PROOF
+    REMEDY = "run `sedetect prove MODEL -o DIR` to make one"
+
+    model: str
+    digest: str
+    tokens: int
+    documents: int
+    smallest: float
+    level: float
+    sink_mean: float | None
+    best_head: float | None
+    residual_max: float
+    uniform: float
+    verdicts: list[Verdict]
+    runs: list[Switching]
+    controls: list[Switching]
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, expert: object) -> Verdict | None:
+        """The verdict of an expert, a Place or its name; None where it was not tried."""
+        return next((verdict for verdict in self.verdicts if verdict.expert == str(expert)), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document proof.json: every field; infinity is "inf"."""
+        return super().to_dict() | finite(asdict(self))
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "Proof":
+        """The inverse of to_dict; keys beside its own are left out."""
+        fields = {name: document[name] for name in cls.__dataclass_fields__}
+        fields["verdicts"] = [_verdict(one) for one in document["verdicts"]]
+        for name in ("runs", "controls"):
+            fields[name] = [Switching(**one | {"effect": _effect(one["effect"])}) for one in document[name]]
+        return cls(**fields)
+
+
+def _effect(document: Mapping[str, Any] | None) -> Effect | None:
+    if document is None:
+        return None
+    return Effect(*(float(document[name]) for name in ("rise", "low", "high")), document["documents"])
+
+
+def _verdict(document: Mapping[str, Any]) -> Verdict:
+    effects = {name: _effect(document[name]) for name in ("alone", "within")}
+    feeders = None if document["feeders"] is None else [Feeder(**one) for one in document["feeders"]]
+    return Verdict(**{**document, **effects, "feeders": feeders})

@@ -1,0 +1,253 @@
+"""Proof: intervals, verdicts from made-up evidence, and the checkpoint whose super expert is known."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.models import TINY, random_model
+
+import sedetect
+from sedetect.calibration.windows import Windows, calibration_windows
+from sedetect.errors import SedetectError
+from sedetect.experiments.ablation import ablate
+from sedetect.experiments.chain import find_feeders
+from sedetect.experiments.effects import effect
+from sedetect.experiments.evaluation import window_losses
+from sedetect.experiments.judgment import ALL, Evidence, all_but, alone, judge
+from sedetect.experiments.proof import prove
+from sedetect.experiments.switching import Below, WindowWatch, switched_off
+from sedetect.experiments.triggers import Triggers
+from sedetect.models.attach import attach
+from sedetect.models.banks import find_banks
+from sedetect.models.layers import decoder_layers
+from sedetect.models.loading import open_model
+from sedetect.stats.place import Place, parse_place
+from sedetect.stats.proof import Proof
+
+A, B, C = (parse_place(name) for name in ("L1E2", "L3E4", "L7E1"))
+
+
+@pytest.mark.parametrize("draw", ["normal", "student"])
+def test_intervals_cover(draw):
+    """Of 400 samples without an effect at most so many are called one, at the level and well inside its noise."""
+    rng = np.random.default_rng(1)
+    for level in (0.05, 0.01):
+        missed = 0
+        for _ in range(400):
+            sample = rng.normal(size=24) if draw == "normal" else rng.standard_t(3, size=24)
+            found = effect(0.02 * sample, level)
+            missed += not found.low <= 0 <= found.high
+        # three standard deviations of a count
+        assert missed <= 400 * level + 3 * math.sqrt(400 * level)
+
+
+def test_an_interval_of_few_documents_is_infinite():
+    found = effect(np.array([0.1, 0.2, 0.1]), 0.05)
+    assert (found.low, found.high, found.documents) == (-1, math.inf, 3)
+    assert found.rise == pytest.approx(math.expm1(0.4 / 3))
+    same = effect(np.full(8, 0.1), 0.05)
+    assert same.low == same.rise == same.high
+
+
+def test_an_interval_is_the_inverse_of_the_sign_flip_test():
+    """Of few documents all sign flips can be tried: the test refuses what lies outside, and not what lies inside."""
+    differences = np.random.default_rng(2).normal(0.03, 0.02, size=10)
+    flips = np.array([[1 - 2 * (n >> i & 1) for i in range(10)] for n in range(1024)])
+
+    def p_value(shift):
+        rest = differences - shift
+        return (np.abs((flips * rest).mean(1)) >= abs(rest.mean()) - 1e-12).mean()
+
+    found = effect(differences, 0.1)
+    low, high = math.log1p(found.low), math.log1p(found.high)
+    width = high - low
+    assert p_value(low - 0.1 * width) < 0.1 < p_value(low + 0.1 * width)
+    assert p_value(high + 0.1 * width) < 0.1 < p_value(high - 0.1 * width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """As much of a residual stream as a verdict looks at."""
+
+    sink_mean: float | None
+    inner_max: float
+
+
+SINKS = Seen(0.07, 1000)
+
+
+def verdict(changes, fired, place, plain=SINKS, falls=(), controls=((0.0, 0.001),), documents=32):
+    """The verdict from (mean, standard deviation) of every run's and control's changes."""
+    rng = np.random.default_rng(0)
+
+    def sample(mean, deviation):
+        noise = rng.normal(size=documents)
+        return mean + deviation * (noise - noise.mean()) / noise.std()
+
+    evidence = Evidence(
+        {label: sample(*change) for label, change in changes.items()},
+        [sample(*control) for control in controls],
+        plain,
+        {label: Seen(plain.sink_mean, 10.0) if label in falls else plain for label in changes},
+        0.003,
+    )
+    return judge(place, fired, evidence, smallest=0.03, level=0.05 / len(fired), triggers=9, firsts=9)
+
+
+def test_proved_and_refuted():
+    found = verdict({alone(A): (0.14, 0.05)}, [A], A, falls=[alone(A)])
+    assert found.level == "proved" and found.reason.startswith("the model depends on it: +15.")
+    assert verdict({alone(A): (0.002, 0.01)}, [A], A, falls=[alone(A)]).level == "refuted"
+    assert verdict({alone(A): (-0.01, 0.01)}, [A], A).reason.startswith("the model does not depend on it: -1.0%")
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"falls": []}, "sinks and largest activation stay"),
+        ({"plain": Seen(0.009, 1000)}, "has no attention sinks"),
+        ({"plain": Seen(None, 1000)}, "shows no attention weights"),
+        ({"controls": [(0.15, 0.05)]}, "which other experts at the same tokens may cost as well"),
+        ({"documents": 4}, "4 documents are too few"),
+    ],
+)
+def test_undecided_though_it_costs_much(how, reason):
+    found = verdict({alone(A): (0.14, 0.05)}, [A], A, **({"falls": [alone(A)]} | how))
+    assert found.level == "undecided" and reason in found.reason
+
+
+def test_undecided_says_how_many_documents_would_do():
+    found = verdict({alone(A): (0.02, 0.05)}, [A], A)
+    needed = int(found.reason.partition("about ")[2].split()[0])
+    assert found.level == "undecided" and 100 < needed < 200
+    assert verdict({alone(A): (0.02, 0.05)}, [A], A, documents=needed).level == "refuted"
+
+
+def test_two_that_stand_in_for_each_other_and_a_bystander():
+    fired = [A, B, C]
+    changes = {ALL: (0.06, 0.01), **{alone(place): (0.004, 0.01) for place in fired}}
+    changes |= {all_but(A, fired): (0.005, 0.01), all_but(B, fired): (0.004, 0.01), all_but(C, fired): (0.06, 0.01)}
+    found = {place: verdict(changes, fired, place, falls=[ALL, all_but(C, fired)]) for place in fired}
+    assert [found[place].level for place in fired] == ["proved", "proved", "refuted"]
+    assert (found[A].partners, found[B].partners) == (["L3E4"], ["L1E2"])
+    assert "stand in for it" in found[A].reason
+
+
+def test_silent_on_the_text():
+    found = verdict({alone(A): (0.14, 0.05)}, [A], B)
+    assert found.level == "undecided" and "did not fire" in found.reason and found.alone is None
+
+
+def windows(ids):
+    return {"text": Windows(ids, torch.arange(len(ids)), "text", {})}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_switched_off_at_first_tokens_is_the_ablation(name):
+    """And layers below that are replayed change nothing, to the bit."""
+    model = random_model(name)
+    ids = torch.randint(3, 96, (5, 12), generator=torch.Generator().manual_seed(0))
+    banks = {bank.id: bank for bank in find_banks(model)}
+    off = {}
+    for bank in (one for one in banks.values() if one.id.layer == 2 and one.routed):
+        off[bank.id] = torch.full((5, 12, 2), -1)
+        off[bank.id][:, 0] = torch.tensor([1, 5])
+    names = [f"L2E{e}" for e in (1, 5)]
+    with torch.no_grad(), WindowWatch(model, ids) as watch:
+        below = Below(decoder_layers(model, list(banks.values())), 2, watch)
+        with below.record():
+            plain = window_losses(model, ids, 1)
+        with switched_off(model, list(banks.values()), watch, off):
+            found = window_losses(model, ids, 1)
+            with below.replay():
+                again = [loss for part in ids.split(2) for loss in window_losses(model, part, 1)]
+    with torch.no_grad(), ablate(model, names, tokens="first"):
+        wanted = window_losses(model, ids, 1)
+    assert found == pytest.approx(wanted, rel=1e-6) and found != plain
+    assert again == pytest.approx(found, rel=1e-6)
+
+
+def test_controls_are_other_experts_at_the_same_tokens():
+    model = random_model("qwen3_moe")
+    ids = torch.randint(3, 96, (4, 10), generator=torch.Generator().manual_seed(1))
+    places = [Place("decoder", 1, "routed", e) for e in range(2)]
+    banks = {bank.id: bank for bank in find_banks(model)}
+    heard = []
+    with torch.no_grad(), WindowWatch(model, ids) as watch:
+        triggers = Triggers({p: banks[p.bank] for p in places}, dict.fromkeys(places, 1e-9), watch, 10)
+        spy = lambda module, x, index, gates: heard.append(index) or run(module, x, index, gates)  # noqa: E731
+        bank, run = triggers.calls[0]
+        undo = attach(model, [(bank, spy)])
+        window_losses(model, ids, 1)
+        undo()
+    index = heard[0].view(4, 10, -1)
+    for place in places:
+        assert sorted(triggers.tokens[place]) == [
+            tuple(at) for at in (index == place.expert).any(-1).nonzero().tolist()
+        ]
+    for draw in triggers.controls(4, 5):
+        chosen = draw[bank.id]
+        for window, position in (chosen >= 0).any(-1).nonzero().tolist():
+            picked = chosen[window, position][chosen[window, position] >= 0].tolist()
+            visited = index[window, position].tolist()
+            assert set(picked) <= set(visited) - {0, 1}
+            assert len(picked) == len({0, 1} & set(visited))
+
+
+@pytest.fixture(scope="module")
+def subject():
+    model, tokenizer, _, _ = open_model(TINY, loading=sedetect.Loading(dtype="float32"))
+    return model, calibration_windows(model, tokenizer, None, sedetect.Text(tokens=8192, seq_len=256)).domains
+
+
+@pytest.fixture(scope="module")
+def proof(subject):
+    """Runs over the text: 1 + 3 + 3."""
+    values = {parse_place("L1E28"): 1262.0, parse_place("L9E7"): 1087.0, parse_place("L5E3"): 1e6}
+    return prove(*subject, values, prefix=1, chain=True, sequences=4)
+
+
+def test_of_two_outliers_one_is_proved(proof):
+    """tests/data/tiny-moe/README.md: +15 % without L1E28 at BOS, +0.3 % without L9E7; L0E24 feeds the first."""
+    one, late, silent = proof.verdicts
+    assert (one.level, late.level, silent.level) == ("proved", "refuted", "undecided")
+    assert 0.05 < one.alone.low < one.alone.rise < one.alone.high < 0.30 and late.alone.high < 0.03
+    assert one.triggers == one.firsts == proof.documents == 32
+    assert [feeder.expert for feeder in one.feeders] == ["L0E24"] and one.feeders[0].left < 0.1
+    assert {feeder.expert for feeder in late.feeders} == {"L0E24", "L1E28"}
+    assert proof.sink_mean > 10 * proof.uniform and proof.controls and max(c.effect.high for c in proof.controls) < 0.01
+    off = next(run for run in proof.runs if run.label == "L1E28 alone")
+    assert off.sink_mean < proof.sink_mean / 2 and off.residual_max < proof.residual_max / 2
+
+
+def test_read_back(proof, tmp_path):
+    proof.save(tmp_path / "proof.json")
+    assert Proof.load(tmp_path) == proof
+    assert proof.of("L1E28").level == "proved" and proof.of(A) is None
+
+
+def test_without_its_super_expert_nothing_is_proved(subject):
+    model, domains = subject
+    with torch.no_grad():
+        down = model.model.layers[1].mlp.experts.down_proj
+        kept = down[28].clone()
+        down[28].zero_()
+        try:
+            found = prove(model, domains, {parse_place("L9E7"): 100.0, parse_place("L6E3"): 40.0}, prefix=1)
+        finally:
+            down[28] = kept
+    assert all(one.level in ("refuted", "undecided") for one in found.verdicts)
+
+
+def test_an_expert_of_the_first_layer_has_no_feeder(subject):
+    assert find_feeders(subject[0], parse_place("L0E24"), [torch.tensor([0])]) == []
+
+
+@pytest.mark.parametrize(
+    ("how", "told"), [({"smallest": 0.0}, "smallest 0"), ({"level": 1.0}, "level 1"), ({"smallest": math.nan}, "nan")]
+)
+def test_numbers_out_of_range(subject, how, told):
+    with pytest.raises(SedetectError, match=told):
+        prove(*subject, {A: 1.0}, prefix=1, **how)

@@ -16,7 +16,11 @@ from safetensors import SafetensorError
 
 from sedetect.errors import SedetectError
 
-STATS, RESIDUAL, PROOF = "stats.safetensors", "residual.json", "proof.json"  # in a folder of results, see sedetect.results
+STATS, RESIDUAL, PROOF = (
+    "stats.safetensors",
+    "residual.json",
+    "proof.json",
+)  # in a folder of results, see sedetect.results
 _TEMPORARY = re.compile(r"\..+\.(safetensors|json)\.\w{8}")  # as _temporary names it
 
 

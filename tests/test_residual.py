@@ -22,6 +22,7 @@ from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
 from sedetect.experiments.residual_stream import Residual, Writer, observe_residual, sink_decay
 from sedetect.models.banks import find_banks
+from sedetect.models.experts import expert_hidden
 from sedetect.models.layers import attention_blocks, decoder_layers
 from sedetect.profiling.pipeline import profile_model
 from sedetect.profiling.profiler import profile
@@ -110,6 +111,35 @@ def test_some_channels_are_carried_only_for_a_while(residual):
     """Channel 159 stays above 100, but the median grows: it falls below 100 times after layer 5."""
     for one in (f for f in residual.formations if (f.layer, f.channel) == (1, 159)):
         assert 1 < one.carried_to < 9 and one.vanishes == one.carried_to + 1
+
+
+def test_an_expert_that_undoes_a_massive_activation(tiny, domains):
+    """BOS visits L5E11: made to write 0.9 of what is carried against it, it is named; else nobody undoes anything."""
+    one = domains["code"]
+    plain = observe_residual(tiny, {"code": one}, prefix=1, sequences=1)
+    (formed,) = (f for f in plain.formations if (f.layer, f.channel) == (1, 101))
+    assert (formed.undone_in, formed.undone_by) == (None, None)
+    experts, heard = tiny.model.layers[5].mlp.experts, []
+    hook = experts.register_forward_pre_hook(lambda module, args: heard.append([a[:1] for a in args]))
+    with torch.no_grad():
+        tiny(input_ids=one.ids[:1])
+    hook.remove()
+    x, index, weights = heard[0]
+    gate = float(weights[index == 11])
+    h = expert_hidden(experts, x, 11)[0]
+    row = experts.down_proj[11, 101].clone()
+    with torch.no_grad():
+        carried = formed.after
+        experts.down_proj[11, 101] = -0.9 * carried / gate * h / h.square().sum()
+    try:
+        found = observe_residual(tiny, {"code": one}, prefix=1, sequences=1)
+    finally:
+        with torch.no_grad():
+            experts.down_proj[11, 101] = row
+    (undone,) = (f for f in found.formations if (f.layer, f.channel) == (1, 101))
+    assert undone.undone_in == 5 and str(undone.undone_by.expert) == "L5E11"
+    assert undone.undone_by.share == pytest.approx(0.9, abs=0.02) and undone.undone_by.gate == pytest.approx(gate)
+    assert Residual.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 def test_layers_and_sinks_against_an_independent_computation(tiny, domains):

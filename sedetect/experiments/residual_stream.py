@@ -186,6 +186,7 @@ class _Observer:
     def begin(self, domain: str, number: int, ids: torch.Tensor) -> None:
         self._domain, self._sequence, self._ids = domain, number, ids.tolist()
         self._open: list[int] = []  # indices of formations that every layer so far has carried
+        self._standing: list[int] = []  # and of those that no layer has taken half of away
         self._attended: list[torch.Tensor] = []  # outputs of the attention blocks of the layer under way
 
     def _attention(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -219,6 +220,13 @@ class _Observer:
             else:
                 self.formations[f] = replace(kept, vanishes=number)
                 self._open.remove(f)
+        for f in list(self._standing):
+            kept = self.formations[f]
+            old, new = float(before[kept.position, kept.channel]), float(after[kept.position, kept.channel])
+            if abs(new) <= abs(old) / 2:
+                undoer = self._undoer(number, kept, old, (len(after), after.shape[1]))
+                self.formations[f] = replace(kept, undone_in=number, undone_by=undoer)
+                self._standing.remove(f)
         jump = after - before
         formed = massive & (before.abs() < size / 2)
         added = (jump.abs() > self.min_value) & (jump.abs() >= self.min_ratio * median) & (size > before.abs())
@@ -228,9 +236,16 @@ class _Observer:
         for token, channel in places[largest].tolist():
             kind = "formed" if formed[token, channel] else "enlarged"
             self._open.append(len(self.formations))
+            self._standing.append(len(self.formations))
             self.formations.append(self._formation(kind, number, token, channel, before, after))
         self.experts.forget(number)
         self._attended.clear()
+
+    def _undoer(self, number: int, kept: Formation, carried: float, shape: tuple[int, int]) -> Writer | None:
+        """The expert of a layer that writes most against what was carried into it."""
+        written = list(self.experts.written(number, shape, kept.position, kept.channel))
+        against = [Writer(w.expert, -w.amount / carried, w.gate) for w in written if w.amount * carried < 0]
+        return max(against, key=lambda writer: writer.share, default=None)
 
     def _record(self, number: int, size: torch.Tensor, median: float, massive: torch.Tensor, nonfinite: int) -> None:
         seen = self.layers[number]

@@ -40,6 +40,9 @@ class Formation:
                  is what share_of does
     carried_to   last layer up to which the element stays massive without a gap; layer itself: nobody carries it
     vanishes     the layer after which it is not massive any more; None where it lasts to the end
+    undone_in    the first later layer that takes half of it away or more; None where none does. undone_by: the expert
+                 that writes most against it there (step-down of arXiv 2603.05498), its share of what was carried; None
+                 where no expert does, but attention, or what the layer does to its sum
     """
 
     kind: str
@@ -57,6 +60,8 @@ class Formation:
     explained: float
     carried_to: int
     vanishes: int | None
+    undone_in: int | None = None
+    undone_by: Writer | None = None
 
     @property
     def carried(self) -> bool:
@@ -169,7 +174,8 @@ class Residual(Document):
         document = super().to_dict() | asdict(self)
         document |= {name: getattr(self, name) for name in ("forming_layers", "sink_mean", "inner_max")}
         for formation, kept in zip(document["formations"], self.formations):
-            formation["writers"] = [asdict(w) | {"expert": str(w.expert)} for w in kept.writers]
+            formation["writers"] = [_named(writer) for writer in kept.writers]
+            formation["undone_by"] = None if kept.undone_by is None else _named(kept.undone_by)
         return document
 
     @classmethod
@@ -177,11 +183,20 @@ class Residual(Document):
         """The inverse of to_dict; keys beside its own are left out."""
         fields = {name: document[name] for name in cls.__dataclass_fields__}
         fields["layers"] = [LayerResidual(**layer) for layer in document["layers"]]
-        fields["formations"] = [
-            Formation(**f | {"writers": [Writer(**w | {"expert": parse_place(w["expert"])}) for w in f["writers"]]})
-            for f in document["formations"]
-        ]
+        fields["formations"] = [_formation(formation) for formation in document["formations"]]
         return cls(**fields)
+
+
+def _named(writer: Writer) -> dict[str, Any]:
+    return asdict(writer) | {"expert": str(writer.expert)}
+
+
+def _formation(document: dict[str, Any]) -> Formation:
+    """The inverse of asdict with _named; files of 0.1.0 do not say what undoes a formation."""
+    writers = [Writer(**w | {"expert": parse_place(w["expert"])}) for w in document["writers"]]
+    undone = document.get("undone_by")
+    by = None if undone is None else Writer(**undone | {"expert": parse_place(undone["expert"])})
+    return Formation(**document | {"writers": writers, "undone_by": by})
 
 
 @dataclass(frozen=True)

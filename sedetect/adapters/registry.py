@@ -74,7 +74,7 @@ def serve_quantized(model: nn.Module) -> tuple[Callable[[], None], int]:
 
 def _is_list_of_experts(path: str, module: nn.Module, parent: nn.Module) -> bool:
     """A list of MLPs that is named for experts, or stands beside a router with one row for each of them."""
-    if type(module) is not nn.ModuleList or len(module) < 2 or not all(has_down(child) for child in module):
+    if not isinstance(module, nn.ModuleList) or len(module) < 2 or not all(has_down(child) for child in module):
         return False
     shapes = [getattr(child, "weight", None) for child in parent.children()]
     routed = any(isinstance(w, torch.Tensor) and w.dim() == 2 and len(w) == len(module) for w in shapes)

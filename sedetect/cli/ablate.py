@@ -66,6 +66,7 @@ def ablate_command(
     from sedetect.checkpoints.options import Loading
     from sedetect.experiments.ablation import HOW
     from sedetect.experiments.study import Trials, run_experiment
+    from sedetect.models.layers import refuse_without_logits
     from sedetect.models.loading import open_model
 
     if output is not None:
@@ -74,6 +75,7 @@ def ablate_command(
     check_text(data, Text(tokens, seq_len, batch_size))
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
     loaded, tokenizer, _, _ = open_model(model, loading=loading)
+    refuse_without_logits(loaded, "perplexity")
     text = Text(tokens, seq_len, batch_size)
     domains = calibration_windows(loaded, tokenizer, data, text).domains
     chosen = choose("--experts", experts, loaded, tokenizer, data, text, stats=stats, draw=seed)

@@ -72,6 +72,7 @@ def budget_command(
     from sedetect.compression.simulated import FORMATS, bits_of, expert_sizes
     from sedetect.experiments.targets import check_choice, choose_experts
     from sedetect.models.identity import check_model
+    from sedetect.models.layers import refuse_without_logits
     from sedetect.models.loading import open_model
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.rule import rank
@@ -86,6 +87,7 @@ def budget_command(
     check_text(data, Text(tokens, seq_len, batch_size))
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
     loaded, tokenizer, _, _ = open_model(model, loading=loading)
+    refuse_without_logits(loaded, "perplexity")
     check_choice(experts, loaded)
     expert_sizes(loaded)  # refuse what cannot be compressed before anything is measured
     text = Text(tokens, seq_len, batch_size)

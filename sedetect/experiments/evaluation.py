@@ -13,7 +13,7 @@ from torch import nn
 
 from sedetect.calibration.windows import Windows, batches
 from sedetect.errors import SedetectError
-from sedetect.models.layers import refuse_encoder_decoder
+from sedetect.models.layers import refuse_encoder_decoder, refuse_without_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,9 +42,10 @@ def perplexity(
         prefix: how many tokens of each window are the tokenizer's prefix.
         progress: called with the number of tokens after every batch.
     Raises:
-        SedetectError: for an encoder-decoder model.
+        SedetectError: for an encoder-decoder model, and one without logits.
     """
     refuse_encoder_decoder(model, "perplexity")
+    refuse_without_logits(model, "perplexity")
     results = {}
     for domain, windows in domains.items():
         total, count = 0.0, 0

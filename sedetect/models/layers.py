@@ -5,6 +5,7 @@ attach.py attaches.
 """
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,13 +62,28 @@ def run_tokens(model: "PreTrainedModel", ids: torch.Tensor) -> None:
         ids = ids.to(model.device, non_blocking=model.device.type == "cuda")  # without waiting for the forward before
     if model.config.is_encoder_decoder:
         wanted["decoder_input_ids"] = ids
-    model(input_ids=ids, **wanted)
+    text = model.config.get_text_config()
+    unpadded = "SequenceClassification" in type(model).__name__ and text.pad_token_id is None
+    if unpadded:
+        text.pad_token_id = -1  # it finds the last token by it, and takes no batch without
+    try:
+        model(input_ids=ids, **wanted)
+    finally:
+        if unpadded:
+            text.pad_token_id = None
 
 
 def refuse_encoder_decoder(model: "PreTrainedModel", what: str) -> None:
     """Raise SedetectError for a model whose decoder does not read the text alone."""
     if model.config.is_encoder_decoder:
         raise SedetectError(f"{type(model).__name__}: has an encoder and a decoder; {what} takes a decoder-only model")
+
+
+def refuse_without_logits(model: "PreTrainedModel", what: str) -> None:
+    """Raise SedetectError for a model that gives no logits of next tokens."""
+    name = type(model).__name__
+    if model.base_model is model or re.search("Classification|QuestionAnswering", name):
+        raise SedetectError(f"{name}: has no output over the vocabulary; {what} takes a language model (lm_head)")
 
 
 @contextmanager

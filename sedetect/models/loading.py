@@ -19,7 +19,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -45,6 +48,14 @@ _AUTO_CLASSES = (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
+    AutoModel,
+)
+
+# Where a config names their class: reward models and the like, and models without any head.
+_OTHER_HEADS = (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
     AutoModel,
 )
 
@@ -223,6 +234,10 @@ def _refuse_unknown_type(folder: Path, trust_remote_code: bool) -> None:
 
 def _auto_class(name: str, config: PreTrainedConfig, trust_remote_code: bool) -> "type[_BaseAutoModelClass]":
     remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
+    for auto_class in () if remote else _OTHER_HEADS:
+        named = getattr(auto_class._model_mapping.get(type(config), None), "__name__", None)
+        if named is not None and named in (config.architectures or ()):
+            return auto_class
     for auto_class in _AUTO_CLASSES:
         if auto_class.__name__ in remote or type(config) in auto_class._model_mapping:
             return auto_class

@@ -16,11 +16,8 @@ from safetensors import SafetensorError
 
 from sedetect.errors import SedetectError
 
-STATS, RESIDUAL, PROOF = (
-    "stats.safetensors",
-    "residual.json",
-    "proof.json",
-)  # in a folder of results, see sedetect.results
+# In a folder of results, see sedetect.results.
+STATS, RESIDUAL, PROOF = "stats.safetensors", "residual.json", "proof.json"
 _TEMPORARY = re.compile(r"\..+\.(safetensors|json)\.\w{8}")  # as _temporary names it
 
 
@@ -38,6 +35,8 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) 
     path = Path(path)
     temporary = _temporary(path)
     try:
+        if path.exists() and not path.is_file():  # which a file would take the place of
+            raise SedetectError(f"{path}: is there and is no file; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # by the umask, which can only be read by setting it
@@ -66,7 +65,11 @@ def check_space(folder: str | os.PathLike[str], size: int) -> None:
 
 def check_new_folder(path: Path) -> None:
     """Raise SedetectError where path exists, unless it is an empty folder."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    try:
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    except OSError as error:
+        raise SedetectError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
+    if taken:
         raise SedetectError(f"{path}: exists already; choose a new folder")
 
 

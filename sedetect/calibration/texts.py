@@ -62,9 +62,13 @@ def load_texts(data: str | os.PathLike[str] | None = None) -> dict[str, list[Doc
     path = Path(data)
     if not str(data):
         raise SedetectError(Argument("data"), ": is empty; give a file, a folder or a hub data set, or leave it out")
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise SedetectError(f"{str(data)[:80]}: cannot be read ({error.strerror}); give another path") from None
     if path.is_dir():
         files = _find_files(path)
-    elif path.exists():
+    elif found:
         _check_kind(path)
         files = {_stem(path): [path]}
     elif _HUB_NAME.fullmatch(str(data)) and not path.suffix[1:].isalpha():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from functools import lru_cache
@@ -41,6 +42,12 @@ _FOREIGN = (
         "convert the checkpoint with save_pretrained of transformers, which writes safetensors",
     ),
 )
+# Of the safetensors format: bits per value.
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
+_BITS |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+_BITS |= dict.fromkeys(("U16", "I16", "F16", "BF16"), 16) | dict.fromkeys(("U32", "I32", "F32"), 32)
+_BITS |= dict.fromkeys(("U64", "I64", "F64"), 64)
+_INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -63,14 +70,23 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
     """Verify a checkpoint folder without reading its weights.
 
     Raises SedetectError where the folder or its config.json is missing or not valid, the weights are pickled, a shard
-    that the index names is absent, a safetensors header cannot be read, or a file is not as long as its header says.
+    that the index names is absent, a safetensors header cannot be read, a file is not as long as its header says, or
+    matrices are stored as integers though the config names no quantization.
     """
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
         raise SedetectError(f"{path}: {what}; give the folder of a checkpoint (config.json and *.safetensors)")
+    plain = "quantization_config" not in read_config(folder)
     for shard in shards_of(folder):
-        read_header(shard)
+        tensors = json.loads(read_header(shard))
+        for name, entry in tensors.items() if plain else ():
+            matrix = name.endswith((".weight", "_proj")) and len(entry["shape"]) > 1
+            if name != "__metadata__" and matrix and entry["dtype"] in _INTEGERS:
+                raise SedetectError(
+                    f"{shard}: {name} is stored as {entry['dtype']}, and config.json has no quantization_config that "
+                    "says what its values stand for; give the checkpoint with its own config"
+                )
 
 
 def weights_digest(path: str | Path) -> str | None:
@@ -106,7 +122,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise SedetectError(f"{file}: missing; give the folder of a complete checkpoint")
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SedetectError(f"{file}: not valid JSON ({error}); copy or download it again") from None
     if not isinstance(document, dict):
         raise SedetectError(f"{file}: a JSON {type(document).__name__}, not an object; copy or download it again")
@@ -196,10 +212,33 @@ def read_header(file: Path) -> bytes:
     if len(header) == length:
         try:
             tensors = json.loads(header)
-            expected += max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            tensors.pop("__metadata__", None)
+            expected += _checked_length(file, tensors)
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             raise SedetectError(f"{file}: its header of {length} bytes cannot be read; download it again") from None
     if size != expected:
         least = "at least " if len(header) < length else ""
         raise SedetectError(f"{file}: {size} bytes where its header says {least}{expected}; download or copy it again")
     return header
+
+
+def _checked_length(file: Path, tensors: dict[str, Any]) -> int:
+    """Bytes of the tensors of a header, which must follow one another, each as long as its shape says.
+
+    Raises SedetectError naming the first that does not; KeyError, TypeError or ValueError for what is no header.
+    """
+    end = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = entry["dtype"], entry["shape"]
+        start, after = entry["data_offsets"]
+        if dtype not in _BITS:
+            raise SedetectError(f"{file}: {name} is stored as {dtype}, which is not known; download it again")
+        if not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise SedetectError(f"{file}: {name} has the shape {shape}; download it again")
+        if start != end or 8 * (after - start) != math.prod(shape) * _BITS[dtype]:
+            raise SedetectError(
+                f"{file}: {name} ({dtype}, {shape}) is said to lie at bytes {start} to {after}, where it cannot; "
+                "download it again"
+            )
+        end = after
+    return end

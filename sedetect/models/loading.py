@@ -28,10 +28,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from sedetect.adapters.registry import serve_quantized
 from sedetect.calibration.windows import prefix_ids
 from sedetect.checkpoints.files import adapter_in, check_checkpoint, read_config, source_name
+from sedetect.checkpoints.layout import NUMBER_OF_EXPERTS
 from sedetect.checkpoints.memory import choose_device, choose_dtype
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
@@ -80,7 +82,7 @@ def load_with_notes(
     """load_model, with notes of what it would warn about."""
     name = source_name(path_or_name)
     if Path(name).is_dir():
-        _refuse_unknown_type(Path(name), loading.trust_remote_code)
+        _check_config(Path(name), loading.trust_remote_code)
     device, dtype = choose_device(loading.device), choose_dtype(loading.dtype)
     options = loading.source
     with _one_line_errors(name):
@@ -170,7 +172,7 @@ def open_model(
     if isinstance(model, (str, os.PathLike)):
         if Path(model).is_dir():
             check_checkpoint(model)
-            _refuse_unknown_type(Path(model), loading.trust_remote_code)  # before its tokenizer, which would fail too
+            _check_config(Path(model), loading.trust_remote_code)  # before its tokenizer, which would fail too
         tokenizer = tokenizer or load_tokenizer(model, **loading.source)
         ahead = prefetch(model, loading.device, loading.dtype) if load is load_with_notes else None
         try:
@@ -197,7 +199,7 @@ def empty_model(folder: str | Path, config: str | Path | None = None) -> PreTrai
 
     config is a folder to take config.json from instead. Raises SedetectError where transformers cannot build it.
     """
-    _refuse_unknown_type(Path(config or folder), False)
+    _check_config(Path(config or folder), False)
     with _one_line_errors(str(folder)):
         read = AutoConfig.from_pretrained(str(config or folder))
         read._name_or_path = str(folder)
@@ -218,7 +220,8 @@ def load_tokenizer(
     return tokenizer
 
 
-def _refuse_unknown_type(folder: Path, trust_remote_code: bool) -> None:
+def _check_config(folder: Path, trust_remote_code: bool) -> None:
+    """Raise SedetectError for what transformers does not know, or would not notice, in the config.json of a folder."""
     config = read_config(folder)
     if (what := adapter_in(folder)) and importlib.util.find_spec("peft") is None:
         raise SedetectError(f"{what}, or pip install peft, which loads it into the model")
@@ -229,6 +232,21 @@ def _refuse_unknown_type(folder: Path, trust_remote_code: bool) -> None:
             f"{folder / 'config.json'}: model_type {model_type!r} is unknown to transformers "
             f"{transformers.__version__}; install a newer transformers",
             *(remote if "auto_map" in config else ()),
+        )
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise SedetectError(
+            f"{folder / 'config.json'}: quant_method {method!r} is unknown to transformers {transformers.__version__}, "
+            "which would take the weights for plain ones; install a newer transformers"
+        )
+    text = config.get("text_config") or config
+    experts, chosen = (
+        next((text[key] for key in keys if isinstance(text.get(key), int)), None)
+        for keys in (NUMBER_OF_EXPERTS, ("num_experts_per_tok", "moe_topk", "moe_k", "top_k"))
+    )
+    if experts and chosen is not None and not 1 <= chosen <= experts:
+        raise SedetectError(
+            f"{folder / 'config.json'}: {chosen} of {experts} experts per token; give the checkpoint's own config"
         )
 
 

@@ -235,7 +235,11 @@ class BankStats:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "BankStats":
-        """The inverse of tensors(). Raises KeyError for a missing statistic."""
+        """The inverse of tensors(). Raises KeyError for a missing statistic, TypeError for one of another type."""
+        for names, dtype in ((COUNTS, torch.int64), (SUMS, torch.float64)):
+            for name in names:
+                if tensors[name].dtype != dtype:
+                    raise TypeError(f"{name} is {tensors[name].dtype}")
         parts = {
             "counts": torch.stack([tensors[name] for name in COUNTS], dim=1),
             "sums": torch.stack([tensors[name] for name in SUMS], dim=1),

@@ -211,7 +211,7 @@ def bad_shards() -> Iterator[Case]:
         "index-no-json": put_text(INDEX, "{"),
         "index-list": put_text(INDEX, "[]"),
         "index-empty": put_text(INDEX, "{}"),
-        "index-no-map": edit_json(INDEX, lambda d: {"metadata": {}}),
+        "index-no-map": edit_json(INDEX, lambda d: d.pop("weight_map")),
         "index-map-list": edit_json(INDEX, lambda d: d.update(weight_map=[])),
         "index-numbers": edit_json(INDEX, lambda d: d.update(weight_map=dict.fromkeys(d["weight_map"], 1))),
         "index-outside": edit_json(

@@ -120,11 +120,13 @@ def check_file(option: str, path: Path, inputs: Sequence[Path] = ()) -> None:
     """Fail before the work where a file cannot be written, or would take the place of an input."""
     if path.is_dir():
         raise SedetectError(f"{option} {path}: is a folder; give the name of a file in it")
+    if path.exists() and not path.is_file():
+        raise SedetectError(f"{option} {path}: is there and is no file; give another name")
     for one in inputs:
         if path.exists() and file_in(one, STATS).exists() and path.samefile(file_in(one, STATS)):
             raise SedetectError(f"{option} {path}: is one of the inputs; give the name of another file")
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not os.access(nearest, os.W_OK):
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise SedetectError(f"{option} {path}: {nearest} cannot be written; choose another folder")
 
 

@@ -83,7 +83,7 @@ def _find(record: dict[str, Any]) -> Document | None:
             leads = isinstance(system, str) and system.strip() and chat[0]["role"] != "system"
             return [{"role": "system", "content": system}, *chat] if leads else chat
     for name, about, answer in _PAIRS:
-        asked, more, answered = record.get(name), record.get(about), record.get(answer)
+        asked, more, answered = record.get(name), record.get(about or ""), record.get(answer)
         if isinstance(asked, str) and isinstance(answered, str):
             if about is None:
                 return Pair(asked, "" if name == "prompt" else "\n", answered)

@@ -326,12 +326,13 @@ class _Stream:
         if self._chat:
             texts = [_render(self._tokenizer, self._domain, document) for document in documents]
         else:
-            texts = [document.text if isinstance(document, Pair) else document for document in documents]
-            if not all(isinstance(text, str) for text in texts):
+            plain = [document.text if isinstance(document, Pair) else document for document in documents]
+            texts = [text for text in plain if isinstance(text, str)]
+            if len(texts) < len(plain):
                 raise SedetectError(f"{self._domain}: holds chats (messages); pass ", Argument("chat_template", True))
         if not texts:
             return np.empty(0, np.int64)
-        per_document = _tokenise(self._tokenizer, cast(list[str], texts))
+        per_document = _tokenise(self._tokenizer, texts)
         if self._chat and (size := len(self._prefix)):
             # most templates write the prefix themselves; every window gets one anyway
             per_document = [ids[size:] if ids[:size] == self._prefix else ids for ids in per_document]
@@ -374,11 +375,11 @@ def calibration_windows(
 ) -> Calibration:
     """make_windows of texts (as profile_model takes them), checked against the model's vocabulary and positions."""
     named = "embedded" if texts is None else "texts" if isinstance(texts, dict) else str(texts)
-    texts = check_text(texts, text)
+    documents = check_text(texts, text)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     calibration = make_windows(
         tokenizer,
-        texts,
+        documents,
         tokens=text.tokens,
         seq_len=text.seq_len,
         seed=text.seed,

@@ -133,31 +133,33 @@ def compare(
     Raises:
         SedetectError: for fewer than two runs, names that are not one each, and banks that do not match, by name.
     """
-    runs = [opened(run) for run in runs]
-    names = [run.header.model for run in runs] if names is None else list(names)
-    if len(runs) < 2 or len(names) != len(runs):
-        raise SedetectError(f"compare: {len(runs)} runs and {len(names)} names; give two or more runs and a name each")
-    maps = [one or {} for one in kept or [None] * len(runs)]
-    if len(maps) != len(runs):
-        raise SedetectError(f"compare: {len(runs)} runs and {len(maps)} maps of kept experts; give one for each")
-    whole = [(name, run) for name, run, one in zip(names, runs, maps, strict=True) if not one]
+    states = [opened(run) for run in runs]
+    names = [run.header.model for run in states] if names is None else list(names)
+    if len(states) < 2 or len(names) != len(states):
+        raise SedetectError(
+            f"compare: {len(states)} runs and {len(names)} names; give two or more runs and a name each"
+        )
+    maps = [one or {} for one in kept or [None] * len(states)]
+    if len(maps) != len(states):
+        raise SedetectError(f"compare: {len(states)} runs and {len(maps)} maps of kept experts; give one for each")
+    whole = [(name, run) for name, run, one in zip(names, states, maps, strict=True) if not one]
     if whole:
         check_banks([run for _, run in whole], [name for name, _ in whole])
     sizes = {bank: state.num_experts for _, run in whole for bank, state in run.banks.items()}
     if not whole:  # all are pruned: as many as any of them had
         for bank, numbers in (pair for one in maps for pair in one.items()):
             sizes[bank] = max(sizes.get(bank, 0), max(numbers) + 1)
-    for name, run, one in zip(names, runs, maps, strict=True):
+    for name, run, one in zip(names, states, maps, strict=True):
         _check_kept(name, run, one, sizes)
-    rankings = [rank(run) for run in runs]
+    rankings = [rank(run) for run in states]
     named = [[(_original(e.place, one), e) for e in ranking.super_experts] for ranking, one in zip(rankings, maps)]
     described = [
         Run(name, run.header.model, run.header.dtype, run.header.tokens,
             tuple(str(place) for place, _ in members),
             tuple(str(place) for place, e in members if e.verdict == "super"))
-        for name, run, members in zip(names, runs, named, strict=True)
+        for name, run, members in zip(names, states, named, strict=True)
     ]  # fmt: skip
-    by_bank = [_values(run, one, sizes) for run, one in zip(runs, maps)]
+    by_bank = [_values(run, one, sizes) for run, one in zip(states, maps)]
     values = [np.concatenate([np.empty(0), *parts]) for parts in by_bank]
     steps = []
     for before, after, a, b in zip(described, described[1:], values, values[1:]):
@@ -171,7 +173,7 @@ def compare(
         steps.append(Step(*changes, spearman(a[both], b[both]), int(both.sum())))
     moved = []
     for name, place in {str(place): place for members in named for place, _ in members}.items():
-        peaks = [_peak(run, place, one) for run, one in zip(runs, maps)]
+        peaks = [_peak(run, place, one) for run, one in zip(states, maps)]
         found = tuple(name in run.found for run in described)
         moved.append(Moved(name, tuple(p.value for p in peaks), tuple(p.channel for p in peaks), found))
     moved.sort(key=lambda m: -max(value for value in m.values if not math.isnan(value)))
@@ -179,9 +181,9 @@ def compare(
     while formed and set(described[formed - 1].found) == set(described[-1].found):
         formed -= 1
     notes = []
-    for last in range(1, len(runs)):
+    for last in range(1, len(states)):
         alike = _alike(by_bank[last - 1], by_bank[last])
-        if runs[last - 1].header.digest != runs[last].header.digest and alike is not None and alike < RELATED:
+        if states[last - 1].header.digest != states[last].header.digest and alike is not None and alike < RELATED:
             notes.append(
                 f"{names[last]} and {names[last - 1]} seem unrelated: within a layer, the rank correlation of their "
                 f"experts is {alike:.2f} on average, and equal numbers need not mean the same expert"

@@ -1,10 +1,11 @@
 """One sample of every JSON document."""
 
+from sedetect.compression.pruning import Pruning
 from sedetect.experiments.study import Experiment, Outcome
 from sedetect.experiments.traces import ExpertTrace, Fired, Group, Traces
 from sedetect.profiling.record import Context, Run
 from sedetect.profiling.resume import Finished
-from sedetect.stats.place import Place
+from sedetect.stats.place import BankId, Place
 from sedetect.stats.residual import Formation, LayerResidual, Observation, Residual, Writer
 
 EXPERT = Place("decoder", 1, "routed", 28)
@@ -34,5 +35,6 @@ SAMPLES = {
         ExpertTrace(EXPERT, 3, 1, [Fired("code", 2, 0, 3, None, 0.5, None, 101)], {"first": GROUP}, {"0": GROUP},
                     {3: GROUP}, {3: None}),
     ], ["a note"]),
+    Pruning: Pruning({"model": "m", "ratio": 0.25}, {BankId("decoder", 1, "routed"): [0, 2, 28]}),
     Finished: Finished(3, 1.25, {"batch size": 2, "domains": ["code"]}),
 }  # fmt: skip

@@ -17,6 +17,7 @@ from .compression.pruning import choose_kept as choose_kept
 from .compression.pruning import prune_checkpoint as prune_checkpoint
 from .errors import SedetectError as SedetectError
 from .experiments.ablation import ablate as ablate
+from .experiments.proof import prove as prove
 from .experiments.residual_stream import observe_residual as observe_residual
 from .experiments.study import run_experiment as run_experiment
 from .experiments.super_weights import find_super_weights as find_super_weights

@@ -92,9 +92,11 @@ class Results:
 
     def pruning(self) -> "Pruning | None":
         """Of a pruned model, which experts of the original it has."""
-        from sedetect.compression.pruning import Pruning
+        if not self.pruning_path.is_file():
+            return None
+        from sedetect.compression.pruning import Pruning  # which imports transformers
 
-        return _read(self.pruning_path, Pruning.load)
+        return Pruning.load(self.pruning_path)
 
     def proof(self) -> "Proof | None":
         from sedetect.stats.proof import Proof

@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": ("compare",),
     "export": ("export",),
     "plan": ("plan",),
+    "prove": ("prove",),
     "prune": ("prune",),
     "report": ("report",),
     "stability": ("stability",),

@@ -90,7 +90,7 @@ def judge(
         # Who else is needed for that: those that add as much.
         left = {other: evidence.changes[ALL] - evidence.changes[all_but(other, fired)] for other in others}
         partners = [other for other, change in left.items() if effect(change, level).rise >= smallest]
-        names = " and ".join(map(str, partners))
+        names = " and ".join(map(str, partners or others))
         return verdict("proved", f"the model depends on it or {names}, which stand in for it: {within}", partners)
     highest = max((one for one in (by_itself, within) if one is not None), key=lambda one: one.high)
     if highest.high < smallest:

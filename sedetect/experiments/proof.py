@@ -44,7 +44,9 @@ from sedetect.models.attach import attach
 from sedetect.models.banks import find_banks
 from sedetect.models.identity import model_digest, model_name
 from sedetect.models.layers import decoder_layers, refuse_encoder_decoder
-from sedetect.stats.place import Place
+from sedetect.ranking.rule import rank
+from sedetect.stats.model import ModelStats
+from sedetect.stats.place import Place, parse_place
 from sedetect.stats.proof import Proof, Switching
 from sedetect.stats.residual import Residual
 
@@ -53,6 +55,34 @@ if TYPE_CHECKING:
 
 SMALLEST = 0.03
 _CHAIN_TEXTS = 8
+
+
+def check_numbers(smallest: float, level: float) -> None:
+    """Raise SedetectError for arguments of prove that are out of range."""
+    if not 0 < smallest < math.inf:
+        raise SedetectError(Argument("smallest"), f" {smallest:g}: must be above 0, as 0.03 for 3 %")
+    if not 0 < level < 1:
+        raise SedetectError(Argument("level"), f" {level:g}: must be above 0 and below 1")
+
+
+def candidates_of(stats: ModelStats, residual: Residual, names: str | None = None) -> dict[Place, float]:
+    """Experts to prove, and the largest |y| of each: those of these names (separated by commas), or what statistics and
+    residual stream point to, because it fires on first tokens, writes a carried massive activation, or stands out.
+
+    Raises SedetectError for a name that the statistics do not have.
+    """
+    if names is None:
+        judged = rank(stats, residual=residual).judged
+        signs = {one: one.signature is True or one.carried is True or one.verdict != "unsupported" for one in judged}
+        return {one.place: one.value for one, shown in signs.items() if shown}
+    chosen = {}
+    for name in names.split(","):
+        place = parse_place(name.strip())
+        state = stats.banks.get(place.bank)
+        if state is None or place.number >= state.num_experts:
+            raise SedetectError(f"{place}: the statistics have no such expert; layers and experts count from 0")
+        chosen[place] = float(state.out_max[place.number])
+    return chosen
 
 
 @torch.no_grad()
@@ -87,10 +117,7 @@ def prove(
         SedetectError: for numbers out of range, an expert that the model does not have, an encoder-decoder model, and
             a bank that regroups its tokens.
     """
-    if not 0 < smallest < math.inf:
-        raise SedetectError(Argument("smallest"), f" {smallest:g}: must be above 0, as 0.03 for 3 %")
-    if not 0 < level < 1:
-        raise SedetectError(Argument("level"), f" {level:g}: must lie between 0 and 1")
+    check_numbers(smallest, level)
     refuse_encoder_decoder(model, "proof")
     begun = time.perf_counter()
     banks = {place: bank for place, bank in resolve(model, candidates).items() if isinstance(place, Place)}
@@ -166,6 +193,7 @@ def prove(
         ],
         controls=[Switching(f"control {n + 1}", [], effect(change, each)) for n, change in enumerate(drawn)],
         seconds=time.perf_counter() - begun,
+        notes=[] if drawn else ["no controls: the router chooses nobody else at the trigger tokens"],
     )
 
 

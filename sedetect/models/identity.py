@@ -38,7 +38,7 @@ _VOLATILE = {
     "problem_type",
 }  # fmt: skip
 _COLUMNS = 2**16  # values of a row that are multiplied by one table: it stays in the cache
-_BLOCK = {"cpu": 2**20, "cuda": 2**24}  # values at once; on a GPU a product of that size is held
+_BLOCK = {"cpu": 2**18, "cuda": 2**24}  # values at once; on a GPU a product of that size is held
 _MASK = 2**64 - 1
 # Values of float32 and float16 are summed as their upper half (which is all of a bfloat16) and their lower one.
 _LOWER = 0x9E3779B97F4A7C15
@@ -48,15 +48,15 @@ def model_name(model: nn.Module) -> str:
     """The hub name, or the last part of a folder's path: files that travel do not tell where it lay."""
     config: Any = model.config
     name: str = config._name_or_path
+    if not name:
+        return type(model).__name__
     path = Path(name)
     if path.parent.name == "snapshots" and path.parts[-3].startswith("models--"):
         return path.parts[-3].removeprefix("models--").replace("--", "/")
     if path.is_dir():
         return path.resolve().name
     # A path that is no more a folder here; a hub name has one slash at most.
-    return (path.name if path.is_absolute() or name.startswith(".") or name.count("/") > 1 else name) or (
-        type(model).__name__
-    )
+    return path.name if path.is_absolute() or name.startswith(".") or name.count("/") > 1 else name
 
 
 def model_digest(model: nn.Module) -> str:

@@ -164,6 +164,7 @@ class RowTracker:
         self._runs: dict[torch.device, torch.Tensor] = {}
 
     @torch.compiler.disable
+    @torch.inference_mode(False)  # what is kept here may be advanced outside of it
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> Rows | None:
         """The rows of this call's (B, L) tokens, flattened to T = B * L; None where they cannot be mapped."""
         batch, self.pending = self.pending or Batch(), None

@@ -78,8 +78,7 @@ class TrackedModel:
     @torch.compiler.disable(recursive=False)
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._lock, torch.no_grad():
-            with torch.inference_mode(False), torch.no_grad():  # what it keeps is changed outside of inference mode too
-                rows = self.tracker.begin(args, kwargs)
+            rows = self.tracker.begin(args, kwargs)
             self._rows, self._thread = None if rows is None else {rows.counted.device: rows}, threading.get_ident()
             try:
                 output = original(*args, **kwargs)

@@ -89,15 +89,17 @@ class Header:
 
     def merge(self, other: "Header") -> "Header":
         """Both runs as one. Raises SedetectError for different models or precisions, or the same sequences twice."""
-        for what in ("digest", "dtype"):
-            if getattr(self, what) != getattr(other, what):
-                differ = what
-                if what == "digest" and self.digest.partition("-")[0] == other.digest.partition("-")[0]:
-                    differ = "the digest of their weights"
+        mine, theirs = self.digest.partition("-")[0], other.digest.partition("-")[0]
+        compared = {
+            "digest": (mine, theirs),
+            "dtype": (self.dtype, other.dtype),
+            "the digest of their weights": (self.digest, other.digest),
+        }
+        for what, (one, two) in compared.items():
+            if one != two:
                 raise SedetectError(
                     f"statistics of different models do not merge: {self.model!r} and {other.model!r} differ in "
-                    f"{differ} ({getattr(self, what)} and {getattr(other, what)}); merge runs of one model, or compare "
-                    "them"
+                    f"{what} ({one} and {two}); merge runs of one model, or compare them"
                 )
         sources = dict(self.sources)
         for name, source in other.sources.items():

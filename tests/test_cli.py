@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 from unittest import mock

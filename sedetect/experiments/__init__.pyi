@@ -2,7 +2,6 @@ from .ablation import ablate as ablate
 from .evaluation import Perplexity as Perplexity
 from .evaluation import exact_match as exact_match
 from .evaluation import perplexity as perplexity
-from .proof import Proof as Proof
 from .proof import candidates_of as candidates_of
 from .proof import prove as prove
 from .residual_stream import observe_residual as observe_residual

@@ -6,7 +6,7 @@ one by one, and the value of the expert in question is read again. Only the text
 layers up to the expert: for a BOS token, one token through a few layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,9 @@ class _Chain:
     def run(self, ids: torch.Tensor, off: Place | None) -> tuple[float, list[Place]]:
         """|y| of the expert at the last token of ids (L,), and the upstream experts that this token visits."""
         self._off, self._value, self._visited = off, 0.0, list[Place]()
-        calls = [(bank, partial(self._pass_routed if bank.routed else self._pass_down, bank)) for bank in self.above]
+        calls: list[tuple[Bank, Callable[..., torch.Tensor]]] = [
+            (bank, partial(self._pass_routed if bank.routed else self._pass_down, bank)) for bank in self.above
+        ]
         calls.append((self._own, self._read_routed if self._own.routed else self._read_down))
         undo = attach(self._model, calls)
         try:

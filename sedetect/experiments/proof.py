@@ -224,7 +224,7 @@ class _Text:
         """(N,) mean loss of each window in nats per token; of the first batches only, where there is a number."""
         sums: list[float] = []
         with nullcontext() if self._below is None else self._below.replay():
-            for ids in self._ids.split(self._batch_size)[:batches]:
+            for ids in torch.split(self._ids, self._batch_size)[:batches]:
                 sums += window_losses(self._model, ids, self._prefix)
         return np.array(sums) / predictions(self._ids, self._prefix)
 

@@ -224,16 +224,17 @@ def _stable(config: Any) -> Any:
 
 def _text_part(model: nn.Module) -> tuple[str, set[nn.Module] | None]:
     """The path of the decoder in the model, and the modules beside it that run on text too; None: all of them."""
-    config: Any = model.config
+    outer: Any = model  # a PreTrainedModel
+    config = outer.config
     if config.is_encoder_decoder or not hasattr(model, "get_decoder"):
         return "", None
-    decoder: Any = model.get_decoder()
+    decoder = outer.get_decoder()
     while hasattr(decoder, "get_decoder") and (inner := decoder.get_decoder()) is not decoder:
         decoder = inner  # a multimodal model may hold a language model with a head
     root = next((path for path, module in model.named_modules() if module is decoder), "")
     if _text_config(config) is config:
         return root, None
-    head: Any = model.get_output_embeddings()
+    head = outer.get_output_embeddings()
     return root, set() if head is None else {head}
 
 

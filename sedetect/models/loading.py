@@ -252,10 +252,10 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
 
 def _auto_class(name: str, config: PreTrainedConfig, trust_remote_code: bool) -> "type[_BaseAutoModelClass]":
     remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
-    for auto_class in () if remote else _OTHER_HEADS:
-        named = getattr(auto_class._model_mapping.get(type(config), None), "__name__", None)
+    for with_head in () if remote else _OTHER_HEADS:
+        named = getattr(with_head._model_mapping.get(type(config), None), "__name__", None)
         if named is not None and named in (config.architectures or ()):
-            return auto_class
+            return with_head
     for auto_class in _AUTO_CLASSES:
         if auto_class.__name__ in remote or type(config) in auto_class._model_mapping:
             return auto_class

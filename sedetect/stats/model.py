@@ -89,9 +89,8 @@ class Header:
 
     def merge(self, other: "Header") -> "Header":
         """Both runs as one. Raises SedetectError for different models or precisions, or the same sequences twice."""
-        mine, theirs = self.digest.partition("-")[0], other.digest.partition("-")[0]
         compared = {
-            "digest": (mine, theirs),
+            "digest": (self.digest.partition("-")[0], other.digest.partition("-")[0]),
             "dtype": (self.dtype, other.dtype),
             "the digest of their weights": (self.digest, other.digest),
         }

@@ -116,7 +116,8 @@ class Proof(Document):
 
     def to_dict(self) -> dict[str, Any]:
         """The document proof.json: every field; infinity is "inf"."""
-        return super().to_dict() | finite(asdict(self))
+        document: dict[str, Any] = finite(asdict(self))
+        return super().to_dict() | document
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Proof":
@@ -131,7 +132,8 @@ class Proof(Document):
 def _effect(document: Mapping[str, Any] | None) -> Effect | None:
     if document is None:
         return None
-    return Effect(*(float(document[name]) for name in ("rise", "low", "high")), document["documents"])
+    rise, low, high = (float(document[name]) for name in ("rise", "low", "high"))
+    return Effect(rise, low, high, document["documents"])
 
 
 def _verdict(document: Mapping[str, Any]) -> Verdict:

@@ -1,11 +1,14 @@
 """One sample of every JSON document."""
 
+import math
+
 from sedetect.compression.pruning import Pruning
 from sedetect.experiments.study import Experiment, Outcome
 from sedetect.experiments.traces import ExpertTrace, Fired, Group, Traces
 from sedetect.profiling.record import Context, Run
 from sedetect.profiling.resume import Finished
 from sedetect.stats.place import BankId, Place
+from sedetect.stats.proof import Effect, Feeder, Proof, Switching, Verdict
 from sedetect.stats.residual import Formation, LayerResidual, Observation, Residual, Writer
 
 EXPERT = Place("decoder", 1, "routed", 28)
@@ -19,10 +22,27 @@ def outcome(label, change, residual=7.5):
 
 LAYER = LayerResidual(1, 900.0, 101, 0, 3, 2, "code", 0.5, None, 4, 0, [0.25, 0.75])
 FORMED = Formation(
-    "formed", 1, 101, "code", 2, 0, 3, 0.1, -900.0, -900.1, None, [Writer(EXPERT, 0.97, 0.6)], 0.99, 4, None
+    "formed",
+    1,
+    101,
+    "code",
+    2,
+    0,
+    3,
+    0.1,
+    -900.0,
+    -900.1,
+    None,
+    [Writer(EXPERT, 0.97, 0.6)],
+    0.99,
+    4,
+    None,
+    4,
+    Writer(EXPERT, 0.6, 0.3),
 )
 RESIDUAL = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [FORMED], 1, ["a note"])
 WITHOUT = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [], 0)
+EFFECT = Effect(0.125, -1.0, math.inf, 3)
 GROUP = Group(3, 4, None, 900.0, 0.5)
 SAMPLES = {
     Run: Run("d", "2026-01-01T00:00:00+00:00", "cpu", 1.5, 8192, {3: "<s>", 17: "é"},
@@ -35,6 +55,10 @@ SAMPLES = {
         ExpertTrace(EXPERT, 3, 1, [Fired("code", 2, 0, 3, None, 0.5, None, 101)], {"first": GROUP}, {"0": GROUP},
                     {3: GROUP}, {3: None}),
     ], ["a note"]),
+    Proof: Proof("m", "d", 1536, 3, 0.03, 0.05, 0.07, None, 900.0, 0.003, [
+        Verdict("L1E28", "proved", "why", EFFECT, EFFECT, 3, 2, ["L3E2"], [Feeder("L0E24", 0.1)]),
+        Verdict("L9E7", "undecided", "why", None, None, 0, 0),
+    ], [Switching("all", ["L1E28"], EFFECT, 0.02, 90.0)], [Switching("control 1", [], EFFECT)], 1.5, ["a note"]),
     Pruning: Pruning({"model": "m", "ratio": 0.25}, {BankId("decoder", 1, "routed"): [0, 2, 28]}),
     Finished: Finished(3, 1.25, {"batch size": 2, "domains": ["code"]}),
 }  # fmt: skip

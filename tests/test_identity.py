@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoints import put_model, put_tokenizer, to_fp8
+from support.families import FAMILIES
 from support.models import CONFIGS, TINY, random_model
 from transformers import AutoModelForCausalLM, Llama4Config, Llama4ForConditionalGeneration, Qwen3MoeModel
 
@@ -23,6 +24,7 @@ from sedetect.models.identity import (
     model_name,
     named_weights,
 )  # fmt: skip
+from sedetect.models.loading import open_model
 from sedetect.stats.model import Header, ModelStats, same_model
 
 SHORT = {"text": sedetect.Text(tokens=256, seq_len=64)}
@@ -122,7 +124,10 @@ def test_a_text_model_inside_a_multimodal_one(tmp_path):
     whole = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision)).eval()
     whole.save_pretrained(tmp_path)
     put_tokenizer(tmp_path)
-    stats = sedetect.profile_model(tmp_path, **SHORT).stats
+    opened, tokenizer = open_model(tmp_path)[:2]
+    if FAMILIES["llama4"].adjust is not None and hasattr(opened, "language_model"):
+        FAMILIES["llama4"].adjust(opened)
+    stats = sedetect.profile_model(opened, tokenizer=tokenizer, **SHORT).stats
     assert stats.header.digest == model_digest(whole)
     check_folder(tmp_path, stats)
     with torch.no_grad():

@@ -35,7 +35,7 @@ _VOLATILE = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "return_dict",
     "output_attentions", "output_hidden_states", "output_router_logits", "distributed_config", "quantization_config",
     "auto_map", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id",
-    "problem_type",
+    "problem_type", "base_model_ep_plan", "base_model_tp_plan", "base_model_pp_plan",
 }  # fmt: skip
 _COLUMNS = 2**16  # values of a row that are multiplied by one table: it stays in the cache
 _BLOCK = {"cpu": 2**18, "cuda": 2**24}  # values at once; on a GPU a product of that size is held

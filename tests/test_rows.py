@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sedetect
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import column
+from sedetect.models.caches import unknown_caches
 from sedetect.models.row_context import (
     PAGED,
     UNMAPPED_CACHE,
@@ -25,7 +26,6 @@ from sedetect.models.row_context import (
     UNMAPPED_RESIZED,
     UNMAPPED_SHAPE,
     RowTracker,
-    unknown_caches,
     unmapped_unknown,
 )
 

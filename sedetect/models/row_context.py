@@ -23,7 +23,7 @@ mapped, those of the encoder are not.
 
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,8 @@ from torch import nn
 
 from sedetect.errors import SedetectError
 from sedetect.kernels.rows import Rows
+from sedetect.models.caches import by_name, cached_length, caches_in, capacity, like_cache
+from sedetect.models.padding import Padding
 from sedetect.stats.model import ranges_of
 from sedetect.stats.note import Note
 
@@ -65,14 +67,8 @@ NO_PREFIX = (
     "sequences do not begin with the prefix token their tokenizer adds; super experts may stay silent without it"
 )
 
-# What releases of transformers call the cache, in a forward's arguments as in its output: cache since 5.24.
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-# Arguments whose names speak of a cache and whose values are none.
-_NO_CACHES = ("use_cache", "cache_position")
 # Where the sequences of a flattened batch begin: (N + 1,) cumulative lengths, as flash attention takes them.
 _CUMULATIVE = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
-# A run of one token is taken for padding where so many sequences, and such a share of all, begin or end with it.
-_RUNS, _RUNS_SHARE = 2, 0.05
 
 
 @dataclass
@@ -144,7 +140,6 @@ class RowTracker:
     def __init__(self, model: nn.Module, source: int = 0, prefix: int | None = None, pad: int | None = None):
         self.source = source
         self.prefix = prefix
-        self.pad = pad
         self.pending: Batch | None = None
         self.notes: set[Note] = set()
         self._names = tuple(inspect.signature(model.forward).parameters)
@@ -152,8 +147,9 @@ class RowTracker:
         self._config = getattr(model, "generation_config", None)
         self._text = _text_config(model)
         settings = (self._config, self._text)
-        self._begins = {prefix, *_ids_of(settings, "bos_token_id")}
-        self._ends = _ids_of(settings, "eos_token_id")
+        begins, ends = {prefix, *_ids_of(settings, "bos_token_id")}, _ids_of(settings, "eos_token_id")
+        vocabulary = getattr(self._text, "vocab_size", None)
+        self._padding = Padding(pad, begins, ends, vocabulary if isinstance(vocabulary, int) else None)
         self._generation: Generation | None = None
         self._running: Running | None = None
         self._cache: Any = None
@@ -161,7 +157,6 @@ class RowTracker:
         self._next_id: dict[torch.device, torch.Tensor] = {}
         self._given_ids: list[torch.Tensor] = []
         self._totals: dict[tuple[str, torch.device], torch.Tensor] = {}
-        self._runs: dict[torch.device, torch.Tensor] = {}
 
     @torch.compiler.disable
     @torch.inference_mode(False)  # what is kept here may be advanced outside of it
@@ -191,7 +186,7 @@ class RowTracker:
     def end(self, output: Any) -> None:
         """Remember which cache continues the sequences of this call."""
         if self._running is not None:
-            for cache in (self._cache, *_caches(_named(output))):
+            for cache in (self._cache, *caches_in(by_name(output))):
                 if cache is not None:
                     self._by_cache[cache] = self._running
                     if self._generation is not None:
@@ -226,14 +221,14 @@ class RowTracker:
         if self._stack:  # an encoder-decoder: the prompt is the encoder's, the decoder begins with its start token
             begun = kwargs.get("decoder_input_ids")
             mask, columns = None, 1 if begun is None else begun.shape[1]
-        self._generation = own = Generation(columns, mask, eos, pad, outer is not None, bool(_caches(kwargs)))
+        self._generation = own = Generation(columns, mask, eos, pad, outer is not None, bool(caches_in(kwargs)))
         try:
             yield
         finally:
             self._generation = outer
             if own.cache is not None:
                 with torch.inference_mode(False):
-                    self._crop(self._by_cache[own.cache], _cached_length(own.cache))
+                    self._crop(self._by_cache[own.cache], cached_length(own.cache))
                 own.cache = None
 
     def totals(self) -> tuple[int, int]:
@@ -253,15 +248,7 @@ class RowTracker:
             self.notes.add(Note("lost", f"{lost} {LOST}", count=lost))
         if mixed := totals.get("mixed"):
             self.notes.add(Note("mixed", f"{mixed} {MIXED}", count=mixed))
-        for runs in self._runs.values():
-            for end, counts in zip(("begin", "end"), runs.cpu(), strict=True):
-                count, token = (int(most) for most in counts.max(0))
-                if count >= max(_RUNS, _RUNS_SHARE * sequences):
-                    text = (
-                        f"{count} of {sequences} sequences {end} with a run of token {token} that no mask hides: if it "
-                        f"is padding, it was counted; give profile(pad_token_id={token}), or an attention_mask"
-                    )
-                    self.notes.add(Note("padding", text, count=count))
+        self.notes.update(self._padding.notes(sequences))
         return tokens, sequences
 
     def ranges(self) -> list[list[int]]:
@@ -287,9 +274,9 @@ class RowTracker:
             tokens = torch.full(embeds.shape[:2], -1, device=embeds.device)
         if tokens.dim() != 2:
             return UNMAPPED_SHAPE
-        caches = _caches(arguments)
+        caches = caches_in(arguments)
         for name, value in arguments.items():
-            if _like_cache(name) and not any(value is known for known in (None, False, True, *caches)):
+            if like_cache(name) and not any(value is known for known in (None, False, True, *caches)):
                 return unmapped_unknown(name)
         mask, positions = arguments.get(f"{stack}attention_mask"), arguments.get(f"{stack}position_ids")
         cache = caches[0] if caches else None
@@ -335,7 +322,7 @@ class RowTracker:
         tensors, and Python values else.
         """
         size, length = call.shape
-        held = _cached_length(call.cache)
+        held = cached_length(call.cache)
         running = self._resume(call, held)
         if running is not None and len(running.sequence) != size:
             self.notes.add(UNMAPPED_RESIZED)
@@ -367,7 +354,7 @@ class RowTracker:
             counted = torch.zeros_like(counted)
         before = running.counted.sum(1, keepdim=True)
         if new is not False and length > 1:
-            counted = self._without_padding(call, counted, new)
+            counted = self._padding.left_out(call.tokens, counted, new)
         after, ends = self._ended(call, running, column, again)
         counted = counted & ~after
         through = before + counted.cumsum(1)
@@ -452,7 +439,7 @@ class RowTracker:
             running.columns, running.sequence = start + length - again, sequence
             return
         # Static as the cache: what is written in place is written by a replayed CUDA graph too.
-        most, width = _capacity(call.cache), running.counted.shape[1]
+        most, width = capacity(call.cache), running.counted.shape[1]
         room = max(most - width, 0) if most > 0 else length
         if room or isinstance(running.columns, int):
             running.counted, running.ends = F.pad(running.counted, (0, room)), F.pad(running.ends, (0, room))
@@ -538,39 +525,6 @@ class RowTracker:
         column = torch.where(column[-1] < width, column, torch.arange(width - length, width, device=call.device))
         return _move(mask, call.device).index_select(1, column) != 0
 
-    def _without_padding(self, call: _Call, counted: torch.Tensor, new: Any) -> torch.Tensor:
-        """counted without the runs of the padding token at one end; notices runs where that token is not given."""
-        tokens = call.tokens
-        if self.pad is None:
-            self._notice_runs(tokens, counted, new)
-            return counted
-        # Hidden tokens do not end a run; of a run that also is a beginning or an end, the token beside the text stays.
-        is_pad = counted & (tokens == self.pad)
-        left, right = (_run(is_pad | ~counted, end) & is_pad for end in ("left", "right"))
-        if self.pad in self._begins:
-            left = left & (left.flip(1).cumsum(1).flip(1) > 1)
-            right = right & (counted.cumsum(1) > 1)
-        if self.pad in self._ends:
-            right = right & (right.cumsum(1) > 1)
-        side = torch.where(right.sum() >= left.sum(), right, left)
-        return counted & ~(side & new)
-
-    def _notice_runs(self, tokens: torch.Tensor, counted: torch.Tensor, new: Any) -> None:
-        """Count the sequences of a batch without padding in its mask that begin or end with a run of one token."""
-        length = tokens.shape[1]
-        width = getattr(self._text, "vocab_size", None)
-        if not isinstance(width, int):
-            return
-        runs = self._runs.setdefault(tokens.device, torch.zeros(2, width, dtype=torch.int64, device=tokens.device))
-        for end, ids in (("left", tokens[:, 0]), ("right", tokens[:, -1])):
-            long = _run(tokens == ids[:, None], end).sum(1)
-            # Another row of the batch shows how much of it is no padding (two BOS in front of every text).
-            same = ids[:, None] == ids
-            least = torch.where(same, long[None], 0).amin(1)
-            found = (long > 1) & (long < length) & ((long > least) | (end == "right"))
-            found = found & counted.all() & new & (ids >= 0) & (ids < width)
-            runs[0 if end == "left" else 1].index_add_(0, ids.clamp(0, width - 1), found.to(torch.int64))
-
     def _ended(
         self, call: _Call, running: Running, column: torch.Tensor, again: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -615,48 +569,6 @@ def unmapped_unknown(name: str) -> Note:
     return _unmapped(f"the model was called with {name}, which is no cache that is known here")
 
 
-def unknown_caches(names: Iterable[str]) -> list[str]:
-    """Those of a forward's arguments that are called like a cache, and not as any that is known."""
-    return [name for name in names if _like_cache(name) and name not in CACHE_NAMES]
-
-
-def _like_cache(name: str) -> bool:
-    return ("cache" in name or "past" in name) and name not in _NO_CACHES
-
-
-def _caches(named: Mapping[Any, Any]) -> list[Any]:
-    """The values that are caches: under a known name, these first, or because they count their tokens as caches do."""
-    known = [named.get(name) for name in CACHE_NAMES]
-    # A tuple or dictionary of tensors, of old models, is another object at every call.
-    known = [value for value in known if value is not None and not isinstance(value, (bool, tuple, list, dict))]
-    return known + [value for value in named.values() if hasattr(value, "get_seq_length")]
-
-
-def _named(output: Any) -> dict[Any, Any]:
-    """What a forward returned, by name, or by number in the tuple of return_dict=False."""
-    if isinstance(output, tuple):
-        return dict(enumerate(output))
-    return dict(output.items() if isinstance(output, dict) else getattr(output, "__dict__", {}))
-
-
-def _cached_length(cache: Any) -> "int | torch.Tensor | None":
-    """Tokens in a cache: of a static one a () tensor that only the device knows; None where it keeps no count."""
-    try:
-        length = cache.get_seq_length()
-    except (AttributeError, ValueError):  # ValueError: linear attention alone, which knows whether it began
-        began = getattr(cache, "has_previous_state", None)
-        return 0 if callable(began) and began() is False else None
-    if isinstance(length, torch.Tensor):
-        return length.clone()  # the forward advances it in place
-    return length if isinstance(length, int) else None
-
-
-def _capacity(cache: Any) -> int:
-    """Columns that a static cache holds at most; -1 where it does not say so."""
-    most = cache.get_max_length() if hasattr(cache, "get_max_length") else -1
-    return most if isinstance(most, int) else -1
-
-
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -666,11 +578,6 @@ def _ids_of(configs: Iterable[Any], name: str) -> set[int]:
     """The token ids under a name of the first configuration that has any."""
     found: Any = next((ids for c in configs if (ids := getattr(c, name, None)) is not None), [])
     return set(found) if isinstance(found, (list, tuple)) else {found}
-
-
-def _run(same: torch.Tensor, end: str) -> torch.Tensor:
-    """(B, L) bool: the unbroken run of same (B, L) at one end of each row."""
-    return same.cumprod(1) != 0 if end == "left" else same.flip(1).cumprod(1).flip(1) != 0
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

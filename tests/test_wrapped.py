@@ -15,9 +15,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sedetect
+from sedetect.calibration.windows import Windows
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
+from sedetect.experiments.residual_stream import observe_residual
+from sedetect.experiments.traces import trace_experts
 from sedetect.models.attach import SubstitutedDown
+from sedetect.stats.place import parse_place
 
 
 class Holder(nn.Module):
@@ -98,6 +102,22 @@ def test_wrappers_that_cannot_be_followed(one_process):
         sedetect.profile(nn.Linear(2, 2).eval())
     with pytest.raises(SedetectError, match="Qwen3MoeForCausalLM: is in training mode"):
         sedetect.profile(Holder(model.train()))
+
+
+@pytest.mark.parametrize("wrap", [Holder, WRAPPERS["compiled"]])
+def test_other_studies_look_inside(wrap):
+    """The residual stream, traces and ablation of a wrapped model are those of the model."""
+    model = random_model("qwen3_moe")
+    windows = {"text": Windows(token_ids(), torch.arange(4), "text", {})}
+    place = parse_place("L1E3")
+
+    def studied(model):
+        residual = observe_residual(model, windows, prefix=1, sequences=2)
+        with ablate(model, [place]):
+            without = observe_residual(model, windows, prefix=1, sequences=2)
+        return residual, without, trace_experts(model, windows, [place])
+
+    assert studied(wrap(model)) == studied(model)
 
 
 def test_fully_shard(one_process):

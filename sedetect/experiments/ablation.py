@@ -32,6 +32,7 @@ from sedetect.models.banks import Bank, find_banks
 from sedetect.models.experts import expert_hidden
 from sedetect.models.routers import find_router
 from sedetect.models.tracking import TrackedModel
+from sedetect.models.wrappers import unwrap
 from sedetect.stats.place import BankId, Place, Weight, parse_target
 
 HOW = ("skip", "renormalize", "remove")
@@ -82,7 +83,7 @@ def ablate(
         raise SedetectError(f"tokens {tokens!r} is not known; use one of {', '.join(TOKENS)}")
     if how == "remove" and tokens != "all":
         raise SedetectError(f"how 'remove' masks the router for every token; tokens {tokens!r} goes with skip only")
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     chosen: dict[BankId, _Off] = defaultdict(_Off)
     found = {}
     for target, bank in resolve(model, what).items():

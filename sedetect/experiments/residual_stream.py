@@ -36,6 +36,7 @@ from sedetect.models.layers import (
     refuse_encoder_decoder,
     run_tokens,
 )
+from sedetect.models.wrappers import unwrap
 from sedetect.stats.residual import Formation, LayerResidual, Residual, Writer, sink_decay
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def observe_residual(
         raise SedetectError(Argument("sequences"), f" {sequences}: must be at least 1")
     if min_ratio < 0 or min_value < 0:
         raise SedetectError(Argument("min_ratio"), f" {min_ratio:g}, least value {min_value:g}: must be at least 0")
+    model = unwrap(model)
     check_eval(model)
     refuse_encoder_decoder(model, "the residual stream")
     chosen = _spread(domains, sequences)
@@ -91,7 +93,7 @@ def observe_residual(
     layers = [seen.result(number) for number, seen in enumerate(observer.layers)]
     return Residual(
         model=model_name(model),
-        digest=model_digest(getattr(model, "_orig_mod", model)),
+        digest=model_digest(model),
         sequences={domain: count for domain, count in counts.items() if count},
         seq_len=max(len(ids) for *_, ids in chosen),
         prefix=prefix,
@@ -160,7 +162,7 @@ class _Observer:
 
     def __init__(self, model: "PreTrainedModel", prefix: int, min_value: float, min_ratio: float):
         self.prefix, self.min_value, self.min_ratio = prefix, min_value, min_ratio
-        self.model = getattr(model, "_orig_mod", model)
+        self.model = model
         self.banks = [bank for bank in find_banks(self.model) if bank.id.stack == "decoder"]
         self.modules = decoder_layers(self.model, self.banks)
         self.experts = ExpertCalls(self.model, self.banks)

@@ -34,6 +34,7 @@ from sedetect.models.identity import model_name
 from sedetect.models.layers import run_tokens
 from sedetect.models.row_context import Batch
 from sedetect.models.tracking import TrackedModel
+from sedetect.models.wrappers import unwrap
 from sedetect.stats.place import BankId, Place, parse_place
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def trace_experts(
     Raises:
         SedetectError: for an expert that the model does not have, and for a model in training mode.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     check_eval(model)
     experts = list(dict.fromkeys(experts))
     with ExitStack() as stack, TrackedModel(model) as tracked:

@@ -61,18 +61,9 @@ class Bank:
         return self.module.module if isinstance(self.module, Adapter) else self.module
 
 
-def check_model(model: object) -> None:
-    """Raise SedetectError for what is no model, such as the path of one."""
-    if not isinstance(model, nn.Module):
-        raise SedetectError(
-            f"{model!r}: is a {type(model).__name__}; give a loaded model (AutoModelForCausalLM.from_pretrained), or a "
-            "checkpoint's folder or hub name to profile_model"
-        )
-
-
 def check_eval(model: nn.Module) -> None:
     """Raise SedetectError for what is no model, and for one in training mode, whose forwards draw at random."""
-    check_model(model)
+    model = unwrap(model)
     if model.training:
         raise SedetectError(f"{type(model).__name__}: is in training mode; call model.eval() first")
 
@@ -83,7 +74,6 @@ def find_banks(model: nn.Module) -> list[Bank]:
     Paths are of the model inside wrappers. Raises SedetectError, naming module and class, for what is no model, for one
     without experts, and for experts that cannot be measured.
     """
-    check_model(model)
     model = unwrap(model)
     sharded = is_sharded(model)
     routed = [(path, experts) for path, module in model.named_modules() for experts in _experts(model, path, module)]

@@ -17,8 +17,14 @@ _WRAPPERS = {"_orig_mod", "base_layer"}
 def unwrap(model: nn.Module) -> "PreTrainedModel":
     """The transformers model itself, or the one inside other modules (PEFT, DDP, torch.compile, the user's).
 
-    Raises SedetectError where there is none, or more than one, and for wrappers that run copies or parts of it.
+    Raises SedetectError where there is none, or more than one, for wrappers that run copies or parts of it, and for
+    what is no module, such as the path of a model.
     """
+    if not isinstance(model, nn.Module):
+        raise SedetectError(
+            f"{model!r}: is a {type(model).__name__}; give a loaded model (AutoModelForCausalLM.from_pretrained), or a "
+            "checkpoint's folder or hub name to profile_model"
+        )
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):

@@ -16,7 +16,7 @@ from sedetect.adapters.stacked import Adapter
 from sedetect.errors import SedetectError
 from sedetect.models import compiled
 from sedetect.models.attach import attach, is_attached
-from sedetect.models.banks import Bank, check_eval, check_model, find_banks, layers_per_stack
+from sedetect.models.banks import Bank, check_eval, find_banks, layers_per_stack
 from sedetect.models.identity import digest_notes, model_digest, model_dtype, model_name
 from sedetect.models.measure import Measurement, Measuring, measure
 from sedetect.models.row_context import Batch
@@ -48,7 +48,6 @@ class Profile:
         pad: int | None = None,
     ):
         check_backend(measuring.backend)
-        check_model(model)
         self._model = unwrap(model)
         check_eval(self._model)
         empty = next((name for name, weight in self._model.named_parameters() if weight.is_meta), None)

@@ -16,7 +16,7 @@ import sedetect
 from sedetect.analysis import analyze_weights
 from sedetect.checkpoints.files import check_checkpoint, weights_digest
 from sedetect.checkpoints.options import Loading
-from sedetect.compression.pruning import read_config as read_prunable
+from sedetect.compression.pruning import prunable_config
 from sedetect.errors import SedetectError
 from sedetect.models.loading import _check_loaded, empty_model, load_model, load_tokenizer
 from sedetect.profiling.estimate import make_plan
@@ -164,7 +164,7 @@ def test_what_else_is_taken_for_a_checkpoint(kind, tmp_path):
         if not name.endswith("/"):
             content = (TINY / "config.json").read_text() if "config" in name and "adapter" not in name else "{}"
             file.write_text('{"base_model_name_or_path": "lab/moe"}' if name == "adapter_config.json" else content)
-    for open_it in (check_checkpoint, sedetect.profile_model, read_prunable, make_plan, analyze_weights):
+    for open_it in (check_checkpoint, sedetect.profile_model, prunable_config, make_plan, analyze_weights):
         message = refusal(open_it, tmp_path)
         assert line in message and "\n" not in message, open_it
     assert line in refusal(sedetect.profile_model, tmp_path, stream=True)
@@ -179,7 +179,7 @@ def test_a_gguf_file_and_mlx_quantization(copy):
 
 def test_an_adapter_beside_the_weights(copy, monkeypatch):
     (copy / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    for open_it in (read_prunable, make_plan, analyze_weights):
+    for open_it in (prunable_config, make_plan, analyze_weights):
         assert "adapter_config.json: an adapter beside the weights; merge it" in refusal(open_it, copy)
     assert "an adapter beside the weights" in refusal(sedetect.profile_model, copy, stream=True)
     monkeypatch.setattr("sedetect.models.loading.importlib.util.find_spec", lambda name: None)

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, Llama4Config, Llama4ForConditiona
 
 import sedetect
 from sedetect import SedetectError
-from sedetect.compression.pruning import check_model as check_folder
+from sedetect.compression.pruning import check_folder
 from sedetect.models.identity import (
     Weight,
-    check_model,
+    check_statistics,
     checksum,
     digest_notes,
     model_digest,
@@ -132,9 +132,9 @@ def test_a_text_model_inside_a_multimodal_one(tmp_path):
     check_folder(tmp_path, stats)
     with torch.no_grad():
         whole.language_model.model.norm.weight[0] += 1
-    check_model(Header(digest=stats.header.digest, dtype="float32"), load(tmp_path), "stats")
+    check_statistics(Header(digest=stats.header.digest, dtype="float32"), load(tmp_path), "stats")
     with pytest.raises(SedetectError, match="with other weights"):
-        check_model(stats.header, whole, "stats")
+        check_statistics(stats.header, whole, "stats")
 
 
 def test_prune_refuses_statistics_of_edited_weights(tmp_path):
@@ -164,14 +164,14 @@ def test_another_precision_is_named(tmp_path):
     header = Header(digest=model_digest(half), dtype="bfloat16", model="model")
     check_folder(folder, ModelStats({}, header))
     with pytest.raises(SedetectError, match="run in float32, and ran in bfloat16 then; give dtype bfloat16"):
-        check_model(header, load(folder, dtype=torch.float32), "stats")
+        check_statistics(header, load(folder, dtype=torch.float32), "stats")
 
 
 def test_older_files_are_read_and_say_that_they_do_not_know_the_weights(tmp_path):
     model = random_model("qwen3_moe")
     header = Header(digest="0123456789abcdef", model="moe", dtype="float32")
     with pytest.raises(SedetectError, match="an earlier sedetect wrote these statistics of moe"):
-        check_model(header, model, "stats")
+        check_statistics(header, model, "stats")
     path = tmp_path / "old.safetensors"
     metadata = {"format": "sedetect-stats", "version": "1", "header": header.to_json()}
     save_file({}, path, metadata)

@@ -172,7 +172,7 @@ def _check(stats: Path | None, output: Path | None, figures: bool) -> _Known | N
     return None if stats is None else (stats, *load_ranked(stats))
 
 
-def _check_model(known: _Known | None, result: Analysis) -> None:
+def _check_statistics(known: _Known | None, result: Analysis) -> None:
     """Raise SedetectError for statistics of another model."""
     from sedetect.models.identity import other_model
     from sedetect.stats.model import same_model
@@ -205,13 +205,13 @@ def _over_text(
     """Load a model, cut the text, and run an analysis over both."""
     from sedetect.analysis.common import read_texts
     from sedetect.calibration.windows import calibration_windows, check_text
-    from sedetect.models.identity import check_model, model_name
+    from sedetect.models.identity import check_statistics, model_name
     from sedetect.models.loading import open_model
 
     check_text(data, text)
     loaded, tokenizer, notes, _ = open_model(model, loading=loading)
     if known is not None:
-        check_model(known[1].header, loaded, str(known[0]), _remedy(model_name(loaded)))
+        check_statistics(known[1].header, loaded, str(known[0]), _remedy(model_name(loaded)))
     short = read_texts(tokenizer, [DEFAULT_TEXT] if texts is None else texts)
     calibration = calibration_windows(loaded, tokenizer, data, text)
     with progress_bar() as bar:
@@ -233,7 +233,7 @@ def _finish(result: Analysis, known: _Known | None, output: Path | None, figures
     print_line(f"{result.model}: {result.kind}", "bold")
     if output is not None:
         print_line(f"written to {result.save(output)}")
-    _check_model(known, result)
+    _check_statistics(known, result)
     marked = {} if known is None else marked_experts(known[2])
     layers = layers_table(result)
     _print_cells(layers)

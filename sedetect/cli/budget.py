@@ -71,7 +71,7 @@ def budget_command(
     from sedetect.compression.pruning import check_ratio
     from sedetect.compression.simulated import FORMATS, bits_of, expert_sizes
     from sedetect.experiments.targets import check_choice, choose_experts
-    from sedetect.models.identity import check_model
+    from sedetect.models.identity import check_statistics
     from sedetect.models.layers import refuse_without_logits
     from sedetect.models.loading import open_model
     from sedetect.profiling.pipeline import profile_model
@@ -93,7 +93,7 @@ def budget_command(
     text = Text(tokens, seq_len, batch_size)
     state, ranking = (None, None) if stats is None else load_ranked(stats)
     if state is not None:
-        check_model(state.header, loaded, str(stats))
+        check_statistics(state.header, loaded, str(stats))
     # beyond what the statistics saw, as much as is asked for
     seen = 0 if state is None else state.header.tokens
     calibration = calibration_windows(loaded, tokenizer, data, replace(text, tokens=tokens + seen))

@@ -63,7 +63,7 @@ def prove_command(
     from sedetect.compression.budget import held_out
     from sedetect.experiments.proof import candidates_of, check_numbers, prove
     from sedetect.experiments.residual_stream import observe_residual
-    from sedetect.models.identity import check_model
+    from sedetect.models.identity import check_statistics
     from sedetect.models.layers import refuse_without_logits
     from sedetect.models.loading import open_model
     from sedetect.profiling.pipeline import profile_model
@@ -77,7 +77,7 @@ def prove_command(
     loaded, tokenizer, _, _ = open_model(model, loading=Loading(device, dtype, revision, attn, trust_remote_code))
     refuse_without_logits(loaded, "proof")
     if state is not None:
-        check_model(state.header, loaded, str(stats))
+        check_statistics(state.header, loaded, str(stats))
     prefix = len(prefix_ids(tokenizer))
     with progress_bar("runs") as bar:
         task = bar.add_task("profile", total=None)

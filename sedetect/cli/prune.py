@@ -47,11 +47,11 @@ def prune_command(
     from sedetect.calibration.windows import Text, check_text
     from sedetect.checkpoints.options import Loading
     from sedetect.compression.pruning import (
-        check_model,
+        check_folder,
         check_prunable,
         choose_kept,
+        prunable_config,
         prune_checkpoint,
-        read_config,
         router_groups,
     )
     from sedetect.profiling.pipeline import profile_model
@@ -76,9 +76,9 @@ def prune_command(
             ranking = rank(state)
         else:
             state, ranking = load_ranked(stats)
-            check_model(model, state)
+            check_folder(model, state)
     found = super_places(ranking)
-    groups = router_groups(read_config(model))
+    groups = router_groups(prunable_config(model))
     kept = choose_kept(state, by, ratio, found if protect == "super" else (), groups=groups)
     facts = {
         "model": state.header.model,

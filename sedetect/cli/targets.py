@@ -33,7 +33,7 @@ def choose(
     draw is the seed of random:N. Where "super" finds none, the headline is printed and the list is empty.
     """
     from sedetect.experiments.targets import check_choice, choose_experts, needs_statistics
-    from sedetect.models.identity import check_model
+    from sedetect.models.identity import check_statistics
     from sedetect.ranking.rule import rank
 
     state, residual = None, None
@@ -44,7 +44,7 @@ def choose(
                 state = _profile(model, tokenizer, data, text)
             else:
                 state = Results(stats).stats()
-                check_model(state.header, model, str(stats))
+                check_statistics(state.header, model, str(stats))
                 residual = Results(stats).residual()
         chosen = choose_experts(spec, model, state, draw, residual)
     except SedetectError as error:

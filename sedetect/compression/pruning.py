@@ -125,7 +125,7 @@ def check_ratio(ratio: float) -> None:
 
 def check_prunable(source: str | Path, ratio: float) -> None:
     """What prune_checkpoint and choose_kept refuse of a checkpoint and a ratio, before any statistics are there."""
-    config = read_config(source)
+    config = prunable_config(source)
     layout = read_layout(Path(source), config)
     top_k = (config.get("text_config") or config).get("num_experts_per_tok") or 1
     for experts in layout.experts.values():
@@ -134,7 +134,7 @@ def check_prunable(source: str | Path, ratio: float) -> None:
         _check_groups(config, experts - gone)
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
+def prunable_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder that is verified (check_checkpoint)."""
     check_checkpoint(folder)
     if what := adapter_in(folder):
@@ -143,7 +143,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def check_model(folder: str | Path, stats: ModelStats) -> None:
+def check_folder(folder: str | Path, stats: ModelStats) -> None:
     """Raise SedetectError where stats are not of the model in folder, whose weights are read for it layer by layer."""
     header = stats.header
     empty = empty_model(folder)
@@ -179,7 +179,7 @@ def prune_checkpoint(
         SedetectError: for a layout that is not known, naming the tensor, before anything is written.
     """
     source, out = Path(source), Path(out)
-    config = read_config(source)
+    config = prunable_config(source)
     layout = read_layout(source, config)
     by_layer = _by_layer(kept, layout, source)
     number = len(next(iter(by_layer.values())))

@@ -96,7 +96,7 @@ def model_dtype(model: nn.Module) -> str:
     return f"{name} ({small[0]} weights)" if small else name
 
 
-def check_model(header: Header, model: nn.Module, name: str, remedy: str = "profile this one") -> None:
+def check_statistics(header: Header, model: nn.Module, name: str, remedy: str = "profile this one") -> None:
     """Raise SedetectError where the statistics of this header are not of that model. name: what they are called."""
     now, there, here = model_digest(model), header.dtype, model_dtype(model)
     if ("weights" in there) != ("weights" in here):  # one quantized, the other dequantized

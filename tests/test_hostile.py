@@ -43,6 +43,7 @@ def test_one_line_or_served(case, sound, tmp_path):
     if case.served:
         assert result.code == 0, result.err
         assert "Traceback" not in result.out + result.err
+        assert case.told in result.out, result.out
         return
     assert result.code == 2 and result.out == "", result
     assert result.err.startswith("sedetect: ") and result.err.count("\n") == 1, result.err

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.checkpoints import put_model
+from support.command import refused, run
 from support.models import TINY, random_model
 
 import sedetect
@@ -204,7 +206,6 @@ def subject():
 
 @pytest.fixture(scope="module")
 def proof(subject):
-    """Runs over the text: 1 + 3 + 3."""
     values = {parse_place("L1E28"): 1262.0, parse_place("L9E7"): 1087.0, parse_place("L5E3"): 1e6}
     return prove(*subject, values, prefix=1, chain=True, sequences=4)
 
@@ -241,6 +242,15 @@ def test_without_its_super_expert_nothing_is_proved(subject):
     assert all(one.level in ("refuted", "undecided") for one in found.verdicts)
 
 
+def test_the_chain_to_a_dense_mlp():
+    """It can be asked about, and is nobody's feeder."""
+    model = random_model("qwen2_moe")  # layer 1 is dense
+    found = find_feeders(model, parse_place("L1dense"), [torch.tensor([1, 5, 9])])
+    assert all(feeder.expert.startswith("L0") for feeder in found)
+    found = find_feeders(model, parse_place("L2E3"), [torch.tensor([1, 5, 9])])
+    assert not any("dense" in feeder.expert for feeder in found)
+
+
 def test_an_expert_of_the_first_layer_has_no_feeder(subject):
     assert find_feeders(subject[0], parse_place("L0E24"), [torch.tensor([0])]) == []
 
@@ -251,3 +261,33 @@ def test_an_expert_of_the_first_layer_has_no_feeder(subject):
 def test_numbers_out_of_range(subject, how, told):
     with pytest.raises(SedetectError, match=told):
         prove(*subject, {A: 1.0}, prefix=1, **how)
+
+
+CUT = ("--tokens", 512, "--seq-len", 32)
+
+
+def test_the_command(tmp_path):
+    """On random weights nothing is proved; the text is none that the statistics saw, or it is refused."""
+    model = put_model(tmp_path / "model")
+    assert run("profile", model, "-o", tmp_path / "out", *CUT).code == 0
+    given = ("prove", model, "--stats", tmp_path / "out", "-o", tmp_path / "out", "--experts", "L1E3,L0E2", "--chain")
+    code, out, err = run(*given, *CUT)
+    assert code == 0 and err == "" and "proof.json" in out
+    proof = Proof.load(tmp_path / "out")
+    assert [one.expert for one in proof.verdicts] == ["L1E3", "L0E2"] and proof.documents == 16
+    assert all(f"{one.expert}: {one.level}: {one.reason}" in out and one.level != "proved" for one in proof.verdicts)
+    assert proof.verdicts[1].feeders == [] and "no upstream expert" in out
+    for wrong, told in {
+        ("--seq-len", 16): "--seq-len 16: the statistics are of the same text in windows of 32",
+        ("--experts", "L1E99"): "L1E99: the statistics have no such expert",
+        ("--smallest", 0): "--smallest 0: must be above 0",
+        ("--level", 1): "--level 1: must be above 0 and below 1",
+    }.items():
+        assert told in refused(run(*given, *CUT, *wrong))
+    assert "statistics of another model" in refused(run(*given, *CUT, "--stats", other(tmp_path)))
+
+
+def other(tmp_path):
+    model = put_model(tmp_path / "other", num_hidden_layers=2)
+    assert run("profile", model, "-o", tmp_path / "theirs", *CUT).code == 0
+    return tmp_path / "theirs"

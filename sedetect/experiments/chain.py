@@ -35,8 +35,8 @@ class _Chain:
 
     def __init__(self, model: "PreTrainedModel", expert: Place):
         self._model, self._expert = model, expert
-        banks = [bank for bank in find_banks(model) if bank.id.stack == expert.stack and bank.id.base != "dense"]
-        self.above = [bank for bank in banks if bank.id.layer < expert.layer]
+        banks = [bank for bank in find_banks(model) if bank.id.stack == expert.stack]
+        self.above = [bank for bank in banks if bank.id.layer < expert.layer and bank.id.base != "dense"]
         self._own = next(bank for bank in banks if bank.id == expert.bank)
 
     def run(self, ids: torch.Tensor, off: Place | None) -> tuple[float, list[Place]]:
@@ -55,23 +55,24 @@ class _Chain:
             undo()
         return self._value, self._visited
 
-    def _is_off(self, bank: Bank) -> bool:
-        return self._off is not None and self._off.bank == bank.id
+    def _off_in(self, bank: Bank) -> Place | None:
+        return self._off if self._off is not None and self._off.bank == bank.id else None
 
     def _pass_routed(
         self, bank: Bank, module: nn.Module, x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor
     ) -> torch.Tensor:
         chosen = [e for e, gate in zip(index[-1].tolist(), gates[-1].tolist()) if gate and 0 <= e < bank.experts]
         self._visited += [place_of(bank.id, e, bank.experts) for e in chosen]
-        if self._off is not None and self._off.bank == bank.id:
+        off = self._off_in(bank)
+        if off is not None:
             gates = gates.clone()
-            gates[-1] = gates[-1].masked_fill(index[-1] == self._off.number, 0)
+            gates[-1] = gates[-1].masked_fill(index[-1] == off.number, 0)
         return run_inner(module, x, index, gates)
 
     def _pass_down(self, bank: Bank, original: nn.Module, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = original(x)
         self._visited.append(place_of(bank.id, 0, 1))
-        if self._is_off(bank):
+        if self._off_in(bank) is not None:
             y = y.clone()
             y.view(-1, y.shape[-1])[-1] = 0
         return y

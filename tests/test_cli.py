@@ -51,7 +51,7 @@ def assert_coverage(out: str, stats: ModelStats) -> None:
     """The coverage line, against the row counts of the file."""
     rows = torch.cat([state.rows for state in stats.banks.values()])
     unseen, few = int((rows == 0).sum()), int(((rows > 0) & (rows < 32)).sum())
-    none, others = f"{unseen} saw none" if unseen else "", f"{few}{' others' if unseen else ''} fewer than 32"
+    none, others = f"{unseen} saw none" if unseen else "", f"{few} {'others' if unseen else 'of them'} fewer than 32"
     parts = ", ".join(part for part in (none, others if few else "") if part)
     end = f"; {parts}: " if parts else ", none fewer than 32\n"
     assert f"coverage: {len(rows)} routed experts saw {rows.min():,} to {rows.max():,} rows{end}" in out

@@ -31,7 +31,7 @@ def coverage(stats: ModelStats) -> str:
     if not unseen and not few:
         return f"{text}, none fewer than {FEW_ROWS}"
     parts = [f"{unseen} saw none"] if unseen else []
-    parts += [f"{few}{' others' if unseen else ''} fewer than {FEW_ROWS}"] if few else []
+    parts += [f"{few} {'others' if unseen else 'of them'} fewer than {FEW_ROWS}"] if few else []
     more = more_tokens(min(rows), stats.header.tokens)
     at = "at least" if unseen else "about"
     return (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.command import refused, run
+from transformers import PreTrainedModel
 
 import sedetect
 from sedetect.errors import SedetectError
@@ -38,14 +39,78 @@ def test_arguments_are_looked_at_before_weights(monkeypatch, tmp_path, command):
 
     monkeypatch.chdir(tmp_path)
     for module in ("profiling.pipeline", "models.loading"):
-        monkeypatch.setattr(f"sedetect.{module}.open_model", opened)
+        monkeypatch.setattr(f"sedetect.{module}.prepare_model", opened)
     name, *options = command if command[0] != "analyze" else (command[0], command[1])
     words = (name, *options, TINY) if name == "analyze" else (name, TINY, *options)
     assert "none.txt: no such file" in refused(run(*words, "--data", "none.txt"))
     assert "--tokens 0: must be at least 1" in refused(run(*words, "--tokens", 0))
     (tmp_path / "a.jsonl").write_text('{"body": 1}')
     assert "has no text, only 'body'" in refused(run(*words, "--data", "a.jsonl"))
-    assert loading.open_model is opened
+    assert loading.prepare_model is opened
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("profile", TINY, "--chat-template"), "has no chat template; leave out --chat-template"),
+        (("profile", TINY, "--data", "chats.jsonl"), "holds chats (messages); pass --chat-template"),
+        (("profile", TINY, "--seq-len", 4096), "--seq-len 4096: the model has 2048 positions"),
+        (("profile", TINY, "--stream", "--seq-len", 4096), "--seq-len 4096: the model has 2048 positions"),
+        (("profile", TINY, "--data", "short.txt"), "no domain fills a window"),
+        (("profile", TINY, "--backend", "fast"), "backend 'fast'"),
+        (("profile", "more-tokens"), "the model's embedding has"),
+        (("profile", "dense"), "no MoE layer found"),
+        (("super-weights", TINY, "--seq-len", 4096), "the model has 2048 positions"),
+        (("ablate", TINY, "--seq-len", 4096), "the model has 2048 positions"),
+        (("ablate", TINY, "--experts", "L1E99"), "has no such expert"),
+        (("ablate", TINY, "--experts", "L99E1,L1E28"), "has no such expert"),
+        (("ablate", TINY, "--experts", "random:9999"), "--experts random:9999"),
+        (("ablate", TINY, "--experts", "L1E1[5000,1]"), "name a weight inside"),
+        (("ablate", TINY, "--stats", "other"), "statistics of another model"),
+        (("ablate", TINY, "--stats", "none"), "no such"),
+        (("prove", TINY, "--experts", "L1E99"), "has no such expert"),
+        (("prove", TINY, "--stats", "other"), "statistics of another model"),
+        (("prove", TINY, "--data", "short.txt"), "no domain fills a window"),
+        (("budget", TINY, "--experts", "L1E99"), "has no such expert"),
+        (("budget", TINY, "--stats", "other"), "statistics of another model"),
+        (("budget", TINY, "--tokens", 512), "cannot be both profiled and evaluated"),
+        (("analyze", "residual", TINY, "--ablate", "L1E99"), "has no such expert"),
+        (("analyze", "residual", TINY, "--chat-template"), "has no chat template"),
+        (("analyze", "trace", TINY, "--experts", "L9shared"), "has no such expert"),
+        (("analyze", "trace", TINY, "--experts", "L1E28[1,2]"), "L1E28[1,2]: is a single weight"),
+        (("analyze", "outputs", TINY, "--layers", "0,77"), "--layers 77: has no routed experts"),
+        (("analyze", "outputs", TINY, "--backend", "fast"), "backend 'fast'"),
+        (("analyze", "outputs", TINY, "--texts", ""), "gives no token"),
+        (("analyze", "routing", TINY, "--layers", "77"), "--layers 77: has no routed experts"),
+        (("analyze", "routing", TINY, "--stats", "other"), "statistics of another model"),
+    ],
+)  # fmt: skip
+def test_config_and_tokenizer_refuse_before_weights(base, monkeypatch, tmp_path, command, told):
+    def read(*args, **options):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", read)
+    monkeypatch.chdir(tmp_path)
+    write_inputs(base)
+    assert told in refused(run(*command))
+
+
+def write_inputs(base):
+    """In the working directory: a chat, a short text, statistics of another model, and checkpoints that do not fit."""
+    Path("chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a word " * 200}]}))
+    Path("short.txt").write_text("a few words")
+    stats = ModelStats.load(base)
+    stats.header.digest = "0123456789abcdef-0"
+    stats.save(Results("other").stats_path)
+    for name, change in (("more-tokens", {"vocab_size": 50}), ("dense", {"model_type": "qwen3"})):
+        folder = Path(name)
+        folder.mkdir()
+        for file in TINY.iterdir():
+            if file.is_file():
+                (folder / file.name).symlink_to(file)
+        config = json.loads((TINY / "config.json").read_text()) | change
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_inputs_are_not_written_over(base, tmp_path):

@@ -29,7 +29,7 @@ from sedetect.cli.shared import (
     print_whole,
     progress_bar,
 )
-from sedetect.cli.targets import choose
+from sedetect.cli.targets import check_choices, choose
 from sedetect.results import Results
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def ablate_command(
     ] = None,
     controls: Annotated[int, typer.Option(min=0, help="random sets of the same size, each in two places")] = 5,
     seed: Annotated[int, typer.Option(help="of random:N")] = 0,
-    sequences: Annotated[int, typer.Option(help="sequences on which residual and attention are observed")] = 8,
+    sequences: Annotated[int, typer.Option(min=1, help="sequences on which residual and attention are observed")] = 8,
     data: Data = None,
     tokens: Annotated[int, typer.Option(help="tokens of evaluation text")] = 16384,
     seq_len: SeqLen = 512,
@@ -67,17 +67,18 @@ def ablate_command(
     from sedetect.experiments.ablation import HOW
     from sedetect.experiments.study import Trials, run_experiment
     from sedetect.models.layers import refuse_without_logits
-    from sedetect.models.loading import open_model
+    from sedetect.models.loading import prepare_model
 
     if output is not None:
         check_writable(output)
     questions = _questions(evaluate)
-    check_text(data, Text(tokens, seq_len, batch_size))
-    loading = Loading(device, dtype, revision, attn, trust_remote_code)
-    loaded, tokenizer, _, _ = open_model(model, loading=loading)
-    refuse_without_logits(loaded, "perplexity")
     text = Text(tokens, seq_len, batch_size)
-    domains = calibration_windows(loaded, tokenizer, data, text).domains
+    check_text(data, text)
+    prepared = prepare_model(model, loading=Loading(device, dtype, revision, attn, trust_remote_code))
+    refuse_without_logits(prepared.empty, "perplexity")
+    domains = calibration_windows(prepared.empty, prepared.tokenizer, data, text).domains
+    check_choices("--experts", experts, prepared.empty, stats)
+    loaded, tokenizer, _, _ = prepared.load()
     chosen = choose("--experts", experts, loaded, tokenizer, data, text, stats=stats, draw=seed)
     if not chosen:
         console.print("nothing to switch off; name experts (L1E28) to try them", markup=False, highlight=False)

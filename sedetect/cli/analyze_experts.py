@@ -118,12 +118,14 @@ def outputs_command(
     from sedetect.analysis.outputs import analyze_outputs
     from sedetect.calibration.windows import Text
     from sedetect.checkpoints.options import Loading
+    from sedetect.ops.choose import check_backend
 
     known = _check(stats, output, figures)
-    run = partial(analyze_outputs, layers=parse_layers(layers), batch_size=batch_size, backend=backend)
+    check_backend(backend)
+    run = partial(analyze_outputs, batch_size=batch_size, backend=backend)
     text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
-    _finish(_over_text(run, model, known, texts, data, text, loading), known, output, figures)
+    _finish(_over_text(run, model, known, texts, parse_layers(layers), data, text, loading), known, output, figures)
 
 
 @analyze.command("routing")
@@ -152,10 +154,10 @@ def routing_command(
     from sedetect.checkpoints.options import Loading
 
     known = _check(stats, output, figures)
-    run = partial(analyze_routing, layers=parse_layers(layers), batch_size=batch_size)
+    run = partial(analyze_routing, batch_size=batch_size)
     text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
-    _finish(_over_text(run, model, known, texts, data, text, loading), known, output, figures)
+    _finish(_over_text(run, model, known, texts, parse_layers(layers), data, text, loading), known, output, figures)
 
 
 def _check(stats: Path | None, output: Path | None, figures: bool) -> _Known | None:
@@ -198,28 +200,36 @@ def _over_text(
     model: str,
     known: _Known | None,
     texts: list[str] | None,
+    layers: list[int] | None,
     data: str | None,
     text: Text,
     loading: Loading,
 ) -> Analysis:
     """Load a model, cut the text, and run an analysis over both."""
-    from sedetect.analysis.common import read_texts
+    from sedetect.analysis.common import groups_of, read_texts
     from sedetect.calibration.windows import calibration_windows, check_text
+    from sedetect.models.banks import find_banks
     from sedetect.models.identity import check_statistics, model_name
-    from sedetect.models.loading import open_model
+    from sedetect.models.loading import prepare_model
 
     check_text(data, text)
-    loaded, tokenizer, notes, _ = open_model(model, loading=loading)
+    prepared = prepare_model(model, loading=loading)
+    groups_of(find_banks(prepared.empty), layers)
+    short = read_texts(prepared.tokenizer, [DEFAULT_TEXT] if texts is None else texts)
+    calibration = calibration_windows(prepared.empty, prepared.tokenizer, data, text)
     if known is not None:
-        check_statistics(known[1].header, loaded, str(known[0]), _remedy(model_name(loaded)))
-    short = read_texts(tokenizer, [DEFAULT_TEXT] if texts is None else texts)
-    calibration = calibration_windows(loaded, tokenizer, data, text)
+        header, name = known[1].header, str(known[0])
+        check_statistics(header, prepared.empty, name, _remedy(model_name(prepared.empty)))
+    loaded, _, notes, _ = prepared.load()
+    if known is not None:
+        check_statistics(header, loaded, name, _remedy(model_name(loaded)))
     with progress_bar() as bar:
         task = bar.add_task("running", total=calibration.used)
         result = run(
             loaded,
             calibration.domains,
             texts=short,
+            layers=layers,
             progress=lambda domain, done: bar.update(task, description=domain, advance=done),
         )
     result.notes += map(str, [*notes, *calibration.notes])

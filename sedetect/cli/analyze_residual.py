@@ -28,7 +28,7 @@ from sedetect.cli.shared import (
     print_line,
     progress_bar,
 )
-from sedetect.cli.targets import choose
+from sedetect.cli.targets import check_choices, choose
 from sedetect.errors import SedetectError
 from sedetect.results import Results
 
@@ -77,17 +77,19 @@ def residual_command(
     from sedetect.calibration.windows import Text, calibration_windows, check_text, prefix_ids
     from sedetect.checkpoints.options import Loading
     from sedetect.experiments.ablation import ablate
-    from sedetect.models.loading import open_model
+    from sedetect.models.loading import prepare_model
     from sedetect.stats.residual import Observation
 
     if output is not None:
         check_writable(output)
-    check_text(data, Text(tokens, seq_len, batch_size))
-    loading = Loading(device, dtype, revision, attn, trust_remote_code)
-    loaded, tokenizer, notes, _ = open_model(model, loading=loading)
     text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
+    check_text(data, text)
+    prepared = prepare_model(model, loading=Loading(device, dtype, revision, attn, trust_remote_code))
     observed = replace(text, tokens=sequences * seq_len)
-    domains = calibration_windows(loaded, tokenizer, data, observed).domains
+    domains = calibration_windows(prepared.empty, prepared.tokenizer, data, observed).domains
+    if ablated is not None:
+        check_choices("--ablate", ablated, prepared.empty)
+    loaded, tokenizer, notes, _ = prepared.load()
     settings = {"prefix": len(prefix_ids(tokenizer)), "sequences": sequences, "min_ratio": min_ratio}
     experts: list[Target] = []
     if ablated is not None:
@@ -125,21 +127,24 @@ def trace_command(
     """When and where chosen experts of MODEL fire: at which positions and tokens, and how strongly."""
     from sedetect.calibration.windows import Text, calibration_windows, check_text
     from sedetect.checkpoints.options import Loading
+    from sedetect.experiments.targets import choose_experts, needs_statistics
     from sedetect.experiments.traces import trace_experts
-    from sedetect.models.loading import open_model
+    from sedetect.models.loading import prepare_model
     from sedetect.stats.place import Weight
 
     if output is not None:
         check_writable(output)
-    check_text(data, Text(tokens, seq_len, batch_size))
-    loading = Loading(device, dtype, revision, attn, trust_remote_code)
-    loaded, tokenizer, notes, _ = open_model(model, loading=loading)
     text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
-    calibration = calibration_windows(loaded, tokenizer, data, text)
+    check_text(data, text)
+    prepared = prepare_model(model, loading=Loading(device, dtype, revision, attn, trust_remote_code))
+    calibration = calibration_windows(prepared.empty, prepared.tokenizer, data, text)
+    check_choices("--experts", experts, prepared.empty)
+    named = [] if needs_statistics(experts) else choose_experts(experts, prepared.empty)
+    single = next((one for one in named if isinstance(one, Weight)), None)
+    if single is not None:
+        raise SedetectError(f"--experts {single}: is a single weight; name experts to trace")
+    loaded, tokenizer, notes, _ = prepared.load()
     chosen = choose("--experts", experts, loaded, tokenizer, data, text)
-    weights = [str(one) for one in chosen if isinstance(one, Weight)]
-    if weights:
-        raise SedetectError(f"--experts {weights[0]}: is a single weight; name experts to trace")
     if not chosen:
         return
     with progress_bar() as bar:

@@ -73,7 +73,7 @@ def budget_command(
     from sedetect.experiments.targets import check_choice, choose_experts
     from sedetect.models.identity import check_statistics
     from sedetect.models.layers import refuse_without_logits
-    from sedetect.models.loading import open_model
+    from sedetect.models.loading import prepare_model
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.rule import rank
     from sedetect.ranking.saliencies import super_places
@@ -84,25 +84,29 @@ def budget_command(
         check_ratio(number)
     if output is not None:
         check_writable(output)
-    check_text(data, Text(tokens, seq_len, batch_size))
-    loading = Loading(device, dtype, revision, attn, trust_remote_code)
-    loaded, tokenizer, _, _ = open_model(model, loading=loading)
-    refuse_without_logits(loaded, "perplexity")
-    check_choice(experts, loaded)
-    expert_sizes(loaded)  # refuse what cannot be compressed before anything is measured
     text = Text(tokens, seq_len, batch_size)
+    check_text(data, text)
     state, ranking = (None, None) if stats is None else load_ranked(stats)
+    prepared = prepare_model(model, loading=Loading(device, dtype, revision, attn, trust_remote_code))
+    refuse_without_logits(prepared.empty, "perplexity")
+    check_choice(experts, prepared.empty)
+    expert_sizes(prepared.empty)  # refuse what cannot be compressed before anything is measured
     if state is not None:
-        check_statistics(state.header, loaded, str(stats))
+        check_statistics(state.header, prepared.empty, str(stats))
     # beyond what the statistics saw, as much as is asked for
     seen = 0 if state is None else state.header.tokens
-    calibration = calibration_windows(loaded, tokenizer, data, replace(text, tokens=tokens + seen))
+    more = replace(text, tokens=tokens + seen)
+    calibration = calibration_windows(prepared.empty, prepared.tokenizer, data, more)
     domains = calibration.domains
     if stats is None and all(len(windows.ids) < 2 for windows in domains.values()):
         raise SedetectError(
             f"--tokens {tokens}: one window of {seq_len} tokens in each domain, which cannot be both profiled and "
             "evaluated; give more text, more --tokens or a smaller --seq-len"
         )
+    loaded, tokenizer, _, _ = prepared.load()
+    expert_sizes(loaded)  # quantized ones may not be
+    if state is not None:
+        check_statistics(state.header, loaded, str(stats))
     with progress_bar("runs") as bar:
         task = bar.add_task("profile", total=None)
         if state is None or ranking is None:

@@ -61,11 +61,11 @@ def prove_command(
     from sedetect.calibration.windows import Text, calibration_windows, check_text, prefix_ids
     from sedetect.checkpoints.options import Loading
     from sedetect.compression.budget import held_out
-    from sedetect.experiments.proof import candidates_of, check_numbers, prove
+    from sedetect.experiments.proof import candidates_of, check_names, check_numbers, prove
     from sedetect.experiments.residual_stream import observe_residual
     from sedetect.models.identity import check_statistics
     from sedetect.models.layers import refuse_without_logits
-    from sedetect.models.loading import open_model
+    from sedetect.models.loading import prepare_model
     from sedetect.profiling.pipeline import profile_model
 
     check_numbers(smallest, level)
@@ -74,8 +74,14 @@ def prove_command(
     text = Text(tokens, seq_len, batch_size)
     check_text(data, text)
     state = None if stats is None else Results(stats).stats()
-    loaded, tokenizer, _, _ = open_model(model, loading=Loading(device, dtype, revision, attn, trust_remote_code))
-    refuse_without_logits(loaded, "proof")
+    prepared = prepare_model(model, loading=Loading(device, dtype, revision, attn, trust_remote_code))
+    refuse_without_logits(prepared.empty, "proof")
+    check_names(prepared.empty, experts)
+    domains = calibration_windows(prepared.empty, prepared.tokenizer, data, text).domains
+    if state is not None:
+        check_statistics(state.header, prepared.empty, str(stats))
+        _refuse_other_windows(domains, state, seq_len)
+    loaded, tokenizer, _, _ = prepared.load()
     if state is not None:
         check_statistics(state.header, loaded, str(stats))
     prefix = len(prefix_ids(tokenizer))
@@ -85,7 +91,6 @@ def prove_command(
             state = profile_model(loaded, data, text=text, tokenizer=tokenizer).stats
         more = replace(text, tokens=tokens + state.header.tokens)
         domains = calibration_windows(loaded, tokenizer, data, more).domains
-        _refuse_other_windows(domains, state, seq_len)
         residual = observe_residual(loaded, domains, prefix=prefix)
         chosen = candidates_of(state, residual, experts)
         if not chosen:

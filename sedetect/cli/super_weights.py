@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def super_weights_command(
     model: Model,
     json: Annotated[Path | None, typer.Option("--json", help="write the result to this file")] = None,
-    top: Annotated[int, typer.Option(help="weights to show of each expert")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="weights to show of each expert")] = 3,
     data: Data = None,
     tokens: Tokens = 32768,
     seq_len: SeqLen = 512,
@@ -51,11 +51,12 @@ def super_weights_command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Profile MODEL, and divide the outlier of each super expert among the weights of its down_proj."""
-    from sedetect.calibration.windows import Text, check_text
+    from sedetect.calibration.windows import Text, calibration_windows, check_text
     from sedetect.checkpoints.options import Loading
     from sedetect.experiments.super_weights import SuperWeights, find_super_weights
-    from sedetect.models.loading import open_model
+    from sedetect.models.loading import prepare_model
     from sedetect.models.measure import Measuring
+    from sedetect.ops.choose import check_backend
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.rule import rank
 
@@ -69,8 +70,10 @@ def super_weights_command(
 
         text = Text(tokens, seq_len, batch_size, seed, chat_template)
         check_text(data, text)
-        loading = Loading(device, dtype, revision, attn, trust_remote_code)
-        loaded, tokenizer, _, _ = open_model(model, loading=loading)
+        check_backend(backend)
+        prepared = prepare_model(model, loading=Loading(device, dtype, revision, attn, trust_remote_code))
+        calibration_windows(prepared.empty, prepared.tokenizer, data, text)
+        loaded, tokenizer, _, _ = prepared.load()
         measuring = Measuring(backend)
         result = profile_model(loaded, data, text=text, measuring=measuring, tokenizer=tokenizer, progress=show)
         ranking = rank(result.stats)

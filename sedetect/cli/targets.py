@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,17 @@ if TYPE_CHECKING:
     from sedetect.calibration.windows import Text
     from sedetect.experiments.targets import Target
     from sedetect.stats.model import ModelStats
+
+
+def check_choices(option: str, spec: str, model: PreTrainedModel, stats: Path | None = None) -> None:
+    """Refuse what choose would, by the model without weights."""
+    from sedetect.experiments.targets import check_choice, needs_statistics
+    from sedetect.models.identity import check_statistics
+
+    with _spelled(option):
+        check_choice(spec, model)
+    if stats is not None and needs_statistics(spec):
+        check_statistics(Results(stats).stats().header, model, str(stats))
 
 
 def choose(
@@ -32,13 +45,12 @@ def choose(
 
     draw is the seed of random:N. Where "super" finds none, the headline is printed and the list is empty.
     """
-    from sedetect.experiments.targets import check_choice, choose_experts, needs_statistics
+    from sedetect.experiments.targets import choose_experts, needs_statistics
     from sedetect.models.identity import check_statistics
     from sedetect.ranking.rule import rank
 
     state, residual = None, None
-    try:
-        check_choice(spec, model)
+    with _spelled(option):
         if needs_statistics(spec):
             if stats is None:
                 state = _profile(model, tokenizer, data, text)
@@ -47,12 +59,19 @@ def choose(
                 check_statistics(state.header, model, str(stats))
                 residual = Results(stats).residual()
         chosen = choose_experts(spec, model, state, draw, residual)
-    except SedetectError as error:
-        raise SedetectError(*(option if part == Argument("spec") else part for part in error.args)) from None
     if not chosen and state is not None:  # only statistics name none
         found = rank(state, residual=residual).headline
         console.print(f"{option} {spec}: {found}", markup=False, highlight=False, soft_wrap=True)
     return chosen
+
+
+@contextmanager
+def _spelled(option: str) -> Iterator[None]:
+    """Refusals inside name the option."""
+    try:
+        yield
+    except SedetectError as error:
+        raise SedetectError(*(option if part == Argument("spec") else part for part in error.args)) from None
 
 
 def _profile(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: str | None, text: Text) -> ModelStats:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from sedetect.calibration.windows import Windows
 from sedetect.errors import Argument, SedetectError
@@ -65,6 +66,12 @@ def check_numbers(smallest: float, level: float) -> None:
         raise SedetectError(Argument("smallest"), f" {smallest:g}: must be above 0, as 0.03 for 3 %")
     if not 0 < level < 1:
         raise SedetectError(Argument("level"), f" {level:g}: must be above 0 and below 1")
+
+
+def check_names(model: nn.Module, names: str | None) -> None:
+    """Raise SedetectError for what candidates_of refuses, before anything is measured."""
+    if names is not None:
+        resolve(model, [parse_place(name.strip()) for name in names.split(",")])
 
 
 def candidates_of(stats: ModelStats, residual: Residual, names: str | None = None) -> dict[Place, float]:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -156,42 +157,88 @@ class OpenModel(NamedTuple):
     banks: list[Bank]
 
 
-def open_model(
+class PreparedModel:
+    """A checkpoint that was verified, or a loaded model, with its tokenizer; weights are read by load alone."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        loading: Loading,
+        load: Callable[[str | os.PathLike[str], Loading], tuple[PreTrainedModel, list[Note]]],
+    ):
+        self.tokenizer = tokenizer
+        self._model, self._loading, self._load = model, loading, load
+        self._notes: list[Note] = []
+
+    @cached_property
+    def empty(self) -> PreTrainedModel:
+        """The model to refuse by: on the meta device, where a checkpoint is not loaded yet.
+
+        Code that a checkpoint brings may not run there: its model is loaded at once.
+        """
+        if not isinstance(self._model, (str, os.PathLike)):
+            return self._model
+        name = source_name(self._model)
+        with _one_line_errors(name):
+            config = AutoConfig.from_pretrained(name, **self._loading.source)
+        if self._loading.trust_remote_code and hasattr(config, "auto_map"):
+            return self.load().model
+        return _without_weights(name, config)
+
+    def load(self) -> OpenModel:
+        """Read the weights of a checkpoint. Raises SedetectError for what load_model and find_banks refuse."""
+        if isinstance(self._model, (str, os.PathLike)):
+            resident = self._load is load_with_notes
+            ahead = prefetch(self._model, self._loading.device, self._loading.dtype) if resident else None
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    self._model, said = self._load(ahead or self._model, self._loading)
+            finally:
+                if ahead is not None:
+                    ahead.close()
+            self._notes = [note for note in said if note.code == "unused_weights"]
+        banks, notes, tokenizer = find_banks(self._model), [*self._notes], self.tokenizer
+        if not prefix_ids(tokenizer) and tokenizer.bos_token is not None:
+            text = (
+                f"the tokenizer has a {tokenizer.bos_token} but puts nothing before a text; "
+                "if the model was trained with it, super experts stay silent without it"
+            )
+            notes.append(Note("no_prefix", text))
+        return OpenModel(self._model, tokenizer, notes, banks)
+
+
+def prepare_model(
     model: str | os.PathLike[str] | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     loading: Loading = Loading(),
     *,
     load: Callable[[str | os.PathLike[str], Loading], tuple[PreTrainedModel, list[Note]]] = load_with_notes,
-) -> OpenModel:
-    """A MoE model with its tokenizer; a checkpoint is verified and loaded by load, a loaded model passed on.
+) -> PreparedModel:
+    """A MoE model with its tokenizer; a checkpoint is verified, to be loaded by load.
 
-    Raises SedetectError for what check_checkpoint, load_model, load_tokenizer and find_banks refuse, and for a loaded
-    model without tokenizer.
+    Raises SedetectError for what check_checkpoint, load_tokenizer and find_banks refuse, and for a loaded model without
+    tokenizer.
     """
-    notes: list[Note] = []
     if isinstance(model, (str, os.PathLike)):
         if Path(model).is_dir():
             check_checkpoint(model)
             _check_config(Path(model), loading.trust_remote_code)  # before its tokenizer, which would fail too
         tokenizer = tokenizer or load_tokenizer(model, **loading.source)
-        ahead = prefetch(model, loading.device, loading.dtype) if load is load_with_notes else None
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                model, said = load(ahead or model, loading)
-        finally:
-            if ahead is not None:
-                ahead.close()
-        notes = [note for note in said if note.code == "unused_weights"]
     elif tokenizer is None:
         raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")
-    banks = find_banks(model)  # refuse what is no MoE before anything is asked of it
-    if not prefix_ids(tokenizer) and tokenizer.bos_token is not None:
-        text = (
-            f"the tokenizer has a {tokenizer.bos_token} but puts nothing before a text; "
-            "if the model was trained with it, super experts stay silent without it"
-        )
-        notes.append(Note("no_prefix", text))
-    return OpenModel(model, tokenizer, notes, banks)
+    prepared = PreparedModel(model, tokenizer, loading, load)
+    find_banks(prepared.empty)  # refuse what is no MoE before anything is asked of it
+    return prepared
+
+
+def open_model(
+    model: str | os.PathLike[str] | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    loading: Loading = Loading(),
+) -> OpenModel:
+    """prepare_model, and load."""
+    return prepare_model(model, tokenizer, loading).load()
 
 
 def empty_model(folder: str | Path, config: str | Path | None = None) -> PreTrainedModel:
@@ -203,8 +250,13 @@ def empty_model(folder: str | Path, config: str | Path | None = None) -> PreTrai
     with _one_line_errors(str(folder)):
         read = AutoConfig.from_pretrained(str(config or folder))
         read._name_or_path = str(folder)
-        with torch.device("meta"):
-            return _auto_class(str(folder), read, False).from_config(read).eval()
+    return _without_weights(str(folder), read)
+
+
+def _without_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that transformers makes of a config, on the meta device."""
+    with _one_line_errors(name), torch.device("meta"):
+        return _auto_class(name, config, False).from_config(config).eval()
 
 
 def load_tokenizer(

@@ -28,8 +28,9 @@ from sedetect.documents import short_repr
 from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.experiments.residual_stream import Residual, observe_residual
 from sedetect.models.layers import run_tokens
-from sedetect.models.loading import OpenModel, open_model
+from sedetect.models.loading import PreparedModel, prepare_model
 from sedetect.models.measure import Measuring
+from sedetect.ops.choose import check_backend
 from sedetect.profiling.profiler import SourcesProfile
 from sedetect.ranking.rule import rank
 from sedetect.stats.model import ModelStats, merge_all
@@ -131,11 +132,14 @@ def profile_model(
         if number is not None and number < 1:
             raise SedetectError(Argument(name), f" {number}: must be at least 1")
     check_text(texts, text)  # before weights are read
+    check_backend(measuring.backend)
     streaming = _must_stream(model, stream, loading)
     if residual is not None or rounds:
         _refuse_parts("residual" if residual is not None else "until_stable", streaming, part)
-    opened, streamed = _open(model, tokenizer, loading, part if streaming else None)
-    calibration = calibration_windows(opened.model, opened.tokenizer, texts, text)
+    prepared, made = _prepare(model, tokenizer, loading, part if streaming else None)
+    calibration = calibration_windows(prepared.empty, prepared.tokenizer, texts, text)
+    opened = prepared.load()
+    streamed = next(iter(made), None)
     result = ModelProfile(
         ModelStats.empty(), asked=text.tokens, tokenizer=opened.tokenizer, windows=calibration.domains
     )
@@ -196,25 +200,25 @@ def _refuse_parts(name: str, streaming: bool, part: tuple[int, int]) -> None:
         raise SedetectError(Argument(name), ": needs the whole text, and every rank has a part of it; leave it out")
 
 
-def _open(
+def _prepare(
     model: "str | os.PathLike[str] | PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase | None",
     loading: Loading,
     streamed_part: tuple[int, int] | None,
-) -> "tuple[OpenModel, StreamedModel | None]":
-    """The model, and as what it is streamed where a part of a streamed profile is to run."""
+) -> "tuple[PreparedModel, list[StreamedModel]]":
+    """The model to load, and a list that its load fills with what is streamed, where that is asked for."""
+    made: list[StreamedModel] = []
     if streamed_part is None:
-        return open_model(model, tokenizer, loading), None
+        return prepare_model(model, tokenizer, loading), made
     from sedetect.models.streamed import open_streamed
 
     first, count = streamed_part
-    made: list[StreamedModel] = []
 
     def load(name: str | os.PathLike[str], loading: Loading) -> tuple["PreTrainedModel", list[Note]]:
         made.append(open_streamed(name, loading, first=first / count))
         return made[0].model, made[0].notes
 
-    return open_model(model, tokenizer, loading, load=load), made[0]
+    return prepare_model(model, tokenizer, loading, load=load), made
 
 
 def _planned(result: ModelProfile, calibration: Calibration, done: int, rounds: _Rounds) -> list[Note]:

@@ -132,10 +132,30 @@ def test_a_full_disk_loses_nothing_that_was_printed(base, monkeypatch, tmp_path)
     monkeypatch.setattr(ModelStats, "save", full)
     profiled = run("profile", TINY, *SMALL, "-o", tmp_path / "out")
     merged = run("merge", base, "-o", tmp_path / "merged.safetensors")
-    for code, out, err in (profiled, merged):
+    monkeypatch.setattr("sedetect.analysis.common.write_atomic", full)
+    monkeypatch.setattr("sedetect.documents.write_json", full)
+    marks = ("--stats", base, "-o", tmp_path / "analyzed", "--layers", "1")
+    analyzed = [run("analyze", *words, *marks) for words in (
+        ("weights", TINY, "--pairs", 0), ("outputs", TINY, *SMALL), ("routing", TINY, *SMALL))]  # fmt: skip
+    observed = run("analyze", "residual", TINY, "--sequences", 1, "--ablate", "L1E28", "-o", tmp_path / "observed")
+    for code, out, err in (profiled, merged, *analyzed, observed):
         assert code == 2 and "L1E28" in out and "No space left" in err and "written to" not in out
     monkeypatch.undo()
     assert "bytes to write" in refusal(check_space, tmp_path / "new" / "folder", 10**18)
+
+
+def test_results_are_saved_where_whoever_reads_has_left(base, monkeypatch, tmp_path):
+    def left(*args, **options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("rich.console.Console.print", left)
+    for kind in ("weights", "routing"):
+        with pytest.raises(BrokenPipeError):
+            run("analyze", kind, TINY, "--layers", "1", "-o", tmp_path)
+    with pytest.raises(BrokenPipeError):
+        run("analyze", "trace", TINY, "--experts", "L1E28", *SMALL, "-o", tmp_path)
+    assert set(Results(tmp_path).analyses()) == {"weights", "routing"}
+    assert [str(one.expert) for one in Results(tmp_path).traces().experts] == ["L1E28"]
 
 
 def refusal(function, *args) -> str:

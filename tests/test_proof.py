@@ -279,7 +279,7 @@ def test_the_command(tmp_path):
     assert proof.verdicts[1].feeders == [] and "no upstream expert" in out
     for wrong, told in {
         ("--seq-len", 16): "--seq-len 16: the statistics are of the same text in windows of 32",
-        ("--experts", "L1E99"): "L1E99: the statistics have no such expert",
+        ("--experts", "L1E99"): "L1E99: Qwen3MoeForCausalLM has no such expert",
         ("--smallest", 0): "--smallest 0: must be above 0",
         ("--level", 1): "--level 1: must be above 0 and below 1",
     }.items():

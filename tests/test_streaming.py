@@ -251,7 +251,7 @@ def test_damage_is_found_before_a_weight_is_read(checkpoint, tmp_path, monkeypat
     def refusal(**changes) -> str:
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(SedetectError) as caught:
-            sedetect.profile_model(folder, TEXTS, stream=True)
+            sedetect.profile_model(folder, TEXTS, text=sedetect.Text(seq_len=64), stream=True)
         return str(caught.value)
 
     assert "weights do not fit Qwen3MoeForCausalLM, first lm_head.weight" in refusal(vocab_size=4095)

@@ -28,6 +28,7 @@ from sedetect.cli.shared import (
     console,
     print_whole,
     progress_bar,
+    saved_after,
 )
 from sedetect.cli.targets import check_choices, choose
 from sedetect.results import Results
@@ -95,10 +96,8 @@ def ablate_command(
             batch_size=batch_size,
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )
-    _print(experiment)
-    if output is not None:
-        experiment.save(Results(output).ablation_path)
-        console.print(f"written to {Results(output).ablation_path}", markup=False, soft_wrap=True)
+    with saved_after(None if output is None else Results(output).ablation_path, experiment.save):
+        _print(experiment)
 
 
 def _questions(evaluate: str | None) -> list:

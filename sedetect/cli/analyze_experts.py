@@ -30,6 +30,7 @@ from sedetect.cli.shared import (
     print_line,
     print_whole,
     progress_bar,
+    saved_after,
 )
 from sedetect.errors import SedetectError
 from sedetect.results import Results
@@ -237,14 +238,26 @@ def _over_text(
 
 
 def _finish(result: Analysis, known: _Known | None, output: Path | None, figures: bool) -> None:
-    """Write what there is a folder for, before anything can be refused, and print the tables."""
-    from sedetect.analysis.tables import layers_table, marked_experts, standings_tables
+    """Print the tables, and write what there is a folder for."""
+    from sedetect.analysis.tables import marked_experts
 
-    print_line(f"{result.model}: {result.kind}", "bold")
-    if output is not None:
-        print_line(f"written to {result.save(output)}")
-    _check_statistics(known, result)
     marked = {} if known is None else marked_experts(known[2])
+    path = None if output is None else Results(output).analysis_path(result.kind)
+    with saved_after(path, lambda path: result.save(path.parent)):
+        _check_statistics(known, result)
+        print_line(f"{result.model}: {result.kind}", "bold")
+        _print(result, marked)
+    if figures and output is not None:
+        drawn = Results(output).figures_path
+        with progress_bar("pictures") as bar:
+            task = bar.add_task("figures", total=None)
+            count = _write_figures()(result, marked, drawn, lambda n, of: bar.update(task, completed=n, total=of))
+        print_line(f"{count} pictures as PNG and SVG in {drawn}")
+
+
+def _print(result: Analysis, marked: dict[str, str]) -> None:
+    from sedetect.analysis.tables import layers_table, standings_tables
+
     layers = layers_table(result)
     _print_cells(layers)
     print_line(layers.text)
@@ -255,12 +268,6 @@ def _finish(result: Analysis, known: _Known | None, output: Path | None, figures
         _print_tokens(result, set(marked))
     for note in result.notes:
         print_line(f"note: {note}")
-    if figures and output is not None:
-        drawn = Results(output).figures_path
-        with progress_bar("pictures") as bar:
-            task = bar.add_task("figures", total=None)
-            count = _write_figures()(result, marked, drawn, lambda n, of: bar.update(task, completed=n, total=of))
-        print_line(f"{count} pictures as PNG and SVG in {drawn}")
 
 
 def _print_cells(cells: Cells) -> None:

@@ -27,6 +27,7 @@ from sedetect.cli.shared import (
     plain_table,
     print_line,
     progress_bar,
+    saved_after,
 )
 from sedetect.cli.targets import check_choices, choose
 from sedetect.errors import SedetectError
@@ -99,12 +100,11 @@ def residual_command(
     if experts:
         with ablate(loaded, experts):
             after = _observe("without them", loaded, domains, settings)
-    _print_residual(before, tokenizer, notes)
-    if after is not None:
-        _print_ablated(before, after, experts)
-    if output is not None:
-        Observation(before, after, [str(e) for e in experts]).save(Results(output).residual_path)
-        print_line(f"written to {Results(output).residual_path}")
+    observation = Observation(before, after, [str(e) for e in experts])
+    with saved_after(None if output is None else Results(output).residual_path, observation.save):
+        _print_residual(before, tokenizer, notes)
+        if after is not None:
+            _print_ablated(before, after, experts)
 
 
 @analyze.command("trace")
@@ -158,17 +158,15 @@ def trace_command(
             top=top,
             progress=lambda done: bar.advance(task, done),
         )
-    print_line(
-        f"{traces.model}: {traces.tokens:,} tokens in {sum(traces.sequences.values()):,} sequences; rows of all such "
-        "tokens came to the expert; max|y| and its mean over them, mean routing weight"
-    )
-    for trace in traces.experts:
-        _print_trace(trace)
-    for note in [*notes, *calibration.notes, *traces.notes]:
-        print_line(f"note: {note}")
-    if output is not None:
-        traces.save(Results(output).traces_path)
-        print_line(f"written to {Results(output).traces_path}")
+    with saved_after(None if output is None else Results(output).traces_path, traces.save):
+        print_line(
+            f"{traces.model}: {traces.tokens:,} tokens in {sum(traces.sequences.values()):,} sequences; rows of all "
+            "such tokens came to the expert; max|y| and its mean over them, mean routing weight"
+        )
+        for trace in traces.experts:
+            _print_trace(trace)
+        for note in [*notes, *calibration.notes, *traces.notes]:
+            print_line(f"note: {note}")
 
 
 def _observe(label: str, model: PreTrainedModel, domains: dict[str, Windows], settings: dict[str, Any]) -> Residual:

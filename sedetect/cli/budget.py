@@ -28,6 +28,7 @@ from sedetect.cli.shared import (
     console,
     print_line,
     progress_bar,
+    saved_after,
 )
 from sedetect.errors import SedetectError
 from sedetect.results import Results
@@ -127,10 +128,8 @@ def budget_command(
         )
     if not any(windows.source in state.header.sources for windows in domains.values()):
         budget.notes.append("the statistics are of other windows; they may have seen some of the evaluation text")
-    _print(budget, ranking.headline)
-    if output is not None:
-        budget.save(Results(output).budget_path)
-        print_line(f"written to {Results(output).budget_path}")
+    with saved_after(None if output is None else Results(output).budget_path, budget.save):
+        _print(budget, ranking.headline)
 
 
 def _print(budget: Budget, headline: str) -> None:

@@ -32,6 +32,7 @@ from sedetect.cli.shared import (
     interruptible,
     is_first_rank,
     progress_bar,
+    saved_after,
     stderr,
     uncollected,
 )
@@ -254,11 +255,11 @@ def merge_command(
 
 
 def _show(result: ModelProfile, output: Path | None, model: str) -> None:
-    """Print, then save: what a full disk refuses was said; and save where whoever reads has left."""
+    """Print, then save."""
     from sedetect.ranking.rule import rank
 
     ranking = rank(result.stats, residual=result.residual)
-    try:
+    with saved_after(output, lambda output: _save(result, ranking, output, model)):
         print_ranking(console, ranking, result.tokenizer, result.residual)
         print_domains(console, {name: rank(stats, residual=result.residual) for name, stats in result.domains.items()})
         resumed = result.streamed is not None and result.streamed.resumed > 0
@@ -267,11 +268,6 @@ def _show(result: ModelProfile, output: Path | None, model: str) -> None:
             console.print(_streamed(result.streamed), markup=False, highlight=False, soft_wrap=True)
         if result.rounds:
             console.print(_stability(result), markup=False, highlight=False, soft_wrap=True)
-    finally:
-        if output is not None:
-            _save(result, ranking, output, model)
-    if output is not None:
-        console.print(f"written to {output}", markup=False, soft_wrap=True)
 
 
 def _save(result: ModelProfile, ranking: Ranking, output: Path, model: str) -> None:

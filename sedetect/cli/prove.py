@@ -26,6 +26,7 @@ from sedetect.cli.shared import (
     console,
     print_line,
     progress_bar,
+    saved_after,
 )
 from sedetect.errors import SedetectError
 from sedetect.results import Results
@@ -109,10 +110,8 @@ def prove_command(
                 task, description=f"{label} (about {seconds:.0f} s in all)", completed=done, total=total
             ),
         )
-    _print(proof)
-    if output is not None:
-        proof.save(Results(output).proof_path)
-        print_line(f"written to {Results(output).proof_path}")
+    with saved_after(None if output is None else Results(output).proof_path, proof.save):
+        _print(proof)
 
 
 def _refuse_other_windows(domains: dict[str, Windows], state: ModelStats, seq_len: int) -> None:

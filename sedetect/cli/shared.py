@@ -165,6 +165,19 @@ def print_line(text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+@contextmanager
+def saved_after(path: Path | None, save: Callable[[Path], object]) -> Iterator[None]:
+    """Save to path, where there is one, after what is printed inside: what a full disk refuses was said then. It is
+    saved too where whoever reads has left."""
+    try:
+        yield
+    finally:
+        if path is not None:
+            save(path)
+    if path is not None:
+        print_line(f"written to {path}")
+
+
 def print_whole(table: Table) -> None:
     """A table of numbers: too wide for the terminal it wraps, but no number is cut."""
     _Console(width=max(console.width, 200), emoji=False).print(table)

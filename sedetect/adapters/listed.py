@@ -99,6 +99,13 @@ class ListedExperts(Adapter):
 
     @property
     def gate_up_proj(self):
+        first = self.experts[0]
+        linears = {name for name, child in first.named_children() if is_linear(child)}
+        if linears != {*self.up_names, self.down_name}:
+            raise SedetectError(
+                f"{self.path} ({type(first).__name__}): of {', '.join(sorted(linears))} it is not known which are gate "
+                "and up, so that they cannot be read one by one"
+            )
         return _Listed(self._linears(*self.up_names))
 
     @property
@@ -120,7 +127,11 @@ class ListedExperts(Adapter):
 
     def act_fn(self, x):
         names = ("act_fn", "act", "activation_fn", "activation")
-        return next(getattr(self.experts[0], name) for name in names if hasattr(self.experts[0], name))(x)
+        first = self.experts[0]
+        own = next((getattr(first, name) for name in names if hasattr(first, name)), None)
+        if own is None:
+            raise SedetectError(f"{self.path} ({type(first).__name__}): which activation it has is not known")
+        return own(x)
 
     def compute(self, x, top_k_index, top_k_weights, state, **how):
         down, run = self.down_proj, partial(self.run_expert, self.experts)
@@ -153,6 +164,8 @@ class SwitchTransformersExperts(ListedExperts):
 
 class NllbMoeExperts(ListedExperts):
     """One slot per expert and token: the mask names the expert, and most weights are 0."""
+
+    reads = ("module.moe_token_dropout",)
 
     def translate(self, own_forward, hidden_states, router_mask, router_probs):
         index = router_mask.masked_fill(router_probs == 0, len(self.experts))

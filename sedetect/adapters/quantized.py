@@ -24,6 +24,7 @@ class FP8Experts(Adapter):
     """Experts stored in FP8, or in packed FP4, with a scale per block."""
 
     dtype = torch.bfloat16  # the activations', known when they come
+    reads = ("module.block_size",)
 
     @property
     def gate_up_proj(self):
@@ -61,6 +62,7 @@ class Mxfp4GptOssExperts(Adapter):
 
     has_bias, is_concatenated = True, False
     dtype = torch.bfloat16  # the activations', known when they come
+    reads = ("module.alpha", "module.limit", "parent.router")
 
     @property
     def redirected(self):
@@ -157,7 +159,7 @@ def linear_weight(module: nn.Module) -> torch.Tensor | None:
     fp8 = fp8_layers()
     if fp8 is not None and isinstance(module, fp8.FP8Linear) and module.weight.element_size() == 1:
         return dequantize(module.weight, module.weight_scale_inv, module.block_size, torch.float32)
-    weight = None if hasattr(module, "base_layer") else getattr(module, "weight", None)  # PEFT's adds to its base
+    weight = module._parameters.get("weight")  # its own: what PEFT and others show adds to that of another module
     if not isinstance(weight, torch.Tensor) or weight.dtype.itemsize == 1 or not weight.is_floating_point():
         return None
     return weight

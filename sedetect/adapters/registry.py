@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from operator import attrgetter
 
-import torch
+import transformers
 from torch import nn
 
 from sedetect.adapters.listed import ListedBlock, NllbMoeExperts, SwitchTransformersExperts, has_down
@@ -18,6 +19,7 @@ from sedetect.adapters.stacked import (
     LongcatFlashExperts,
     Step3p7Experts,
 )
+from sedetect.errors import SedetectError
 
 # Classes whose experts cannot be measured at all.
 REFUSED = {"DogeCDMoE": "its experts are rows of an embedding and have no down_proj matrix"}
@@ -52,7 +54,16 @@ def adapt(path: str, module: nn.Module, parent: nn.Module) -> Adapter | None:
         return None
     kept = vars(module)  # not as a submodule: the model keeps its parameters and state_dict
     if kept.get(_KEPT) is None or not kept[_KEPT].adapts(module):  # of the module it is a copy of
-        kept[_KEPT] = adapter(path, module, parent)
+        made = adapter(path, module, parent)
+        for name in ("down_proj", *made.reads):
+            try:
+                attrgetter(name)(made)
+            except AttributeError:
+                raise SedetectError(
+                    f"{path} ({type(module).__name__}): transformers {transformers.__version__} has its {name} in "
+                    "another form than is known; install an older one, or a newer sedetect"
+                ) from None
+        kept[_KEPT] = made
     return kept[_KEPT]
 
 
@@ -76,6 +87,6 @@ def _is_list_of_experts(path: str, module: nn.Module, parent: nn.Module) -> bool
     """A list of MLPs that is named for experts, or stands beside a router with one row for each of them."""
     if not isinstance(module, nn.ModuleList) or len(module) < 2 or not all(has_down(child) for child in module):
         return False
-    shapes = [getattr(child, "weight", None) for child in parent.children()]
-    routed = any(isinstance(w, torch.Tensor) and w.dim() == 2 and len(w) == len(module) for w in shapes)
+    beside = [weight for child in parent.children() if child is not module for weight in child.parameters()]
+    routed = any(weight.dim() == 2 and len(weight) == len(module) for weight in beside)
     return routed or "expert" in path.rpartition(".")[2].lower()

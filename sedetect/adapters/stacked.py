@@ -58,9 +58,10 @@ class Adapter(nn.Module):
     """Base: the attributes of a transformers experts module, over the weights of the module it adapts."""
 
     kind = "routed"
-    has_gate, has_bias, is_transposed = True, False, False
+    has_gate, has_bias, is_transposed, is_concatenated = True, False, False, True
     fusable = True  # a kernel may compute the gate
     inner_path = ""  # of the down projections, below the module
+    reads: tuple[str, ...] = ()  # what else it reads of its module and parent in a forward
 
     def __init__(self, path: str, module: nn.Module, parent: nn.Module):
         super().__init__()
@@ -158,6 +159,7 @@ class Llama4Experts(Adapter):
     """
 
     is_transposed = True
+    reads = ("gate_up_proj", "module.act_fn", "parent.top_k")
 
     def translate(self, own_forward, hidden_states):
         experts, hidden = len(self.down_proj), hidden_states.shape[-1]
@@ -171,6 +173,8 @@ class Llama4Experts(Adapter):
 
 class DbrxExperts(Adapter):
     """Gate, up and down stored apart, each as one matrix of all experts; down is transposed."""
+
+    reads = ("gate_up_proj", "module.mlp.activation_fn")
 
     @property
     def gate_up_proj(self):
@@ -196,6 +200,7 @@ class JetMoeExperts(Adapter):
     """The whole block: its router hands out rows sorted by expert."""
 
     inner_path = ".output_linear"
+    reads = ("gate_up_proj", "module.activation", "module.router", "module.bias")
 
     @property
     def gate_up_proj(self):
@@ -222,6 +227,8 @@ class JetMoeExperts(Adapter):
 class LongcatFlashExperts(Adapter):
     """Indices beyond the experts that have weights stand for the identity."""
 
+    reads = ("gate_up_proj", "module.act_fn")
+
     @property
     def gate_up_proj(self):
         return self.module.gate_up_proj[: len(self.down_proj)]
@@ -236,6 +243,7 @@ class AriaExperts(Adapter):
     """Two grouped matrices, and a router whose logits the experts choose by (transformers before the interface)."""
 
     is_transposed = True
+    reads = ("gate_up_proj", "module.route_tokens_to_experts")
 
     @property
     def gate_up_proj(self):
@@ -255,6 +263,8 @@ class AriaExperts(Adapter):
 class Step3p7Experts(Adapter):
     """As the interface would have it, but for the gate, which clamps after the activation."""
 
+    reads = ("gate_up_proj", "module._apply_gate")
+
     def _apply_gate(self, z):
         return self.module._apply_gate(z)
 
@@ -264,6 +274,7 @@ class InklingSharedExperts(Adapter):
 
     kind = "shared"
     fusable = False
+    reads = ("stored_gate_up", "module.act_fn")
 
     @property
     def gate_up_proj(self):

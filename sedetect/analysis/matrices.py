@@ -14,6 +14,7 @@ from torch import nn
 
 from sedetect.adapters.listed import is_linear
 from sedetect.adapters.quantized import linear_weight
+from sedetect.adapters.stacked import Adapter
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.models.banks import Bank
@@ -34,16 +35,29 @@ def expert_matrices(model: nn.Module, bank: Bank) -> dict[str, torch.Tensor]:
     Experts without a gate have no "gate". Raises SedetectError for weights that cannot be read.
     """
     if bank.routed:
-        found = _of_experts(bank.module)
+        found = _of_experts(bank)
     else:
         mlp = model.get_submodule(bank.path.rpartition(".")[0])
         found = {name: matrix[None] for name, matrix in _of_mlp(bank, mlp).items()}
     return {name: found[name].detach() for name in NAMES if name in found}
 
 
-def is_interleaved(module: nn.Module) -> bool:
-    """Whether gate and up of an experts module take turns in gate_up_proj, instead of one half each."""
-    return not getattr(module, "is_concatenated", True)
+def is_interleaved(bank: Bank) -> bool:
+    """Whether gate and up of a bank's experts take turns in gate_up_proj, instead of one half each.
+
+    Its gate tells: it is asked which channel the number in the middle of gate_up_proj's output belongs to. Raises
+    SedetectError where that is another one than in either layout.
+    """
+    if isinstance(bank.module, Adapter):
+        return not bank.module.is_concatenated
+    width, down = bank.intermediate, bank.module.down_proj
+    z = torch.full((2, 2 * width), 0.5, device="cpu" if down.is_meta else down.device)
+    z[1, width] = 0.75
+    off, on = bank.module._apply_gate(z)
+    moved = (off != on).nonzero().flatten().tolist()
+    if moved not in ([0], [width // 2]):
+        raise SedetectError(f"{bank.path}: which of its gate_up_proj is the gate is not known; it cannot be compared")
+    return moved == [width // 2]
 
 
 @torch.no_grad()
@@ -61,16 +75,16 @@ def gate_states(bank: Bank, x: torch.Tensor) -> torch.Tensor:
         z = nn.functional.linear(x.to(matrix.dtype), matrix)
         if module.has_bias:
             z = z + getattr(module, f"{up}_bias")[expert]
-        states.append(_act(gate, z.float(), module))
+        states.append(_act(gate, z.float(), bank))
     return torch.stack(states)
 
 
-def _act(gate: Gate | Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, module: nn.Module) -> torch.Tensor:
+def _act(gate: Gate | Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, bank: Bank) -> torch.Tensor:
     """The activation of the gate half of z, of which a gate is a product with an affine function of the up half."""
-    if not module.has_gate:
+    if not bank.module.has_gate:
         return gate_torch(gate, z) if isinstance(gate, Gate) else gate(z)
     z = z.clone()
-    up = z[..., 1::2] if is_interleaved(module) else z[..., z.shape[-1] // 2 :]
+    up = z[..., 1::2] if is_interleaved(bank) else z[..., z.shape[-1] // 2 :]
     up.zero_()
     if isinstance(gate, Gate):
         return gate_torch(replace(gate, shift=1.0), z)
@@ -79,7 +93,8 @@ def _act(gate: Gate | Callable[[torch.Tensor], torch.Tensor], z: torch.Tensor, m
     return (gate(z) - at_zero) / _STEP
 
 
-def _of_experts(module: nn.Module) -> dict[str, torch.Tensor]:
+def _of_experts(bank: Bank) -> dict[str, torch.Tensor]:
+    module = bank.module
     own = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
     stored = getattr(module, "stored_gate_up", own)
     down = _stack(module.down_proj)
@@ -90,7 +105,7 @@ def _of_experts(module: nn.Module) -> dict[str, torch.Tensor]:
     stored = stored.transpose(1, 2) if module.is_transposed else stored
     if not module.has_gate:
         return found | {"up": stored}
-    if is_interleaved(module):
+    if is_interleaved(bank):
         return found | {"gate": stored[:, ::2], "up": stored[:, 1::2]}
     gate, up = stored.chunk(2, dim=1)
     return found | {"gate": gate, "up": up}
@@ -105,19 +120,22 @@ def _stack(matrices: Any) -> torch.Tensor:
 
 def _of_mlp(bank: Bank, mlp: nn.Module) -> dict[str, torch.Tensor]:
     found = {"down": _weight(bank, bank.module).t()}
+    own = bank.path.rpartition(".")[2]
+    beside = {name: child for name, child in mlp.named_children() if is_linear(child) and name != own}
     for first, second in _APART:
-        if is_linear(getattr(mlp, first, None)) and is_linear(getattr(mlp, second, None)):
-            return found | {"gate": _weight(bank, getattr(mlp, first)), "up": _weight(bank, getattr(mlp, second))}
-    for name in _ONE:
-        linear = getattr(mlp, name, None)
-        if linear is None or not is_linear(linear):
+        if beside.keys() == {first, second}:
+            return found | {"gate": _weight(bank, beside[first]), "up": _weight(bank, beside[second])}
+    for name in _ONE if len(beside) == 1 else ():
+        linear = beside.get(name)
+        if linear is None:
             continue
         if linear.out_features == bank.intermediate:
             return found | {"up": _weight(bank, linear)}
         if linear.out_features == 2 * bank.intermediate:
             gate, up = _weight(bank, linear).chunk(2)
             return found | {"gate": gate, "up": up}
-    raise SedetectError(f"{bank.path}: no input projection found beside it; its matrices cannot be compared")
+    known = ", ".join(beside) or "nothing"
+    raise SedetectError(f"{bank.path}: {known} beside it is no known input projection; its matrices cannot be compared")
 
 
 def _weight(bank: Bank, linear: nn.Module) -> torch.Tensor:

@@ -37,6 +37,8 @@ _ROUTER = {
 }
 # What a config calls its number of experts; a list of numbers per layer is none of these.
 NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# And the experts that a token takes.
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 # Heads that predict further tokens: transformers does not load them, so that no statistics tell of their experts.
 _PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sedetect.checkpoints.files import adapter_in, check_checkpoint
-from sedetect.checkpoints.layout import Layout, Tensor, read_layout, renamed, with_fewer_experts
+from sedetect.checkpoints.layout import TOP_K, Layout, Tensor, read_layout, renamed, with_fewer_experts
 from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError
 from sedetect.files import new_folder, write_json
@@ -112,8 +112,23 @@ def choose_kept(
 
 
 def router_groups(config: dict[str, Any]) -> int:
-    """Number of groups that the router of a config.json chooses among before it chooses experts; 1 without groups."""
-    return (config.get("text_config") or config).get("n_group") or 1
+    """Number of groups that the router of a config.json chooses among before it chooses experts; 1 without groups.
+
+    Raises SedetectError where it chooses groups and does not say of how many.
+    """
+    text = config.get("text_config") or config
+    if text.get("topk_group") and "n_group" not in text:
+        raise SedetectError(
+            f"config.json: its router takes {text['topk_group']} groups of experts (topk_group), and no n_group says "
+            "of how many; this architecture cannot be pruned yet"
+        )
+    return text.get("n_group") or 1
+
+
+def experts_per_token(config: dict[str, Any]) -> int | None:
+    """How many experts a config.json gives to a token; None where it does not say so by a name that is known."""
+    text = config.get("text_config") or config
+    return next((text[name] for name in TOP_K if isinstance(text.get(name), int)), None)
 
 
 def check_ratio(ratio: float) -> None:
@@ -127,7 +142,7 @@ def check_prunable(source: str | Path, ratio: float) -> None:
     """What prune_checkpoint and choose_kept refuse of a checkpoint and a ratio, before any statistics are there."""
     config = prunable_config(source)
     layout = read_layout(Path(source), config)
-    top_k = (config.get("text_config") or config).get("num_experts_per_tok") or 1
+    top_k = experts_per_token(config) or 1
     for experts in layout.experts.values():
         gone = _number_gone(experts, ratio, top_k, router_groups(config))
         with_fewer_experts(config, experts, experts - gone, layout.dropped > 0)
@@ -183,6 +198,9 @@ def prune_checkpoint(
     layout = read_layout(source, config)
     by_layer = _by_layer(kept, layout, source)
     number = len(next(iter(by_layer.values())))
+    top_k = experts_per_token(config)
+    if top_k is not None and number < top_k:
+        raise SedetectError(f"{source}: {number} experts to keep, and every token takes {top_k}; keep more")
     new_config = with_fewer_experts(config, max(layout.experts.values()), number, layout.dropped > 0)
     _check_groups(config, number)
     pieces = _pieces(layout, by_layer)
@@ -201,11 +219,15 @@ def prune_checkpoint(
                 shutil.copy(file, folder)
         _write_weights(folder, pieces, by_layer, size, progress)
         Pruning(facts or {}, kept).save(folder / "pruning.json")
-    if not layout.dropped:
-        return []
-    return [
-        f"{layout.dropped} tensors of heads that predict further tokens left out: no statistics tell of their experts"
-    ]
+    notes = []
+    if layout.dropped:
+        notes.append(
+            f"{layout.dropped} tensors of heads that predict further tokens left out: no statistics tell of their "
+            "experts"
+        )
+    if top_k is None:
+        notes.append(f"config.json does not say how many experts a token takes; check that {number} are enough")
+    return notes
 
 
 def _number_gone(experts: int, ratio: float, top_k: int, groups: int) -> int:
@@ -235,7 +257,7 @@ def _number_gone(experts: int, ratio: float, top_k: int, groups: int) -> int:
 def _check_groups(config: dict[str, Any], number: int) -> None:
     """Raise where groups of the size that is left do not hold what the router takes from them."""
     text = config.get("text_config") or config
-    groups, chosen, top_k = router_groups(config), text.get("topk_group") or 1, text.get("num_experts_per_tok") or 1
+    groups, chosen, top_k = router_groups(config), text.get("topk_group") or 1, experts_per_token(config) or 1
     size = number // groups
     if groups > 1 and (size < 2 or size * chosen < top_k):
         raise SedetectError(

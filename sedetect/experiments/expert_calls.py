@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sedetect.adapters.listed import is_linear, linear_sizes
 from sedetect.adapters.stacked import as_experts
 from sedetect.models.attach import run_inner
 from sedetect.models.banks import Bank
@@ -72,7 +73,8 @@ class ExpertCalls:
         return y
 
     def _shared_gate(self, bank: Bank, x: torch.Tensor) -> float:
-        """What the MLP block multiplies its shared expert by: in Qwen's sigmoid(shared_expert_gate(x)), else 1."""
+        """What the block multiplies its shared expert by: Qwen's, the sigmoid of a linear with one output; else 1."""
         block = self._model.get_submodule(bank.path.rpartition(".")[0].rpartition(".")[0])
-        gate = getattr(block, "shared_expert_gate", None)
+        ones = (child for child in block.children() if is_linear(child) and linear_sizes(child) == (1, x.shape[-1]))
+        gate = next(ones, None)
         return 1.0 if gate is None or bank.id.base != "shared" else float(torch.sigmoid(gate(x)))

@@ -204,11 +204,12 @@ class _Observer:
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         out = output[0] if isinstance(output, tuple) else output
-        given = args[0] if args else kwargs["hidden_states"]
-        if out.dim() != 3 or given.shape != out.shape:
+        given = args[0] if args else kwargs.get("hidden_states")
+        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in (given, out)]
+        if shapes[0] != shapes[1] or len(shapes[0]) != 3:
             raise SedetectError(
-                f"layer {number} ({type(module).__name__}): maps {tuple(given.shape)} to {tuple(out.shape)}, which is "
-                "not one residual stream; this architecture cannot be observed"
+                f"layer {number} ({type(module).__name__}): maps {shapes[0]} to {shapes[1]}, which is not one residual "
+                "stream; this architecture cannot be observed"
             )
         before, after = (torch.nan_to_num(x[0].float(), 0, 0, 0) for x in (given, out))
         size = after.abs()

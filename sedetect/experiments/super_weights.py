@@ -28,10 +28,12 @@ from sedetect.documents import Document, short_repr
 from sedetect.errors import SedetectError
 from sedetect.models.attach import attach, run_inner
 from sedetect.models.banks import Bank, find_banks
-from sedetect.models.experts import expert_hidden
+from sedetect.models.experts import expert_hidden, expert_output
 from sedetect.models.layers import run_tokens
 from sedetect.ranking.result import Ranking, SuperExpert
 from sedetect.stats.place import BankId, Place
+
+_ROUNDING = 0.02  # of an output in 16 bits, relative to what is summed up
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -241,12 +243,18 @@ def _resolve(
         weight = experts.down_proj[expert.number]
         weight = weight[:, channel] if experts.is_transposed else weight[channel]
         bias = experts.down_proj_bias[expert.number][channel] if experts.has_bias else None
+        own = expert_output(module, x[row : row + 1], expert.number)[0, channel]
     else:
-        gate, h = 1.0, x[row]
+        gate, h, own = 1.0, x[row], module(x[row : row + 1])[0, channel]
         weight, bias = _linear_row(bank, module, channel)
     weight, h = weight.double().cpu(), h.to(weight.dtype).double().cpu()
     products = weight * h  # (I,)
     value = products.sum() + (0 if bias is None else bias.double().cpu())
+    if abs(float(own) - float(value)) > _ROUNDING * float(products.abs().sum()):
+        raise SedetectError(
+            f"{expert}: its weights add up to {float(value):g} and its output is {float(own):g}; what else is added to "
+            "it is not known"
+        )
     shares = products / value
     order = shares.argsort(descending=True, stable=True)[:top]
     cumulative = shares[order].cumsum(0)

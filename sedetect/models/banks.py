@@ -7,7 +7,9 @@ Experts behind transformers' experts interface are found by what they hold, othe
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -26,6 +28,8 @@ from sedetect.stats.place import BankId
 # At least one of them stands beside an MLP's output projection; a router that projects down has none.
 _UP_NAMES = ("up_proj", "gate_up_proj", "w1", "input_linear", "fc1", "wi", "wi_0")
 _LAYER = re.compile(r"(.*?)\.(\d+)(?=\.|$)")
+# Of an experts module behind the interface: what is computed with.
+_PARTS = {"gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias", "act_fn"}
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -260,6 +264,12 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module, sharded: bo
                 f"{path} ({name}): weights in a {type(stored).__name__} are not read by the kernels; load the model "
                 "without it (unquantized, with values)"
             )
+    unknown = None if isinstance(experts, Adapter) else _unknown_part(module)
+    if unknown is not None:
+        raise SedetectError(
+            f"{path} ({name}): what its {unknown} does to the experts' outputs is not known; install an older "
+            "transformers, or a newer sedetect"
+        )
     if sharded and isinstance(experts, Adapter):
         raise SedetectError(f"{path} ({name}): experts of this form are not measured under fully_shard; load it whole")
     if weight.dtype not in _FLOATS and not isinstance(experts, ListedExperts):  # which compute themselves
@@ -267,6 +277,26 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module, sharded: bo
             f"{path} ({name}): experts stored as {weight.dtype} are not supported yet; "
             "load the model dequantized (for example FineGrainedFP8Config(dequantize=True))"
         )
+
+
+def _unknown_part(module: nn.Module) -> str | None:
+    """What an experts module holds per expert, or calls outside its gate, that our computation of it leaves out."""
+    own = as_experts(module)
+    known = {*_PARTS, "post_expert_norm"} if getattr(module, "has_post_expert_norm", False) else _PARTS
+    held = [name for name, part in module.named_parameters(recurse=False) if part.shape[:1] == own.down_proj.shape[:1]]
+    silent = {name: child for name, child in module.named_children() if name not in known}
+    if silent:
+        width = own.down_proj.shape[1 if own.is_transposed else 2]
+        z = own.down_proj.new_zeros(1, (1 + own.has_gate) * width)
+
+        def hear(name: str, *call: Any) -> None:
+            silent.pop(name, None)
+
+        with ExitStack() as stack:
+            for name, child in [*silent.items()]:
+                stack.callback(child.register_forward_pre_hook(partial(hear, name)).remove)
+            (own._apply_gate if own.has_gate else own.act_fn)(z)
+    return next((name for name in (*held, *silent) if name not in known), None)
 
 
 def _refuse_unreachable(path: str, module: nn.Module, known: list[str]) -> None:

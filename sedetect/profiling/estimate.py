@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sedetect.checkpoints.files import check_checkpoint
+from sedetect.checkpoints.layout import TOP_K
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.staging import read_bytes
 from sedetect.documents import short_repr
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 SAMPLE = 2**28  # bytes read to measure the bandwidth
-_TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token")
 
 
 @dataclass
@@ -157,5 +157,5 @@ def _nbytes(module: torch.nn.Module) -> int:
 
 
 def _top_k(config: "PreTrainedConfig") -> int | None:
-    found = (getattr(config, name, None) for name in _TOP_K)
+    found = (getattr(config, name, None) for name in TOP_K)
     return next((value for value in found if isinstance(value, int)), None)

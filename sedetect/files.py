@@ -18,6 +18,7 @@ from sedetect.errors import SedetectError
 
 # In a folder of results, see sedetect.results.
 STATS, RESIDUAL, PROOF = "stats.safetensors", "residual.json", "proof.json"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _TEMPORARY = re.compile(r"\..+\.(safetensors|json)\.\w{8}")  # as _temporary names it
 
 
@@ -25,6 +26,13 @@ def file_in(path: str | os.PathLike[str], name: str | None) -> Path:
     """The file that a path means: where it is a folder, the one of that name in it."""
     path = Path(path)
     return path / name if name is not None and path.is_dir() else path
+
+
+def check_no_pointer(file: str | os.PathLike[str]) -> None:
+    """Raise SedetectError for what a clone without git-lfs has in place of a large file: text that says where it is."""
+    with Path(file).open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise SedetectError(f"{file}: a git-lfs pointer and not the file itself; run `git lfs pull` in its folder")
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:

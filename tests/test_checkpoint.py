@@ -11,6 +11,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from support.checkpoints import put_model, put_tokenizer
 
 import sedetect
 from sedetect.analysis import analyze_weights
@@ -124,6 +125,194 @@ def test_missing_shard(copy):
     assert SHARD in message and "1 of 3" in message
 
 
+def opened_by_all(folder: Path, line: str) -> None:
+    """Every way in refuses the folder with this line."""
+    for open_it in (check_checkpoint, sedetect.profile_model, prunable_config, make_plan, analyze_weights):
+        assert line in refusal(open_it, folder), open_it
+    assert line in refusal(sedetect.profile_model, folder, stream=True)
+
+
+def digest_of(folder: Path) -> str:
+    return sedetect.profile_model(folder, text=sedetect.Text(tokens=64, seq_len=16)).stats.header.digest
+
+
+def read_all(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of all numbered shards."""
+    return {name: tensor for file in folder.glob("model-*") for name, tensor in load_file(file).items()}
+
+
+def put_single(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Put one file of weights in the place of all."""
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_one_file_beside_shards(tmp_path):
+    """transformers reads the file and other programs what the index names: of a 4-bit file beside bfloat16, say."""
+    model = put_model(tmp_path / "model")
+    digest, tensors = digest_of(model), read_all(model)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    opened_by_all(model, "model.safetensors: 4 shards lie beside it, first model-00001-of-00004.safetensors")
+    index = (model / INDEX).read_text()
+    put_single(model, tensors)
+    (model / INDEX).write_text(index)  # left over, and names nothing that is there
+    assert digest_of(model) == digest
+
+
+def test_shards_of_another_save(tmp_path):
+    """What the index does not name is not read; an index that names other shards is told apart from a lost shard."""
+    model = put_model(tmp_path / "model")
+    digest = digest_of(model)
+    shutil.copy(model / "model-00001-of-00004.safetensors", model / "model-00001-of-00002.safetensors")
+    assert digest_of(model) == digest
+    for number in (3, 4):
+        (model / f"model-0000{number}-of-00004.safetensors").unlink()
+    opened_by_all(model, "does not name 1 shards that are here, first model-00001-of-00002.safetensors")
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    model = put_model(tmp_path / "model")
+    digest = digest_of(model)
+    first, last = model / "model-00003-of-00004.safetensors", model / "model-00004-of-00004.safetensors"
+    twice = load_file(first) | load_file(last)
+    save_file(twice, last, {"format": "pt"})
+    assert digest_of(model) == digest  # equal values do no harm
+    name = next(name for name in load_file(first) if "experts" in name)
+    save_file(twice | {name: twice[name].half()}, last, {"format": "pt"})
+    opened_by_all(model, f"{name} is in {first.name} too, with other values")
+    twice[name][-1, -1] += 1  # its last bytes
+    save_file(twice, last, {"format": "pt"})
+    opened_by_all(model, f"{name} is in {first.name} too, with other values")
+
+
+def test_an_index_of_slices_for_ranks(tmp_path):
+    model = put_model(tmp_path / "model")
+    tensors = read_all(model)
+    put_single(model, tensors)
+    (model / "model.safetensors").rename(model / "pytorch_model-00001-TP-000.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "pytorch_model-00001-TP-000.safetensors")}
+    (model / INDEX).write_text(json.dumps(index))
+    opened_by_all(model, "TP-000.safetensors: weights that are split for tensor parallelism")
+
+
+def test_a_link_to_nothing(tmp_path):
+    """A snapshot of the hub's cache, copied without the blobs it points to."""
+    model = put_model(tmp_path / "model")
+    (model / "config.json").rename(tmp_path / "blob")
+    (model / "config.json").symlink_to("../blobs/5f3a")
+    opened_by_all(model, "config.json: a link to ../blobs/5f3a, where nothing is")
+    (model / "config.json").unlink()
+    (tmp_path / "blob").rename(model / "config.json")
+    shard = model / "model-00002-of-00004.safetensors"
+    shard.unlink()
+    shard.symlink_to("../blobs/77aa")
+    opened_by_all(model, "a link to ../blobs/77aa, where nothing is (1 of 4 shards)")
+
+
+def test_experts_that_are_left_out(tmp_path):
+    """With a config to match, transformers numbers those behind a gap anew, and a list would name others."""
+
+    def keep(kept: list[int]) -> Path:
+        model = put_model(tmp_path / str(len(list(tmp_path.iterdir()))))
+        tensors = {name: t for name, t in read_all(model).items() if ".experts." not in name}
+        for name, tensor in read_all(model).items():
+            if name.endswith("mlp.gate.weight"):
+                tensors[name] = tensor[kept].clone()
+            elif ".experts." in name and int(name.split(".experts.")[1].split(".")[0]) in kept:
+                tensors[name] = tensor
+        put_single(model, tensors)
+        edit_config(model, num_experts=len(kept), num_local_experts=len(kept))
+        return model
+
+    assert digest_of(keep([0, 1, 2, 3, 4])) != digest_of(keep([0, 1, 2, 3]))
+    opened_by_all(keep([0, 1, 3, 4, 5]), "mlp.experts.2 is missing, and the experts go on to 5")
+    opened_by_all(keep([4, 5, 6, 7]), "mlp.experts.0 is missing, and the experts go on to 7")  # of one rank
+
+
+def test_a_matrix_of_an_expert_that_is_left_out(tmp_path):
+    model = put_model(tmp_path / "model")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors = read_all(model)
+    del tensors[name]
+    put_single(model, tensors)
+    opened_by_all(model, f"{name} is missing, which other experts of the layer have")
+    assert "cannot be put together" in refusal(load_model, model)
+
+
+NAMES = {
+    "another block": (lambda name: name.replace(".mlp.", ".block_sparse_moe."), "model.layers.0.block_sparse_moe."),
+    "another matrix": (lambda name: name.replace("down_proj", "w2"), "model.layers.0.mlp.experts.0.w2.weight"),
+    "inside a multimodal model": (lambda name: f"language_model.{name}", "first language_model.lm_head.weight"),
+    "DDP": (lambda name: f"module.{name}", "take 'module.' out of the names"),
+    "compiled": (lambda name: f"_orig_mod.{name}", "take '_orig_mod.' out of the names"),
+    "compiled DDP": (lambda name: f"_orig_mod.module.{name}", "take '_orig_mod.module.' out of the names"),
+    "FSDP": (lambda name: f"_fsdp_wrapped_module.{name}", "take '_fsdp_wrapped_module.' out of the names"),
+    "compiled layers": (
+        lambda name: name.replace("layers.1.", "layers.1._orig_mod."),
+        "take '_orig_mod.' out of the names",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_weights_under_other_names(kind, tmp_path):
+    """transformers would go on with random weights in their place."""
+    rename, told = NAMES[kind]
+    model = put_model(tmp_path / "model")
+    put_single(model, {rename(name): tensor for name, tensor in read_all(model).items()})
+    for open_it in (load_model, sedetect.profile_model, make_plan, analyze_weights):
+        message = refusal(open_it, model)
+        assert " of Qwen3MoeForCausalLM are missing, first " in message and told in message, open_it
+    assert told in refusal(sedetect.profile_model, model, stream=True)
+
+
+def test_experts_that_transformers_own_class_lacks(tmp_path):
+    """nomic-embed-text-v2-moe has the model_type of a dense model, and code of its own with the experts."""
+    config = transformers.NomicBertConfig(
+        vocab_size=4096, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    )
+    transformers.NomicBertModel(config).save_pretrained(tmp_path)
+    put_tokenizer(tmp_path)
+    assert "NomicBertModel: no MoE layer found; give" in refusal(sedetect.profile_model, tmp_path)
+    edit_config(tmp_path, num_experts=8)
+    assert "its config has num_experts 8; give a model whose" in refusal(sedetect.profile_model, tmp_path)
+    edit_config(tmp_path, auto_map={"AutoModel": "modeling_nomic.NomicBertModel"})
+    tensors = load_file(tmp_path / "model.safetensors")
+    for open_it in (sedetect.profile_model, make_plan):
+        assert "its config has num_experts 8; pass trust_remote_code=True" in refusal(open_it, tmp_path)
+    tensors = {name: tensor for name, tensor in tensors.items() if ".1.mlp." not in name}
+    put_single(tmp_path, tensors | {"encoder.layers.1.mlp.experts.mlp.w1": torch.ones(8 * 48, 32)})
+    message = refusal(sedetect.profile_model, tmp_path)
+    assert "first layers.1.mlp.experts.mlp.w1; pass trust_remote_code=True" in message
+    assert "no MoE layer found, though" in refusal(sedetect.profile_model, tmp_path, stream=True)
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a' * 16}\nsize 14566520\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, SHARD, "tokenizer.json", "tokenizer_config.json"])
+def test_a_git_lfs_pointer(copy, name):
+    (copy / name).write_text(POINTER)
+    line = f"{name}: a git-lfs pointer and not the file itself; run `git lfs pull` in its folder"
+    assert line in refusal(sedetect.profile_model, copy)
+    assert line in refusal(prunable_config, copy)
+
+
+def test_git_lfs_pointers_that_nothing_would_notice(copy):
+    """A vocabulary of three words, and a file that a pruned checkpoint would have copied."""
+    (copy / "generation_config.json").write_text(POINTER)
+    assert "generation_config.json: a git-lfs pointer" in refusal(prunable_config, copy)
+    (copy / "generation_config.json").unlink()
+    (copy / "tokenizer.model").write_text(POINTER)
+    load_tokenizer(copy)  # from tokenizer.json
+    (copy / "tokenizer.model").unlink()
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    (copy / "vocab.txt").write_text(POINTER)
+    assert "vocab.txt: a git-lfs pointer" in refusal(load_tokenizer, copy)
+
+
 def test_pickle_only(copy):
     for file in copy.glob("model*"):
         file.unlink()
@@ -145,6 +334,13 @@ OTHERS = {
     "deepspeed": (["config.json", "global_step10/", "zero_to_fp32.py"], "zero_to_fp32.py FOLDER OUT"),
     "pickle": (["config.json", "pytorch_model-00001-of-00002.bin"], "can run code; convert"),
     "pickle index": (["config.json", "pytorch_model.bin.index.json"], "can run code; convert"),
+    "grok 2": (
+        ["config.json", "pytorch_model-00000-TP-common.safetensors", "pytorch_model-00001-TP-000.safetensors"],
+        "TP-common.safetensors: weights that are split for tensor parallelism",
+    ),
+    "vllm sharded state": (["config.json", "model-rank-0-part-0.safetensors"], "split for tensor parallelism"),
+    "deepseek inference": (["config.json", "model0-mp8.safetensors"], "join the parts"),
+    "megatron": (["config.json", "mp_rank_00/"], "mp_rank_00: weights that are split"),
     "onnx": (["config.json", "model.onnx", "model.onnx_data"], "model.onnx: ONNX weights"),
     "mlx": (["config.json", "weights.npz"], "weights of MLX"),
     "meta": (["params.json", "consolidated.00.pth"], "in the publisher's own form"),
@@ -296,7 +492,7 @@ def test_bad_arguments():
 
 def test_experts_quantized_in_a_form_that_is_not_loaded():
     """GPTQ and AWQ name their weights so that stacked experts stay empty; their packages are not installed here."""
-    loaded = {"missing_keys": {"lm_head.weight", "model.layers.0.mlp.experts.down_proj"}}
+    loaded = {"missing_keys": {"lm_head.weight", "model.layers.0.mlp.experts.down_proj"}, "unexpected_keys": set()}
     message = refusal(_check_loaded, "folder", "Qwen3MoeForCausalLM", loaded, "gptq")
     assert "quantized by gptq into the experts of Qwen3MoeForCausalLM, first model.layers.0.mlp.experts" in message
     assert "lm_head.weight; give a complete checkpoint" in refusal(_check_loaded, "folder", "Model", loaded, None)

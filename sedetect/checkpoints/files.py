@@ -5,16 +5,27 @@ import json
 import math
 import os
 import re
+from collections import defaultdict
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sedetect.errors import SedetectError
+from sedetect.files import check_no_pointer
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ADAPTER = "adapter_config.json"
 _MERGE = "merge_and_unload and save_pretrained of peft"
 _SOURCE = "give the checkpoint that it was made from"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
+# What ranks read, each its own: names of Grok 2, of vLLM's sharded_state, of DeepSeek's convert.py, of Megatron.
+_OF_A_RANK = r".*-TP-\w+\.safetensors|model-rank-\d+-part-\d+\.safetensors|model\d+-mp\d+\.safetensors|[mt]p_rank_\d+.*"
+_RANKS = (
+    "weights that are split for tensor parallelism, a part for each rank",
+    "give a checkpoint with whole tensors, or join the parts with the program that split them",
+)
 # What else is taken for a checkpoint: names of files and folders, what they are, and the way out.
 _FOREIGN = (
     (r".*\.gguf", "GGUF weights, which llama.cpp computes with", _SOURCE),
@@ -28,6 +39,7 @@ _FOREIGN = (
         "a part of a DeepSpeed checkpoint",
         "write it as safetensors with `python zero_to_fp32.py FOLDER OUT --safe_serialization`",
     ),
+    (_OF_A_RANK, *_RANKS),
     (r".*\.onnx(_data)?", "ONNX weights", _SOURCE),
     (r".*\.npz", "weights of MLX", _SOURCE),
     (
@@ -70,22 +82,80 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
     """Verify a checkpoint folder without reading its weights.
 
     Raises SedetectError where the folder or its config.json is missing or not valid, the weights are pickled, a shard
-    that the index names is absent, a safetensors header cannot be read, a file is not as long as its header says, or
-    matrices are stored as integers though the config names no quantization.
+    that the index names is absent, a safetensors header cannot be read, a file is not as long as its header says,
+    matrices are stored as integers though the config names no quantization, a tensor is in two files with different
+    values, or an expert is left out.
     """
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
         raise SedetectError(f"{path}: {what}; give the folder of a checkpoint (config.json and *.safetensors)")
     plain = "quantization_config" not in read_config(folder)
+    found: dict[str, _Stored] = {}
     for shard in shards_of(folder):
-        tensors = json.loads(read_header(shard))
-        for name, entry in tensors.items() if plain else ():
+        header = read_header(shard)
+        for name, entry in json.loads(header).items():
+            if name == "__metadata__":
+                continue
             matrix = name.endswith((".weight", "_proj")) and len(entry["shape"]) > 1
-            if name != "__metadata__" and matrix and entry["dtype"] in _INTEGERS:
+            if plain and matrix and entry["dtype"] in _INTEGERS:
                 raise SedetectError(
                     f"{shard}: {name} is stored as {entry['dtype']}, and config.json has no quantization_config that "
                     "says what its values stand for; give the checkpoint with its own config"
+                )
+            start, end = entry["data_offsets"]
+            stored = _Stored(shard, 8 + len(header) + start, end - start, (entry["dtype"], entry["shape"]))
+            if _differ(found.setdefault(name, stored), stored):
+                raise SedetectError(
+                    f"{shard}: {name} is in {found[name].file.name} too, with other values; give the files of one save"
+                )
+    _check_experts(folder, found, plain)
+
+
+class _Stored(NamedTuple):
+    """Where a file has a tensor: from which byte on, and how many."""
+
+    file: Path
+    start: int
+    length: int
+    form: tuple[str, list[int]]  # dtype and shape
+
+
+def _differ(one: _Stored, other: _Stored) -> bool:
+    """Whether two tensors of one name have different values; equal ones in two files do no harm."""
+    if one is other:
+        return False
+    if one.form != other.form:
+        return True
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        lengths = (min(2**24, one.length - done) for done in range(0, one.length, 2**24))
+        return any(first.read(length) != second.read(length) for length in lengths)
+
+
+def _check_experts(folder: Path, names: Iterable[str], alike: bool) -> None:
+    """Raise for experts whose numbers have a gap, which transformers would close: those behind it would get others.
+
+    alike: all of a layer's experts have tensors of the same names (some quantized ones have not).
+    """
+    layers: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        if match := _EXPERT.fullmatch(name):
+            layers[match[1]][int(match[2])].add(match[3])
+    for path, experts in layers.items():
+        missing = next((number for number in range(max(experts)) if number not in experts), None)
+        if missing is not None:
+            raise SedetectError(
+                f"{folder}: {path}.{missing} is missing, and the experts go on to {max(experts)}; give a complete "
+                "checkpoint, or one whose experts were numbered anew with their router"
+            )
+        every = set.union(*experts.values()) if alike else set()
+        for number, own in sorted(experts.items()):
+            if absent := min(every - own, default=None):
+                raise SedetectError(
+                    f"{folder}: {path}.{number}.{absent} is missing, which other experts of the layer have; give a "
+                    "complete checkpoint"
                 )
 
 
@@ -119,7 +189,8 @@ def _digest_of(shards: tuple[tuple[Path, int, int], ...]) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise SedetectError(f"{file}: missing; give the folder of a complete checkpoint")
+        raise SedetectError(f"{file}: {_missing(file)}; give the folder of a complete checkpoint")
+    check_no_pointer(file)
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -127,6 +198,10 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise SedetectError(f"{file}: a JSON {type(document).__name__}, not an object; copy or download it again")
     return document
+
+
+def _missing(file: Path) -> str:
+    return f"a link to {os.readlink(file)}, where nothing is" if file.is_symlink() else "missing"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -173,12 +248,13 @@ def shards_of(folder: Path) -> list[Path]:
     named = read_config(folder).get("transformers_weights")
     names = [named] if named else ["model.safetensors", "model.safetensors.index.json"]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
+    entries = sorted(os.listdir(folder))
+    numbered = [name for name in entries if _SHARD.fullmatch(name)]
     if found is None:
-        entries = sorted(os.listdir(folder))
-        if parts := [name for name in entries if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
+        if numbered:
             raise SedetectError(
-                f"{folder / parts[0]}: {len(parts)} shards without {names[-1]}, which says what is in which; copy or "
-                "download it"
+                f"{folder / numbered[0]}: {len(numbered)} shards without {names[-1]}, which says what is in which; "
+                "copy or download it"
             )
         if what := _foreign(folder, entries):
             raise SedetectError(what)
@@ -186,26 +262,39 @@ def shards_of(folder: Path) -> list[Path]:
             raise SedetectError(f"{folder / others[0]}: not read under this name; the weights go into {names[0]}")
         raise SedetectError(f"{folder}: no {' or '.join(names)} in it; download the weights")
     if found.suffix != ".json":
+        if numbered and not named:
+            raise SedetectError(
+                f"{found}: {len(numbered)} shards lie beside it, first {numbered[0]}, and some programs read it, some "
+                "them; move away what is not the model"
+            )
         return [found]
     weight_map = read_json(found).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise SedetectError(f"{found}: names no weights (weight_map); copy or download it again")
     shards = [folder / name for name in sorted(set(weight_map.values()))]
+    if parts := [shard for shard in shards if re.fullmatch(_OF_A_RANK, shard.name)]:
+        raise SedetectError(f"{parts[0]}: {'; '.join(_RANKS)}")
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
-        raise SedetectError(f"{missing[0]}: missing ({len(missing)} of {len(shards)} shards are); download it")
+        line = f"{missing[0]}: {_missing(missing[0])} ({len(missing)} of {len(shards)} shards)"
+        if others := [name for name in numbered if folder / name not in shards]:
+            raise SedetectError(
+                f"{line}, and {found.name} does not name {len(others)} shards that are here, first {others[0]}: it is "
+                "of another save; download the one that belongs to them"
+            )
+        raise SedetectError(f"{line}; download it")
     return shards
 
 
 def read_header(file: Path) -> bytes:
     """The header of a safetensors file. SedetectError where it is damaged or the file's size is not what it says."""
+    check_no_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or length > _MAX_HEADER:
             raise SedetectError(
-                f"{file}: not a safetensors file ({size} bytes, header length {length}); "
-                "download it again (it may be a git-lfs pointer)"
+                f"{file}: not a safetensors file ({size} bytes, header length {length}); download it again"
             )
         header = opened.read(length)
     expected = 8 + length

@@ -30,7 +30,7 @@ from sedetect.checkpoints.files import adapter_in, check_checkpoint
 from sedetect.checkpoints.layout import TOP_K, Layout, Tensor, read_layout, renamed, with_fewer_experts
 from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError
-from sedetect.files import new_folder, write_json
+from sedetect.files import check_no_pointer, new_folder, write_json
 from sedetect.models.banks import find_banks
 from sedetect.models.identity import join_digest, model_id, other_model
 from sedetect.models.loading import empty_model
@@ -154,6 +154,8 @@ def prunable_config(folder: str | Path) -> dict[str, Any]:
     check_checkpoint(folder)
     if what := adapter_in(folder):
         raise SedetectError(f"{what}: a pruned checkpoint would be without it")
+    for file in _beside_weights(Path(folder)):
+        check_no_pointer(file)
     config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return config
 
@@ -213,10 +215,8 @@ def prune_checkpoint(
             )
         write_json(folder / "config.json", new_config, allow_nan=True)  # some configs have "Infinity" in them
         _check_architecture(source, folder, number)
-        for file in sorted(source.iterdir()):
-            # README.md is the card of another model, which may name experts by numbers that changed.
-            if file.is_file() and file.name not in ("config.json", "README.md") and not file.name.endswith(_WEIGHTS):
-                shutil.copy(file, folder)
+        for file in _beside_weights(source):
+            shutil.copy(file, folder)
         _write_weights(folder, pieces, by_layer, size, progress)
         Pruning(facts or {}, kept).save(folder / "pruning.json")
     notes = []
@@ -228,6 +228,14 @@ def prune_checkpoint(
     if top_k is None:
         notes.append(f"config.json does not say how many experts a token takes; check that {number} are enough")
     return notes
+
+
+def _beside_weights(source: Path) -> list[Path]:
+    """The files that a pruned checkpoint keeps as they are."""
+    # README.md is the card of another model, which may name experts by numbers that changed.
+    own = ("config.json", "README.md")
+    files = [file for file in sorted(source.iterdir()) if file.is_file() and file.name not in own]
+    return [file for file in files if not file.name.endswith(_WEIGHTS)]
 
 
 def _number_gone(experts: int, ratio: float, top_k: int, groups: int) -> int:

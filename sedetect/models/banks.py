@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -21,9 +21,13 @@ from sedetect.adapters.forwards import forward_of
 from sedetect.adapters.listed import DOWN_NAMES, EXPERT_DOWN_NAMES, ListedExperts, is_linear, linear_sizes
 from sedetect.adapters.registry import NOT_MLPS, REFUSED, adapt
 from sedetect.adapters.stacked import Adapter, as_experts
-from sedetect.errors import SedetectError
+from sedetect.checkpoints.layout import NUMBER_OF_EXPERTS
+from sedetect.errors import Argument, SedetectError
 from sedetect.models.wrappers import checkpoint_name, is_sharded, unwrap
 from sedetect.stats.place import BankId
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # At least one of them stands beside an MLP's output projection; a router that projects down has none.
 _UP_NAMES = ("up_proj", "gate_up_proj", "w1", "input_linear", "fc1", "wi", "wi_0")
@@ -87,7 +91,7 @@ def find_banks(model: nn.Module) -> list[Bank]:
     for path, experts in routed:
         _refuse_weights(model, path, experts, sharded)
     if not routed:
-        raise SedetectError(f"{type(model).__name__}: no MoE layer found; give a Mixture-of-Experts model")
+        raise _without_experts(model)
     inside = tuple(f"{path}." for path, _ in routed)
     stacks = _stacks([path for path, _ in routed])
     expert_classes = {type(e) for _, listed in routed if isinstance(listed, ListedExperts) for e in listed.experts}
@@ -137,6 +141,19 @@ def find_banks(model: nn.Module) -> list[Bank]:
             f"{where}: PEFT keeps it twice (modules_to_save); call merge_and_unload() on the model first"
         )
     return sorted(banks, key=lambda bank: bank.id)
+
+
+def _without_experts(model: "PreTrainedModel") -> SedetectError:
+    """Of a model in which no bank is found: of a dense checkpoint, or one whose experts this class does not have."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    counts = {key: getattr(config, key, None) for key in NUMBER_OF_EXPERTS}
+    key = next((key for key, count in counts.items() if isinstance(count, int) and count > 1), None)
+    if key is None:
+        return SedetectError(f"{name}: no MoE layer found; give a Mixture-of-Experts model")
+    line = f"{name}: no MoE layer found, though its config has {key} {counts[key]}"
+    if getattr(model.config, "auto_map", None) and type(model).__module__.startswith("transformers."):
+        return SedetectError(f"{line}; pass ", Argument("trust_remote_code", True), " to run the model code it brings")
+    return SedetectError(f"{line}; give a model whose class in transformers has the experts")
 
 
 def find_dense(model: nn.Module) -> list[Bank]:

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils import cached_file
 
 from sedetect.adapters.registry import serve_quantized
 from sedetect.calibration.windows import prefix_ids
@@ -39,12 +40,19 @@ from sedetect.checkpoints.memory import choose_device, choose_dtype
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
 from sedetect.errors import Argument, SedetectError, shorten
+from sedetect.files import check_no_pointer
 from sedetect.models.banks import Bank, find_banks
 from sedetect.stats.note import Note
 
 if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+# What training code wraps a model or its layers in, as it stands in the names that are then saved.
+_WRAPPER = re.compile(
+    r"(^module\.|^base_model\.model\.|_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)\.(module\.)?)+"
+)
+_VOCABULARY = r"tokenizer.*|vocab.*|merges.*|.*\.model|.*\.tiktoken"
+_OWN_CODE = " to run the model code it brings"
 # Tried in this order: a text-only class leaves the vision tower of a multimodal checkpoint out.
 _AUTO_CLASSES = (
     AutoModelForCausalLM,
@@ -108,7 +116,10 @@ def load_with_notes(
         except RuntimeError:
             _refuse_unconverted(name, report)
             raise
-        notes = _check_loaded(name, type(model).__name__, loaded, method)
+        if not Path(name).is_dir():
+            _check_snapshot(name, loading)
+        own_code = bool(getattr(config, "auto_map", None)) and not loading.trust_remote_code
+        notes = _check_loaded(name, type(model).__name__, loaded, method, own_code)
         if "device_map" not in options and not any(p.is_meta for p in model.parameters()):  # see streamed.py
             model = model.to(device)
     if method == "mxfp4" and _quantization(model.config) is None:
@@ -264,12 +275,22 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint folder or hub model. Raises SedetectError where there is none."""
     name = source_name(path_or_name)
+    for file in _vocabulary(Path(name)):
+        check_no_pointer(file)
     with _one_line_errors(name, "tokenizer "):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     # without any tokenizer file transformers makes an empty one, which turns every text into no tokens
     if not tokenizer("a 1", add_special_tokens=False)["input_ids"]:
         raise SedetectError(f"{name}: no tokenizer in it; add the model's tokenizer.json and tokenizer_config.json")
     return tokenizer
+
+
+def _vocabulary(folder: Path) -> list[Path]:
+    """The files that a tokenizer is read from; tokenizer.json makes the others superfluous."""
+    if not folder.is_dir():
+        return []
+    pattern = r"tokenizer(_config)?\.json" if (folder / "tokenizer.json").is_file() else _VOCABULARY
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and re.fullmatch(pattern, file.name)]
 
 
 def _check_config(folder: Path, trust_remote_code: bool) -> None:
@@ -279,7 +300,7 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
         raise SedetectError(f"{what}, or pip install peft, which loads it into the model")
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING and not (trust_remote_code and "auto_map" in config):
-        remote = (", or pass ", Argument("trust_remote_code", True), " to run the model code it brings")
+        remote = (", or pass ", Argument("trust_remote_code", True), _OWN_CODE)
         raise SedetectError(
             f"{folder / 'config.json'}: model_type {model_type!r} is unknown to transformers "
             f"{transformers.__version__}; install a newer transformers",
@@ -314,24 +335,45 @@ def _auto_class(name: str, config: PreTrainedConfig, trust_remote_code: bool) ->
     raise SedetectError(f"{name}: transformers has no language model for {type(config).__name__}; give one that has")
 
 
-def _check_loaded(name: str, model: str, loaded: dict[str, Any], method: str | None) -> list[Note]:
-    """Judge what from_pretrained says of the weights: missing and mismatched are errors, unexpected a note."""
+def _check_snapshot(name: str, loading: Loading) -> None:
+    """check_checkpoint of what was downloaded of a hub model."""
+    config = cached_file(name, "config.json", revision=loading.revision, local_files_only=True)
+    folder = Path(config or "").parent
+    if any(folder.glob("model*.safetensors")):  # else they are of another revision, which converts pickled weights
+        check_checkpoint(folder)
+
+
+def _check_loaded(
+    name: str, model: str, loaded: dict[str, Any], method: str | None, own_code: bool = False
+) -> list[Note]:
+    """Judge what from_pretrained says of the weights: missing and mismatched are errors, unexpected a note.
+
+    own_code: the checkpoint brings code of its own, which was not run.
+    """
+    unexpected = sorted(loaded["unexpected_keys"])
     if missing := sorted(loaded["missing_keys"]):
         if method is not None and (experts := [weight for weight in missing if "experts" in weight]):
             raise SedetectError(
                 f"{name}: transformers does not put weights quantized by {method} into the experts of {model}, first "
                 f"{experts[0]}; give the unquantized checkpoint, or one in FP8, MXFP4 or compressed-tensors"
             )
-        raise SedetectError(
-            f"{name}: {len(missing)} weights of {model} are missing, first {missing[0]}; give a complete checkpoint"
-        )
+        line = f"{name}: {len(missing)} weights of {model} are missing, first {missing[0]}"
+        if not unexpected:
+            raise SedetectError(f"{line}; give a complete checkpoint")
+        line += f", and {len(unexpected)} of the checkpoint are none of its weights, first {unexpected[0]}"
+        if own_code:
+            raise SedetectError(f"{line}; pass ", Argument("trust_remote_code", True), _OWN_CODE)
+        if wrapper := next(filter(None, map(_WRAPPER.search, unexpected)), None):
+            raise SedetectError(
+                f"{line}; save the model without its wrapper (unwrap_model), or take {wrapper[0]!r} out of the names"
+            )
+        raise SedetectError(f"{line}; give a checkpoint with the names that this model has in transformers")
     if mismatched := sorted(loaded["mismatched_keys"]):
         weight, stored, wanted = mismatched[0]
         raise SedetectError(
             f"{name}: {len(mismatched)} weights do not fit {model}, first {weight}: {tuple(stored)} in the checkpoint, "
             f"{tuple(wanted)} by its config.json; give a complete checkpoint with its own config"
         )
-    unexpected = sorted(loaded["unexpected_keys"])
     if not unexpected:
         return []
     text = f"{name}: {len(unexpected)} weights are not used by {model}, first {unexpected[0]}"
@@ -347,7 +389,7 @@ def _quantization(config: PreTrainedConfig) -> str | None:
 
 def _refuse_unconverted(name: str, report: list[str]) -> None:
     """Name the first weight that transformers could not fuse (experts of unequal shapes); its exception does not."""
-    if weights := re.findall(r"^(\S+) *\|.*CONVERSION", "\n".join(report), re.MULTILINE):
+    if weights := re.findall(r"^(\S.*?) *\|.*CONVERSION", "\n".join(report), re.MULTILINE):
         raise SedetectError(
             f"{name}: {len(weights)} weights cannot be put together from the checkpoint's, first {weights[0]}; "
             "give a complete checkpoint with its own config"

@@ -12,6 +12,7 @@ import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from support.checkpoints import put_model, put_tokenizer
+from support.command import SMALL, refused, spawn
 
 import sedetect
 from sedetect.analysis import analyze_weights
@@ -228,6 +229,21 @@ def test_experts_that_are_left_out(tmp_path):
     assert digest_of(keep([0, 1, 2, 3, 4])) != digest_of(keep([0, 1, 2, 3]))
     opened_by_all(keep([0, 1, 3, 4, 5]), "mlp.experts.2 is missing, and the experts go on to 5")
     opened_by_all(keep([4, 5, 6, 7]), "mlp.experts.0 is missing, and the experts go on to 7")  # of one rank
+
+
+def test_what_a_hub_name_stands_for_is_checked_too(tmp_path):
+    hub = tmp_path / "models--lab--moe"
+    snapshot = put_model(hub / "snapshots" / ("a" * 40))
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a" * 40)
+    arguments = ("profile", "lab/moe", "-o", tmp_path / "out", *SMALL)
+    assert spawn(*arguments, HF_HUB_CACHE=str(tmp_path)).code == 0
+    name = "model.layers.1.mlp.experts.0.up_proj.weight"
+    weights = read_all(snapshot)
+    for number in (3, 4):
+        file = snapshot / f"model-0000{number}-of-00004.safetensors"
+        save_file(weights | {name: weights[name] + number}, file, {"format": "pt"})
+    assert "in model-00003-of-00004.safetensors too" in refused(spawn(*arguments, HF_HUB_CACHE=str(tmp_path)))
 
 
 def test_a_matrix_of_an_expert_that_is_left_out(tmp_path):

@@ -274,6 +274,21 @@ def test_command(folder, tmp_path):
         assert code == 0 and "10 entries, of the inputs of down_proj" in out and (tmp_path / to).stat().st_size > 1000
 
 
+def test_experts_without_rows_are_named(tmp_path):
+    """By every target: a list leaves them out, an imatrix has counts of 0 and scales are 1, all of it unmeasured."""
+    stats = sedetect.profile_model(
+        TINY, text=sedetect.Text(tokens=2048, seq_len=128), measuring=sedetect.Measuring(channels=True)
+    ).stats
+    for layer, expert in ((3, 5), (7, 0)):
+        stats.banks[BankId("decoder", layer, "routed")].counts[expert] = 0
+    stats.save(tmp_path / "stats.safetensors")
+    line = "note: 2 routed experts saw no row, so that nothing was measured (L3E5, L7E0); profile at least 21,846 more"
+    for to in ("json", "llm-compressor", "gptqmodel", "imatrix", "awq"):
+        result = run("export", tmp_path, "--to", to, "-o", tmp_path / to)
+        assert result.code == 0 and line in result.out
+    assert len(gguf.GGUFReader(tmp_path / "imatrix").tensors) == 20
+
+
 def test_command_refuses(folder, stats, tmp_path):
     out = ("-o", tmp_path / "out")
     assert "'torch' is not one of 'llm-compressor'" in refused(run("export", folder, "--to", "torch", *out))

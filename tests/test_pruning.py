@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 import sedetect
 from sedetect import BankId, ModelStats
 from sedetect.compression import pruning
-from sedetect.compression.pruning import choose_kept, prune_checkpoint
+from sedetect.compression.pruning import Pruning, choose_kept, prune_checkpoint
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
 from sedetect.ranking.saliencies import SALIENCIES, saliency
@@ -308,6 +308,20 @@ def test_command(stats_file, tmp_path):
     assert (expert.layer, expert.verdict) == (1, "super")
     assert kept[0]["kept"]["decoder.1.routed"][expert.expert] == 28, "it is still there, under its new number"
     assert "exists already" in refused(run("prune", TINY, *options, "-o", tmp_path / "safe"))
+
+
+def test_pruned_experts_without_rows_are_named(stats_file, tmp_path):
+    """Their saliency of 0 is no measurement; those that are kept are not told of."""
+    stats = ModelStats.load(stats_file)
+    for layer, expert in ((3, 5), (7, 0), (1, 28)):  # the last is protected below
+        stats.banks[BankId("decoder", layer, "routed")].counts[expert] = 0
+    stats.save(tmp_path / "stats.safetensors")
+    options = ("--stats", tmp_path / "stats.safetensors", "--by", "frequency")
+    code, out, _ = run("prune", TINY, *options, "-o", tmp_path / "out")
+    assert code == 0 and "note: 2 pruned experts saw no row, so that nothing was measured (L3E5, L7E0); profile" in out
+    assert Pruning.load(tmp_path / "out").facts["unseen"] == ["L3E5", "L7E0"]
+    code, out, _ = run("prune", TINY, "--stats", stats_file, "-o", tmp_path / "seen")
+    assert code == 0 and "saw no row" not in out and Pruning.load(tmp_path / "seen").facts["unseen"] == []
 
 
 def test_command_profiles_first(tmp_path):

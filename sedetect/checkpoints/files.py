@@ -90,7 +90,8 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
         raise SedetectError(f"{path}: {what}; give the folder of a checkpoint (config.json and *.safetensors)")
-    plain = "quantization_config" not in read_config(folder)
+    config = read_config(folder)
+    plain = "quantization_config" not in config
     found: dict[str, _Stored] = {}
     for shard in shards_of(folder):
         header = read_header(shard)
@@ -109,7 +110,9 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
                 raise SedetectError(
                     f"{shard}: {name} is in {found[name].file.name} too, with other values; give the files of one save"
                 )
-    _check_experts(folder, found, plain)
+    last = (config.get("text_config") or config).get("num_hidden_layers")
+    loaded = [name for name in found if not _is_beyond(name, last)]
+    _check_experts(folder, loaded, plain)
 
 
 class _Stored(NamedTuple):
@@ -132,6 +135,12 @@ def _differ(one: _Stored, other: _Stored) -> bool:
         second.seek(other.start)
         lengths = (min(2**24, one.length - done) for done in range(0, one.length, 2**24))
         return any(first.read(length) != second.read(length) for length in lengths)
+
+
+def _is_beyond(name: str, layers: Any) -> bool:
+    """Whether a tensor is of a head that predicts further tokens, which transformers does not load."""
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return name.startswith("mtp.") or (isinstance(layers, int) and layer is not None and int(layer[1]) >= layers)
 
 
 def _check_experts(folder: Path, names: Iterable[str], alike: bool) -> None:

@@ -32,6 +32,7 @@ def export_command(
     """Write what a quantizer must leave alone, in the form that it reads."""
     from sedetect.compression.channels import write_awq_scales, write_imatrix
     from sedetect.compression.protect import export, protect_list
+    from sedetect.ranking.coverage import unseen, unseen_note
 
     if to in get_args(Channels) and output is None:
         raise SedetectError(f"--to {to}: writes a binary file; give it a name with -o")
@@ -39,6 +40,8 @@ def export_command(
     if output is not None and to in get_args(Channels):
         count = (write_imatrix if to == "imatrix" else write_awq_scales)(state, output)
         _say(f"{output}: {count} entries, of the inputs of down_proj; other matrices were not measured")
+        if unknown := unseen(state):
+            _say(f"note: {unseen_note(unknown, 'routed', state.header.tokens)}")
         return
     experts = protect_list(state, neighbours, ranking)
     sizes = _sizes(state, experts, model)

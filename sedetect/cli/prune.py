@@ -55,6 +55,7 @@ def prune_command(
         router_groups,
     )
     from sedetect.profiling.pipeline import profile_model
+    from sedetect.ranking.coverage import unseen, unseen_note
     from sedetect.ranking.rule import rank
     from sedetect.ranking.saliencies import saliency, super_places
     from sedetect.stats.place import Place
@@ -80,6 +81,7 @@ def prune_command(
     found = super_places(ranking)
     groups = router_groups(prunable_config(model))
     kept = choose_kept(state, by, ratio, found if protect == "super" else (), groups=groups)
+    unknown = [place for place in unseen(state) if place.number not in kept[place.bank]]
     facts = {
         "model": state.header.model,
         "digest": state.header.digest,
@@ -88,6 +90,7 @@ def prune_command(
         "tokens": state.header.tokens,
         "super_experts": [str(place) for place in found],
         "protected": protect == "super",
+        "unseen": [str(place) for place in unknown],
     }
     with progress_bar("bytes") as bar:
         task = bar.add_task("writing", total=None)
@@ -110,5 +113,7 @@ def prune_command(
     moved = [(p, p.bank, kept[p.bank].index(p.number)) for p in found if p.bank in kept and p.number in kept[p.bank]]
     now = ", ".join(f"{place} is {Place(*bank, number)} now" for place, bank, number in moved)
     print_line(f"experts are renumbered, as pruning.json says{': ' if now else ''}{now}")
+    if unknown:
+        notes.append(unseen_note(unknown, "pruned", state.header.tokens))
     for note in notes:
         print_line(f"note: {note}")

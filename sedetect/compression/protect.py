@@ -30,6 +30,7 @@ from typing import Any
 from sedetect.adapters.listed import DOWN_NAMES
 from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError
+from sedetect.ranking.coverage import unseen, unseen_note
 from sedetect.ranking.result import Ranking
 from sedetect.ranking.rule import rank
 from sedetect.ranking.saliencies import super_places
@@ -137,7 +138,10 @@ def export(
     if tool == "json" and isinstance(document, dict):
         header = stats.header
         document = ProtectList(header.model, header.digest, header.tokens, **document).to_dict()
-    return document, NOTES.get((tool, granularity), [])
+    notes = list(NOTES.get((tool, granularity), []))
+    if unknown := unseen(stats):
+        notes.append(unseen_note(unknown, "routed", stats.header.tokens))
+    return document, notes
 
 
 def kept_experts(stats: ModelStats, experts: list[Protected], granularity: str) -> dict[BankId, int]:

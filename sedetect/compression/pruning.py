@@ -40,7 +40,7 @@ from sedetect.stats.model import UNCHECKED, ModelStats, opened, same_model
 from sedetect.stats.place import BankId, Place
 
 MAX_FILE = "2GB"
-_FACTS = ("model", "digest", "by", "ratio", "tokens", "super_experts", "protected")  # of sedetect prune
+_FACTS = ("model", "digest", "by", "ratio", "tokens", "super_experts", "protected", "unseen")  # of sedetect prune
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -79,7 +79,8 @@ def choose_kept(
 ) -> dict[BankId, list[int]]:
     """The experts to keep, ascending, per routed bank: all but the floor(ratio * E) of lowest saliency.
 
-    protected experts are kept whatever their saliency, and others go in their place. groups is the router's n_group:
+    protected experts are kept whatever their saliency, and others go in their place. One that saw no row has a saliency
+    of 0 and goes first (sedetect prune names those). groups is the router's n_group:
     consecutive groups of E / groups experts, each of which loses the same number.
     Raises SedetectError for an unknown saliency, a ratio that is not between 0 and 1 or prunes nothing, fewer experts
     left than top_k, layers of different size, a number that does not divide by groups, and more protected experts than

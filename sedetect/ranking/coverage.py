@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from sedetect.stats.model import ModelStats
 from sedetect.stats.note import Note
-from sedetect.stats.place import BankId
+from sedetect.stats.place import BankId, Place
 
 FEW_ROWS = 32  # an expert that saw fewer has no maximum to speak of
 
@@ -36,6 +36,26 @@ def coverage(stats: ModelStats) -> str:
     at = "at least" if unseen else "about"
     return (
         f"{text}; {', '.join(parts)}: calibrate on more tokens before trusting them ({at} {more:,} more of such text)"
+    )
+
+
+def unseen(stats: ModelStats) -> list[Place]:
+    """The routed experts that saw no row: of them nothing was measured."""
+    return [
+        Place(*bank, number)
+        for bank, state in sorted(stats.banks.items())
+        if bank.routed
+        for number, rows in enumerate(state.rows.tolist())
+        if not rows
+    ]
+
+
+def unseen_note(places: Sequence[Place], what: str, tokens: int) -> str:
+    """One line: which experts ("pruned", say) saw no row in so many tokens, and how many more they need."""
+    names = ", ".join(map(str, places[:10])) + (f" and {len(places) - 10} more" if len(places) > 10 else "")
+    return (
+        f"{len(places)} {what} expert{'s' * (len(places) > 1)} saw no row, so that nothing was measured ({names}); "
+        f"profile at least {more_tokens(0, tokens):,} more tokens"
     )
 
 

@@ -55,8 +55,8 @@ def standings_tables(result: Analysis, marked: dict[str, str]) -> dict[str, Cell
 
 
 def marked_experts(ranking: Ranking) -> dict[str, str]:
-    """Verdict by name of the experts that pictures and tables mark: super experts and outliers."""
-    return {str(e): e.verdict for e in ranking.judged if e.verdict in ("super", "outlier")}
+    """Verdict by name of the experts that pictures and tables mark."""
+    return {str(e): e.verdict for e in ranking.judged if e.verdict is not None}
 
 
 def _weights(result: Analysis) -> Cells:

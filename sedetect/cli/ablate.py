@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 def ablate_command(
     model: Model,
     experts: Annotated[
-        str, typer.Option(help="super, names (L1E28,L8shared,L1E28[101,14]), random:N, top-frequency:N")
-    ] = "super",
+        str, typer.Option(help="candidates, names (L1E28,L8shared,L1E28[101,14]), random:N, top-frequency:N")
+    ] = "candidates",
     how: Annotated[list[How] | None, typer.Option(help="how they are switched off (default: all three)")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="folder for ablation.json")] = None,
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,

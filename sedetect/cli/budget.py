@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @app.command("budget")
 def budget_command(
     model: Model,
-    experts: Annotated[str, typer.Option(help="to keep: super, or names (L1E28,L9E7)")] = "super",
+    experts: Annotated[str, typer.Option(help="to keep: candidates, or names (L1E28,L9E7)")] = "candidates",
     ratio: Annotated[list[float] | None, typer.Option(help="pruning ratios (default: 0.125, 0.25, 0.5)")] = None,
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="fp8, int2 to int8 (default: int8, fp8, int4, int3, int2)")
@@ -65,10 +65,11 @@ def budget_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Perplexity of MODEL against compression of its experts, with and without its super experts kept as they are."""
+    """Perplexity of MODEL against compression of its experts, with and without its candidates kept as they are."""
+    from sedetect.calibration.held_out import held_out
     from sedetect.calibration.windows import Text, calibration_windows, check_text, prefix_ids
     from sedetect.checkpoints.options import Loading
-    from sedetect.compression.budget import RATIOS, Compressions, held_out, make_budget
+    from sedetect.compression.budget import RATIOS, Compressions, make_budget
     from sedetect.compression.pruning import check_ratio
     from sedetect.compression.simulated import FORMATS, bits_of, expert_sizes
     from sedetect.experiments.targets import check_choice, choose_experts
@@ -77,7 +78,7 @@ def budget_command(
     from sedetect.models.loading import prepare_model
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.rule import rank
-    from sedetect.ranking.saliencies import super_places
+    from sedetect.ranking.saliencies import found_places
 
     for name in formats or ():
         bits_of(name)
@@ -114,7 +115,7 @@ def budget_command(
             half = replace(text, tokens=calibration.used // 2)
             state = profile_model(loaded, data, text=half, tokenizer=tokenizer).stats
             ranking = rank(state)
-        chosen = super_places(ranking) if experts == "super" else choose_experts(experts, loaded, state)
+        chosen = found_places(ranking) if experts == "candidates" else choose_experts(experts, loaded, state)
         budget = make_budget(
             loaded,
             held_out(domains, state, None if stats is None else tokens),

@@ -30,7 +30,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="write the result to t
 def compare_command(stats: Runs, json: Json = None) -> None:
     """Compare two or more profiles, in the order of a series.
 
-    Exit codes: 0 where all have the same super experts, 1 where they differ, 2 wrong arguments or input.
+    Exit codes: 0 where all have the same candidates, 1 where they differ, 2 wrong arguments or input.
     """
     if json is not None:
         check_file("--json", json, stats)
@@ -78,7 +78,7 @@ def _print(comparison: Comparison) -> None:
     table.add_column("run", overflow="fold")
     for name in ("dtype", "tokens", "rank corr."):
         table.add_column(name, justify="right" if name != "dtype" else "left", no_wrap=True)
-    table.add_column("super experts", overflow="fold")
+    table.add_column("candidates", overflow="fold")
     table.add_column("against the run before", overflow="fold")
     for number, run in enumerate(runs):
         step = steps[number - 1] if number else None
@@ -90,7 +90,7 @@ def _print(comparison: Comparison) -> None:
     if comparison.moved:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("expert", no_wrap=True)
-        for name in ("first", "last", "last/first", "lowest", "highest", "channel", "super in"):
+        for name in ("first", "last", "last/first", "lowest", "highest", "channel", "candidate in"):
             table.add_column(name, justify="right", no_wrap=True)
         for moved in comparison.moved[:_SHOWN]:
             table.add_row(*_cells(moved))
@@ -107,13 +107,13 @@ def _print(comparison: Comparison) -> None:
 def _headline(comparison: Comparison) -> str:
     last = ", ".join(comparison.runs[-1].found) or "none"
     if comparison.equal and not comparison.runs[0].found:
-        return f"no super expert in any of {len(comparison.runs)} runs"
+        return f"no candidate in any of {len(comparison.runs)} runs"
     if comparison.equal:
-        return f"the same super experts in all {len(comparison.runs)} runs: {last}"
+        return f"the same candidates in all {len(comparison.runs)} runs: {last}"
     if comparison.formed is not None:
         formed = _formed(comparison, comparison.formed)
-        return f"the super experts differ; those of the last run ({last}) stand from {formed} on"
-    return "the super experts differ"
+        return f"the candidates differ; those of the last run ({last}) stand from {formed} on"
+    return "the candidates differ"
 
 
 def _formed(comparison: Comparison, number: int) -> str:

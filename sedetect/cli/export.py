@@ -23,7 +23,7 @@ def export_command(
     stats: Annotated[Path, typer.Argument(help="a statistics file, or the folder of a profile", metavar="STATS")],
     to: Annotated[Target, typer.Option(help="imatrix and awq: of profile --channels")],
     granularity: Annotated[
-        Granularity, typer.Option(help="expert, or layer: all experts of a super expert's layer")
+        Granularity, typer.Option(help="expert, or layer: all experts of a protected expert's layer")
     ] = "expert",
     neighbours: Annotated[int, typer.Option(help="also protect the N routed experts with the next largest |y|")] = 0,
     model: Annotated[Path | None, typer.Option(help="checkpoint folder, to say sizes in bytes")] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sedetect.cli.choices import Saliency
+from sedetect.cli.proof_tables import print_runs
 from sedetect.cli.ranked import print_saliency
 from sedetect.cli.shared import (
     Attn,
@@ -46,12 +47,13 @@ if TYPE_CHECKING:
     from sedetect.profiling.streaming import Streamed
     from sedetect.ranking.result import Ranking
 
+_PROVED = 8  # sequences whose residual stream is observed for a proof, where --residual does not say
 Percentile = Annotated[float, typer.Option(help="percentile of the population an expert must exceed")]
 Fraction = Annotated[float, typer.Option(help="fraction of the largest value an expert must exceed")]
 Layers = Annotated[
     str,
     typer.Option(
-        help="the first layers, as a fraction, that may hold super experts; 'data': those that form massive activations"
+        help="the first layers, as a fraction, that may hold the set; 'data': those that form massive activations"
     ),
 ]
 Compat = Annotated[
@@ -60,9 +62,8 @@ Compat = Annotated[
 RowsOption = Annotated[
     Literal["all", "first"], typer.Option("--rows", help="'first' for what the published tool reads")
 ]
-MinValue = Annotated[float, typer.Option(help="least max|y| of the verdict super")]
+MinValue = Annotated[float, typer.Option(help="least max|y| of what stands out")]
 MinRatio = Annotated[float, typer.Option(help="least multiple of its layer's median")]
-MinGateRatio = Annotated[float, typer.Option(help="least routing weight on first tokens, over that on the rest")]
 
 
 @app.command("profile")
@@ -81,6 +82,9 @@ def profile_command(
     residual: Annotated[
         int | None, typer.Option(help="also observe the residual stream and attention of N sequences")
     ] = None,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="then switch the candidates off where they fire, on other windows of the text")
+    ] = False,
     until_stable: Annotated[int | None, typer.Option(help="stop once N rounds left the set as it was")] = None,
     stream: Annotated[
         bool | None,
@@ -94,7 +98,7 @@ def profile_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Run calibration text through MODEL and say which experts are super experts."""
+    """Run calibration text through MODEL and say which experts may be super experts."""
     if output is not None:
         check_writable(output)
     unfinished = Results(output).resume_path if output is not None and resume else None
@@ -124,6 +128,7 @@ def profile_command(
             from sedetect.checkpoints.options import Loading
             from sedetect.models.measure import Measuring
             from sedetect.profiling.pipeline import profile_model
+            from sedetect.profiling.proving import Proving
 
             undecided = stream is None and ahead is None and Path(model).is_dir()
             why = too_large(model, device, dtype) if undecided else None
@@ -135,7 +140,8 @@ def profile_command(
                 text=Text(tokens, seq_len, batch_size, seed, chat_template),
                 loading=Loading(device, dtype, revision, attn, trust_remote_code),
                 measuring=Measuring(backend, channels, coactivation, first_rows),
-                residual=residual,
+                residual=_PROVED if prove and residual is None else residual,
+                proving=Proving() if prove else None,
                 until_stable=until_stable,
                 keep_rounds=until_stable is not None and output is not None,
                 stream=bool(stream) or why is not None,
@@ -185,7 +191,6 @@ def rank_command(
     rows: RowsOption = "all",
     min_value: MinValue = 50.0,
     min_ratio: MinRatio = 10.0,
-    min_gate_ratio: MinGateRatio = 3.0,
 ) -> None:
     """Rank the experts of a statistics file under other thresholds, or each layer's by a saliency (--by)."""
     from sedetect.ranking.rule import rank
@@ -203,11 +208,11 @@ def rank_command(
         fraction=fraction,
         layers=_layers(layers),
         residual=seen,
+        proof=results.proof(),
         compat=compat,
         rows=rows,
         min_value=min_value,
         min_ratio=min_ratio,
-        min_gate_ratio=min_gate_ratio,
     )
     known = None if by is None else saliency_document(state, by, ranking)
     try:
@@ -258,10 +263,15 @@ def _show(result: ModelProfile, output: Path | None, model: str) -> None:
     """Print, then save."""
     from sedetect.ranking.rule import rank
 
-    ranking = rank(result.stats, residual=result.residual)
+    ranking = rank(result.stats, residual=result.residual, proof=result.proof)
     with saved_after(output, lambda output: _save(result, ranking, output, model)):
         print_ranking(console, ranking, result.tokenizer, result.residual)
-        print_domains(console, {name: rank(stats, residual=result.residual) for name, stats in result.domains.items()})
+        if result.proof is not None:
+            print_runs(result.proof)
+        by_domain = {
+            name: rank(stats, residual=result.residual, proof=result.proof) for name, stats in result.domains.items()
+        }
+        print_domains(console, by_domain)
         resumed = result.streamed is not None and result.streamed.resumed > 0
         print_run(console, result.stats, None if resumed else result.seconds)  # those are not all layers' seconds
         if result.streamed is not None:
@@ -285,10 +295,11 @@ def _save(result: ModelProfile, ranking: Ranking, output: Path, model: str) -> N
     results.domains.save(result.domains)
     results.rounds.save({f"{number:03}": shard for number, shard in enumerate(result.shards)})
     describe_run(result, ranking).save(results.run_path)
-    if result.residual is None:
-        results.residual_path.unlink(missing_ok=True)
-    else:
-        result.residual.save(results.residual_path)
+    for path, document in ((results.residual_path, result.residual), (results.proof_path, result.proof)):
+        if document is None:
+            path.unlink(missing_ok=True)
+        else:
+            document.save(path)
 
 
 def _streamed(took: Streamed) -> str:
@@ -305,9 +316,9 @@ def _streamed(took: Streamed) -> str:
 
 
 def _stability(result: ModelProfile) -> str:
-    """One line: how many tokens the set of super experts needed."""
+    """One line: how many tokens the candidates needed."""
     tokens, names = result.rounds[-1]
-    found = ", ".join(names) or "no super expert"
+    found = ", ".join(names) or "no candidate"
     if result.stable_after is None:
         return f"not stable: {found} after {tokens:,} tokens ({_counted(len(result.rounds))}); give more --tokens"
     return f"stable: {found} from {result.stable_after:,} tokens on, {tokens:,} in all ({_counted(len(result.rounds))})"

@@ -32,8 +32,9 @@ def prune_command(
     ratio: Annotated[float, typer.Option(help="share of each layer's experts to prune")] = 0.25,
     by: By = "reap",
     protect: Annotated[
-        Literal["super", "none"], typer.Option(help="super: keep super experts whatever their saliency")
-    ] = "super",
+        Literal["candidates", "none"],
+        typer.Option(help="candidates: keep them, and proved super experts, whatever their saliency"),
+    ] = "candidates",
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
     data: Data = None,
     tokens: Tokens = 32768,
@@ -57,7 +58,7 @@ def prune_command(
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.coverage import unseen, unseen_note
     from sedetect.ranking.rule import rank
-    from sedetect.ranking.saliencies import saliency, super_places
+    from sedetect.ranking.saliencies import saliency, found_places
     from sedetect.stats.place import Place
 
     check_prunable(model, ratio)
@@ -78,9 +79,9 @@ def prune_command(
         else:
             state, ranking = load_ranked(stats)
             check_folder(model, state)
-    found = super_places(ranking)
+    found = found_places(ranking)
     groups = router_groups(prunable_config(model))
-    kept = choose_kept(state, by, ratio, found if protect == "super" else (), groups=groups)
+    kept = choose_kept(state, by, ratio, found if protect == "candidates" else (), groups=groups)
     unknown = [place for place in unseen(state) if place.number not in kept[place.bank]]
     facts = {
         "model": state.header.model,
@@ -89,7 +90,7 @@ def prune_command(
         "ratio": ratio,
         "tokens": state.header.tokens,
         "super_experts": [str(place) for place in found],
-        "protected": protect == "super",
+        "protected": protect == "candidates",
         "unseen": [str(place) for place in unknown],
     }
     with progress_bar("bytes") as bar:
@@ -101,8 +102,8 @@ def prune_command(
     lost = [str(p) for p in found if p.kind == "routed" and p.expert not in kept[p.bank]]
     print_line(f"{output}: {left} of {experts} experts in each of {len(kept)} layers, by {by}", "bold")
     if not found:
-        print_line("no super expert to protect")
-    elif protect == "super":
+        print_line("no candidate to protect")
+    elif protect == "candidates":
         alone = choose_kept(state, by, ratio, groups=groups)
         saved = [str(p) for p in found if p.kind == "routed" and p.expert not in alone[p.bank]]
         print_line(

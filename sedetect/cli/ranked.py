@@ -25,18 +25,18 @@ By = Annotated[Saliency, typer.Option(help="a saliency")]
 
 
 def load_ranked(stats: Path) -> tuple[ModelStats, Ranking]:
-    """Statistics and their ranking; by the residual stream too where the folder of a profile holds it."""
+    """Statistics and their ranking; by residual stream and proof too where the folder of a profile holds them."""
     from sedetect.ranking.rule import rank
 
     results = Results(stats)
     state = results.stats()
-    return state, rank(state, residual=results.residual())
+    return state, rank(state, residual=results.residual(), proof=results.proof())
 
 
 def print_saliency(known: Saliencies) -> None:
-    """Where the super experts stand, and a table of the lowest and highest of each layer."""
+    """Where the candidates stand, and a table of the lowest and highest of each layer."""
     found = [f"{one['name']} ({one['place']} of {one['of']} from below)" for one in known.super_experts]
-    headline = f"{known.model} by {known.by}; super experts in their layers: {', '.join(found) or 'none'}"
+    headline = f"{known.model} by {known.by}; candidates in their layers: {', '.join(found) or 'none'}"
     console.print(headline, style="bold", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("layer", "lowest", "median", "highest"):

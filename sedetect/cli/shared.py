@@ -91,7 +91,7 @@ def flag(argument: Argument) -> str:
 def about(version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False) -> None:
     """Find the super experts of Mixture-of-Experts models.
 
-    Exit codes: 0 done, 1 compare found different super experts, 2 wrong arguments or input, 130 stopped by Ctrl-C.
+    Exit codes: 0 done, 1 compare found different candidates, 2 wrong arguments or input, 130 stopped by Ctrl-C.
     """
     if version:
         console.print(__version__, highlight=False)

@@ -20,7 +20,7 @@ _SHOWN = 20
 
 @app.command("stability")
 def stability_command(stats: Runs, json: Json = None) -> None:
-    """How sure the set of super experts is: under other thresholds, and over parts of the text.
+    """How sure the candidates are: under other thresholds, and over parts of the text.
 
     Every argument gets a grid of thresholds. One folder of a profile is compared over its domains, and over its rounds
     where it was profiled --until-stable (disjoint shards of the text); several arguments with each other (profiles of
@@ -52,12 +52,12 @@ def _print_grid(name: str, grid: Grid) -> None:
     total = len(grid.cells)
     if grid.constant:
         found = ", ".join(grid.cells[0].found)
-        said = f"the super experts are the same under all {total} pairs of thresholds: {found}"
-        print_line(f"{name}: {said if found else f'no super expert under any of {total} pairs of thresholds'}", "bold")
+        said = f"the candidates are the same under all {total} pairs of thresholds: {found}"
+        print_line(f"{name}: {said if found else f'no candidate under any of {total} pairs of thresholds'}", "bold")
     else:
-        print_line(f"{name}: the super experts depend on the thresholds", "bold")
+        print_line(f"{name}: the candidates depend on the thresholds", "bold")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("super (in the set)")
+    table.add_column("candidates (in the set)")
     for fraction in grid.fractions:
         table.add_column(f"{fraction:g} of max", justify="right", no_wrap=True)
     for percentile in grid.percentiles:
@@ -82,7 +82,7 @@ def _print_verdicts(verdicts: dict[str, dict[float, tuple[str, ...]]]) -> None:
             if set(found) != set(usual)
         ]
         said = f"{', '.join(usual) or 'none'} at {values[len(values) // 2]:g}, " + "; ".join(others)
-        same = f"the same super experts from {values[0]:g} to {values[-1]:g}"
+        same = f"the same candidates from {values[0]:g} to {values[-1]:g}"
         print_line(f"--{name.replace('_', '-')}: {said if others else same}")
 
 
@@ -90,17 +90,17 @@ def _print_agreement(name: str, agreed: Agreement) -> None:
     found = ", ".join(agreed.found[0])
     count = len(agreed.parts)
     if agreed.same:
-        said = f"the same super experts in each of {count} {name} alone: {found}"
-        print_line(said if found else f"no super expert in any of {count} {name} alone", "bold")
+        said = f"the same candidates in each of {count} {name} alone: {found}"
+        print_line(said if found else f"no candidate in any of {count} {name} alone", "bold")
     else:
-        print_line(f"the super experts differ over {count} {name}, mean Jaccard {agreed.mean_jaccard:.2f}", "bold")
+        print_line(f"the candidates differ over {count} {name}, mean Jaccard {agreed.mean_jaccard:.2f}", "bold")
         for part, names in zip(agreed.parts, agreed.found, strict=True):
             print_line(f"  {part}: {', '.join(names) or 'none'}")
     if not agreed.experts:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("expert", no_wrap=True)
-    for column in ("super in", "in set of", "lowest max|y|", "highest", "highest/lowest"):
+    for column in ("candidate in", "in set of", "lowest max|y|", "highest", "highest/lowest"):
         table.add_column(column, justify="right", no_wrap=True)
     for expert in agreed.experts[:_SHOWN]:
         spread = f"{expert.highest / expert.lowest:.2f}" if expert.lowest else "-"

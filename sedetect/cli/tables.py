@@ -1,4 +1,4 @@
-"""What a person reads of a profile: the table of super experts, the coverage line, and super_experts.json."""
+"""What a person reads of a profile: the table of candidates, the coverage line, and super_experts.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 12
-_STYLES = {"super": "bold green", "outlier": "yellow", "unsupported": "dim"}
+_SAID = {True: "yes", False: "no", None: "-"}
+_STYLES = {"proved": "bold green", "candidate": "yellow", "undecided": "yellow", "refuted": "dim", None: "dim"}
 
 
 def ranking_document(ranking: Ranking, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
@@ -35,15 +36,15 @@ def print_ranking(
     tokenizer: PreTrainedTokenizerBase | None = None,
     residual: Residual | None = None,
 ) -> None:
-    """The headline, a table of the paper's set and of the experts that stand out beside it, and the evidence."""
+    """The headline, a table of the paper's set and of the candidates beside it, and the evidence."""
     console.print(ranking.headline, style="bold", markup=False, highlight=False, soft_wrap=True)
     experts = ranking.judged
     if experts:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("expert", no_wrap=True)
-        for name in ("max|y|", "/median", "/next", "channel", "pos"):
+        for name in ("max|y|", "/median", "channel", "pos"):
             table.add_column(name, justify="right", no_wrap=True)
-        for name in ("token", "in set", "verdict"):
+        for name in ("token", "set", "first", "carried", "verdict"):
             table.add_column(name, no_wrap=True)
         for expert in experts[:_SHOWN]:
             table.add_row(*_cells(expert, tokenizer, expert in ranking.super_experts))
@@ -51,18 +52,19 @@ def print_ranking(
         if len(experts) > _SHOWN:
             console.print(f"... and {len(experts) - _SHOWN} more")
         for expert in experts[:_SHOWN]:
-            if expert.verdict != "unsupported":
+            if expert.verdict is not None:
                 _line(console, evidence(expert, residual))
     if residual is not None:
         number = sum(residual.sequences.values())
         _line(console, f"{residual.headline} ({number} sequence{'s' * (number != 1)} observed)")
+        _line(console, residual.sinks_line)
     for note in ranking.notes:
         _line(console, f"note: {note}")
 
 
 def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
-    """One sentence: first tokens against the rest, in output and routing; what later layers carry of its writing."""
-    parts = []
+    """One sentence: what a proof found; first tokens against the rest, in output and routing; what later layers carry."""
+    parts = [] if expert.reason is None else [f"{expert.verdict}, {expert.reason}"]
     if expert.signature is None and not expert.first_max:
         parts.append("first tokens not observed")
     else:
@@ -84,7 +86,7 @@ def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
 
 
 def print_domains(console: Console, domains: dict[str, Ranking]) -> None:
-    """One line: the super experts of each domain alone."""
+    """One line: what is to be protected by each domain alone."""
     found = {name: ", ".join(str(e) for e in r.found) for name, r in domains.items()}
     if len(set(found.values())) == 1:
         _line(console, f"each domain alone ({', '.join(found)}): {next(iter(found.values())) or 'none'}")
@@ -123,12 +125,13 @@ def _cells(expert: SuperExpert, tokenizer: PreTrainedTokenizerBase | None, named
         f"[{style}]{escape(str(expert))}[/]",
         f"{expert.value:.5g}",
         "-" if expert.ratio is None else f"{expert.ratio:.1f}",
-        "-" if expert.next_ratio is None else f"{expert.next_ratio:.1f}",
         str(expert.channel),
         "-" if expert.position < 0 else str(expert.position),
         escape(shown),
-        "yes" if named else "no",
-        f"[{style}]{expert.verdict}[/]",
+        "yes" if named else "late" if expert.late else "no",
+        _SAID[expert.signature],
+        _SAID[expert.carried],
+        f"[{style}]{expert.verdict or '-'}[/]",
     ]
 
 

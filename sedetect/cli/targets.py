@@ -1,4 +1,4 @@
-"""What --experts and --ablate choose: super, names, random:N, top-frequency:N."""
+"""What --experts and --ablate choose: candidates, names, random:N, top-frequency:N."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def choose(
 ) -> list[Target]:
     """The experts that an option names, by stats or else by a profile of this text where that takes statistics.
 
-    draw is the seed of random:N. Where "super" finds none, the headline is printed and the list is empty.
+    draw is the seed of random:N. Where "candidates" finds none, the headline is printed and the list is empty.
     """
     from sedetect.experiments.targets import choose_experts, needs_statistics
     from sedetect.models.identity import check_statistics
     from sedetect.ranking.rule import rank
 
-    state, residual = None, None
+    state, residual, proof = None, None, None
     with _spelled(option):
         if needs_statistics(spec):
             if stats is None:
@@ -57,10 +57,10 @@ def choose(
             else:
                 state = Results(stats).stats()
                 check_statistics(state.header, model, str(stats))
-                residual = Results(stats).residual()
-        chosen = choose_experts(spec, model, state, draw, residual)
+                residual, proof = Results(stats).residual(), Results(stats).proof()
+        chosen = choose_experts(spec, model, state, draw, residual, proof)
     if not chosen and state is not None:  # only statistics name none
-        found = rank(state, residual=residual).headline
+        found = rank(state, residual=residual, proof=proof).headline
         console.print(f"{option} {spec}: {found}", markup=False, highlight=False, soft_wrap=True)
     return chosen
 

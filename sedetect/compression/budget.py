@@ -8,13 +8,13 @@ their place. Everything happens in memory, and the model is afterwards as it was
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sedetect.calibration.windows import Windows, share_windows
+from sedetect.calibration.windows import Windows
 from sedetect.compression.pruning import choose_kept, router_groups
 from sedetect.compression.simulated import (
     FORMATS,
@@ -98,36 +98,6 @@ class Budget(Document):
         """For budget.json; conclusion is conclusion(self)."""
         document: dict[str, Any] = finite(asdict(self))
         return super().to_dict() | document | {"conclusion": conclusion(self)}
-
-
-def held_out(domains: dict[str, Windows], stats: ModelStats, tokens: int | None = None) -> dict[str, Windows]:
-    """The windows that stats did not see, told by their source and number; a domain without any is left out.
-
-    tokens: take no more than the first windows that make so many, shared as make_windows does.
-
-    A profile with windows of another length has other sources, and is not recognised.
-    Raises SedetectError where no window is left.
-    """
-    left = {}
-    for domain, windows in domains.items():
-        source = stats.header.sources.get(windows.source)
-        seen = torch.zeros(len(windows.numbers), dtype=torch.bool)
-        for start, end in source.ranges if source else ():
-            seen |= (windows.numbers >= start) & (windows.numbers < end)
-        if not seen.all():
-            left[domain] = replace(windows, ids=windows.ids[~seen], numbers=windows.numbers[~seen])
-    if not left:
-        raise SedetectError(
-            "the statistics saw all of the evaluation text; give more ",
-            Argument("tokens"),
-            " than were profiled, or other ",
-            Argument("data"),
-        )
-    if tokens is not None:
-        size = next(iter(left.values())).ids.shape[1]
-        given = share_windows(tokens // size, {domain: len(windows.ids) for domain, windows in left.items()})
-        left = {d: replace(w, ids=w.ids[: given[d]], numbers=w.numbers[: given[d]]) for d, w in left.items()}
-    return left
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Protect lists: the super experts, in the form in which each quantizer takes what it must leave alone.
+"""Protect lists: proved and candidate super experts, in the form in which each quantizer takes what it must leave alone.
 
     experts = protect_list(stats, neighbours=2)
     document, notes = export(stats, experts, "gptqmodel")
@@ -33,7 +33,7 @@ from sedetect.errors import Argument, SedetectError
 from sedetect.ranking.coverage import unseen, unseen_note
 from sedetect.ranking.result import Ranking
 from sedetect.ranking.rule import rank
-from sedetect.ranking.saliencies import super_places
+from sedetect.ranking.saliencies import found_places
 from sedetect.stats.model import ModelStats, opened
 from sedetect.stats.place import BankId, Place
 
@@ -45,7 +45,8 @@ class Protected:
     """One expert of a protect list.
 
     module          path of its layer's experts module, or of the shared expert itself
-    value           its largest |y|; why: "super" or "neighbour"
+    value           its largest |y|; why: its verdict ("proved", "candidate", "undecided"), or
+                    "neighbour" or "feeder"
     channel         output channel of that value, intermediate: channel of the largest |h| of the same row (-1: unseen)
     """
 
@@ -90,7 +91,8 @@ class ProtectList(Document):
 def protect_list(
     stats: ModelStats | str | os.PathLike[str], neighbours: int = 0, ranking: Ranking | None = None
 ) -> list[Protected]:
-    """The experts with the verdict "super", and the routed experts with the next largest |y|, as many as neighbours.
+    """Proved super experts, candidates that nothing refutes, and the routed experts with the next largest |y|, as many
+    as neighbours.
 
     stats may be the path of a statistics file, or of a folder of results. ranking is rank(stats) where it is not given.
     Raises SedetectError where there is nothing to protect.
@@ -99,7 +101,7 @@ def protect_list(
         raise SedetectError(Argument("neighbours"), f" {neighbours}: must be at least 0")
     ranking = ranking or rank(stats)
     stats = opened(stats)
-    found = super_places(ranking)
+    found = found_places(ranking)
     if not found:
         raise SedetectError(f"nothing to protect: {ranking.headline}; profile more text, or another model")
     maxima = [
@@ -110,7 +112,7 @@ def protect_list(
         if math.isfinite(value)
     ]
     others = sorted((one for one in maxima if one[1] not in set(found)), key=lambda one: -one[0])[:neighbours]
-    return [_protected(stats, place, "super") for place in found] + [
+    return [_protected(stats, expert.place, str(expert.verdict)) for expert in ranking.found] + [
         _protected(stats, place, "neighbour") for _, place in others
     ]
 

@@ -1,6 +1,6 @@
 """Pruning: a checkpoint with fewer experts in every layer, those with the lowest saliency gone.
 
-    kept = choose_kept(stats, "reap", 0.25, super_places(rank(stats)))
+    kept = choose_kept(stats, "reap", 0.25, found_places(rank(stats)))
     prune_checkpoint("model", "model-pruned", kept)
 
 Every layer loses the same number, because a config has one number of experts for all layers. The router's rows and

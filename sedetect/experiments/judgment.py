@@ -11,8 +11,8 @@ from sedetect.stats.place import Place
 from sedetect.stats.proof import Effect, Verdict
 from sedetect.stats.residual import Residual
 
-SINK_LEVEL = 10.0  # times uniform attention
 ALL = "all"  # the run in which all that fired are off
+EVERYWHERE = "all, at every token"  # said, and decides nothing
 
 
 def alone(place: Place) -> str:
@@ -31,19 +31,12 @@ class Evidence:
 
     changes     (N,) of each run, loss per window against the unchanged model, in nats per token; controls: of each draw
     plain       residual stream of the unchanged model; observed: of each run
-    uniform     sink mass of uniform attention
     """
 
     changes: Mapping[str, np.ndarray]
     controls: Sequence[np.ndarray]
     plain: Residual
     observed: Mapping[str, Residual]
-    uniform: float
-
-    @property
-    def has_sinks(self) -> bool | None:
-        """Whether the unchanged model's sinks are well above uniform attention; None without attention weights."""
-        return None if self.plain.sink_mean is None else self.plain.sink_mean >= SINK_LEVEL * self.uniform
 
     def beyond_controls(self, change: np.ndarray, level: float) -> bool:
         """Whether a change is surely larger than that of the worst control."""
@@ -83,10 +76,10 @@ def judge(
             str(place), word, reason, by_itself, within, triggers, firsts, [str(other) for other in partners]
         )
 
-    if _matters(own, by_itself, evidence, smallest, level) and evidence.falls(alone(place)) and evidence.has_sinks:
+    if _matters(own, by_itself, evidence, smallest, level) and evidence.falls(alone(place)) and evidence.plain.has_sinks:
         return verdict("proved", f"the model depends on it: {by_itself}")
     as_set = added is not None and within is not None and _matters(added, within, evidence, smallest, level)
-    if as_set and evidence.falls(ALL) and evidence.has_sinks:
+    if as_set and evidence.falls(ALL) and evidence.plain.has_sinks:
         # Who else is needed for that: those that add as much.
         left = {other: evidence.changes[ALL] - evidence.changes[all_but(other, fired)] for other in others}
         partners = [other for other, change in left.items() if effect(change, level).rise >= smallest]
@@ -108,9 +101,9 @@ def _undecided(change: np.ndarray, evidence: Evidence, smallest: float, level: f
     """Why, and what it would take."""
     measured = effect(change, level)
     if measured.rise >= smallest and evidence.beyond_controls(change, level):
-        if evidence.has_sinks is False:
+        if evidence.plain.has_sinks is False:
             return f"{measured} without it, but the model has no attention sinks that it could carry"
-        if evidence.has_sinks is None:
+        if evidence.plain.has_sinks is None:
             return f"{measured} without it, but the model shows no attention weights, so its sinks are not known"
         return f"{measured} without it, but sinks and largest activation stay, so it is no super expert's work"
     if not math.isfinite(measured.high):

@@ -4,7 +4,7 @@ An expert may have every statistical sign of a super expert (arXiv 2507.23279) a
 each other, a gate or a learned sink may have taken the work away. So outputs are switched off where they are extreme,
 and only there: at an expert's trigger tokens (triggers.py), as they are in the unchanged model. Up to three runs speak
 of each candidate: all candidates off, this one alone, all but this one. Beside them stand controls: the other experts
-that the same tokens visit in the same layers.
+that the same tokens visit in the same layers. What all of them cost at every token is said, and decides nothing.
 
     proved     switching it off raises perplexity by the smallest effect that matters or more, beyond the worst control,
                and the sinks, or the largest activation of the residual stream, fall by half or more, in a model whose
@@ -14,11 +14,9 @@ that the same tokens visit in the same layers.
 
 Intervals are over documents (windows of text), each at level / number of candidates (Bonferroni).
 
-The smallest effect, 3 % of perplexity, and the sink level, 10 times uniform attention, stand between what four small
-trained models showed in windows of 512 tokens: experts without a function cost 0.3 % at most at their trigger tokens,
-the weaker of two sets of super experts 4.5 %; sinks were 16 and 19 times uniform attention where super experts are, 3
-and 5 times beside an attention gate and learned sinks. Uniform attention is larger in shorter windows: of 128 tokens
-the 19 are 10, so that the level may not be reached there.
+The smallest effect, 3 % of perplexity, stands between what small trained models showed in windows of 512 tokens: experts
+without a function cost 0.3 % at most at their trigger tokens, the weaker of two sets of super experts 4.5 %. What counts
+as attention sinks: sedetect.stats.residual.SINK_MASS.
 """
 
 import math
@@ -26,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +37,7 @@ from sedetect.experiments.ablation import resolve
 from sedetect.experiments.chain import find_feeders
 from sedetect.experiments.effects import effect
 from sedetect.experiments.evaluation import predictions, window_losses
-from sedetect.experiments.judgment import ALL, Evidence, all_but, alone, judge
+from sedetect.experiments.judgment import ALL, EVERYWHERE, Evidence, all_but, alone, judge
 from sedetect.experiments.residual_stream import observe_residual
 from sedetect.experiments.switching import Below, WindowWatch, switched_off
 from sedetect.experiments.triggers import Triggers
@@ -75,15 +74,13 @@ def check_names(model: nn.Module, names: str | None) -> None:
 
 
 def candidates_of(stats: ModelStats, residual: Residual, names: str | None = None) -> dict[Place, float]:
-    """Experts to prove, and the largest |y| of each: those of these names (separated by commas), or what statistics and
-    residual stream point to, because it fires on first tokens, writes a carried massive activation, or stands out.
+    """Experts to prove, and the largest |y| of each: those of these names (separated by commas), or the candidates of
+    statistics and residual stream.
 
     Raises SedetectError for a name that the statistics do not have.
     """
     if names is None:
-        judged = rank(stats, residual=residual).judged
-        signs = {one: one.signature is True or one.carried is True or one.verdict != "unsupported" for one in judged}
-        return {one.place: one.value for one, shown in signs.items() if shown}
+        return {expert.place: expert.value for expert in rank(stats, residual=residual).found}
     chosen = {}
     for name in names.split(","):
         place = parse_place(name.strip())
@@ -132,7 +129,9 @@ def prove(
     begun = time.perf_counter()
     banks = {place: bank for place, bank in resolve(model, candidates).items() if isinstance(place, Place)}
     ids = torch.cat([windows.ids for windows in domains.values()])
-    plain = observe_residual(model, domains, prefix=prefix, sequences=sequences)
+    digest = model_digest(model)
+    observe = partial(observe_residual, model, domains, prefix=prefix, sequences=sequences, digest=digest)
+    plain = observe()
     observing = time.perf_counter() - begun
     with WindowWatch(model, ids) as watch:
         triggers = Triggers(banks, candidates, watch, ids.shape[1])
@@ -150,16 +149,19 @@ def prove(
 
         fired = [place for place in banks if triggers.tokens[place]]
         runs = _plan(fired)
+        offs = {label: triggers.off(places, len(ids)) for label, places in runs.items()}
+        if fired:
+            runs[EVERYWHERE], offs[EVERYWHERE] = fired, triggers.everywhere(fired, len(ids))
         draws = triggers.controls(len(ids), controls)
         total = len(runs) + len(draws)
         estimate = measuring * (1 + total * text.share) + observing * (1 + len(runs))
         changes: dict[str, np.ndarray] = {}
         observed: dict[str, Residual] = {}
-        for done, (label, places) in enumerate(runs.items()):
+        for done, (label, off) in enumerate(offs.items()):
             progress(label, done, total, estimate)
-            with switched_off(model, list(banks.values()), watch, triggers.off(places, len(ids))):
+            with switched_off(model, list(banks.values()), watch, off):
                 changes[label] = text.losses() - base
-                observed[label] = observe_residual(model, domains, prefix=prefix, sequences=sequences)
+                observed[label] = observe()
         drawn = []
         for number, off in enumerate(draws):
             progress(f"control {number + 1}", len(runs) + number, total, estimate)
@@ -167,7 +169,7 @@ def prove(
                 drawn.append(text.losses() - base)
         progress("done", total, total, estimate)
 
-    evidence = Evidence(changes, drawn, plain, observed, _uniform(ids.shape[1], prefix))
+    evidence = Evidence(changes, drawn, plain, observed)
     each = level / max(1, len(banks))
     verdicts = []
     for place in banks:
@@ -178,18 +180,17 @@ def prove(
             before = [ids[window, : position + 1] for window, position in tokens[:_CHAIN_TEXTS]]
             verdict = replace(verdict, feeders=find_feeders(model, place, before))
         verdicts.append(verdict)
-    heads = [sink for layer in plain.layers for sink in layer.sinks or ()]
     return Proof(
         model=model_name(model),
-        digest=model_digest(model),
+        digest=digest,
         tokens=ids.numel(),
         documents=len(ids),
         smallest=smallest,
         level=level,
         sink_mean=plain.sink_mean,
-        best_head=max(heads, default=None),
+        best_head=plain.best_head,
         residual_max=plain.inner_max,
-        uniform=evidence.uniform,
+        uniform=plain.uniform,
         verdicts=verdicts,
         runs=[
             Switching(
@@ -203,6 +204,7 @@ def prove(
         ],
         controls=[Switching(f"control {n + 1}", [], effect(change, each)) for n, change in enumerate(drawn)],
         seconds=time.perf_counter() - begun,
+        sinks=plain.sinks_line,
         notes=[] if drawn else ["no controls: the router chooses nobody else at the trigger tokens"],
     )
 
@@ -214,12 +216,6 @@ def _plan(fired: list[Place]) -> dict[str, list[Place]]:
     if len(fired) > 2:
         runs |= {all_but(place, fired): [other for other in fired if other != place] for place in fired}
     return runs
-
-
-def _uniform(length: int, prefix: int) -> float:
-    """The sink mass of uniform attention in windows of length tokens, over the queries of LayerResidual.sinks."""
-    queries = torch.arange(max(prefix, -(-length // 4)), length)
-    return float((1 / (queries + 1).double()).mean())
 
 
 class _Text:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -35,6 +35,7 @@ from sedetect.models.layers import (
     eager_attention,
     refuse_encoder_decoder,
     run_tokens,
+    sink_substitutes,
 )
 from sedetect.models.wrappers import unwrap
 from sedetect.stats.residual import Formation, LayerResidual, Residual, Writer, sink_decay
@@ -59,6 +60,7 @@ def observe_residual(
     sequences: int = 8,
     min_value: float = MIN_VALUE,
     min_ratio: float = MIN_RATIO,
+    digest: str | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Residual:
     """Run a bounded number of sequences, one at a time, and record the residual stream and the attention sinks.
@@ -71,6 +73,7 @@ def observe_residual(
         domains: as calibration_windows gives them; the first windows of each, in turn, are observed.
         prefix: how many tokens of each window are the tokenizer's prefix.
         sequences: how many windows in all, fewer where there are not so many.
+        digest: the model's, where it is known; of the unchanged one, if something is switched off.
         progress: called with the number of tokens after every sequence.
     Raises:
         SedetectError: for a model in training mode, with an encoder, without a decoder with experts, or with layers
@@ -93,7 +96,7 @@ def observe_residual(
     layers = [seen.result(number) for number, seen in enumerate(observer.layers)]
     return Residual(
         model=model_name(model),
-        digest=model_digest(model),
+        digest=digest or model_digest(model),
         sequences={domain: count for domain, count in counts.items() if count},
         seq_len=max(len(ids) for *_, ids in chosen),
         prefix=prefix,
@@ -103,6 +106,7 @@ def observe_residual(
         formations=observer.formations,
         found=observer.found,
         notes=_notes(layers, observer.formations, observer.found),
+        instead=sink_substitutes(chain.from_iterable(observer.blocks)),
     )
 
 
@@ -166,17 +170,18 @@ class _Observer:
         self.banks = [bank for bank in find_banks(self.model) if bank.id.stack == "decoder"]
         self.modules = decoder_layers(self.model, self.banks)
         self.experts = ExpertCalls(self.model, self.banks)
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        self.blocks = [attention_blocks(layer, paths[id(layer)], self.banks) for layer in self.modules]
         self.layers = [_Seen() for _ in self.modules]
         self.formations: list[Formation] = []
         self.found = 0
 
     def __enter__(self) -> Self:
-        paths = {id(module): path for path, module in self.model.named_modules()}
         with ExitStack() as stack:
             stack.enter_context(eager_attention(self.model))
             stack.callback(attach(self.model, self.experts.calls, innermost=True))
             for number, layer in enumerate(self.modules):
-                for block in attention_blocks(layer, paths[id(layer)], self.banks):
+                for block in self.blocks[number]:
                     stack.callback(block.register_forward_hook(partial(self._attention, number)).remove)
                 stack.callback(layer.register_forward_hook(partial(self._layer, number), with_kwargs=True).remove)
             self._exit = stack.pop_all()

@@ -138,7 +138,7 @@ def find_super_weights(
 
     Args:
         model: the profiled model, in eval mode; it may run under a profile or an ablation, which stay as they are.
-        experts: a ranking, of which the experts with the verdict "super" are taken, or any experts of one.
+        experts: a ranking, of which those to protect are taken, or any experts of one.
         windows: those that were profiled (ModelProfile.windows, or calibration_windows with the same arguments).
         top: how many products to keep of each expert.
     Returns:

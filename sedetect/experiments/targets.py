@@ -14,18 +14,19 @@ from sedetect.models.banks import find_banks
 from sedetect.ranking.rule import rank
 from sedetect.stats.model import ModelStats
 from sedetect.stats.place import Place, Weight
+from sedetect.stats.proof import Proof
 
 Target = Place | Weight
 
 
 def needs_statistics(spec: str) -> bool:
     """Whether choose_experts takes this choice from statistics."""
-    return spec == "super" or spec.startswith("top-frequency:")
+    return spec == "candidates" or spec.startswith("top-frequency:")
 
 
 def check_choice(spec: str, model: nn.Module) -> None:
     """Raise SedetectError for what choose_experts refuses, before anything is measured."""
-    if spec != "super" and _number(spec, model) is None:
+    if spec != "candidates" and _number(spec, model) is None:
         resolve(model, _names(spec))
 
 
@@ -35,16 +36,18 @@ def choose_experts(
     stats: ModelStats | None = None,
     seed: int = 0,
     residual: Residual | None = None,
+    proof: Proof | None = None,
 ) -> list[Target]:
     """What a command line names.
 
-    "super" (verdict super, by the residual stream too where it is given; an empty list where there is none) and
+    "candidates" (proved ones too, refuted ones not; by residual stream and proof where they are given; an empty list
+    where there is none) and
     "top-frequency:N" (most rows) take statistics of the model; "random:N" draws from the routed experts of all layers;
     else names separated by commas: experts ("L1E28", "L8shared") or single weights of a down_proj ("L1E28[101,14]").
     Raises SedetectError for anything else, and for what the model does not have.
     """
-    if spec == "super":
-        return [expert.place for expert in rank(_given(spec, stats), residual=residual).found]
+    if spec == "candidates":
+        return [expert.place for expert in rank(_given(spec, stats), residual=residual, proof=proof).found]
     number = _number(spec, model)
     if number is None:
         return list(resolve(model, _names(spec)))

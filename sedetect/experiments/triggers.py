@@ -79,6 +79,15 @@ class Triggers:
                     plans[bank][(*token, m)] = place.number
         return plans
 
+    def everywhere(self, places: list[Place], windows: int) -> Off:
+        """These switched off at every token."""
+        plans: dict[BankId, torch.Tensor] = {}
+        for bank, mine in self._in_bank.items():
+            numbers = [place.number for place in mine if place in places]
+            if numbers:
+                plans[bank] = torch.tensor(numbers).expand(windows, self._length, -1)
+        return plans
+
     def controls(self, windows: int, most: int) -> list[Off]:
         """At most so many disjoint draws from the other experts that trigger tokens visit in the same banks: at each
         token as many as fire there. Fewer, or none, where the router chooses no more."""

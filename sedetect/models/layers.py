@@ -7,7 +7,7 @@ attach.py attaches.
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Children of a decoder layer that mix tokens, unless they hold experts.
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "linear_attn", "mamba", "conv", "mixer")
+_GATED = re.compile(r"attn_output(\.float\(\))? \* torch\.sigmoid\(|sigmoid\(\w+\) \* attn_output|\boutput \* torch\.sigmoid\(gate")
 
 
 def decoder_layers(model: nn.Module, banks: list[Bank]) -> nn.ModuleList:
@@ -37,6 +38,24 @@ def attention_blocks(layer: nn.Module, path: str, banks: list[Bank]) -> list[nn.
     with_experts = {bank.path.removeprefix(f"{path}.").partition(".")[0] for bank in banks if bank.routed}
     found = [child for name, child in layer.named_children() if name in ATTENTION_NAMES and name not in with_experts]
     return [block for child in found for block in (child if isinstance(child, nn.ModuleList) else [child])]
+
+
+def sink_substitutes(blocks: Iterable[nn.Module]) -> list[str]:
+    """What attention blocks have that takes the place of attention sinks: "learned sinks", "output gates".
+
+    Learned sinks are a parameter of that name in transformers; a gate is read off the source of the block's forward.
+    """
+    found = set()
+    for block in blocks:
+        if isinstance(getattr(block, "sinks", None), nn.Parameter):
+            found.add("learned sinks")
+        try:
+            source = inspect.getsource(type(block).forward)
+        except (OSError, TypeError):
+            continue
+        if _GATED.search(source):
+            found.add("output gates")
+    return sorted(found)
 
 
 def attention_weights(output: object, length: int) -> torch.Tensor | None:

@@ -26,15 +26,18 @@ from sedetect.checkpoints.memory import too_large
 from sedetect.checkpoints.options import Loading
 from sedetect.documents import short_repr
 from sedetect.errors import Argument, SedetectError, shorten
+from sedetect.experiments.proof import check_numbers
 from sedetect.experiments.residual_stream import Residual, observe_residual
 from sedetect.models.layers import run_tokens
-from sedetect.models.loading import PreparedModel, prepare_model
+from sedetect.models.loading import OpenModel, PreparedModel, prepare_model
 from sedetect.models.measure import Measuring
 from sedetect.ops.choose import check_backend
 from sedetect.profiling.profiler import SourcesProfile
+from sedetect.profiling.proving import Proving, prove_profile
 from sedetect.ranking.rule import rank
 from sedetect.stats.model import ModelStats, merge_all
 from sedetect.stats.note import Note, sorted_notes
+from sedetect.stats.proof import Proof
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,9 +59,10 @@ class ModelProfile:
     asked         tokens asked for; stats.header.tokens were used
     interrupted   stop() ended it early
     residual      what was seen of the residual stream, where it was asked for and nothing interrupted the profile
+    proof         what a proof of the candidates found, likewise; None where there was no candidate
     windows       the windows of each domain that there were to run; see sedetect.experiments.super_weights
     streamed      how streaming the model layer by layer went, where it was streamed
-    rounds        after each round, the tokens so far and the super experts (verdict "super"), largest first; empty
+    rounds        after each round, the tokens so far and the experts to protect (Ranking.found), largest first; empty
                   where profiling was not in rounds
     stable_after  tokens after which the final set first stood, where as many rounds as asked for (one, if none were)
                   left it unchanged; None if they never did
@@ -73,6 +77,7 @@ class ModelProfile:
     interrupted: bool = False
     tokenizer: "PreTrainedTokenizerBase | None" = None
     residual: Residual | None = None
+    proof: Proof | None = None
     windows: dict[str, Windows] = field(default_factory=dict)
     streamed: "Streamed | None" = None
     rounds: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
@@ -91,6 +96,7 @@ def profile_model(
     measuring: Measuring = Measuring(),
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     residual: int | None = None,
+    proving: Proving | None = None,
     until_stable: int | None = None,
     keep_rounds: bool = False,
     stream: bool | None = None,
@@ -109,23 +115,24 @@ def profile_model(
         measuring: what is measured, and by what.
         residual: afterwards observe the residual stream and the attention sinks of this many windows, as
             observe_residual does; rank takes what it saw.
+        proving: afterwards prove the candidates, as prove_profile does; rank takes what it found.
         until_stable: take the windows in rounds, of each domain one batch of batch_size but at most ROUND_WINDOWS
-            windows, and stop once this many rounds in a row have left the set of super experts as it was.
+            windows, and stop once this many rounds in a row have left the candidates as they were.
         keep_rounds: profile in rounds and keep the statistics of each; without until_stable, to the last window.
         stream: run the decoder layers of a checkpoint one after another, each read from disk while the one before
             computes; the result is the same. None streams what does not fit the device's free memory (with a
-            UserWarning). Not with residual and rounds, which need the whole model.
+            UserWarning). Not with residual, proving and rounds, which need the whole model.
         resume: a folder for what a streamed profile that was ended early needs to go on: the same call continues after
             the last finished layer, and another one is refused. It stays afterwards; delete it when the result is safe.
         part: (i, n) runs of the batches of all domains every n-th from the i-th on; the n parts merge to the whole.
         progress: called with (domain, tokens done, tokens in all) after every batch, while streaming with ("layer 3 of
             48", tokens done in it, tokens in all); once with ("residual", 0, None) before the residual stream is
-            observed.
+            observed, and with each run of a proof ("L1E28 alone (about 20 s in all)", runs done, runs in all).
         stop: asked before every batch; once it is true, what was measured so far is returned: of a streamed profile,
             nothing but what resume keeps.
     Raises:
         SedetectError: for bad input, before anything is measured. Where only the residual stream cannot be observed,
-            the statistics' header notes why.
+            or only the proof not be made, the statistics' header notes why.
     """
     rounds = _Rounds(until_stable, keep_rounds)
     for name, number in {"until_stable": until_stable, "residual": residual}.items():
@@ -134,8 +141,11 @@ def profile_model(
     check_text(texts, text)  # before weights are read
     check_backend(measuring.backend)
     streaming = _must_stream(model, stream, loading)
-    if residual is not None or rounds:
-        _refuse_parts("residual" if residual is not None else "until_stable", streaming, part)
+    whole = {"proving": proving, "residual": residual, "until_stable": rounds or None}
+    if asked := next((name for name, given in whole.items() if given is not None), None):
+        _refuse_parts(asked, streaming, part)
+    if proving is not None:
+        check_numbers(proving.smallest, proving.level)
     prepared, made = _prepare(model, tokenizer, loading, part if streaming else None)
     calibration = calibration_windows(prepared.empty, prepared.tokenizer, texts, text)
     opened = prepared.load()
@@ -176,6 +186,8 @@ def profile_model(
     if residual is not None and not result.interrupted:
         progress("residual", 0, None)
         _observe(result, opened.model, calibration.domains, len(prefix), residual, stop)
+    if proving is not None and not result.interrupted:
+        _prove(result, opened, texts, text, proving, progress, stop)
     return result
 
 
@@ -228,7 +240,7 @@ def _planned(result: ModelProfile, calibration: Calibration, done: int, rounds: 
     if done == calibration.used:
         return calibration.notes
     # What the budget would have bought is not what was used.
-    text = f"stopped early: the super experts stayed the same for {rounds.until_stable} rounds"
+    text = f"stopped early: the candidates stayed the same for {rounds.until_stable} rounds"
     stopped = Note("stopped_early", text, count=rounds.until_stable)
     return [*(note for note in calibration.notes if note.code != "tokens_used"), stopped]
 
@@ -249,6 +261,33 @@ def _observe(
         result.interrupted = True
     except Exception as error:  # the profile is done, and is not lost for whatever fails here
         why = Note("no_residual", f"the residual stream was not observed: {shorten(error)}")
+        result.stats.header.notes = sorted_notes([*result.stats.header.notes, why])
+
+
+def _prove(
+    result: ModelProfile,
+    opened: OpenModel,
+    texts: str | os.PathLike[str] | dict[str, list[str]] | dict[str, list[Document]] | None,
+    text: Text,
+    proving: Proving,
+    progress: Callable[[str, int, int | None], None],
+    stop: Callable[[], bool],
+) -> None:
+    """Prove the candidates, into result; a note where that fails."""
+
+    def tell(label: str, done: int, total: int, seconds: float) -> None:
+        if stop():
+            raise _Stopped
+        progress(f"{label} (about {seconds:.0f} s in all)", done, total)
+
+    try:
+        result.proof = prove_profile(
+            opened.model, opened.tokenizer, texts, text, result.stats, proving, residual=result.residual, progress=tell
+        )
+    except _Stopped:
+        result.interrupted = True
+    except Exception as error:  # the profile is done, and is not lost for whatever fails here
+        why = Note("no_proof", f"nothing was proved: {shorten(error)}")
         result.stats.header.notes = sorted_notes([*result.stats.header.notes, why])
 
 
@@ -338,7 +377,7 @@ class _Resident:
     def _round(self, measured: dict[str, ModelStats], rounds: _Rounds) -> bool:
         """Take down what a round came to, and say whether it was the last that is needed."""
         result = self.result
-        result.rounds.append((self.done, _super_experts(merge_all(result.domains.values()))))
+        result.rounds.append((self.done, _candidates(merge_all(result.domains.values()))))
         result.stable_after = _stable_after(result.rounds, rounds.until_stable or 1)
         if rounds.keep:
             result.shards.append(merge_all(measured.values()))
@@ -371,7 +410,7 @@ def _parts(domains: dict[str, Windows], count: int) -> list[dict[str, Windows]]:
     return [{domain: mine[i] for domain, mine in parts.items() if i < len(mine)} for i in range(longest)]
 
 
-def _super_experts(stats: ModelStats) -> tuple[str, ...]:
+def _candidates(stats: ModelStats) -> tuple[str, ...]:
     return tuple(str(expert) for expert in rank(stats).found)
 
 

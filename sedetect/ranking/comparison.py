@@ -26,7 +26,7 @@ Kept = dict[BankId, list[int]]
 
 @dataclass(frozen=True)
 class Run:
-    """One profile: names of the paper's set, and of those of it with the verdict "super", largest first."""
+    """One profile: names of the paper's set, and of the candidates (Ranking.found), largest first."""
 
     name: str
     model: str
@@ -40,7 +40,7 @@ class Run:
 class Step:
     """From one run to the next.
 
-    joined, left              super experts (verdict "super") that the next run has more, or no more
+    joined, left              candidates that the next run has more, or no more
     named_joined, named_left  the same of the paper's set
     correlation               Spearman's rank correlation of out_max over the routed and shared experts that saw rows
                               and stayed finite in both, ties at their average rank; None below 2 or without variance
@@ -61,7 +61,7 @@ class Moved:
 
     values    its out_max in every run; 0 where it saw nothing, NaN where it was pruned
     channels  output channel of that value; None where it saw nothing or was pruned
-    found     whether it has the verdict "super", per run
+    found     whether it is a candidate, per run
     """
 
     name: str
@@ -104,7 +104,7 @@ class Comparison(Document):
 
     @property
     def equal(self) -> bool:
-        """Whether the super experts (verdict "super") are the same in every run."""
+        """Whether the candidates are the same in every run."""
         return len({frozenset(run.found) for run in self.runs}) == 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,13 +152,14 @@ def compare(
     for name, run, one in zip(names, states, maps, strict=True):
         _check_kept(name, run, one, sizes)
     rankings = [rank(run) for run in states]
-    named = [[(_original(e.place, one), e) for e in ranking.super_experts] for ranking, one in zip(rankings, maps)]
+    named, found = (
+        [tuple(str(_original(e.place, one)) for e in chosen) for chosen, one in zip(experts, maps)]
+        for experts in ([r.super_experts for r in rankings], [r.found for r in rankings])
+    )
     described = [
-        Run(name, run.header.model, run.header.dtype, run.header.tokens,
-            tuple(str(place) for place, _ in members),
-            tuple(str(place) for place, e in members if e.verdict == "super"))
-        for name, run, members in zip(names, states, named, strict=True)
-    ]  # fmt: skip
+        Run(name, run.header.model, run.header.dtype, run.header.tokens, *members)
+        for name, run, *members in zip(names, states, named, found, strict=True)
+    ]
     by_bank = [_values(run, one, sizes) for run, one in zip(states, maps)]
     values = [np.concatenate([np.empty(0), *parts]) for parts in by_bank]
     steps = []
@@ -172,8 +173,8 @@ def compare(
         )
         steps.append(Step(*changes, spearman(a[both], b[both]), int(both.sum())))
     moved = []
-    for name, place in {str(place): place for members in named for place, _ in members}.items():
-        peaks = [_peak(run, place, one) for run, one in zip(states, maps)]
+    for name in dict.fromkeys(name for run in described for name in (*run.named, *run.found)):
+        peaks = [_peak(run, parse_place(name), one) for run, one in zip(states, maps)]
         found = tuple(name in run.found for run in described)
         moved.append(Moved(name, tuple(p.value for p in peaks), tuple(p.channel for p in peaks), found))
     moved.sort(key=lambda m: -max(value for value in m.values if not math.isnan(value)))

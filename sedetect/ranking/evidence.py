@@ -1,4 +1,4 @@
-"""What the rule reads of each bank, and its two value tests."""
+"""What the rule and the verdicts read of each bank, and the rule's two value tests."""
 
 import math
 from dataclasses import dataclass
@@ -62,20 +62,25 @@ class BankView:
         """The expert as a Place has it."""
         return place_of(self.bank, e, len(self.values)).expert
 
-    def evidence(self, e: int, median: float | None, tests: ValueTests, min_gate_ratio: float) -> dict[str, Any]:
-        """The fields of SuperExpert for expert e but its place and verdict."""
+    def evidence(
+        self, e: int, median: float | None, tests: ValueTests, first: "BankView", min_ratio: float
+    ) -> dict[str, Any]:
+        """The fields of SuperExpert for expert e but its place, carried, late and verdict.
+
+        first: the bank of the experts that its largest value on first tokens is compared with.
+        """
         value, first_max = float(self.values[e]), float(self.first_max[e])
         peak = self.peaks[e]
         assert peak is not None  # every threshold is at least 0, so whoever passes one saw a row
         first_gate, rest_gate = self.gates(e)
+        peers = first.first_max[(first.first_rows > 0) & ((first is not self) | (np.arange(len(first.values)) != e))]
+        first_ratio = _quotient(first_max, float(np.median(peers)) if len(peers) else None)
         if self.first_rows.sum() == 0:
             signature = None
-        elif not tests.passes(first_max):
+        elif not first_max > tests.threshold:
             signature = False
-        elif not self.bank.routed:
-            signature = True
         else:
-            signature = None if first_gate is None or rest_gate is None else first_gate > min_gate_ratio * rest_gate
+            signature = None if first_ratio is None else first_ratio >= min_ratio
         return {
             "value": value,
             "sign": peak.sign,
@@ -91,6 +96,7 @@ class BankView:
             "rest_gate": rest_gate,
             "first_max": first_max,
             "rest_max": float(self.rest_max[e]),
+            "first_ratio": first_ratio,
             "signature": signature,
         }
 

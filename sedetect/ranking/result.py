@@ -1,4 +1,4 @@
-"""What a ranking is: the experts that stand out, with their evidence and verdicts."""
+"""What a ranking is: the experts that the statistics point to, with their evidence and verdicts."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,10 +7,13 @@ from sedetect.documents import Document, short_repr
 from sedetect.files import finite
 from sedetect.stats.place import Place
 
+PROTECTED = ("proved", "candidate", "undecided")
+"""The verdicts of experts that pruning and quantization leave alone: all but refuted."""
+
 
 @dataclass(frozen=True)
 class SuperExpert(Place):
-    """An expert the rule names, or one beside the set, with the evidence; y is its down_proj output before the gate.
+    """An expert that the rule names, or a candidate beside the set; y is its down_proj output before the gate.
 
     value        out_max: largest |y| over all counted rows; sign (1 or -1) and output channel of that element
     position     of its token in its sequence, token_id, sequence_id: -1 where rows could not be mapped
@@ -22,9 +25,14 @@ class SuperExpert(Place):
     first_gate, rest_gate   mean routing weight over the first tokens of sequences, and over all other tokens, 0 where a
                  token is not routed here; None for shared experts (no router) and where there were no such tokens
     first_max, rest_max     largest |y| on first tokens, and on all others; 0 where there was none
-    signature    first-token signature, None: not observed (see rank)
+    first_ratio  first_max / median first_max of the other routed experts of its layer that saw first tokens; inf where
+                 that median is 0, None where there are none
+    signature    whether it fires on first tokens, None: not observed (see rank)
     carried      whether it writes a massive activation that a later layer carries; None: the residual was not observed
-    verdict      "super", "outlier" or "unsupported"
+    late         whether its layer is beyond the rule's layers
+    verdict      "candidate", "proved", "refuted" or "undecided" (sedetect.stats.proof); None where nothing but the rule
+                 names it
+    reason       the sentence of a proof, None without one
     """
 
     value: float
@@ -41,9 +49,12 @@ class SuperExpert(Place):
     rest_gate: float | None
     first_max: float
     rest_max: float
+    first_ratio: float | None
     signature: bool | None
     carried: bool | None
-    verdict: str
+    late: bool
+    verdict: str | None
+    reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """name (str(self)) and every field, ready for JSON: NaN is None, infinity is "inf"."""
@@ -54,8 +65,8 @@ class SuperExpert(Place):
 class Ranking(Document):
     """What rank found.
 
-    super_experts     the paper's set, by value, descending; not all of them have the verdict "super"
-    others            experts outside the set that pass both value tests over all layers of their stack, likewise
+    super_experts     the paper's set, by value, descending; not all of them have a verdict
+    others            candidates outside the set, and what a proof tried beside them, likewise
     population        number of experts in A; its maximum, percentile_value and threshold (the fraction of the maximum);
                       the three are NaN for an empty population
     layer_limits      per stack, the first layer that is not in A
@@ -87,12 +98,18 @@ class Ranking(Document):
 
     @property
     def found(self) -> list[SuperExpert]:
-        """The experts of the set with the verdict "super"."""
-        return [expert for expert in self.super_experts if expert.verdict == "super"]
+        """The experts to protect, by value, descending: proved super experts, and candidates that nothing refutes."""
+        chosen = [expert for expert in self.judged if expert.verdict in PROTECTED]
+        return sorted(chosen, key=lambda expert: -expert.value)
+
+    @property
+    def proved(self) -> list[SuperExpert]:
+        """The experts that a proof showed the model to depend on: its super experts."""
+        return [expert for expert in self.judged if expert.verdict == "proved"]
 
     @property
     def judged(self) -> list[SuperExpert]:
-        """Every expert with a verdict: the set, then the others."""
+        """Every expert that is shown: the set, then the others."""
         return self.super_experts + self.others
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,32 +12,34 @@ named iff
 
 The paper knows one stack. Of a model with several, A takes all stacks together, each cut at its own L.
 
-Verdicts, each a test on top of the rule:
+A verdict says how far it is shown that a model depends on an expert:
 
-    super        in the paper's set, |y| >= min_value, >= min_ratio times its layer's median, and its first-token
-                 signature present or not observed
-    outlier      stands out by the same two thresholds, and is in the paper's set without the signature, or passes both
-                 value tests over all layers of its stack without being in the set (most often: a late layer)
-    unsupported  passes the rule, which always names someone, but is too small, or too close to its layer's median
+    candidate    as large as the rule wants (in its set, or above its fraction of max(A) in any layer) and it fires on
+                 first tokens, or writes a massive activation that a later layer carries, or stands out by its value
+    proved, refuted, undecided    what sedetect.experiments.proof found of it
+    None         the rule names it, and nothing else does
+
+What makes a candidate does not depend on the amount of text: an output on a trigger token is a constant, and is compared
+with what other experts give on such tokens, and with the median of the experts that saw rows.
 """
 
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sedetect.errors import Argument, SedetectError
-from sedetect.files import RESIDUAL
+from sedetect.files import PROOF, RESIDUAL
 from sedetect.ranking.coverage import FEW_ROWS
 from sedetect.ranking.evidence import BankView, ValueTests, layer_medians
 from sedetect.ranking.result import Ranking, SuperExpert
 from sedetect.ranking.wording import Judged, make_headline, make_notes
 from sedetect.stats.model import Header, ModelStats, opened
 from sedetect.stats.place import Place
+from sedetect.stats.proof import Proof
 from sedetect.stats.residual import Residual
 
 
@@ -52,49 +54,49 @@ def rank(
     rows: str = "all",
     min_value: float = 50.0,
     min_ratio: float = 10.0,
-    min_gate_ratio: float = 3.0,
     residual: Residual | None = None,
+    proof: Proof | None = None,
 ) -> Ranking:
     """The paper's set of super experts (module docstring), each with a verdict.
 
-    stats may be the path of a statistics file, or of a folder of results, whose residual.json is taken where residual
-    is not given.
+    stats may be the path of a statistics file, or of a folder of results, whose residual.json and proof.json are taken
+    where residual and proof are not given.
 
     criterion: "paper", the only one. percentile in [0, 100) (NumPy's linear interpolation), fraction of max(A) in
     (0, 1), layers: L as a fraction of the stack's layers in (0, 1]; both value tests are strict.
-    residual is what sedetect.experiments.residual_stream.observe_residual saw of the same model: with it, "super" also
-    needs the expert to write at least half of a massive activation that a later layer carries (its decoder stack only),
-    which tells late outliers apart without a fixed L; and layers="data" takes for L the layers that form such
-    activations. That is a few layers, so both value tests are then over the first three quarters (or up to the last of
-    them, where that is later), and L only cuts the set.
+    residual is what sedetect.experiments.residual_stream.observe_residual saw of the same model (its decoder stack
+    only): who writes at least half of a massive activation that a later layer carries, and by layers="data", the layers
+    that form such activations as L. That is a few layers, so both value tests are then over the first three quarters
+    (or up to the last of them, where that is later), and L only cuts the set.
+    proof is what sedetect.experiments.proof.prove found of the same model. What it tried has its verdict.
     compat="published-tool" takes max(A) // 10, as the published tool does, and asks for fraction=0.1.
     rows="first" ranks routed experts by published_max, the value that the published tool records, instead of out_max;
     an expert's sign, channel, token and gate stay those of its out_max. The tool reads shared experts whole.
 
-    The thresholds of the verdict, each >= 0. tiny-moe is the checkpoint in tests/data, its super expert L1E28.
+    The thresholds of a candidate, each >= 0. tiny-moe is the checkpoint in tests/data, its super expert L1E28.
 
     min_value, in units of y: the weakest published super expert (DeepSeek-R1's tenth) is 67. tiny-moe in training: 12.7
         before its residual stream has a massive activation (step 200), 131 with one (step 400); 1262 in the end.
-    min_ratio, times the layer's median: tiny-moe 69, next best inside L 2.7 (its late outlier L9E7: 18.8). The paper
-        prints no medians; where a layer's median is below the model's tenth largest value, the weakest super experts
-        of Qwen3-30B-A3B, DeepSeek-V2-Lite and Mixtral have at least 35, 19 and 40. DeepSeek-R1's ten largest values
-        are its ten super experts and give no bound.
-    min_gate_ratio, mean routing weight on first tokens over that on the rest: an expert with a balanced load and all of
-        the first token's weight has E, the number of experts: 8 in Mixtral, 32 in tiny-moe, 128 in Qwen3. 3 leaves
-        room for one that is also used elsewhere.
+    min_ratio, times the layer's median: tiny-moe 69, next best inside L 2.7 (its late L9E7: 18.8). The paper prints no
+        medians; where a layer's median is below the model's tenth largest value, the weakest super experts of
+        Qwen3-30B-A3B, DeepSeek-V2-Lite and Mixtral have at least 35, 19 and 40. DeepSeek-R1's ten largest values are
+        its ten super experts and give no bound.
 
-    The signature is present when the largest value on first tokens passes both value tests by itself and, for routed
-    experts, first_gate > min_gate_ratio * rest_gate. It is None (not observed, never counted as absent) where the bank
-    saw no first token, or where the values agree and there is no other token to compare the routing with.
+    An expert stands out that reaches both. It fires on first tokens (signature) where it is as large there, and reaches
+    min_ratio times the median of the layer's other experts that saw first tokens. None (not observed, never counted as
+    absent) where the bank saw no first token, or no other expert did.
 
     Experts with a NaN or Inf are left out of every population and named in nonfinite.
 
     Raises SedetectError for an argument out of its range, for statistics whose header lacks a stack's number of layers
-    or a bank's top_k, for rows="first" where they lack published_max, and for the residual stream of another
-        model.
+    or a bank's top_k, for rows="first" where they lack published_max, and for the residual stream or the proof of
+        another model.
     """
-    if residual is None and isinstance(stats, (str, os.PathLike)) and (Path(stats) / RESIDUAL).is_file():
-        residual = Residual.load(stats)
+    if isinstance(stats, (str, os.PathLike)):
+        if residual is None and (Path(stats) / RESIDUAL).is_file():
+            residual = Residual.load(stats)
+        if proof is None and (Path(stats) / PROOF).is_file():
+            proof = Proof.load(stats)
     stats = opened(stats)
     criteria = {
         "criterion": criterion,
@@ -105,16 +107,17 @@ def rank(
         "rows": rows,
         "min_value": min_value,
         "min_ratio": min_ratio,
-        "min_gate_ratio": min_gate_ratio,
         "residual": residual is not None,
+        "proof": proof is not None,
     }
     _check(criteria)
     header = stats.header
-    if residual is not None and residual.digest != header.digest:
-        raise SedetectError(
-            f"the residual stream is that of {residual.model} ({residual.digest}), the statistics are of "
-            f"{header.model} ({header.digest}); observe the same model"
-        )
+    for what, seen in (("residual stream", residual), ("proof", proof)):
+        if seen is not None and seen.digest != header.digest:
+            raise SedetectError(
+                f"the {what} is that of {seen.model} ({seen.digest}), the statistics are of {header.model} "
+                f"({header.digest}); take the same model's"
+            )
     banks = sorted(stats.banks, key=lambda bank: (bank.stack == "decoder", bank))
     views = {bank: BankView(bank, stats.banks[bank], header, rows) for bank in banks}
     part = 0.75 if isinstance(layers, str) else layers
@@ -135,42 +138,41 @@ def rank(
         admitted &= np.array([bank.stack == "decoder" and bank.layer in formed for bank, _ in experts], dtype=bool)
     medians = layer_medians(views)
 
-    def judge(chosen: np.ndarray, tests: ValueTests, in_set: bool) -> list[SuperExpert]:
-        """The experts under the mask chosen, judged, by value, descending."""
-        order = np.flatnonzero(chosen)
-        order = order[np.argsort(-values[order], kind="stable")]
-        found = []
-        for bank, e in (experts[i] for i in order):
-            peers = medians[bank]
-            evidence = views[bank].evidence(e, None if peers is None else peers[0], tests, min_gate_ratio)
-            ratio = evidence["ratio"]
-            # The residual stream is observed in the decoder only.
-            carried = (
-                None if writers is None or bank.stack != "decoder" else Place(*bank, views[bank].name(e)) in writers
-            )
-            if evidence["value"] < min_value or ratio is None or ratio < min_ratio:
-                verdict = "unsupported"
-            else:
-                shown = evidence["signature"] is not False and carried is not False
-                verdict = "super" if in_set and shown else "outlier"
-            found.append(SuperExpert(*bank, views[bank].name(e), **evidence, carried=carried, verdict=verdict))
-        return found
-
     tests = ValueTests.of(values[inside], criteria)
-    named = admitted & tests.passes(values)
-    super_experts = judge(named, tests, in_set=True)
 
-    others = []
-    for stack in limits:
-        mine = finite & np.array([bank.stack == stack for bank, _ in experts], dtype=bool)
-        over_all = ValueTests.of(values[mine], criteria)
-        others += judge(mine & over_all.passes(values) & ~named, over_all, in_set=False)
-    others.sort(key=lambda expert: -expert.value)
+    def judged(place: Place, value: float) -> SuperExpert:
+        bank, e = place.bank, place.number
+        view, peers = views[bank], medians[bank]
+        first = view if bank.routed else views.get(bank._replace(kind="routed"), view)
+        evidence = view.evidence(e, None if peers is None else peers[0], tests, first, min_ratio)
+        # The residual stream is observed in the decoder only.
+        carried = None if writers is None or bank.stack != "decoder" else place in writers
+        tried = None if proof is None else proof.of(place)
+        large = value > tests.threshold or place in named
+        stands_out = value >= min_value and evidence["ratio"] is not None and evidence["ratio"] >= min_ratio
+        verdict = "candidate" if large and (evidence["signature"] or carried or stands_out) else None
+        return SuperExpert(
+            *bank,
+            view.name(e),
+            **evidence,
+            carried=carried,
+            late=bank.layer >= limits[bank.stack],
+            verdict=verdict if tried is None else tried.level,
+            reason=None if tried is None else tried.reason,
+        )
 
-    # Experts that only the percentile keeps out of the set: where few are in A, or where the largest are tied.
-    no_percentile = replace(tests, percentile_value=-math.inf)
-    barred = judge(admitted & no_percentile.passes(values) & (values >= min_value) & ~named, no_percentile, in_set=True)
-    barred = [expert for expert in barred if expert.verdict == "super"]
+    order = np.argsort(-values, kind="stable")
+    places = [Place(*bank, views[bank].name(e)) for bank, e in experts]
+    named = {places[i]: float(values[i]) for i in order if admitted[i] and tests.passes(values[i])}
+    super_experts = [judged(place, value) for place, value in named.items()]
+    beside = (
+        judged(places[i], float(values[i]))
+        for i in order
+        if finite[i]
+        and places[i] not in named
+        and (values[i] > tests.threshold or (proof is not None and proof.of(places[i])))
+    )
+    others = [expert for expert in beside if expert.verdict is not None]
 
     unseen = sum(int((views[bank].rows == 0).sum()) for bank in ranked)
     nonfinite = [
@@ -180,10 +182,12 @@ def rank(
     ]
     shown = [expert for expert in super_experts + others if expert.ratio is not None and expert.ratio >= min_ratio]
     thin = [str(expert) for expert in shown if (medians[expert.bank] or (0, 0))[1] < FEW_ROWS]
-    judged = Judged(super_experts, barred, tests, len(experts), unseen, thin, nonfinite, limits, formed, criteria)
+    found = Judged(
+        super_experts, others, tests, len(experts), unseen, thin, nonfinite, limits, formed, criteria, residual
+    )
     return Ranking(
         model=header.model,
-        headline=make_headline(judged),
+        headline=make_headline(found),
         super_experts=super_experts,
         others=others,
         population=len(tests.population),
@@ -194,7 +198,7 @@ def rank(
         unseen=unseen,
         nonfinite=nonfinite,
         criteria=criteria,
-        notes=make_notes(judged),
+        notes=make_notes(found),
     )
 
 
@@ -210,7 +214,7 @@ def _check(criteria: dict[str, Any]) -> None:
         "percentile": ("at least 0 and below 100", lambda x: 0 <= x < 100),
         "fraction": ("above 0 and below 1", lambda x: 0 < x < 1),
         **({} if criteria["layers"] == "data" else {"layers": ("above 0 and at most 1", lambda x: 0 < x <= 1)}),
-        **dict.fromkeys(("min_value", "min_ratio", "min_gate_ratio"), ("at least 0", lambda x: 0 <= x < math.inf)),
+        **dict.fromkeys(("min_value", "min_ratio"), ("at least 0", lambda x: 0 <= x < math.inf)),
     }
     for name, (wanted, holds) in ranges.items():
         value = criteria[name]

@@ -86,8 +86,8 @@ def ascending(values: torch.Tensor) -> list[int]:
     return values.argsort(stable=True).tolist()
 
 
-def super_places(ranking: Ranking) -> list[Place]:
-    """The experts with the verdict "super", by value, descending: those that protection means."""
+def found_places(ranking: Ranking) -> list[Place]:
+    """Ranking.found as bare places: those that protection means."""
     return [expert.place for expert in ranking.found]
 
 
@@ -97,7 +97,7 @@ class Saliencies(Document):
 
     model, digest, dtype, tokens, sequences    as in the statistics' header
     by                 name of the saliency
-    super_experts      experts with the verdict "super" in ranking: name, and their place (1 is the lowest) of so many
+    super_experts      experts to protect (Ranking.found): name, and their place (1 is the lowest) of so many
                        (of) in their layer by this saliency
     layers             per routed bank, in order: bank ("decoder.1.routed"), module, top_k, values (E numbers by expert,
                        null for unknown), rows (E integers), ascending (experts, lowest saliency first)
@@ -122,11 +122,11 @@ class Saliencies(Document):
 
 
 def saliency_document(stats: ModelStats, by: str, ranking: Ranking) -> Saliencies:
-    """The saliencies of statistics, and where the super experts of ranking stand among them."""
+    """The saliencies of statistics, and where the experts that ranking says to protect stand among them."""
     header = stats.header
     values_of = saliency(stats, by)
     found = []
-    for place in super_places(ranking):
+    for place in found_places(ranking):
         values = values_of.get(place.bank)
         if values is not None:  # shared experts are not ranked
             found.append({"name": str(place), "place": ascending(values).index(place.number) + 1, "of": len(values)})

@@ -1,4 +1,4 @@
-"""Stability: does the set of super experts depend on the thresholds, or on the text?
+"""Stability: do the candidates depend on the thresholds, or on the text?
 
 verdict_sensitivity asks the first over the thresholds of the verdict, sensitivity over the grid of "Unveiling Super
 Experts in Mixture-of-Experts Large Language Models" (arXiv 2507.23279, table 9 of the ICLR 2026 text), where
@@ -26,13 +26,13 @@ from sedetect.stats.place import Place
 
 PERCENTILES = (95.0, 99.0, 99.5, 99.9)
 FRACTIONS = (0.07, 0.08, 0.09, 0.1)
-VERDICT = {"min_value": 50.0, "min_ratio": 10.0, "min_gate_ratio": 3.0}  # rank's defaults, which decide the verdict
+VERDICT = {"min_value": 50.0, "min_ratio": 10.0, "fraction": 0.1}  # rank's defaults, which decide who is a candidate
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One pair of thresholds: names of the paper's set, and of those of it with the verdict "super", largest first."""
+    """One pair of thresholds: names of the paper's set, and of the candidates (Ranking.found), largest first."""
 
     percentile: float
     fraction: float
@@ -52,7 +52,7 @@ class Grid:
 
     @property
     def constant(self) -> bool:
-        """Whether the super experts (verdict "super") are the same in every cell."""
+        """Whether the candidates are the same in every cell."""
         return len({frozenset(cell.found) for cell in self.cells}) <= 1
 
     @property
@@ -96,7 +96,7 @@ def sensitivity(
 
 
 def verdict_sensitivity(stats: ModelStats | str | os.PathLike[str]) -> dict[str, dict[float, tuple[str, ...]]]:
-    """The super experts under other thresholds of the verdict, each alone at FACTORS of its default.
+    """The candidates under other thresholds of the verdict, each alone at FACTORS of its default.
 
     Returns:
         name in VERDICT -> threshold, ascending -> names, largest first.
@@ -114,7 +114,7 @@ def verdict_sensitivity(stats: ModelStats | str | os.PathLike[str]) -> dict[str,
 class Agreed:
     """An expert that is in the set of some part.
 
-    named, found     in how many parts it is in the paper's set, and has the verdict "super"
+    named, found     in how many parts it is in the paper's set, and is a candidate
     values           its out_max in every part, in the order of the parts; NaN where it gave one
     lowest, highest  of the others
     """
@@ -138,9 +138,9 @@ class Agreement:
     """How far the sets of several parts of the text agree.
 
     parts    their names; tokens of each
-    found    the super experts (verdict "super") of each part, largest first
+    found    the candidates of each part, largest first
     experts  every expert of the paper's set of any part: those in most sets first, then by their highest value
-    jaccard  of the super experts of each pair of parts, |A and B| / |A or B|, 1 for two empty sets
+    jaccard  of the candidates of each pair of parts, |A and B| / |A or B|, 1 for two empty sets
     """
 
     parts: tuple[str, ...]
@@ -153,7 +153,7 @@ class Agreement:
 
     @property
     def same(self) -> bool:
-        """Whether every part alone gives the same super experts."""
+        """Whether every part alone gives the same candidates."""
         return len({frozenset(names) for names in self.found}) <= 1
 
     @property

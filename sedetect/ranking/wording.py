@@ -8,13 +8,14 @@ from sedetect.ranking.coverage import FEW_ROWS
 from sedetect.ranking.evidence import ValueTests
 from sedetect.ranking.result import SuperExpert
 from sedetect.stats.place import Place
+from sedetect.stats.residual import Residual
 
 
 @dataclass(frozen=True)
 class Judged:
     """What headline and notes are told of.
 
-    named      the set; barred: what only the percentile keeps out of it
+    named      the set; others: candidates and what a proof tried beside it
     tests      the value tests of the population
     experts    their number, and unseen: how many of them saw no row
     thin       of what is judged, the names of those whose layer's median is of experts with few rows
@@ -22,10 +23,11 @@ class Judged:
     limits     per stack, the layer below which the set is
     formed     with layers="data", the layers that form massive activations
     criteria   the arguments of rank
+    residual   what was seen of the residual stream, where it was
     """
 
     named: list[SuperExpert]
-    barred: list[SuperExpert]
+    others: list[SuperExpert]
     tests: ValueTests
     experts: int
     unseen: int
@@ -34,46 +36,53 @@ class Judged:
     limits: dict[str, int]
     formed: list[int] | None
     criteria: dict[str, Any]
+    residual: Residual | None
 
 
 def make_headline(judged: Judged) -> str:
-    """One line: the super experts, or why there is none."""
-    named, tests, limits, formed = judged.named, judged.tests, judged.limits, judged.formed
-    found = [expert for expert in named if expert.verdict == "super"]
-    if found:
-        text = f"{len(found)} super expert{'s' * (len(found) > 1)}: {_listed(found)}"
-    elif not judged.experts:
-        text = "no super expert: the statistics hold no routed or shared experts"
-    elif not len(tests.population):
-        text = f"no super expert: no finite routed or shared expert in the layers below the limit ({_limits(limits)})"
-    elif formed is not None and not formed:
-        text = "no super expert: no layer forms a massive activation that later layers carry"
-    elif tests.maximum == 0:
-        text = f"no super expert: none of the {len(tests.population)} experts saw a row with an output other than 0"
-    elif not named and formed:
-        where = ", ".join(f"L{layer}" for layer in formed)
-        text = (
-            f"no super expert: none of the experts of the layers that form massive activations ({where}) is in the set"
-        )
-    elif not named:
-        at = _short(tests.percentile_value)
-        text = f"no super expert: none of the {len(tests.population)} experts lies above the percentile, {at}"
-    elif outlier := next((expert for expert in named if expert.verdict == "outlier"), None):
-        which = "the largest the rule names" if outlier is named[0] else "the largest that stands out"
-        lacks = "lacks the first-token signature" if outlier.signature is False else "writes nothing later layers carry"
-        text = f"no super expert: {which}, {_described(outlier)}, {lacks}"
-    elif lacking := _nearly(named[0], judged.criteria):
-        text = (
-            f"no super expert: the rule names {len(named)} of {len(tests.population)}, and the largest, "
-            f"{_described(named[0])}, has all signs of one but {lacking}"
-        )
-    else:
-        needed = f"needs |y| {_short(judged.criteria['min_value'])} and {_short(judged.criteria['min_ratio'])}x"
-        text = (
-            f"no super expert: the rule names {len(named)} of {len(tests.population)} because it always names someone, "
-            f"and the largest, {_described(named[0])}, does not stand out ({needed})"
-        )
+    """One line: the super experts that are proved, what else the statistics point to, or why there is nothing."""
+    found = sorted(judged.named + judged.others, key=lambda expert: -expert.value)
+    by_verdict = {word: [e for e in found if e.verdict == word] for word in ("proved", *_UNPROVED, "refuted")}
+    parts = []
+    if proved := by_verdict["proved"]:
+        parts.append(f"{len(proved)} super expert{'s' * (len(proved) > 1)}, proved: {_listed(proved)}")
+    for word, counted in _UNPROVED.items():
+        if chosen := by_verdict[word]:
+            parts.append(f"{len(chosen)} {counted[len(chosen) > 1]}: {_listed(chosen)}")
+    if refuted := by_verdict["refuted"]:
+        parts.append(f"{len(refuted)} refuted: {_listed(refuted)}")
+        if len(parts) == 1:
+            parts.insert(0, "no super expert")
+    text = "; ".join(parts) or f"no candidate: {_why_none(judged)}"
+    if judged.residual is not None and judged.residual.has_sinks is False:
+        text += "; no attention sinks to speak of"
     return text + (f"; non-finite values from {judged.nonfinite[0]} on" if judged.nonfinite else "")
+
+
+_UNPROVED = {"candidate": ("candidate", "candidates"), "undecided": ("undecided", "undecided")}
+
+
+def _why_none(judged: Judged) -> str:
+    named, tests, limits, formed = judged.named, judged.tests, judged.limits, judged.formed
+    if not judged.experts:
+        return "the statistics hold no routed or shared experts"
+    if not len(tests.population):
+        return f"no finite routed or shared expert in the layers below the limit ({_limits(limits)})"
+    if formed is not None and not formed:
+        return "no layer forms a massive activation that later layers carry"
+    if tests.maximum == 0:
+        return f"none of the {len(tests.population)} experts saw a row with an output other than 0"
+    if not named and formed:
+        where = ", ".join(f"L{layer}" for layer in formed)
+        return f"none of the experts of the layers that form massive activations ({where}) is in the set"
+    if not named:
+        at = _short(tests.percentile_value)
+        return f"none of the {len(tests.population)} experts lies above the percentile, {at}"
+    needed = f"|y| {_short(judged.criteria['min_value'])} and {_short(judged.criteria['min_ratio'])}x its layer's median"
+    return (
+        f"the rule names {len(named)} of {len(tests.population)} because it always names someone, and the largest, "
+        f"{_described(named[0])}, has no sign of a super expert (to stand out it needs {needed})"
+    )
 
 
 def make_notes(judged: Judged) -> list[str]:
@@ -88,8 +97,13 @@ def make_notes(judged: Judged) -> list[str]:
         notes.append(
             f"the set is of the layers that form massive activations: {', '.join(f'L{n}' for n in judged.formed)}"
         )
-    if judged.barred:
-        notes.append(f"kept out of the set by the percentile alone: {_listed(judged.barred)}")
+    barred = [e for e in judged.others if not e.late and judged.tests.threshold < e.value and e.verdict is not None]
+    if barred and judged.formed is None:
+        notes.append(f"kept out of the set by the percentile alone: {_listed(barred)}")
+    if any(expert.verdict == "candidate" for expert in named + judged.others):
+        notes.append(
+            "a candidate is unproved: whether the model depends on it shows when it is switched off (sedetect prove)"
+        )
     unobserved = sum(expert.signature is None for expert in named)
     if unobserved:
         notes.append(f"first-token signature not observed for {unobserved} of {len(named)} experts of the set")
@@ -111,19 +125,6 @@ def make_notes(judged: Judged) -> list[str]:
     if len(judged.limits) > 1:
         notes.append(f"one population of all stacks, each below its own layer limit ({_limits(judged.limits)})")
     return notes
-
-
-def _nearly(expert: SuperExpert, criteria: dict[str, Any]) -> str | None:
-    """What an expert lacks that has more than half of the signs of a super expert; None where it has fewer."""
-    signs = {
-        f"|y| {_short(criteria['min_value'])}": expert.value >= criteria["min_value"],
-        f"{_short(criteria['min_ratio'])}x its layer's median": (expert.ratio or 0) >= criteria["min_ratio"],
-        "the first-token signature": expert.signature,
-        "a massive activation that later layers carry": expert.carried,
-    }
-    known = [shown for shown in signs.values() if shown is not None]
-    lacking = [name for name, shown in signs.items() if shown is False]
-    return " and ".join(lacking) if 2 * sum(known) > len(known) else None
 
 
 def _listed(experts: list[SuperExpert], most: int = 10) -> str:

@@ -2,7 +2,7 @@
 
 import altair as alt
 
-from sedetect.report.drawing import Chart, Drawing, ordinal
+from sedetect.report.drawing import VERDICTS, Chart, Drawing, ordinal
 from sedetect.report.pictures import Picture
 
 _NAMED = 64  # points that carry their name
@@ -22,7 +22,7 @@ class Inside(Drawing):
 
     def _lines(self, of: Picture) -> Chart:
         series = list(dict.fromkeys(record["series"] for record in of.data[of.name]))
-        colours = dict(zip(series, (self.colour[c] for c in ("accent", "outlier", "unsupported", "muted"))))
+        colours = dict(zip(series, (self.colour[c] for c in ("accent", "candidate", "undecided", "muted"))))
         legend = alt.Legend(orient="top", symbolType="stroke")
         tips = [
             alt.Tooltip("row:N", title="layer"), alt.Tooltip("series:N"), alt.Tooltip("value:Q", format=".4~g"),
@@ -38,9 +38,9 @@ class Inside(Drawing):
         )
         if of.marked:
             marks = self.on(f"{of.name}-marks").encode(x="row:N")
-            rule = marks.mark_rule(color=self.colour["super"], strokeDash=[3, 3])
+            rule = marks.mark_rule(color=self.colour["proved"], strokeDash=[3, 3])
             names = marks.mark_text(
-                align="left", dx=4, dy=6, fontWeight="bold", fontSize=12, color=self.colour["super"]
+                align="left", dx=4, dy=6, fontWeight="bold", fontSize=12, color=self.colour["proved"]
             ).encode(text="expert:N", y=alt.value(0))
             chart = alt.layer(rule, chart, names)
         return self.chart(of.name, of.text, chart, 220)
@@ -77,7 +77,7 @@ class Inside(Drawing):
                 band = chosen.transform_aggregate(cells="count()", groupby=[channel])
                 ring = band.mark_rect(fill=None, stroke=self.colour[verdict], strokeWidth=1.5)
                 layers.append(ring.encode(**{channel: x if channel == "x" else y}))
-        for verdict in sorted({"super", "outlier"} & {record.get("verdict") for record in of.data[of.name]}):
+        for verdict in sorted({*VERDICTS[:-1]} & {record.get("verdict") for record in of.data[of.name]}):
             one = base.transform_filter(alt.datum.verdict == verdict)
             layers.append(one.mark_rect(fill=None, stroke=self.colour[verdict], strokeWidth=2).encode(x=x, y=y))
         height = max(120, min(440, 14 * len(of.rows) + 40))
@@ -85,7 +85,7 @@ class Inside(Drawing):
 
     def _points(self, of: Picture) -> Chart:
         there = {record["verdict"] for record in of.data[of.name]}
-        colours = {verdict: self.colour[verdict] for verdict in ("super", "outlier", "other") if verdict in there}
+        colours = {verdict: self.colour[verdict] for verdict in VERDICTS if verdict in there}
         tips = [alt.Tooltip("name:N", title="expert"), alt.Tooltip("verdict:N")]
         many = len(of.data[of.name]) > len(of.columns)
         base = self.on(of.name).encode(

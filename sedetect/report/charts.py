@@ -7,6 +7,7 @@ from typing import Any
 import altair as alt
 
 from sedetect.report.drawing import COUNTS, EXPERT, FINE_LOG, LOG, VERDICTS, Chart, Drawing, ordinal, tooltips
+from sedetect.report.numbers import OTHER
 
 
 class Charts(Drawing):
@@ -42,12 +43,12 @@ class Charts(Drawing):
         for state, name in (("unseen", "unseen"), ("non-finite", "broken")):
             if any(record["state"] == state for record in self.data["experts"]):
                 layers.append(base.transform_filter(alt.datum.state == state).mark_rect(color=self.colour[name]))
-        for verdict in VERDICTS[:3]:
+        for verdict in VERDICTS[:-1]:
             chosen = base.transform_filter(alt.datum.verdict == verdict)
             layers.append(chosen.mark_rect(fill=None, stroke=self.colour[verdict], strokeWidth=2, tooltip=None))
         edge = self.columns[len(self.columns) // 2 :]
         beside = 6 + 500 // len(self.columns)  # half a cell of a chart some 1000 pixels wide
-        for verdict, right in product(VERDICTS[:2], (False, True)):
+        for verdict, right in product(VERDICTS[:-1], (False, True)):
             inside = alt.FieldOneOfPredicate(field="column", oneOf=edge)
             chosen = base.transform_filter(alt.datum.verdict == verdict).transform_filter(
                 inside if right else alt.LogicalNotPredicate(**{"not": inside})
@@ -151,7 +152,7 @@ class Charts(Drawing):
             "change:Q", title="change of perplexity, mean of the domains", axis=alt.Axis(format="+~%", tickCount=6)
         )
         y = alt.Y("set:N", scale=alt.Scale(domain=sets), title=None, axis=alt.Axis(labelLimit=320))
-        kinds = {"chosen": self.colour["super"], "control": self.colour["other"]}
+        kinds = {"chosen": self.colour["proved"], "control": self.colour["other"]}
         colour = alt.Color("kind:N", title=None, scale=ordinal(kinds), legend=None)
         points = self.on("ablation").mark_point(filled=True, size=80, opacity=0.85).encode(
             x=x, y=y, color=colour, tooltip=tooltips("set", "experts", "change")
@@ -173,7 +174,7 @@ class Charts(Drawing):
             y=low, y2="rows_max:Q", tooltip=tips
         )
         middle = base.mark_point(filled=True, color=self.colour["accent"], opacity=1, size=40)
-        few = self.on("coverage").mark_rule(color=self.colour["super"], strokeDash=[6, 4]).encode(y="mean(wanted):Q")
+        few = self.on("coverage").mark_rule(color=self.colour["proved"], strokeDash=[6, 4]).encode(y="mean(wanted):Q")
         layers = alt.layer(few, band, middle.encode(y="rows_median:Q", tooltip=tips))
         text = "Rows of the routed experts in every layer: fewest, median and most, and the least an expert should see."
         return self.chart("coverage", text, layers, 220)
@@ -182,8 +183,8 @@ class Charts(Drawing):
         x = self.across("row", self.rows, "layer")
         lines = self.two_series("headroom", x, "largest element", ("max|y|, output", "max|h|, input"))
         limits = self.on("limits").encode(y="value:Q")
-        rules = limits.mark_rule(color=self.colour["super"], strokeDash=[6, 4])
-        labels = limits.mark_text(align="left", dx=4, dy=9, color=self.colour["super"], fontSize=12).encode(
+        rules = limits.mark_rule(color=self.colour["proved"], strokeDash=[6, 4])
+        labels = limits.mark_text(align="left", dx=4, dy=9, color=self.colour["proved"], fontSize=12).encode(
             x=alt.value(0), text="format:N"
         )
         text = (
@@ -199,11 +200,9 @@ class Charts(Drawing):
 
     def _with_names(self, chart: alt.LayerChart, field: str) -> alt.LayerChart | alt.FacetChart:
         """The chart, and in it super experts and outliers by name where they stand."""
-        if not {record["verdict"] for record in self.data["experts"]} & set(VERDICTS[:2]):
+        if not {record["verdict"] for record in self.data["experts"]} & set(VERDICTS[:-1]):
             return chart
-        is_super = alt.datum.verdict == "super"
-        colour = alt.condition(is_super, alt.value(self.colour["super"]), alt.value(self.colour["outlier"]))
-        base = self.on("experts").transform_filter("datum.verdict == 'super' || datum.verdict == 'outlier'")
-        base = base.encode(x=f"{field}:N", y="value:Q", color=colour, tooltip=tooltips(*EXPERT))
+        base = self.on("experts").transform_filter(f"datum.verdict != '{OTHER}'")
+        base = base.encode(x=f"{field}:N", y="value:Q", color=self.verdicts(), tooltip=tooltips(*EXPERT))
         names = base.mark_text(dy=-11, fontWeight="bold", fontSize=12).encode(text="expert:N")
         return alt.layer(chart, base.mark_point(filled=True, size=70, opacity=1), names)

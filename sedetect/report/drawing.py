@@ -10,7 +10,7 @@ from sedetect.report.style import FIGURE_FONT, LIGHT, PAGE_FONT, VARIABLES
 
 VEGA_LITE = "6.4"  # what altair writes; vl_convert must have it
 Scaling = Literal["linear", "log"]
-VERDICTS = ("super", "outlier", "unsupported", "other")
+VERDICTS = ("proved", "candidate", "undecided", "refuted", "other")
 EXPERT = ("expert", "value", "channel", "token", "position", "rows", "first", "rest", "verdict")
 _TITLES = {"value": "max|y|", "first": "max|y|, first tokens", "rest": "max|y|, other tokens", "row": "layer"}
 _NUMBERS = {"value": ".5~g", "first": ".5~g", "rest": ".5~g", "gate": ".3~g", "rows": ",", "change": "+.2%"}
@@ -97,7 +97,7 @@ class Drawing:
         """Two series of one or two runs: colour tells the run, dashes the series."""
         runs = list(dict.fromkeys(record["run"] for record in self.data[name]))
         rows = list(dict.fromkeys(record["row"] for record in self.data[name]))
-        colours = dict(zip(runs, (self.colour["accent"], self.colour["super"])))
+        colours = dict(zip(runs, (self.colour["accent"], self.colour["proved"])))
         grey = self.colour["muted"]
         legend = alt.Legend(orient="top", symbolType="stroke", labelLimit=300, columns=1)
         dashed = alt.Legend(orient="top", symbolType="stroke", symbolStrokeColor=grey, columns=1)

@@ -47,7 +47,7 @@ class Evidence:
 
 def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
     """Read stats.safetensors, and beside it domains/*.safetensors, *-analysis.safetensors, run.json, residual.json,
-    ablation.json and traces.json.
+    proof.json, ablation.json and traces.json.
 
     Raises SedetectError for a folder without statistics, and for a file that is damaged or of another model.
     """
@@ -61,8 +61,13 @@ def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
     for name, part in domains.items():
         _same(results.domains.file(name), part.header.digest, stats.header.digest)
     ran, observed, ablation, traced = results.run(), results.observation(), results.ablation(), results.traces()
-    residual = None if observed is None else observed.residual
-    documents = {results.run_path: ran, results.residual_path: residual, results.ablation_path: ablation}
+    residual, proof = None if observed is None else observed.residual, results.proof()
+    documents = {
+        results.run_path: ran,
+        results.residual_path: residual,
+        results.proof_path: proof,
+        results.ablation_path: ablation,
+    }
     for path, found in documents.items():
         if found is not None:
             _same(path, found.digest, stats.header.digest)
@@ -73,8 +78,8 @@ def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
         _same(results.analysis_path(kind), result.digest, stats.header.digest)
     return Evidence(
         stats=stats,
-        ranking=rank(stats, residual=residual),
-        domains={name: (part, rank(part, residual=residual)) for name, part in domains.items()},
+        ranking=rank(stats, residual=residual, proof=proof),
+        domains={name: (part, rank(part, residual=residual, proof=proof)) for name, part in domains.items()},
         run=ran,
         residual=residual,
         ablated=None if observed is None else observed.ablated,

@@ -21,7 +21,7 @@ OTHER = "other"  # the verdict of an expert that the ranking does not name
 class ExpertRow:
     """One routed or shared expert.
 
-    name, verdict      as ranking has them; OTHER for an expert that it does not name
+    name, verdict      as ranking has them; OTHER for an expert without one
     stack, layer; column: its place in a layer's row of the heatmap, the expert's number or "shared"
     value              out_max; None where it is not finite. first, rest: first_max, rest_max
     channel, position, token_id, gate    of the row that value comes from; None where unknown
@@ -49,7 +49,7 @@ class ExpertRow:
 
 def expert_rows(stats: ModelStats, ranking: Ranking) -> list[ExpertRow]:
     """Every routed and shared expert, in the order of the model."""
-    verdicts = {str(expert): expert.verdict for expert in ranking.judged}
+    verdicts = {str(expert): expert.verdict or OTHER for expert in ranking.judged}
     found: list[dict[str, Any]] = []
     for bank in _ordered(stats):
         state = stats.banks[bank]

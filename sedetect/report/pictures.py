@@ -13,6 +13,7 @@ from sedetect.analysis.common import Analysis, LayerArrays
 from sedetect.analysis.matrices import NAMES
 from sedetect.analysis.routing import effective, lift, router_spread
 from sedetect.analysis.tables import layer_name
+from sedetect.ranking.result import PROTECTED
 from sedetect.report.data import Records
 from sedetect.stats.place import BankId
 
@@ -62,7 +63,7 @@ def pictures_of(result: Analysis, marked: dict[str, str], *, page: bool) -> list
 
 
 def _for_page(result: Analysis, marked: dict[str, str]) -> list[BankId]:
-    special = [bank for bank, layer in result.layers.items() if "super" in map(marked.get, layer.members)]
+    special = [bank for bank, layer in result.layers.items() if any(marked.get(member) in PROTECTED for member in layer.members)]
     return (special or list(result.layers))[:1]
 
 
@@ -233,7 +234,7 @@ def _lines(
         if math.isfinite(value)
     ]
     here = {
-        layer_name(bank): ", ".join(m for m in layer.members if marked.get(m) == "super")
+        layer_name(bank): ", ".join(m for m in layer.members if marked.get(m) in PROTECTED)
         for bank, layer in result.layers.items()
     }
     here = {row: names for row, names in here.items() if names}

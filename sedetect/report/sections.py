@@ -7,7 +7,7 @@ from sedetect.ranking.result import SuperExpert
 from sedetect.report.data import Records, row_name
 from sedetect.report.evidence import Evidence
 from sedetect.report.experiments import ablation_section, inside_section, residual_section, traces_section
-from sedetect.report.numbers import FP8_MAX, FP16_MAX, headroom, layer_rows, thin_experts
+from sedetect.report.numbers import FP8_MAX, FP16_MAX, OTHER, headroom, layer_rows, thin_experts
 from sedetect.report.table import MOST, NONE, Named, Table, make_table
 from sedetect.report.text import number, percent, whole
 
@@ -29,8 +29,8 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "sections": list(anchors.items()),
         "header": header,
         "ranking": ranking,
-        "found": bool(ranking.found),
-        "kept_out": [f"{e} (|y| {number(e.value)})" for e in experts if e.verdict == "outlier"][:MOST],
+        "found": bool(ranking.proved),
+        "reasons": [f"{e}: {e.verdict}: {e.reason}" for e in experts if e.reason is not None][:MOST],
         "facts": _facts(evidence),
         "named": _experts(evidence, experts[:MOST]),
         "modules": _modules(evidence, experts[:MOST]),
@@ -91,7 +91,7 @@ def _experts(evidence: Evidence, experts: list[SuperExpert]) -> Table:
     seen = evidence.residual is not None
     rows = []
     for e in experts:
-        row: list[str] = [Named(e, e.verdict), Named(e.verdict, e.verdict)]
+        row: list[str] = [Named(e, e.verdict or OTHER), Named(e.verdict or NONE, e.verdict or OTHER)]
         row += [number(e.value, 5), number(e.ratio, 3), number(e.next_ratio, 3), str(e.channel)]
         row += [evidence.token(e.token_id) or NONE, NONE if e.position < 0 else str(e.position)]
         row += [
@@ -128,7 +128,7 @@ def _domains(evidence: Evidence) -> Table:
         few = [whole(len(thin)), whole(sum(one.rows == 0 for one in thin))]
         rows.append([name, names, number(top), whole(stats.header.tokens), *few])
     return make_table(
-        f"domain,super experts,#largest |y|,#tokens,#experts with fewer than {FEW_ROWS} rows,#with none", rows
+        f"domain,candidates,#largest |y|,#tokens,#experts with fewer than {FEW_ROWS} rows,#with none", rows
     )
 
 
@@ -190,9 +190,8 @@ def _run(evidence: Evidence) -> list[tuple[str, str]]:
     criteria = evidence.ranking.criteria
     rule = f"percentile {criteria['percentile']:g}, fraction {criteria['fraction']:g}"
     rule += f", first {criteria['layers']:g} of the layers"
-    verdict = f"|y| at least {criteria['min_value']:g}, {criteria['min_ratio']:g} times the layer's median"
-    verdict += f", routing {criteria['min_gate_ratio']:g} times" + (", and carried" if criteria["residual"] else "")
-    return [*found, ("Rule", rule), ("Verdict super", verdict)]
+    stands = f"|y| at least {criteria['min_value']:g} and {criteria['min_ratio']:g} times the layer's median"
+    return [*found, ("Rule", rule), ("Stands out", stands)]
 
 
 def _sources(evidence: Evidence) -> Table:

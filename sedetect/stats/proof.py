@@ -86,7 +86,7 @@ class Proof(Document):
     tokens          of the text; documents: windows of it
     smallest        relative rise of perplexity that matters; level: chance that any interval misses
     sink_mean, best_head, residual_max      of the unchanged model; the first two None without attention weights
-    uniform         sink mass of uniform attention in windows of this length
+    uniform         sink mass of uniform attention in windows of this length; sinks: a sentence on them
     seconds         what it took
     """
 
@@ -108,6 +108,7 @@ class Proof(Document):
     runs: list[Switching]
     controls: list[Switching]
     seconds: float
+    sinks: str = ""
     notes: list[str] = field(default_factory=list)
 
     def of(self, expert: object) -> Verdict | None:

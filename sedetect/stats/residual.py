@@ -11,6 +11,11 @@ from sedetect.documents import Document, short_repr
 from sedetect.files import RESIDUAL
 from sedetect.stats.place import Place, parse_place
 
+SINK_MASS = 0.03
+"""Of all attention, the part on the first token above that of uniform attention from which a model has attention sinks.
+Of ten small trained models, those whose super experts carry something have 0.05 to 0.07 in windows of 512 tokens, those
+with output gates or learned sinks 0.002 to 0.015."""
+
 
 @dataclass(frozen=True)
 class Writer:
@@ -113,6 +118,7 @@ class Residual(Document):
     prefix: tokens of each, and of its prefix.
 
     formations are in the order of the forward, at most 16 per layer and sequence (the largest |x|); found counts all.
+    instead names what the attention blocks have in place of sinks: "learned sinks", "output gates".
     """
 
     FORMAT = "sedetect-residual"
@@ -130,6 +136,7 @@ class Residual(Document):
     formations: list[Formation]
     found: int
     notes: list[str] = field(default_factory=list)
+    instead: list[str] = field(default_factory=list)
 
     __repr__ = short_repr
 
@@ -143,6 +150,34 @@ class Residual(Document):
         """Mean over layers of the means over heads; None without attention weights."""
         means = [layer.sink_mean for layer in self.layers if layer.sink_mean is not None]
         return sum(means) / len(means) if means else None
+
+    @property
+    def best_head(self) -> float | None:
+        """The largest sink mass of any head; None without attention weights."""
+        return max((sink for layer in self.layers for sink in layer.sinks or ()), default=None)
+
+    @property
+    def uniform(self) -> float:
+        """The sink mass of uniform attention, over the queries of LayerResidual.sinks."""
+        queries = range(max(self.prefix, -(-self.seq_len // 4)), self.seq_len)
+        return sum(1 / (query + 1) for query in queries) / len(queries) if queries else 1.0
+
+    @property
+    def has_sinks(self) -> bool | None:
+        """Whether the sink mass is SINK_MASS above that of uniform attention; None without attention weights."""
+        return None if self.sink_mean is None else self.sink_mean >= self.uniform + SINK_MASS
+
+    @property
+    def sinks_line(self) -> str:
+        """One sentence on the attention sinks, and on what the attention blocks have in their place."""
+        beside = f"; its attention has {' and '.join(self.instead)}" if self.instead else ""
+        if self.sink_mean is None or self.best_head is None:
+            return f"attention sinks not observed: the model gives no attention weights{beside}"
+        text = "attention sinks" if self.has_sinks else "no attention sinks to speak of"
+        return (
+            f"{text}: {self.sink_mean:.1%} of the attention on the first token, {self.best_head:.0%} in the best head; "
+            f"uniform attention has {self.uniform:.1%}{beside}"
+        )
 
     @property
     def inner_max(self) -> float:
@@ -181,7 +216,8 @@ class Residual(Document):
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> "Residual":
         """The inverse of to_dict; keys beside its own are left out."""
-        fields = {name: document[name] for name in cls.__dataclass_fields__}
+        fields = {name: document[name] for name in cls.__dataclass_fields__ if name != "instead"}
+        fields["instead"] = document.get("instead", [])  # which files of 0.1.0 do not say
         fields["layers"] = [LayerResidual(**layer) for layer in document["layers"]]
         fields["formations"] = [_formation(formation) for formation in document["formations"]]
         return cls(**fields)

@@ -107,7 +107,9 @@ def main() -> None:
         losses, sink, largest = measure(model, switch, windows, off)
         change = losses - base
         error = change.std().item() / len(change) ** 0.5
-        rows.append({"off": label, "rise": change.mean().expm1().item(), "error": error, "sink": sink, "largest": largest})
+        rows.append(
+            {"off": label, "rise": change.mean().expm1().item(), "error": error, "sink": sink, "largest": largest}
+        )
     print(json.dumps({"model": args.folder.name, "runs": rows}, indent=1))
 
 

@@ -55,7 +55,9 @@ def residual_command(
     model: Model,
     ablated: Annotated[
         str | None,
-        typer.Option("--ablate", help="also without these: candidates, names (L1E28,L8shared), random:N, top-frequency:N"),
+        typer.Option(
+            "--ablate", help="also without these: candidates, names (L1E28,L8shared), random:N, top-frequency:N"
+        ),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="sequences to observe, one at a time")] = 8,
     min_ratio: Annotated[float, typer.Option(help="least multiple of the median of a massive activation")] = 100.0,
@@ -110,7 +112,9 @@ def residual_command(
 @analyze.command("trace")
 def trace_command(
     model: Model,
-    experts: Annotated[str, typer.Option(help="candidates, names (L1E28,L8shared), random:N or top-frequency:N")] = "candidates",
+    experts: Annotated[
+        str, typer.Option(help="candidates, names (L1E28,L8shared), random:N or top-frequency:N")
+    ] = "candidates",
     top: Annotated[int, typer.Option(min=1, help="strongest rows to keep of each expert")] = 100,
     output: Output = None,
     data: Data = None,

@@ -83,7 +83,8 @@ def profile_command(
         int | None, typer.Option(help="also observe the residual stream and attention of N sequences")
     ] = None,
     prove: Annotated[
-        bool, typer.Option("--prove", help="then switch the candidates off where they fire, on other windows of the text")
+        bool,
+        typer.Option("--prove", help="then switch the candidates off where they fire, on other windows of the text"),
     ] = False,
     until_stable: Annotated[int | None, typer.Option(help="stop once N rounds left the set as it was")] = None,
     stream: Annotated[

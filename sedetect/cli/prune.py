@@ -58,7 +58,7 @@ def prune_command(
     from sedetect.profiling.pipeline import profile_model
     from sedetect.ranking.coverage import unseen, unseen_note
     from sedetect.ranking.rule import rank
-    from sedetect.ranking.saliencies import saliency, found_places
+    from sedetect.ranking.saliencies import found_places, saliency
     from sedetect.stats.place import Place
 
     check_prunable(model, ratio)

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sedetect.calibration.windows import Windows
 from sedetect.compression.pruning import choose_kept, router_groups
 from sedetect.compression.simulated import (
@@ -26,7 +24,7 @@ from sedetect.compression.simulated import (
     stored_bits,
 )
 from sedetect.documents import Document, short_repr
-from sedetect.errors import Argument, SedetectError
+from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
 from sedetect.experiments.evaluation import perplexity
 from sedetect.experiments.targets import Target, random_controls, routed_experts

@@ -76,7 +76,11 @@ def judge(
             str(place), word, reason, by_itself, within, triggers, firsts, [str(other) for other in partners]
         )
 
-    if _matters(own, by_itself, evidence, smallest, level) and evidence.falls(alone(place)) and evidence.plain.has_sinks:
+    if (
+        _matters(own, by_itself, evidence, smallest, level)
+        and evidence.falls(alone(place))
+        and evidence.plain.has_sinks
+    ):
         return verdict("proved", f"the model depends on it: {by_itself}")
     as_set = added is not None and within is not None and _matters(added, within, evidence, smallest, level)
     if as_set and evidence.falls(ALL) and evidence.plain.has_sinks:

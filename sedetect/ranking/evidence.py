@@ -63,11 +63,12 @@ class BankView:
         return place_of(self.bank, e, len(self.values)).expert
 
     def evidence(
-        self, e: int, median: float | None, tests: ValueTests, first: "BankView", min_ratio: float
+        self, e: int, median: float | None, tests: ValueTests, first: "BankView", large: float, min_ratio: float
     ) -> dict[str, Any]:
         """The fields of SuperExpert for expert e but its place, carried, late and verdict.
 
-        first: the bank of the experts that its largest value on first tokens is compared with.
+        first: the bank of the experts that its largest value on first tokens is compared with; large: what it must
+        exceed there.
         """
         value, first_max = float(self.values[e]), float(self.first_max[e])
         peak = self.peaks[e]
@@ -77,7 +78,7 @@ class BankView:
         first_ratio = _quotient(first_max, float(np.median(peers)) if len(peers) else None)
         if self.first_rows.sum() == 0:
             signature = None
-        elif not first_max > tests.threshold:
+        elif not first_max > large:
             signature = False
         else:
             signature = None if first_ratio is None else first_ratio >= min_ratio

@@ -120,8 +120,8 @@ def rank(
             )
     banks = sorted(stats.banks, key=lambda bank: (bank.stack == "decoder", bank))
     views = {bank: BankView(bank, stats.banks[bank], header, rows) for bank in banks}
-    part = 0.75 if isinstance(layers, str) else layers
-    limits = {stack: round(part * _layers_of(stack, header)) for stack in sorted({bank.stack for bank in banks})}
+    share = 0.75 if isinstance(layers, str) else layers
+    limits = {stack: round(share * _layers_of(stack, header)) for stack in sorted({bank.stack for bank in banks})}
     writers = None if residual is None else residual.writers()
     formed = residual.forming_layers if residual is not None and layers == "data" else None
     if formed and "decoder" in limits:
@@ -144,23 +144,34 @@ def rank(
         bank, e = place.bank, place.number
         view, peers = views[bank], medians[bank]
         first = view if bank.routed else views.get(bank._replace(kind="routed"), view)
-        evidence = view.evidence(e, None if peers is None else peers[0], tests, first, min_ratio)
+        late, large = bank.layer >= limits[bank.stack], large_from[bank.stack]
+        among = over_all[bank.stack] if late else tests
+        evidence = view.evidence(e, None if peers is None else peers[0], among, first, large, min_ratio)
         # The residual stream is observed in the decoder only.
         carried = None if writers is None or bank.stack != "decoder" else place in writers
         tried = None if proof is None else proof.of(place)
-        large = value > tests.threshold or place in named
         stands_out = value >= min_value and evidence["ratio"] is not None and evidence["ratio"] >= min_ratio
-        verdict = "candidate" if large and (evidence["signature"] or carried or stands_out) else None
+        verdict = (
+            "candidate"
+            if (value > large or place in named) and (evidence["signature"] or carried or stands_out)
+            else None
+        )
         return SuperExpert(
             *bank,
             view.name(e),
             **evidence,
             carried=carried,
-            late=bank.layer >= limits[bank.stack],
+            late=late,
             verdict=verdict if tried is None else tried.level,
             reason=None if tried is None else tried.reason,
         )
 
+    over_all, large_from = {}, {}  # as large as the rule wants, in a late layer too: by the stack's part of A, or all
+    for stack in limits:
+        mine = finite & np.array([bank.stack == stack for bank, _ in experts], dtype=bool)
+        over_all[stack] = ValueTests.of(values[mine], criteria)
+        part = mine & inside
+        large_from[stack] = ValueTests.of(values[part], criteria).threshold if part.any() else over_all[stack].threshold
     order = np.argsort(-values, kind="stable")
     places = [Place(*bank, views[bank].name(e)) for bank, e in experts]
     named = {places[i]: float(values[i]) for i in order if admitted[i] and tests.passes(values[i])}
@@ -170,7 +181,7 @@ def rank(
         for i in order
         if finite[i]
         and places[i] not in named
-        and (values[i] > tests.threshold or (proof is not None and proof.of(places[i])))
+        and (values[i] > large_from[places[i].stack] or (proof is not None and proof.of(places[i])))
     )
     others = [expert for expert in beside if expert.verdict is not None]
 

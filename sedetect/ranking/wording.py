@@ -78,7 +78,9 @@ def _why_none(judged: Judged) -> str:
     if not named:
         at = _short(tests.percentile_value)
         return f"none of the {len(tests.population)} experts lies above the percentile, {at}"
-    needed = f"|y| {_short(judged.criteria['min_value'])} and {_short(judged.criteria['min_ratio'])}x its layer's median"
+    needed = (
+        f"|y| {_short(judged.criteria['min_value'])} and {_short(judged.criteria['min_ratio'])}x its layer's median"
+    )
     return (
         f"the rule names {len(named)} of {len(tests.population)} because it always names someone, and the largest, "
         f"{_described(named[0])}, has no sign of a super expert (to stand out it needs {needed})"

@@ -63,7 +63,11 @@ def pictures_of(result: Analysis, marked: dict[str, str], *, page: bool) -> list
 
 
 def _for_page(result: Analysis, marked: dict[str, str]) -> list[BankId]:
-    special = [bank for bank, layer in result.layers.items() if any(marked.get(member) in PROTECTED for member in layer.members)]
+    special = [
+        bank
+        for bank, layer in result.layers.items()
+        if any(marked.get(member) in PROTECTED for member in layer.members)
+    ]
     return (special or list(result.layers))[:1]
 
 

@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any, ClassVar, Self
 
 from sedetect.errors import SedetectError
-from sedetect.files import check_no_pointer, file_in, write_json
+from sedetect.files import check_readable, file_in, write_json
 
 _WIDTH = 80
 
@@ -70,7 +70,7 @@ class Document:
         if not path.exists():
             raise SedetectError(f"{path}: no such file; {cls.REMEDY}")
         try:
-            check_no_pointer(path)
+            check_readable(path)
             document = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise SedetectError(f"{path}: cannot be read ({error.strerror}); give a file that can") from None

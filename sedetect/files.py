@@ -28,11 +28,17 @@ def file_in(path: str | os.PathLike[str], name: str | None) -> Path:
     return path / name if name is not None and path.is_dir() else path
 
 
-def check_no_pointer(file: str | os.PathLike[str]) -> None:
-    """Raise SedetectError for what a clone without git-lfs has in place of a large file: text that says where it is."""
-    with Path(file).open("rb") as opened:
-        if opened.read(len(_POINTER)) == _POINTER:
-            raise SedetectError(f"{file}: a git-lfs pointer and not the file itself; run `git lfs pull` in its folder")
+def check_readable(file: str | os.PathLike[str]) -> None:
+    """Raise SedetectError for a file that cannot be read, and for what a clone without git-lfs has in place of a large
+    one: text that says where it is.
+    """
+    try:
+        with Path(file).open("rb") as opened:
+            start = opened.read(len(_POINTER))
+    except OSError as error:
+        raise SedetectError(f"{file}: cannot be read ({error.strerror}); give a file that can") from None
+    if start == _POINTER:
+        raise SedetectError(f"{file}: a git-lfs pointer and not the file itself; run `git lfs pull` in its folder")
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:

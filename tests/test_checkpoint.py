@@ -315,6 +315,24 @@ def test_a_git_lfs_pointer(copy, name):
     assert line in refusal(prunable_config, copy)
 
 
+READERS = dict.fromkeys(("config.json", INDEX, SHARD), (sedetect.profile_model, make_plan, prunable_config))
+READERS |= {"tokenizer.json": (sedetect.profile_model, prunable_config), "generation_config.json": (prunable_config,)}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_that_cannot_be_read(copy, name):
+    """As those of another user are; this one, also for whoever may read all files."""
+    (copy / name).unlink()
+    (copy / name).symlink_to("/proc/self/mem")
+    for open_it in READERS[name]:
+        assert f"{name}: cannot be read (Input/output error); give a file that can" in refusal(open_it, copy)
+
+
+def test_a_folder_that_cannot_be_read(copy, monkeypatch):
+    monkeypatch.setattr("sedetect.checkpoints.files.os.access", lambda path, mode: False)
+    opened_by_all(copy, f"{copy}: cannot be read (Permission denied)")
+
+
 def test_git_lfs_pointers_that_nothing_would_notice(copy):
     """A vocabulary of three words, and a file that a pruned checkpoint would have copied."""
     (copy / "generation_config.json").write_text(POINTER)

@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 from support.command import refused, run
-from support.models import random_model
+from support.models import CONFIGS, random_model
+from transformers import AutoModelForCausalLM
 
 import sedetect
 from sedetect import BankId, ModelStats
@@ -48,6 +49,22 @@ def recompute(module, calls):
         "frequency": n, "gate-sum": gates, "ean-sum": norms, "ean-mean": norms / mean, "man": norms / mean,
         "msan": squares / mean, "reap": weighted / mean, "max": peak,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_one_expert_per_token(normalized):
+    """Renormalized, the only weight is 1, whatever the router says; the signature is then one of visits alone."""
+    config = CONFIGS["qwen3_moe"]()
+    config.num_experts_per_tok, config.norm_topk_prob = 1, normalized
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with sedetect.profile(model) as prof:
+        model(input_ids=torch.randint(3, 96, (4, 20)))
+    for one, other in (("gate-sum", "frequency"), ("reap", "man"), ("reap", "ean-mean")):
+        values = zip(saliency(prof.stats, one).values(), saliency(prof.stats, other).values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in values) == normalized
+    for bank in prof.stats.banks.values():
+        assert torch.equal(bank.gate_first_sum, bank.first_rows.double()) == normalized
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"])

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from sedetect.calibration.records import FIELDS, Document, Pair, characters, named, read_record
 from sedetect.errors import Argument, SedetectError, shorten
-from sedetect.files import check_no_pointer
+from sedetect.files import check_readable
 
 DOMAINS = ("english", "chinese", "mathematics", "code")
 HEAD = 2**20  # characters of a domain that are read and checked at once: some 250,000 tokens, eight calibrations
@@ -158,7 +158,7 @@ def _check_kind(file: Path) -> None:
 
 
 def _read_file(file: Path) -> Iterator[Document]:
-    check_no_pointer(file)
+    check_readable(file)
     if file.suffix == ".parquet":
         return _read_parquet(file)
     kind = _suffix(file).removesuffix(".gz")

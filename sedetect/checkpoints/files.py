@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sedetect.errors import SedetectError
-from sedetect.files import check_no_pointer
+from sedetect.files import check_readable
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ADAPTER = "adapter_config.json"
@@ -199,7 +199,7 @@ def _digest_of(shards: tuple[tuple[Path, int, int], ...]) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise SedetectError(f"{file}: {_missing(file)}; give the folder of a complete checkpoint")
-    check_no_pointer(file)
+    check_readable(file)
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -216,6 +216,8 @@ def _missing(file: Path) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises SedetectError that says what a folder without it is."""
     file = folder / "config.json"
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise SedetectError(f"{folder}: cannot be read (Permission denied); give a folder that can")
     if folder.is_dir() and not file.is_file() and (what := _foreign(folder, sorted(os.listdir(folder)))):
         raise SedetectError(what)
     config = read_json(file)
@@ -297,7 +299,7 @@ def shards_of(folder: Path) -> list[Path]:
 
 def read_header(file: Path) -> bytes:
     """The header of a safetensors file. SedetectError where it is damaged or the file's size is not what it says."""
-    check_no_pointer(file)
+    check_readable(file)
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

@@ -30,7 +30,7 @@ from sedetect.checkpoints.files import adapter_in, check_checkpoint
 from sedetect.checkpoints.layout import TOP_K, Layout, Tensor, read_layout, renamed, with_fewer_experts
 from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError
-from sedetect.files import check_no_pointer, new_folder, write_json
+from sedetect.files import check_readable, new_folder, write_json
 from sedetect.models.banks import find_banks
 from sedetect.models.identity import join_digest, model_id, other_model
 from sedetect.models.loading import empty_model
@@ -156,7 +156,7 @@ def prunable_config(folder: str | Path) -> dict[str, Any]:
     if what := adapter_in(folder):
         raise SedetectError(f"{what}: a pruned checkpoint would be without it")
     for file in _beside_weights(Path(folder)):
-        check_no_pointer(file)
+        check_readable(file)
     config: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return config
 

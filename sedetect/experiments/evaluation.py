@@ -13,7 +13,7 @@ from torch import nn
 
 from sedetect.calibration.windows import Windows, batches
 from sedetect.errors import SedetectError
-from sedetect.files import check_no_pointer
+from sedetect.files import check_readable
 from sedetect.models.layers import refuse_encoder_decoder, refuse_without_logits
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Question:
 def load_questions(path: str | os.PathLike[str]) -> list[Question]:
     """Read a .jsonl file, one object with "prompt" and "answer" per line. Raises SedetectError for anything else."""
     try:
-        check_no_pointer(path)
+        check_readable(path)
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SedetectError(f"{path}: cannot be read ({error}); give a .jsonl of prompts with answers") from None

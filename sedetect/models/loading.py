@@ -40,7 +40,7 @@ from sedetect.checkpoints.memory import choose_device, choose_dtype
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
 from sedetect.errors import Argument, SedetectError, shorten
-from sedetect.files import check_no_pointer
+from sedetect.files import check_readable
 from sedetect.models.banks import Bank, find_banks
 from sedetect.stats.note import Note
 
@@ -276,7 +276,7 @@ def load_tokenizer(
     """Load the tokenizer of a checkpoint folder or hub model. Raises SedetectError where there is none."""
     name = source_name(path_or_name)
     for file in _vocabulary(Path(name)):
-        check_no_pointer(file)
+        check_readable(file)
     with _one_line_errors(name, "tokenizer "):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     # without any tokenizer file transformers makes an empty one, which turns every text into no tokens

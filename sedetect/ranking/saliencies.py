@@ -12,6 +12,7 @@ own router gives it:
     reap        sum of g ||y||_2 / n_j            arXiv 2510.13999
     max         largest |y|                       what super experts are found by, arXiv 2507.23279
 
+Where a token takes one expert and its weight is renormalized, every g is 1: gate-sum is frequency then, reap is man.
 An expert that saw no row has 0. Experts compare within a layer: a layer's norms grow with its depth. Sums of several
 runs add up (ModelStats.merge), so the saliencies of merged statistics are those of all their text.
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from sedetect.documents import short_repr
 from sedetect.errors import SedetectError
-from sedetect.files import STATS, check_no_pointer, file_in, write_atomic
+from sedetect.files import STATS, check_readable, file_in, write_atomic
 from sedetect.kernels.records import (
     COLUMN,
     EMPTY,
@@ -215,7 +215,7 @@ class ModelStats:
         if not path.is_file():
             raise SedetectError(f"{path}: no such statistics file; run `sedetect profile MODEL -o DIR` to make one")
         try:
-            check_no_pointer(path)
+            check_readable(path)
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:

@@ -252,8 +252,12 @@ def test_a_matrix_of_an_expert_that_is_left_out(tmp_path):
     tensors = read_all(model)
     del tensors[name]
     put_single(model, tensors)
-    opened_by_all(model, f"{name} is missing, which other experts of the layer have")
+    opened_by_all(model, f"{name} is missing, which most experts of the layer have")
     assert "cannot be put together" in refusal(load_model, model)
+    tensors = tensors | {name: torch.zeros(24, 32), name.replace("weight", "weight_scale"): torch.ones(1)}
+    put_single(model, tensors)
+    with pytest.warns(UserWarning, match="1 weights are not used"):  # what one expert alone has is left over
+        make_plan(model)
 
 
 NAMES = {
@@ -426,7 +430,9 @@ def test_an_adapter_beside_the_weights_is_loaded(copy):
     assert any(not a.equal(b) for a, b in zip(adapted.banks.values(), plain.banks.values()))
 
 
-def test_no_warnings_of_transformers():
+def test_no_warnings_of_transformers(tmp_path):
+    untied = put_model(tmp_path / "model")
+    edit_config(untied, tie_word_embeddings=True)
     logger, stream = logging.getLogger("transformers"), io.StringIO()
     handler, level = logging.StreamHandler(stream), logger.level
     logger.addHandler(handler)
@@ -435,6 +441,7 @@ def test_no_warnings_of_transformers():
         load_model(TINY)
         load_tokenizer(TINY)
         empty_model(TINY)
+        sedetect.profile_model(untied, text=sedetect.Text(tokens=64, seq_len=16), stream=True)
         assert logger.level == logging.WARNING
     finally:
         logger.removeHandler(handler)

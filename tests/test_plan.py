@@ -1,11 +1,12 @@
 """sedetect plan: a checkpoint by numbers, against counting the loaded model."""
 
+import json
 import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.checkpoints import save_random, to_fp8
+from safetensors.torch import load_file, save_file
+from support.checkpoints import INDEX, put_model, save_random, to_fp8
 from support.command import refused, run
 from support.models import CONFIGS, TINY
 
@@ -84,6 +85,21 @@ def test_bandwidth_is_measured_on_a_bounded_sample():
     speed, count = measure_read(TINY, 10_000_000)
     assert count == 10_000_000 and 1e6 < speed < 1e12
     assert measure_read(TINY)[1] == max(file.stat().st_size for file in TINY.glob("*.safetensors"))
+
+
+def test_shards_in_a_folder_of_their_own(tmp_path):
+    model = put_model(tmp_path / "model")
+    index = json.loads((model / INDEX).read_text())
+    (model / "weights").mkdir()
+    for name in set(index["weight_map"].values()):
+        (model / name).rename(model / "weights" / name)
+    index["weight_map"] = {weight: f"weights/{name}" for weight, name in index["weight_map"].items()}
+    index["weight_map"]["left.over"] = "more.safetensors"
+    save_file({"left.over": torch.ones(3)}, model / "more.safetensors")
+    (model / INDEX).write_text(json.dumps(index))
+    result = run("plan", model)
+    assert result.code == 0 and "in 5 files" in result.out
+    assert result.err == f"note: {model}: 1 weights are not used by Qwen3MoeForCausalLM, first left.over\n"
 
 
 def test_command_line(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.checkpoints import put_tokenizer
+from support.checkpoints import put_model, put_tokenizer
 from support.command import refused, run
 from support.models import CONFIGS, TINY, random_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
@@ -221,6 +221,12 @@ def test_choosing(tiny_stats):
 def test_choosing_refuses(tiny_stats, ratio, options, said):
     with pytest.raises(SedetectError, match=said):
         choose_kept(tiny_stats, "reap", ratio, **options)
+
+
+def test_a_model_that_takes_all_of_its_experts(tmp_path):
+    model = put_model(tmp_path / "model", num_experts_per_tok=8)
+    said = refused(run("prune", model, "-o", tmp_path / "out"))
+    assert "every token takes all 8 experts, so that none can go" in said
 
 
 def copy_of(folder, edit=lambda tensors, config: None):

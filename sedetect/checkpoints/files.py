@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -146,7 +146,7 @@ def _is_beyond(name: str, layers: Any) -> bool:
 def _check_experts(folder: Path, names: Iterable[str], alike: bool) -> None:
     """Raise for experts whose numbers have a gap, which transformers would close: those behind it would get others.
 
-    alike: all of a layer's experts have tensors of the same names (some quantized ones have not).
+    alike: one without a tensor that most of its layer have is refused, too (some may be quantized, and others not).
     """
     layers: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
@@ -159,11 +159,12 @@ def _check_experts(folder: Path, names: Iterable[str], alike: bool) -> None:
                 f"{folder}: {path}.{missing} is missing, and the experts go on to {max(experts)}; give a complete "
                 "checkpoint, or one whose experts were numbered anew with their router"
             )
-        every = set.union(*experts.values()) if alike else set()
+        counts = Counter(tensor for own in experts.values() for tensor in own) if alike else {}
+        usual = {tensor for tensor, count in counts.items() if 2 * count > len(experts)}
         for number, own in sorted(experts.items()):
-            if absent := min(every - own, default=None):
+            if absent := min(usual - own, default=None):
                 raise SedetectError(
-                    f"{folder}: {path}.{number}.{absent} is missing, which other experts of the layer have; give a "
+                    f"{folder}: {path}.{number}.{absent} is missing, which most experts of the layer have; give a "
                     "complete checkpoint"
                 )
 

@@ -5,6 +5,9 @@ Options, messages and tables. What is computed belongs in the packages below, wh
 
 import os
 import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -52,7 +55,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         command = next(iter(sys.argv[1:]), None)
-        sys.exit(load(command)(prog_name="sedetect", standalone_mode=False) or 0)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_note, warnings.showwarning)
+            sys.exit(load(command)(prog_name="sedetect", standalone_mode=False) or 0)
     except UsageError as error:
         text = _said(error).rstrip(".")
         if text:  # without arguments the help was shown
@@ -62,6 +67,14 @@ def main() -> None:
         _refuse(error.told(flag))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+
+
+def _note(show: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Print a warning of the library as a note; others say where they come from."""
+    if category is UserWarning:
+        stderr.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        show(message, category, *where)
 
 
 def _said(error: Any) -> str:

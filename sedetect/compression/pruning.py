@@ -247,6 +247,8 @@ def _number_gone(experts: int, ratio: float, top_k: int, groups: int) -> int:
         raise SedetectError(
             Argument("ratio"), f" {ratio:g}: prunes none of {experts} experts; give at least {1 / experts:.4g}"
         )
+    if experts <= top_k:
+        raise SedetectError(f"every token takes all {experts} experts, so that none can go; prune another model")
     if experts - gone < top_k:
         raise SedetectError(
             Argument("ratio"),

@@ -114,7 +114,7 @@ def load_with_notes(
                 **options,
             )
         except RuntimeError:
-            _refuse_unconverted(name, report)
+            _refuse_unconverted(name, report, method)
             raise
         if not Path(name).is_dir():
             _check_snapshot(name, loading)
@@ -387,12 +387,13 @@ def _quantization(config: PreTrainedConfig) -> str | None:
     return getattr(method, "value", method)
 
 
-def _refuse_unconverted(name: str, report: list[str]) -> None:
+def _refuse_unconverted(name: str, report: list[str], method: str | None) -> None:
     """Name the first weight that transformers could not fuse (experts of unequal shapes); its exception does not."""
     if weights := re.findall(r"^(\S.*?) *\|.*CONVERSION", "\n".join(report), re.MULTILINE):
         raise SedetectError(
             f"{name}: {len(weights)} weights cannot be put together from the checkpoint's, first {weights[0]}; "
             "give a complete checkpoint with its own config"
+            + (f", whose experts of a layer are all quantized by {method}" if method is not None else "")
         ) from None
 
 
@@ -425,11 +426,8 @@ def _one_line_errors(name: str, what: str = "") -> Iterator[None]:
 
     What it warns of on the way is not for users: what they must know is refused or noted.
     """
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with quiet():
             yield
     except SedetectError:
         raise
@@ -443,5 +441,16 @@ def _one_line_errors(name: str, what: str = "") -> Iterator[None]:
             what, failure = "", f"is no local folder, and its {what or 'model '}cannot be loaded from the hub"
             way_out = "check the name and the connection, or give a folder"
         raise SedetectError(f"{name}: {what}{failure} ({shorten(error)}); {way_out}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing that transformers warns of is printed."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         logger.setLevel(level)

@@ -40,7 +40,7 @@ from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
 from sedetect.models.identity import checksum, join_digest, model_dtype, model_id, named_weights
 from sedetect.models.layers import decoder_layers
-from sedetect.models.loading import load_with_notes, replaced_method
+from sedetect.models.loading import load_with_notes, quiet, replaced_method
 from sedetect.stats.note import Note
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ class StreamedModel:
         skipped = {name for name, parameter in model.named_parameters() if id(parameter) in own} - tied
         targets = _targets(model, self.rest, self._config)
         self._convert({key: tensor for key, tensor in self.rest.items() if targets[key] not in skipped}, self._config)
-        model.tie_weights(missing_keys=set(self._missing), recompute_mapping=False)
+        with quiet():
+            model.tie_weights(missing_keys=set(self._missing), recompute_mapping=False)
 
     def checksum(self, layer: int) -> int | None:
         """The checksum (sedetect.models.identity) of the weights of a layer that is loaded."""

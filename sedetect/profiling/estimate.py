@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sedetect.checkpoints.files import check_checkpoint
+from sedetect.checkpoints.files import check_checkpoint, shards_of
 from sedetect.checkpoints.layout import TOP_K
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.staging import read_bytes
@@ -136,7 +136,7 @@ def measure_read(folder: str | Path, limit: int = SAMPLE) -> tuple[float, int]:
     The pages read are dropped from the system's cache first, where it allows that: what is there already would be read
     faster than the rest.
     """
-    file = max(Path(folder).glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    file = max(shards_of(Path(folder)), key=lambda file: file.stat().st_size)
     count = min(limit, file.stat().st_size)
     if hasattr(os, "posix_fadvise"):
         with file.open("rb") as opened:

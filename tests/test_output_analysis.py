@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from support.analysis import PLACES, random_ids, text_of, windows_of
+from support.command import refused, run
 from support.conformance import available
 from support.dense_reference import listen
 from support.families import FAMILIES, tiny_model
 from support.models import TINY, random_model, snapshot
 from support.quantized import in_fp8, listed_twins, packed, twins
 from support.remote_code import DeepseekBlock, MixtralBlock, as_remote_code
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 import sedetect
 from sedetect import ops
@@ -20,12 +21,14 @@ from sedetect.analysis.common import Analysis, LayerArrays, read_texts
 from sedetect.analysis.matrices import expert_matrices
 from sedetect.analysis.outputs import OutputSums, analyze_outputs, standings, summarize
 from sedetect.analysis.routing import analyze_routing
+from sedetect.analysis.tables import layers_table
 from sedetect.calibration.windows import Windows, calibration_windows
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate
 from sedetect.models.attach import is_attached
 from sedetect.models.banks import find_banks
 from sedetect.models.layers import run_tokens
+from sedetect.models.loading import PreparedModel
 from sedetect.report.pictures import pictures_of
 from sedetect.stats.place import BankId
 
@@ -159,6 +162,75 @@ def test_every_architecture(family):
                 passes = FAMILIES[family].passes.get(bank.id.layer, 1)
                 assert any("more than once" in note and str(bank.id) in note for note in result.notes) == (passes > 1)
     assert ran
+
+
+def put_dense(folder, intermediate, **changes):
+    config = MistralConfig(**{
+        "hidden_size": 32, "intermediate_size": intermediate, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 96, **changes,
+    })  # fmt: skip
+    dense = MistralForCausalLM(config).eval()
+    dense.save_pretrained(folder)
+    return dense
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "gpt_oss"])
+def test_against_a_dense_model(family, tmp_path):
+    """Its MLP of the same number is given what the experts are given, and stands beside them as F."""
+    block, experts_name, router, shared = PLACES[family]
+    model = tiny_model(family, FAMILIES[family])
+    ids, text = random_ids(), random_ids(5, 1)[0]
+    bank = next(b for b in find_banks(model) if b.id.routed and b.id.layer < 2)
+    dense = put_dense(tmp_path / "dense", bank.intermediate)
+    path = block.format(bank.id.layer)
+    of = f"{path}.{experts_name}"
+    heard = [listen(model, row[None], {of: [f"{path}.{n}" for n in shared]}, {of: f"{path}.{router}"})[of]
+             for row in (*ids, text)]  # fmt: skip
+    result = analyze_outputs(
+        model, windows_of(ids), texts=[text_of(text)], against=tmp_path / "dense", backend="torch", batch_size=1
+    )
+    assert result.settings["against"] == "dense"
+    layer, mlp = result.layers[bank.id], dense.model.layers[bank.id.layer].mlp
+    assert layer.members[-1] == "F" and len(layer.members) == bank.experts + len(shared) + 1
+    for one in heard:
+        with torch.no_grad():
+            one.shared["F"] = mlp(one.x)
+    *long, short = heard
+    check_layer(layer.arrays, long, bank.experts, short)
+    with torch.no_grad():
+        states = torch.nn.functional.silu(mlp.gate_proj(short.x))
+    assert layer.arrays["text.states"].shape == (5, bank.experts + 1, bank.intermediate)
+    close(layer.arrays["text.states"][:, -1], states.numpy())
+    found = summarize(layer)
+    assert found["dense"] == pytest.approx(float(layer.arrays["cosine"][-1, : bank.experts].mean()), abs=1e-6)
+    assert ("shared" in found) == bool(shared)
+    if shared:
+        assert found["shared"] == pytest.approx(float(layer.arrays["cosine"][-2, : bank.experts].mean()), abs=1e-6)
+    assert "dense: that of F, the MLP of dense." in layers_table(result).text
+    names = {picture.name for picture in pictures_of(result, {}, page=False)}
+    assert any(name.endswith("-token-0-states") for name in names)
+    lacking = [f"{b.id}: dense has no MLP in a layer of this number, so F takes no part"
+               for b in find_banks(model) if b.id.routed and b.id.layer == 2]  # fmt: skip
+    assert result.notes == lacking and "F" not in result.layers[BankId("decoder", 2, "routed")].members
+
+
+def test_dense_models_of_other_sizes(monkeypatch, tmp_path):
+    model, ids = random_model("qwen3_moe"), random_ids()
+    put_dense(tmp_path / "more", 40)
+    result = analyze_outputs(model, windows_of(ids), texts=[text_of(ids[0])], layers=[0], against=tmp_path / "more")
+    (layer,) = result.layers.values()
+    assert layer.arrays["text.states"].shape[1] == 8 and layer.arrays["text.cosine"].shape[1:] == (9, 9)
+    assert result.notes == [
+        "decoder.0.routed: F is not among the intermediate states: it has 40 neurons, and the experts 24"
+    ]
+    put_dense(tmp_path / "wide", 24, hidden_size=64)
+    with pytest.raises(SedetectError, match="against wide: .* writes 64 channels, the experts of .* 32"):
+        analyze_outputs(model, windows_of(ids), against=tmp_path / "wide")
+    with pytest.raises(SedetectError, match="no such folder|is no local folder"):
+        analyze_outputs(model, windows_of(ids), against="none/none")
+    monkeypatch.setattr(PreparedModel, "load", lambda self: pytest.fail("weights are read"))
+    line = refused(run("analyze", "outputs", TINY, "--against", tmp_path / "wide"))
+    assert "--against wide: model.layers.0.mlp.down_proj writes 64 channels, the experts of" in line
 
 
 @pytest.fixture(scope="module")

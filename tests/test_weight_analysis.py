@@ -255,6 +255,7 @@ def test_against_a_dense_model(checkpoint, tmp_path):
             close(found.arrays[f"{name}.similarity"], table(every, cosine))
             close(found.arrays[f"{name}.neuron_similarity"], table([m.mean(0) for m in every], cosine))
     assert "F" not in result.layers[BankId("decoder", 2, "routed")].members
+    assert "decoder.2.routed: dense has no MLP in a layer of this number, so F takes no part" in result.notes
     config.hidden_size = 64
     MistralForCausalLM(config).save_pretrained(tmp_path / "wide")
     with pytest.raises(SedetectError, match="against wide: .* writes 64 channels, the experts of .* 32"):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,9 +33,11 @@ from sedetect.analysis.common import (
     text_settings,
     to_others,
 )
+from sedetect.analysis.dense import DENSE, DenseMlp, DenseModel
 from sedetect.analysis.matrices import gate_states
 from sedetect.analysis.routing import REPEATED, chosen_slots
 from sedetect.calibration.windows import Windows, batches
+from sedetect.checkpoints.options import Loading
 from sedetect.errors import SedetectError
 from sedetect.models.attach import attach, run_inner
 from sedetect.models.banks import Bank, check_eval, find_banks
@@ -57,6 +60,7 @@ def analyze_outputs(
     domains: dict[str, Windows],
     *,
     texts: Sequence[Text] = (),
+    against: str | Path | None = None,
     layers: Sequence[int] | None = None,
     batch_size: int = 8,
     backend: str | None = None,
@@ -66,6 +70,8 @@ def analyze_outputs(
 
     Args:
         as in analyze_routing. backend: of sedetect.ops.functions, by name; None for the fastest.
+        against: a dense model; the MLP of its layer of the same number is given the same tokens, and takes part under
+            the name "F". All of its MLPs that do are on the model's device.
     Returns:
         an Analysis of the kind "outputs"; of a layer with E routed experts and N members, float32 unless it says
         otherwise, over all tokens of the domains:
@@ -76,20 +82,25 @@ def analyze_outputs(
         and of every token of the texts, one after another, T in all, the first time they pass through the layer:
         text.cosine (T, N, N), text.norm (T, N)
         text.score (T, E): softmax of the router's logits; text.index (T, k) int64, text.weight (T, k): its choice
-        text.states (T, E, I): act(W_gate x), before the product with W_up x
+        text.states (T, E, I): act(W_gate x), before the product with W_up x; (T, E + 1, I) with those of F
         rank_counts and text.score are missing where no router is found, text.states where weights cannot be read.
     Raises:
-        SedetectError: for a layer without experts, a model in training mode, and what find_banks refuses.
+        SedetectError: for a layer without experts, a model in training mode, what find_banks refuses, and a dense model
+            whose MLPs have another width.
     """
     check_backend(backend)
     check_eval(model)
     groups = groups_of(find_banks(model), layers)
+    dense = None if against is None else DenseModel(against, Loading(model.device))
+    if dense is not None:
+        dense.check(groups)
     result = new_analysis("outputs", model)
-    result.settings = text_settings(domains, texts)
+    result.settings = text_settings(domains, texts) | {"against": None if dense is None else dense.name}
     with ExitStack() as stack:
         stack.callback(serve_linears(model)[0])
         watch = stack.enter_context(RouterWatch(model, [group.routed for group in groups]))
-        observers = [_Observer(group, watch, backend) for group in groups]
+        mlps = [None if dense is None else dense.mlp(group.routed, model.device) for group in groups]
+        observers = [_Observer(group, watch, backend, mlp) for group, mlp in zip(groups, mlps)]
         stack.callback(attach(model, [call for one in observers for call in one.calls()]))
         for domain, windows in domains.items():
             for ids, _ in batches(windows, batch_size):
@@ -100,6 +111,8 @@ def analyze_outputs(
     for one in observers:
         result.layers[one.group.routed.id] = one.result()
         result.notes += one.notes(bool(texts))
+        if dense is not None and one.dense is None:
+            result.notes.append(dense.lacking(one.group.routed))
     return result
 
 
@@ -112,9 +125,11 @@ def _run(model: "PreTrainedModel", observers: list["_Observer"], ids: torch.Tens
 
 
 class _Observer:
-    """Steps into the banks of one group; computes when all of them have been called."""
+    """Steps into the banks of one group; computes when all of them have been called. dense: stands beside them."""
 
-    def __init__(self, group: Group, watch: RouterWatch, backend: str | None):
+    def __init__(self, group: Group, watch: RouterWatch, backend: str | None, dense: DenseMlp | None):
+        self.dense = dense
+        self._others = 0 if dense is None else 1
         self.group, self._watch, self._backend = group, watch, backend
         self._shared = [bank for bank in group.shared if bank.hidden == group.routed.hidden]
         self._gate = None if isinstance(group.routed.module, ListedExperts) else gate_of(group.routed)
@@ -128,6 +143,7 @@ class _Observer:
         self._length, self._keep, self._lost, self._uneven = 0, False, False, False
         self._computed = self._repeated = False
         self._stateless: str | None = None
+        self._dense_stateless = ""
 
     def calls(self) -> list[tuple[Bank, Callable[..., torch.Tensor]]]:
         shared = [
@@ -180,8 +196,9 @@ class _Observer:
             return
         if self._sums is None:
             self._members = Group(bank, [other for n, other in enumerate(self._shared) if n in fits]).members
+            self._members += [DENSE] * self._others
             self._sums = OutputSums(len(self._members), bank.experts, x.device)
-        if self._sums.members != bank.experts + sum(map(len, fits.values())):
+        if self._sums.members != bank.experts + sum(map(len, fits.values())) + self._others:
             self._uneven = True
             return
         if self._keep and len(x) != self._length:
@@ -195,8 +212,11 @@ class _Observer:
         for start in range(0, len(x), step):
             part = slice(start, start + step)
             y = self._outputs(x[part]).float()
-            if fits:
-                y = torch.cat([y, *(fits[n][:, part].float() for n in sorted(fits))])
+            others = [fits[n][:, part].float() for n in sorted(fits)]
+            if self.dense is not None:
+                others.append(self.dense(x[part])[None])
+            if others:
+                y = torch.cat([y, *others])
             logits = None if self._logits is None else self._logits[part]
             chosen = chosen_slots(index[part], weights[part], bank.experts)
             if self._keep:
@@ -219,11 +239,20 @@ class _Observer:
         found = {"cosine": _cosines(products, norms), "norm": norms, "index": chosen, "weight": weights.float()}
         try:
             found["states"] = gate_states(self.group.routed, x).transpose(0, 1)
+            if self.dense is not None:
+                found["states"] = self._with_dense(self.dense, x, found["states"])
         except SedetectError as error:  # nothing else here reads the weights of modules in a list
             self._stateless = str(error)
         if logits is not None:
             found["score"] = logits.softmax(-1)[:, : self.group.routed.experts]
         self._kept.append({f"text.{name}": array.cpu() for name, array in found.items()})
+
+    def _with_dense(self, dense: DenseMlp, x: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """(T, E + 1, I), where the states of the dense MLP are known and as many."""
+        self._dense_stateless = dense.stateless
+        if not dense.stateless and dense.neurons != states.shape[-1]:
+            self._dense_stateless = f"it has {dense.neurons} neurons, and the experts {states.shape[-1]}"
+        return states if self._dense_stateless else torch.cat((states, dense.states(x)[:, None]), 1)
 
     def result(self) -> LayerArrays:
         bank = self.group.routed
@@ -243,6 +272,8 @@ class _Observer:
             found.append(REPEATED.format(bank.id))
         if self._stateless is not None:
             found.append(f"{bank.id}: intermediate states of the texts are not known: {self._stateless}")
+        if self._dense_stateless:
+            found.append(f"{bank.id}: {DENSE} is not among the intermediate states: {self._dense_stateless}")
         if self._uneven:
             found.append(f"{bank.id}: calls with other shared experts than the first one are left out")
         if self._sums is None:
@@ -345,7 +376,7 @@ def summarize(layer: LayerArrays) -> dict[str, float]:
     chosen, by_chance   share of the chosen experts that are among as many with the largest norms; if chosen at random
     top                 share of tokens whose expert with the largest logit also has the largest norm
     correlation         of the ranks of logit and norm (Spearman's, mean over tokens)
-    shared              mean cosine of the first shared expert with the routed ones
+    shared, dense       mean cosine of the first shared expert, of F, with the routed ones
     Without what is not known.
     """
     arrays, experts = layer.arrays, layer.experts
@@ -363,8 +394,9 @@ def summarize(layer: LayerArrays) -> dict[str, float]:
         squares = (places[:, None] - places).square()
         if experts > 1:
             found["correlation"] = 1 - 6 * float((counts * squares).sum()) / tokens / (experts * (experts**2 - 1))
-    if len(layer.members) > experts:
-        found["shared"] = float(arrays["cosine"][experts, :experts].double().mean())
+    for number, name in reversed(list(enumerate(layer.members[experts:], experts))):
+        mean = float(arrays["cosine"][number, :experts].double().mean())
+        found["dense" if name == DENSE else "shared"] = mean
     return found
 
 

@@ -85,7 +85,7 @@ def _weights(result: Analysis) -> Cells:
 
 def _outputs(result: Analysis) -> Cells:
     names = {"cosine": "cosine", "angular": "angular", "chosen": "chosen", "by_chance": "(chance)", "top": "top",
-             "correlation": "correlation", "shared": "shared"}  # fmt: skip
+             "correlation": "correlation", "shared": "shared", "dense": "dense"}  # fmt: skip
     summaries = {bank: outputs.summarize(layer) for bank, layer in result.layers.items()}
     shown = _shown(names, summaries)
     rows = [[layer_name(bank), *(_three(of.get(name)) for name in shown)] for bank, of in summaries.items()]
@@ -93,7 +93,9 @@ def _outputs(result: Analysis) -> Cells:
         f"All experts on {_tokens(result):,} tokens. cosine, angular: similarity of two experts' outputs, mean over "
         "tokens and pairs; chosen: share of the chosen experts that are among as many with the largest outputs, and by "
         "chance; top: tokens whose first expert has the largest; correlation: of the ranks of router logits and norms"
-        + ("; shared: cosine of the shared expert and the routed ones." if "shared" in shown else ".")
+        + ("; shared: cosine of the shared expert and the routed ones" if "shared" in shown else "")
+        + (f"; dense: that of F, the MLP of {result.settings['against']}" if "dense" in shown else "")
+        + "."
     )
     return Cells(["layer", *shown.values()], rows, text)
 

@@ -16,7 +16,7 @@ summed in float64.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,16 +33,13 @@ from sedetect.analysis.common import (
     standing,
     to_others,
 )
+from sedetect.analysis.dense import DENSE, DenseModel, open_layers
 from sedetect.analysis.matrices import NAMES, expert_matrices
-from sedetect.checkpoints.files import check_checkpoint
 from sedetect.checkpoints.options import Loading
 from sedetect.errors import Argument, SedetectError
-from sedetect.models.banks import Bank, find_banks, find_dense, layer_path
-from sedetect.models.identity import join_digest, model_dtype, model_id, model_name
+from sedetect.models.banks import find_banks, layer_path
+from sedetect.models.identity import join_digest, model_dtype, model_id
 from sedetect.models.routers import find_router
-
-if TYPE_CHECKING:
-    from sedetect.models.streamed import StreamedModel
 
 COMPONENTS = 3
 _CHUNK = 2**26  # elements that are in float32 at a time
@@ -315,9 +312,11 @@ def analyze_weights(
     check_installed()
     if pairs < 0:
         raise SedetectError(Argument("pairs"), f" {pairs}: must be at least 0")
-    streamed = _open(model, loading, _layers_with_experts)
+    streamed = open_layers(model, loading, _layers_with_experts)
     groups = groups_of(find_banks(streamed.model), layers)
-    dense = None if against is None else _Dense(against, loading)
+    dense = None if against is None else DenseModel(against, loading)
+    if dense is not None:
+        dense.check(groups)
     known = model_id(streamed.model)
     result = new_analysis("weights", streamed.model, join_digest(known, None))
     result.settings = {"pairs": pairs, "against": None if dense is None else dense.name}
@@ -336,9 +335,12 @@ def analyze_weights(
         for group in here:
             members, banks = group.members, [group.routed, *group.shared]
             matrices = [expert_matrices(streamed.model, bank) for bank in banks]
-            if dense is not None and (other := dense.matrices(group.routed, streamed.device)) is not None:
+            other = None if dense is None else dense.matrices(group.routed, streamed.device)
+            if other is not None:
                 matrices.append(other)
-                members.append("F")
+                members.append(DENSE)
+            elif dense is not None:
+                seen.add(dense.lacking(group.routed))
             _check_finite(path, members, matrices)
             router = find_router(streamed.model, group.routed)
             weight = None if router is None else router.weight
@@ -436,49 +438,9 @@ def check_installed() -> None:
         ) from None
 
 
-def _open(
-    path: str | Path, loading: Loading, layers_of: Callable[[nn.Module], dict[str, nn.Module]]
-) -> "StreamedModel":
-    if Path(path).is_dir():
-        check_checkpoint(path)
-    from sedetect.models.streamed import open_streamed
-
-    return open_streamed(path, loading, weights=False, layers_of=layers_of)
-
-
-class _Dense:
-    """The MLPs of a dense checkpoint, of which one layer at a time has weights."""
-
-    def __init__(self, path: str | Path, loading: Loading):
-        self._streamed = _open(path, loading, _dense_layers)
-        self._banks = {bank.id.layer: bank for bank in find_dense(self._streamed.model)}
-        self.name = model_name(self._streamed.model)
-
-    def matrices(self, like: Bank, device: torch.device) -> dict[str, torch.Tensor] | None:
-        """Those of the MLP in the layer of that bank; None where the model has fewer layers."""
-        bank = self._banks.get(like.id.layer)
-        if bank is None:
-            return None
-        if bank.hidden != like.hidden:
-            raise SedetectError(
-                Argument("against"),
-                f" {self.name}: {bank.path} writes {bank.hidden} channels, the experts of {like.path} "
-                f"{like.hidden}; give a dense model of the same width",
-            )
-        number = self._streamed.paths.index(layer_path(bank))
-        self._streamed.load(number)
-        found = {name: m.to(device) for name, m in expert_matrices(self._streamed.model, bank).items()}
-        self._streamed.free(number)
-        return found
-
-
 def _layers_with_experts(model: nn.Module) -> dict[str, nn.Module]:
     paths = [layer_path(bank) for bank in find_banks(model) if bank.id.routed]
     return {path: model.get_submodule(path) for path in paths}
-
-
-def _dense_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {path: model.get_submodule(path) for path in map(layer_path, find_dense(model))}
 
 
 def _by_layer(groups: list[Group]) -> dict[str, list[Group]]:
@@ -490,7 +452,7 @@ def _by_layer(groups: list[Group]) -> dict[str, list[Group]]:
 
 def _odd_shapes(group: Group, matrices: list[dict[str, torch.Tensor]]) -> set[str]:
     first = matrices[0]["down"].shape[1:]
-    names = [bank.id.kind for bank in (group.routed, *group.shared)] + ["F"]
+    names = [bank.id.kind for bank in (group.routed, *group.shared)] + [DENSE]
     odd = {name: of["down"].shape[1:] for name, of in zip(names, matrices) if of["down"].shape[1:] != first}
     return {
         f"{name}: {neurons} neurons of width {width} where routed experts have {first[0]} of {first[1]}; compared by "

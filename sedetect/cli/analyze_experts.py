@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TEXT = "As an open source alternative to"  # the published analysis's
 _TEXT_LAYERS = 8  # that a table by token shows
+Against = Annotated[str | None, typer.Option(help="a dense model of the same width: its MLPs take part as F")]
 Layers = Annotated[str | None, typer.Option(help="numbers of layers: 0,5,10-12 (default: all with experts)")]
 Texts = Annotated[
     list[str] | None,
@@ -62,9 +63,7 @@ Figures = Annotated[bool, typer.Option("--figures", help="with -o: pictures of e
 @analyze.command("weights")
 def weights_command(
     model: Model,
-    against: Annotated[
-        str | None, typer.Option(help="a dense model of the same width: its MLPs take part as F")
-    ] = None,
+    against: Against = None,
     pairs: Annotated[int, typer.Option(help="pairs of experts per layer whose neurons are matched")] = 32,
     stats: Stats = None,
     layers: Layers = None,
@@ -98,6 +97,7 @@ def weights_command(
 def outputs_command(
     model: Model,
     texts: Texts = None,
+    against: Against = None,
     stats: Stats = None,
     layers: Layers = None,
     output: Output = None,
@@ -123,10 +123,11 @@ def outputs_command(
 
     known = _check(stats, output, figures)
     check_backend(backend)
-    run = partial(analyze_outputs, batch_size=batch_size, backend=backend)
+    run = partial(analyze_outputs, against=against, batch_size=batch_size, backend=backend)
     text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
-    _finish(_over_text(run, model, known, texts, parse_layers(layers), data, text, loading), known, output, figures)
+    result = _over_text(run, model, known, texts, parse_layers(layers), data, text, loading, against)
+    _finish(result, known, output, figures)
 
 
 @analyze.command("routing")
@@ -205,17 +206,22 @@ def _over_text(
     data: str | None,
     text: Text,
     loading: Loading,
+    against: str | None = None,
 ) -> Analysis:
-    """Load a model, cut the text, and run an analysis over both."""
+    """Load a model, cut the text, and run an analysis over both. against: what run will be."""
     from sedetect.analysis.common import groups_of, read_texts
+    from sedetect.analysis.dense import DenseModel
     from sedetect.calibration.windows import calibration_windows, check_text
+    from sedetect.checkpoints.options import Loading
     from sedetect.models.banks import find_banks
     from sedetect.models.identity import check_statistics, model_name
     from sedetect.models.loading import prepare_model
 
     check_text(data, text)
     prepared = prepare_model(model, loading=loading)
-    groups_of(find_banks(prepared.empty), layers)
+    groups = groups_of(find_banks(prepared.empty), layers)
+    if against is not None:
+        DenseModel(against, Loading("cpu")).check(groups)
     short = read_texts(prepared.tokenizer, [DEFAULT_TEXT] if texts is None else texts)
     calibration = calibration_windows(prepared.empty, prepared.tokenizer, data, text)
     if known is not None:

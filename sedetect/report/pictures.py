@@ -94,7 +94,7 @@ def _weights(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
 def _outputs(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
     summaries = {bank: outputs.summarize(layer) for bank, layer in result.layers.items()}
     chosen = {"chosen": "chosen experts", "by_chance": "by chance", "top": "first choice is the largest"}
-    alike = {"cosine": "routed experts", "shared": "shared with routed"}
+    alike = {"cosine": "routed experts", "shared": "shared with routed", "dense": "F with routed"}
     for name, title, series, text in (
         ("cosine", "cosine of outputs", alike, "Mean cosine of two routed experts' outputs in every layer."),
         ("norms", "share", chosen, "How many of the chosen experts are among as many with the largest outputs."),
@@ -197,7 +197,8 @@ def _outputs_of(
         text = f"Intermediate states act(W_gate x) of every expert {where} for token {token}"
         text += "." if len(kept) == len(states) else f", {len(kept)} of {len(states)} neurons."
         yield _grid(
-            f"{name}-token-{place}-states", states[kept], labels[: layer.experts], [str(n) for n in kept.tolist()],
+            f"{name}-token-{place}-states", states[kept], [*labels[: layer.experts], *labels[-1:]][: states.shape[1]],
+            [str(n) for n in kept.tolist()],
             _marks(layer, marked), text, "neuron", "state",
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import sedetect
 from sedetect.calibration.windows import Calibration, Windows
@@ -77,15 +78,61 @@ def load_tiny():
 
 @pytest.mark.parametrize(
     "name",
-    ["ablate", "analyze_outputs", "analyze_routing", "find_super_weights", "make_budget",
-     "observe_residual", "profile", "run_experiment", "trace_experts"],
+    ["ablate", "analyze_outputs", "analyze_routing", "find_super_weights", "make_budget", "model_digest",
+     "observe_residual", "profile", "prove", "run_experiment", "trace_experts"],
 )  # fmt: skip
-def test_a_path_where_a_model_is_meant(name):
+def test_what_is_no_model_where_a_model_is_meant(name, tmp_path):
     function = getattr(sedetect, name)
     needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
-    with pytest.raises(SedetectError, match="is a str; give a loaded model"):
-        entered = function(str(TINY), **{p.name: {} for p in needed[1:]})
-        entered.__enter__()  # of a context manager
+    for wrong, told in (
+        (str(TINY), "is a str; give a loaded model"),
+        (tmp_path, "Path; give a loaded model"),
+        (None, "is a NoneType; give a loaded model"),
+        ([], "is a list; give a loaded model"),
+        (nn.Linear(1, 1), "Linear: not a transformers model"),
+    ):
+        with pytest.raises(SedetectError, match=told):
+            entered = function(wrong, **{p.name: {} for p in needed[1:]})
+            entered.__enter__()  # of a context manager
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda model: sedetect.analyze_weights(model), "is no path; give that of a checkpoint"),
+        (lambda model: sedetect.analyze_weights(TINY, against=model or 3), "is no path; give that of a checkpoint"),
+        (lambda model: sedetect.make_plan(model), "is no path; give that of a checkpoint"),
+        (lambda model: sedetect.prune_checkpoint(model, "out", {}), "is no path; give that of a checkpoint"),
+        (lambda model: sedetect.prune_checkpoint(TINY, model, {}), "is no path; give that of a new folder"),
+        (lambda model: sedetect.make_report(model), "give the path of a folder of results"),
+        (lambda model: sedetect.merge_all(model), "stats: is one .*; give several ModelStats or their paths"),
+        (lambda model: sedetect.compare(model), "stats: is one .*; give several ModelStats or their paths"),
+        (lambda model: sedetect.agreement(model), "parts: is a .*; give a dictionary"),
+    ],
+)
+def test_what_is_no_path_where_paths_are_meant(call, told):
+    for wrong in (None, 3, nn.Linear(1, 1)):
+        with pytest.raises(SedetectError, match=told):
+            call(wrong)
+
+
+def test_one_where_several_are_meant(profile, tmp_path):
+    for one in (profile.stats, str(tmp_path), tmp_path):
+        for function in (sedetect.merge_all, sedetect.compare):
+            with pytest.raises(SedetectError, match="stats: is one .*; give several"):
+                function(one)
+    with pytest.raises(SedetectError, match=r"3: is a int; give a loaded model .* or a checkpoint's folder"):
+        sedetect.profile_model(3)
+
+
+def test_a_report_by_its_function(profile, tmp_path):
+    profile.stats.save(Results(tmp_path).stats_path)
+    made = sedetect.make_report(tmp_path)
+    assert made.page == tmp_path / "report.html" and made.count == 0 and not made.figures.exists()
+    assert made.headline == sedetect.rank(profile.stats).headline
+    assert "1 super expert: L1E28" in made.page.read_text()
+    with pytest.raises(SedetectError, match="no such statistics file"):
+        sedetect.make_report(TINY)
 
 
 def test_every_command_has_a_function():
@@ -93,7 +140,7 @@ def test_every_command_has_a_function():
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     table = readme.split("| command | in Python |")[1].split("\n\n")[0]
     rows = [[cell.strip(" `") for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
-    assert {row[0].split()[0] for row in rows} == set(COMMANDS) - {"report"}
+    assert {row[0].split()[0] for row in rows} == set(COMMANDS)
     for _, functions in rows:
         for function in re.findall(r"`(\w+)`", f"`{functions}`"):
             assert callable(getattr(sedetect, function))

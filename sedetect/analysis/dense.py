@@ -12,7 +12,7 @@ from torch import nn
 from sedetect.adapters.quantized import serve_linears
 from sedetect.analysis.common import Group
 from sedetect.analysis.matrices import expert_matrices
-from sedetect.checkpoints.files import check_checkpoint
+from sedetect.checkpoints.files import check_checkpoint, checked_path
 from sedetect.checkpoints.options import Loading
 from sedetect.errors import Argument, SedetectError
 from sedetect.models.banks import Bank, find_dense, layer_path
@@ -29,7 +29,7 @@ def open_layers(
     path: str | Path, loading: Loading, layers_of: Callable[[nn.Module], dict[str, nn.Module]]
 ) -> "StreamedModel":
     """A checkpoint of which these modules are loaded one at a time, and nothing else."""
-    if Path(path).is_dir():
+    if checked_path(path, "a checkpoint").is_dir():
         check_checkpoint(path)
     from sedetect.models.streamed import open_streamed
 

@@ -63,6 +63,13 @@ _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
+def checked_path(value: object, what: str) -> Path:
+    """A path. Raises SedetectError for anything else, such as a loaded model; what: that it should be of."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise SedetectError(f"{type(value).__name__}: is no path; give that of {what}")
+    return Path(value)
+
+
 def source_name(path_or_name: str | os.PathLike[str]) -> str:
     """The name to give to transformers: an existing folder, or what can only be a hub name.
 

@@ -63,7 +63,7 @@ def print_ranking(
 
 
 def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
-    """One sentence: what a proof found; first tokens against the rest, in output and routing; what later layers carry."""
+    """One sentence: what a proof found; first tokens against the rest, in output and routing; what is carried."""
     parts = [] if expert.reason is None else [f"{expert.verdict}, {expert.reason}"]
     if expert.signature is None and not expert.first_max:
         parts.append("first tokens not observed")

@@ -1,4 +1,4 @@
-"""Protect lists: proved and candidate super experts, in the form in which each quantizer takes what it must leave alone.
+"""Protect lists: proved and candidate super experts, in the form in which each quantizer takes what it leaves alone.
 
     experts = protect_list(stats, neighbours=2)
     document, notes = export(stats, experts, "gptqmodel")

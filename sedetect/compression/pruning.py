@@ -26,7 +26,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sedetect.checkpoints.files import adapter_in, check_checkpoint
+from sedetect.checkpoints.files import adapter_in, check_checkpoint, checked_path
 from sedetect.checkpoints.layout import TOP_K, Layout, Tensor, read_layout, renamed, with_fewer_experts
 from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError
@@ -196,7 +196,7 @@ def prune_checkpoint(
     Raises:
         SedetectError: for a layout that is not known, naming the tensor, before anything is written.
     """
-    source, out = Path(source), Path(out)
+    source, out = checked_path(source, "a checkpoint"), checked_path(out, "a new folder")
     config = prunable_config(source)
     layout = read_layout(source, config)
     by_layer = _by_layer(kept, layout, source)

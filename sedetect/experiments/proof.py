@@ -14,9 +14,9 @@ that the same tokens visit in the same layers. What all of them cost at every to
 
 Intervals are over documents (windows of text), each at level / number of candidates (Bonferroni).
 
-The smallest effect, 3 % of perplexity, stands between what small trained models showed in windows of 512 tokens: experts
-without a function cost 0.3 % at most at their trigger tokens, the weaker of two sets of super experts 4.5 %. What counts
-as attention sinks: sedetect.stats.residual.SINK_MASS.
+The smallest effect, 3 % of perplexity, stands between what small trained models showed in windows of 512 tokens:
+experts without a function cost 0.3 % at most at their trigger tokens, the weaker of two sets of super experts 4.5 %.
+What counts as attention sinks: sedetect.stats.residual.SINK_MASS.
 """
 
 import math

@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from sedetect.errors import Argument, SedetectError
+from sedetect.models.wrappers import unwrap
 from sedetect.stats.model import UNCHECKED, Header, digest, same_model
 from sedetect.stats.note import Note
 
@@ -63,8 +64,10 @@ def model_digest(model: nn.Module) -> str:
     """What makes two runs runs of one model, see above.
 
     The checksum is "unchecked" where weights are nowhere to be read (on the meta device without accelerate's hooks, or
-    in a form of a package's own). All ranks of an expert-parallel model call this together.
+    in a form of a package's own). All ranks of an expert-parallel model call this together. Raises SedetectError for
+    what is no loaded model.
     """
+    model = unwrap(model)
     weights = named_weights(model)
     return join_digest(_id(model, weights), None if _hidden(model) else checksum(weights.values()))
 

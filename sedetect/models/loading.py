@@ -42,6 +42,7 @@ from sedetect.checkpoints.prefetch import Prefetched, prefetch
 from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.files import check_readable
 from sedetect.models.banks import Bank, find_banks
+from sedetect.models.wrappers import unwrap
 from sedetect.stats.note import Note
 
 if TYPE_CHECKING:
@@ -237,6 +238,7 @@ def prepare_model(
             _check_config(Path(model), loading.trust_remote_code)  # before its tokenizer, which would fail too
         tokenizer = tokenizer or load_tokenizer(model, **loading.source)
     elif tokenizer is None:
+        unwrap(model)  # refuse what is no model
         raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")
     prepared = PreparedModel(model, tokenizer, loading, load)
     find_banks(prepared.empty)  # refuse what is no MoE before anything is asked of it

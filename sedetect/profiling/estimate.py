@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sedetect.checkpoints.files import check_checkpoint, shards_of
+from sedetect.checkpoints.files import check_checkpoint, checked_path, shards_of
 from sedetect.checkpoints.layout import TOP_K
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.staging import read_bytes
@@ -89,7 +89,7 @@ def make_plan(folder: str | Path, loading: Loading = Loading()) -> Plan:
 
     Raises SedetectError for what check_checkpoint, load_model and find_banks refuse.
     """
-    if not Path(folder).is_dir():
+    if not checked_path(folder, "a checkpoint").is_dir():
         raise SedetectError(f"{folder}: no such folder; a plan is made of a checkpoint that is here, download it first")
     check_checkpoint(folder)
     streamed = open_streamed(folder, replace(loading, device="cpu"), weights=False)

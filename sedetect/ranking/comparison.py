@@ -17,8 +17,8 @@ from sedetect.errors import SedetectError
 from sedetect.files import finite
 from sedetect.ranking.rule import rank
 from sedetect.ranking.stability import Peak, check_banks, peak_of
-from sedetect.stats.model import ModelStats, opened
-from sedetect.stats.place import BankId, Place
+from sedetect.stats.model import ModelStats, opened, several
+from sedetect.stats.place import BankId, Place, parse_place
 
 RELATED = 0.3  # mean rank correlation within layers: of two unrelated models it is near 0
 Kept = dict[BankId, list[int]]
@@ -133,7 +133,7 @@ def compare(
     Raises:
         SedetectError: for fewer than two runs, names that are not one each, and banks that do not match, by name.
     """
-    states = [opened(run) for run in runs]
+    states = [opened(run) for run in several(runs)]
     names = [run.header.model for run in states] if names is None else list(names)
     if len(states) < 2 or len(names) != len(states):
         raise SedetectError(

@@ -19,8 +19,8 @@ A verdict says how far it is shown that a model depends on an expert:
     proved, refuted, undecided    what sedetect.experiments.proof found of it
     None         the rule names it, and nothing else does
 
-What makes a candidate does not depend on the amount of text: an output on a trigger token is a constant, and is compared
-with what other experts give on such tokens, and with the median of the experts that saw rows.
+What makes a candidate does not depend on the amount of text: an output on a trigger token is a constant, and is
+compared with what other experts give on such tokens, and with the median of the experts that saw rows.
 """
 
 import math

@@ -177,6 +177,8 @@ def agreement(parts: Mapping[str, ModelStats | str | os.PathLike[str]]) -> Agree
 
     Raises SedetectError for no parts, and for parts whose banks differ.
     """
+    if not isinstance(parts, Mapping):
+        raise SedetectError(f"parts: is a {type(parts).__name__}; give a dictionary of names and ModelStats or paths")
     runs = {name: opened(stats) for name, stats in parts.items()}
     check_banks(list(runs.values()), list(runs))
     rankings = {name: rank(stats) for name, stats in runs.items()}

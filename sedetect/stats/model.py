@@ -240,7 +240,14 @@ class ModelStats:
 
 def merge_all(states: Iterable[ModelStats | str | os.PathLike[str]]) -> ModelStats:
     """Merge any number of runs, each as opened takes it; none give the empty state."""
-    return reduce(ModelStats.merge, map(opened, states), ModelStats.empty())
+    return reduce(ModelStats.merge, map(opened, several(states)), ModelStats.empty())
+
+
+def several(runs: Any) -> Iterable[Any]:
+    """Several runs. Raises SedetectError for a single one, and for what holds none."""
+    if isinstance(runs, (str, os.PathLike, ModelStats)) or not isinstance(runs, Iterable):
+        raise SedetectError(f"stats: is one {type(runs).__name__}; give several ModelStats or their paths, as a list")
+    return runs
 
 
 def opened(stats: ModelStats | str | os.PathLike[str]) -> ModelStats:

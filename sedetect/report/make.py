@@ -1,0 +1,51 @@
+"""The report of a folder of results, as a file."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from sedetect.errors import SedetectError
+from sedetect.report.evidence import load_evidence
+from sedetect.results import Results
+
+
+class Report(NamedTuple):
+    """The page that was written, the headline of its ranking, and how many figures there are in which folder."""
+
+    page: Path
+    headline: str
+    figures: Path
+    count: int
+
+
+def make_report(
+    folder: str | os.PathLike[str],
+    page: str | os.PathLike[str] | None = None,
+    *,
+    figures: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Report:
+    """Write the page of what was measured of a model: a file that opens offline.
+
+    Args:
+        folder: of a profile, and of what the other commands have written beside it.
+        page: the file; by default report.html in that folder.
+        figures: write every chart as figures/<name>.png, .svg and .pdf beside the page too.
+        progress: called with (charts done, charts in all).
+    Raises:
+        SedetectError: for what is no folder of results, damaged files, a page that cannot be written, and where the
+            libraries that draw are missing.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise SedetectError(f"folder: is a {type(folder).__name__}; give the path of a folder of results")
+    try:
+        from sedetect.report.write import write_figures, write_report
+    except ModuleNotFoundError as error:
+        raise SedetectError(f"report needs {error.name}; install it with: pip install 'sedetect[report]'") from None
+    path = Results(folder).report_path if page is None else Path(page)
+    evidence = load_evidence(folder)
+    write_report(evidence, path)
+    drawn = Results(path.parent).figures_path
+    count = write_figures(evidence, drawn, progress) if figures else 0
+    return Report(path, evidence.ranking.headline, drawn, count)

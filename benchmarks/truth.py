@@ -72,18 +72,20 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12, help="of each text")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--controls", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     experts = [tuple(map(int, re.fullmatch(r"L(\d+)E(\d+)", name).groups())) for name in args.experts.split(",")]
 
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32, attn_implementation="eager")
+    model = model.eval().to(args.device)
     cut = []
     for file in args.text:
         ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
         body = args.length - 1
         for start in range(0, min(len(ids) // body, args.windows) * body, body):
             cut.append([tokenizer.bos_token_id, *ids[start : start + body]])
-    windows = torch.tensor(cut)
+    windows = torch.tensor(cut, device=args.device)
 
     switch = Switch(model)
     base, sink, largest = measure(model, switch, windows, set())

@@ -220,17 +220,24 @@ def _print_formations(formations: list[Formation]) -> None:
     for one in formations:
         places[one.layer, one.channel, one.position, one.token_id].append(one)
     table = plain_table(
-        "formed in", "channel", "pos", "seqs", "before", "after", "attn", "writers", "up to", left="writers"
+        "formed in", "channel", "pos", "seqs", "before", "after", "attn", "writers", "up to", "undone", left="writers"
     )
     for (layer, channel, position, _), same in list(places.items())[:_SHOWN]:
         one = max(same, key=lambda f: abs(f.after))
         shares = [f"{w.expert} {w.share:.0%}" for w in one.writers if abs(w.share) >= 0.05]
         values = (f"{one.before:.4g}", f"{one.after:.4g}", "-" if one.attention is None else f"{one.attention:.0%}")
         place = (f"L{layer}", str(channel), str(position), str(len(same)))
-        table.add_row(*place, *values, escape("\n".join(shares) or "-"), f"L{one.carried_to}")
+        table.add_row(*place, *values, escape("\n".join(shares) or "-"), f"L{one.carried_to}", _undone(one))
     console.print(table)
     if len(places) > _SHOWN:
         print_line(f"... and {len(places) - _SHOWN} more")
+
+
+def _undone(one: Formation) -> str:
+    """Where half of it is taken away again, and by whom."""
+    if one.undone_in is None:
+        return "-"
+    return f"L{one.undone_in}" if one.undone_by is None else f"{one.undone_by.expert} {one.undone_by.share:.0%}"
 
 
 def _print_ablated(before: Residual, after: Residual, experts: list[Target]) -> None:

@@ -13,6 +13,7 @@ from sedetect.cli.ranked import load_ranked
 from sedetect.cli.shared import app, console, stderr
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic
+from sedetect.results import Results
 
 if TYPE_CHECKING:
     from sedetect.stats.model import ModelStats
@@ -26,6 +27,9 @@ def export_command(
         Granularity, typer.Option(help="expert, or layer: all experts of a protected expert's layer")
     ] = "expert",
     neighbours: Annotated[int, typer.Option(help="also protect the N routed experts with the next largest |y|")] = 0,
+    with_feeders: Annotated[
+        bool, typer.Option("--with-feeders", help="also the experts that feed them (prove --chain)")
+    ] = False,
     model: Annotated[Path | None, typer.Option(help="checkpoint folder, to say sizes in bytes")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="file (default: print the list)")] = None,
 ) -> None:
@@ -43,7 +47,10 @@ def export_command(
         if unknown := unseen(state):
             _say(f"note: {unseen_note(unknown, 'routed', state.header.tokens)}")
         return
-    experts = protect_list(state, neighbours, ranking)
+    proof = Results(stats).proof() if with_feeders else None
+    if with_feeders and proof is None:
+        raise SedetectError(f"--with-feeders: {stats} has no proof.json; run `sedetect prove MODEL --chain -o {stats}`")
+    experts = protect_list(state, neighbours, ranking, proof)
     sizes = _sizes(state, experts, model)
     document, notes = export(state, experts, to, granularity)
     text = document if isinstance(document, str) else json.dumps(document, indent=2, ensure_ascii=False) + "\n"

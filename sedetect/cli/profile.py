@@ -30,6 +30,7 @@ from sedetect.cli.shared import (
     check_file,
     check_writable,
     console,
+    hidden,
     interruptible,
     is_first_rank,
     progress_bar,
@@ -128,8 +129,10 @@ def profile_command(
             from sedetect.checkpoints.memory import too_large
             from sedetect.checkpoints.options import Loading
             from sedetect.models.measure import Measuring
-            from sedetect.profiling.pipeline import profile_model
-            from sedetect.profiling.proving import Proving
+
+            with hidden("sklearn"):
+                from sedetect.profiling.pipeline import profile_model
+                from sedetect.profiling.proving import Proving
 
             undecided = stream is None and ahead is None and Path(model).is_dir()
             why = too_large(model, device, dtype) if undecided else None

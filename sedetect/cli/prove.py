@@ -37,7 +37,7 @@ def prove_command(
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
     output: Output = None,
     chain: Annotated[bool, typer.Option(help="also the upstream experts without which they fall silent")] = False,
-    smallest: Annotated[float, typer.Option(help="rise of perplexity that matters")] = 0.03,
+    smallest: Annotated[float, typer.Option(help="rise of perplexity that matters")] = 0.02,
     level: Annotated[float, typer.Option(help="chance that any interval misses")] = 0.05,
     data: Data = None,
     tokens: Annotated[int, typer.Option(help="tokens of text, none of which the statistics saw")] = 32768,

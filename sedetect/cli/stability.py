@@ -28,11 +28,12 @@ def stability_command(stats: Runs, json: Json = None) -> None:
     """
     if json is not None:
         check_file("--json", json, stats)
-    from sedetect.ranking.stability import Stability, agreement, sensitivity, verdict_sensitivity
+    from sedetect.ranking.stability import Stability, agreement, margins, sensitivity, verdict_sensitivity
 
     runs = load_runs(stats)
     grids = {name: sensitivity(run) for name, run in runs.items()}
     verdicts = {name: verdict_sensitivity(run) for name, run in runs.items()}
+    distances = {name: margins(run) for name, run in runs.items()}
     results = Results(stats[0])
     alone = {"domains": results.domains, "rounds": results.rounds}
     parts = {"runs": runs} if len(runs) > 1 else {name: some.load() for name, some in alone.items()}
@@ -40,12 +41,13 @@ def stability_command(stats: Runs, json: Json = None) -> None:
     for name, grid in grids.items():
         _print_grid(name, grid)
         _print_verdicts(verdicts[name])
+        _print_margins(distances[name])
     for name, one in agreed.items():
         _print_agreement(name, one)
     if not agreed:
         print_line("agreement: one part only; give a folder with several domains or rounds, or several profiles")
     if json is not None:
-        Stability(grids, verdicts, agreed).save(json)
+        Stability(grids, verdicts, agreed, distances).save(json)
 
 
 def _print_grid(name: str, grid: Grid) -> None:
@@ -84,6 +86,12 @@ def _print_verdicts(verdicts: dict[str, dict[float, tuple[str, ...]]]) -> None:
         said = f"{', '.join(usual) or 'none'} at {values[len(values) // 2]:g}, " + "; ".join(others)
         same = f"the same candidates from {values[0]:g} to {values[-1]:g}"
         print_line(f"--{name.replace('_', '-')}: {said if others else same}")
+
+
+def _print_margins(distances: dict[str, dict[str, float]]) -> None:
+    """A line per expert: by what factor it passes each threshold, or misses it."""
+    for expert, by in list(distances.items())[:_SHOWN]:
+        print_line(f"{expert}: {', '.join(f'{x:.3g} of the threshold ({what})' for what, x in by.items())}")
 
 
 def _print_agreement(name: str, agreed: Agreement) -> None:

@@ -35,7 +35,8 @@ from sedetect.ranking.result import Ranking
 from sedetect.ranking.rule import rank
 from sedetect.ranking.saliencies import found_places
 from sedetect.stats.model import ModelStats, opened
-from sedetect.stats.place import BankId, Place
+from sedetect.stats.place import BankId, Place, parse_place
+from sedetect.stats.proof import Proof
 
 GRANULARITIES = ("expert", "layer")
 
@@ -89,13 +90,17 @@ class ProtectList(Document):
 
 
 def protect_list(
-    stats: ModelStats | str | os.PathLike[str], neighbours: int = 0, ranking: Ranking | None = None
+    stats: ModelStats | str | os.PathLike[str],
+    neighbours: int = 0,
+    ranking: Ranking | None = None,
+    feeders: Proof | None = None,
 ) -> list[Protected]:
     """Proved super experts, candidates that nothing refutes, and the routed experts with the next largest |y|, as many
     as neighbours.
 
     stats may be the path of a statistics file, or of a folder of results. ranking is rank(stats) where it is not given.
-    Raises SedetectError where there is nothing to protect.
+    With the proof of a chain as feeders, also the experts without which the protected ones fall silent.
+    Raises SedetectError where there is nothing to protect, and for a proof that followed no chain.
     """
     if neighbours < 0:
         raise SedetectError(Argument("neighbours"), f" {neighbours}: must be at least 0")
@@ -111,10 +116,22 @@ def protect_list(
         for e, value in enumerate(state.out_max.tolist())
         if math.isfinite(value)
     ]
-    others = sorted((one for one in maxima if one[1] not in set(found)), key=lambda one: -one[0])[:neighbours]
-    return [_protected(stats, expert.place, str(expert.verdict)) for expert in ranking.found] + [
-        _protected(stats, place, "neighbour") for _, place in others
-    ]
+    fed_by = [] if feeders is None else _feeders(feeders, found)
+    others = sorted((one for one in maxima if one[1] not in {*found, *fed_by}), key=lambda one: -one[0])[:neighbours]
+    chosen = [(expert.place, str(expert.verdict)) for expert in ranking.found]
+    chosen += [(place, "feeder") for place in fed_by] + [(place, "neighbour") for _, place in others]
+    return [_protected(stats, place, why) for place, why in chosen]
+
+
+def _feeders(proof: Proof, found: list[Place]) -> list[Place]:
+    """The experts that feed those found, without them. Raises SedetectError for a proof that looked for none."""
+    verdicts = [verdict for verdict in proof.verdicts if parse_place(verdict.expert) in found]
+    if all(verdict.feeders is None for verdict in verdicts):
+        raise SedetectError(
+            f"the proof of {proof.model} did not look for feeders; run `sedetect prove MODEL --chain -o DIR`"
+        )
+    named = dict.fromkeys(one.expert for verdict in verdicts for one in verdict.feeders or ())
+    return [place for place in map(parse_place, named) if place not in found]
 
 
 def export(

@@ -83,12 +83,15 @@ def judge(
     ):
         return verdict("proved", f"the model depends on it: {by_itself}")
     as_set = added is not None and within is not None and _matters(added, within, evidence, smallest, level)
+    as_set = as_set and effect(evidence.changes[ALL], level).low > 0
     if as_set and evidence.falls(ALL) and evidence.plain.has_sinks:
         # Who else is needed for that: those that add as much.
         left = {other: evidence.changes[ALL] - evidence.changes[all_but(other, fired)] for other in others}
         partners = [other for other, change in left.items() if effect(change, level).rise >= smallest]
-        names = " and ".join(map(str, partners or others))
-        return verdict("proved", f"the model depends on it or {names}, which stand in for it: {within}", partners)
+        partners = partners or [max(left, key=lambda other: float(left[other].mean()))]
+        names = " and ".join(map(str, partners))
+        verb = "stand" if len(partners) > 1 else "stands"
+        return verdict("proved", f"the model depends on it or {names}, which {verb} in for it: {within}", partners)
     highest = max((one for one in (by_itself, within) if one is not None), key=lambda one: one.high)
     if highest.high < smallest:
         return verdict("refuted", f"the model does not depend on it: {highest}")
@@ -106,7 +109,7 @@ def _undecided(change: np.ndarray, evidence: Evidence, smallest: float, level: f
     measured = effect(change, level)
     if measured.rise >= smallest and evidence.beyond_controls(change, level):
         if evidence.plain.has_sinks is False:
-            return f"{measured} without it, but the model has no attention sinks that it could carry"
+            return f"{measured} without it, which is no super expert's work: the model has no attention sinks to carry"
         if evidence.plain.has_sinks is None:
             return f"{measured} without it, but the model shows no attention weights, so its sinks are not known"
         return f"{measured} without it, but sinks and largest activation stay, so it is no super expert's work"

@@ -88,10 +88,10 @@ class Triggers:
                 plans[bank] = torch.tensor(numbers).expand(windows, self._length, -1)
         return plans
 
-    def controls(self, windows: int, most: int) -> list[Off]:
+    def controls(self, windows: int, most: int, seed: int) -> list[Off]:
         """At most so many disjoint draws from the other experts that trigger tokens visit in the same banks: at each
         token as many as fire there. Fewer, or none, where the router chooses no more."""
-        generator = np.random.default_rng(0)
+        generator = np.random.default_rng(seed)
         draws: list[dict[BankId, torch.Tensor]] = []
         for bank, mine in self._in_bank.items():
             fires: dict[Token, int] = {}

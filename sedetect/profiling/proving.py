@@ -72,6 +72,7 @@ def prove_profile(
         smallest=proving.smallest,
         level=proving.level,
         chain=proving.chain,
+        seed=text.seed or 0,
         batch_size=text.batch_size,
         progress=progress,
     )

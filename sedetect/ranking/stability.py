@@ -1,6 +1,7 @@
 """Stability: do the candidates depend on the thresholds, or on the text?
 
-verdict_sensitivity asks the first over the thresholds of the verdict, sensitivity over the grid of "Unveiling Super
+verdict_sensitivity asks the first over the thresholds of the verdict, margins how far from them each expert is, and
+sensitivity over the grid of "Unveiling Super
 Experts in Mixture-of-Experts Large Language Models" (arXiv 2507.23279, table 9 of the ICLR 2026 text), where
 Qwen3-30B-A3B keeps 3 super experts, DeepSeek-V2-Lite 2 and Mixtral-8x7B 1 in every cell. agreement asks the second,
 over domains or over disjoint shards of the calibration text:
@@ -13,7 +14,7 @@ over domains or over disjoint shards of the calibration text:
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -110,6 +111,30 @@ def verdict_sensitivity(stats: ModelStats | str | os.PathLike[str]) -> dict[str,
     }
 
 
+def margins(stats: ModelStats | str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    """How far each expert that rank shows is from the thresholds that make it a candidate: its value over each of them.
+
+    Returns:
+        name, largest first -> what is compared ("|y|, of the set", "|y|, to stand out", "multiple of the median",
+        "multiple on first tokens") -> quotient, at least 1 where it passes; without what was not observed.
+    Raises:
+        SedetectError: for what rank refuses.
+    """
+    ranking = rank(stats)
+    distances = {}
+    for expert in sorted(ranking.judged, key=lambda expert: -expert.value):
+        compared = {
+            "|y|, of the set": (expert.value, ranking.threshold),
+            "|y|, to stand out": (expert.value, ranking.criteria["min_value"]),
+            "multiple of the median": (expert.ratio, ranking.criteria["min_ratio"]),
+            "multiple on first tokens": (expert.first_ratio, ranking.criteria["min_ratio"]),
+        }
+        distances[str(expert)] = {
+            name: value / wanted for name, (value, wanted) in compared.items() if value is not None and wanted > 0
+        }
+    return distances
+
+
 @dataclass(frozen=True)
 class Agreed:
     """An expert that is in the set of some part.
@@ -201,18 +226,20 @@ def agreement(parts: Mapping[str, ModelStats | str | os.PathLike[str]]) -> Agree
 
 @dataclass(frozen=True)
 class Stability(Document):
-    """Both answers: a grid and the verdicts per profile, and the agreement of each kind of parts, by name."""
+    """Both answers: a grid, the verdicts and the margins per profile, and the agreement of each kind of parts, by
+    name."""
 
     FORMAT = "sedetect-stability"
 
     grids: dict[str, Grid]
     verdicts: dict[str, dict[str, dict[float, tuple[str, ...]]]]
     agreement: dict[str, Agreement]
+    margins: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
-        """format, version, grids, verdicts (lists of threshold and found, by its name) and agreement, for JSON."""
+        """For JSON: format, version, grids, margins, agreement, and verdicts (lists of threshold and found, by name)."""
         return super().to_dict() | {
             "grids": {name: grid.to_dict() for name, grid in self.grids.items()},
             "verdicts": {
@@ -223,6 +250,10 @@ class Stability(Document):
                 for name, verdicts in self.verdicts.items()
             },
             "agreement": {name: one.to_dict() for name, one in self.agreement.items()},
+            "margins": {
+                name: {expert: {what: finite(x) for what, x in by.items()} for expert, by in of.items()}
+                for name, of in self.margins.items()
+            },
         }
 
 

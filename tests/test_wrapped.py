@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 import threading
 
 import pytest
@@ -205,6 +206,53 @@ def in_threads(*calls):
         thread.join(120)
     assert not any(thread.is_alive() for thread in threads)
     return errors
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_layers_in_threads(backend):
+    """Without the model around them: no position is known, and no row is lost."""
+    model, generator = random_model("qwen3_moe"), torch.Generator().manual_seed(0)
+    parts = [[torch.randn(1, 4, 32, generator=generator) for _ in range(40)] for _ in range(4)]
+
+    def work(part):
+        with torch.no_grad():
+            for x in part:
+                model.model.layers[0].mlp(x)
+
+    runs, switch = [], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for calls in ([lambda part=part: work(part) for part in parts], [lambda: [work(part) for part in parts]]):
+            with sedetect.profile(model, backend=backend) as prof:
+                assert not in_threads(*calls)
+            runs.append(prof.stats)
+    finally:
+        sys.setswitchinterval(switch)
+    states = [one.banks[sedetect.BankId("decoder", 0, "routed")] for one in runs]
+    assert int(states[0].rows.sum()) == 4 * 40 * 4 * 2 and torch.equal(states[0].counts, states[1].counts)
+    assert torch.equal(states[0].outliers[..., 0], states[1].outliers[..., 0])  # the values' bits
+    assert any("layers ran outside a forward" in str(note) for note in runs[0].header.notes)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_refused_before_the_forward(layout):
+    model, ids = random_model("qwen3_moe"), token_ids(2, 8)
+    nested = torch.nested.nested_tensor([ids[0], ids[1, :5]], layout=layout)
+    embeds = torch.nested.nested_tensor([torch.randn(8, 32), torch.randn(5, 32)], layout=layout)
+    for call, name in (
+        (lambda: model(nested), "input_ids: is a nested"),
+        (lambda: model(input_ids=ids.to_sparse()), "input_ids: is a sparse"),
+        (lambda: model(inputs_embeds=embeds), "inputs_embeds: is a nested"),
+        (lambda: model(input_ids=ids, attention_mask=nested), "attention_mask: is a nested"),
+        (lambda: model(input_ids=ids, position_ids=nested), "position_ids: is a nested"),
+        (lambda: model.generate(nested, max_new_tokens=2), "input_ids: is a nested"),
+        (lambda: model.generate(ids, attention_mask=nested), "attention_mask: is a nested"),
+        (lambda: prof.batch(mask=nested), "prof.batch: mask: is a nested"),
+        (lambda: prof.batch(sequence_ids=nested), "prof.batch: sequence_ids: is a nested"),
+    ):
+        with sedetect.profile(model) as prof, pytest.raises(SedetectError, match=f"{name} tensor; give a padded one"):
+            call()
+        assert not any("failed" in note.code for note in prof.stats.header.notes)
 
 
 def test_forwards_in_threads():

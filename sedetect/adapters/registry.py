@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.metadata import version
 from operator import attrgetter
 
-import transformers
 from torch import nn
 
 from sedetect.adapters.listed import ListedBlock, NllbMoeExperts, SwitchTransformersExperts, has_down
@@ -60,7 +60,7 @@ def adapt(path: str, module: nn.Module, parent: nn.Module) -> Adapter | None:
                 attrgetter(name)(made)
             except AttributeError:
                 raise SedetectError(
-                    f"{path} ({type(module).__name__}): transformers {transformers.__version__} has its {name} in "
+                    f"{path} ({type(module).__name__}): transformers {version('transformers')} has its {name} in "
                     "another form than is known; install an older one, or a newer sedetect"
                 ) from None
         kept[_KEPT] = made

@@ -1,8 +1,10 @@
 """What computes a bank in place of its module, by our ops, and measures it."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,6 +60,7 @@ class Measurement:
     top_k: int = field(init=False)
     served: set[str] = field(init=False)
     fallbacks: set[str] = field(init=False)
+    lock: Any = field(init=False, default_factory=threading.RLock)  # layers may run in several threads
 
     def __post_init__(self):
         self.clear()
@@ -126,7 +129,8 @@ def _measure(measurement: Measurement, module: nn.Module, x: torch.Tensor, *rout
     state, rows = measurement.prepare(x.device), measurement.rows_of(measurement.bank, tokens, x.device)
     if torch.compiler.is_compiling():
         return compiled.measure(measurement, rows, x, *routing)
-    return measurement.compute(state, rows, x, *routing)
+    with measurement.lock:
+        return measurement.compute(state, rows, x, *routing)
 
 
 def _compute_experts(

@@ -71,6 +71,16 @@ NO_PREFIX = (
 _CUMULATIVE = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 
 
+def check_padded(name: str, value: Any) -> None:
+    """Raise SedetectError for a tensor that does not hold a value for each row and column."""
+    if isinstance(value, torch.Tensor) and (value.is_nested or value.layout is not torch.strided):
+        kind = "nested" if value.is_nested else "sparse"
+        raise SedetectError(
+            f"{name}: is a {kind} tensor; give a padded one (torch.nested.to_padded_tensor, or to_dense) with an "
+            "attention_mask"
+        )
+
+
 @dataclass
 class Running:
     """B sequences under way, which a cache or a generate() call continues."""
@@ -207,6 +217,8 @@ class RowTracker:
             own = getattr(config, name, None)
             return getattr(self._config, name, None) if own is None else own
 
+        check_padded("input_ids", prompt)
+        check_padded("attention_mask", kwargs.get("attention_mask"))
         eos, pad = setting("eos_token_id"), setting("pad_token_id")
         eos = torch.as_tensor([] if eos is None else eos, dtype=torch.int64).reshape(-1)
         mask = kwargs.get("attention_mask")
@@ -267,6 +279,8 @@ class RowTracker:
         """The arguments of one forward, or the note that says why its rows cannot be mapped."""
         arguments = {**dict(zip(self._names, args)), **kwargs}
         stack = self._stack
+        for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
+            check_padded(f"{stack}{name}", arguments.get(f"{stack}{name}"))
         tokens, embeds = arguments.get(f"{stack}input_ids"), arguments.get(f"{stack}inputs_embeds")
         if tokens is None:
             if embeds is None:

@@ -19,7 +19,7 @@ from sedetect.models.attach import attach, is_attached
 from sedetect.models.banks import Bank, check_eval, find_banks, layers_per_stack
 from sedetect.models.identity import digest_notes, model_digest, model_dtype, model_name
 from sedetect.models.measure import Measurement, Measuring, measure
-from sedetect.models.row_context import Batch
+from sedetect.models.row_context import Batch, check_padded
 from sedetect.models.tracking import TrackedModel
 from sedetect.models.wrappers import checkpoint_name, unwrap
 from sedetect.ops.choose import check_backend, missing_fast_path
@@ -132,6 +132,8 @@ class Profile:
             positions: (B, L) position of each token in its sequence.
             mask: (B, L) nonzero where a token counts.
         """
+        for name, given in {"sequence_ids": sequence_ids, "positions": positions, "mask": mask}.items():
+            check_padded(f"prof.batch: {name}", given)
         ids = None if sequence_ids is None else torch.as_tensor(sequence_ids)
         if ids is not None:
             if ids.is_floating_point() or ids.dim() not in (1, 2):

@@ -48,10 +48,17 @@ def standings_tables(result: Analysis, marked: dict[str, str]) -> dict[str, Cell
         for expert, name in enumerate(layer.members[: layer.experts]):
             if name in marked:
                 found = of[result.kind](layer, expert).items()
-                rows = [[what, f"{one.value:.3g}", f"{one.median:.3g}", str(one.place)] for what, one in found]
+                rows = [[what, *_standing(one)] for what, one in found]
                 title = f"{name} ({marked[name]}) among the {layer.experts} routed experts of its layer"
                 tables[title] = Cells(["", "value", "median", "place"], rows)
     return tables
+
+
+def _standing(one: Standing) -> list[str]:
+    """Value, median and place; - for what is not known, of which there is no place."""
+    known = math.isfinite(one.value)
+    cells = [f"{value:.3g}" if math.isfinite(value) else "-" for value in (one.value, one.median)]
+    return [*cells, str(one.place) if known else "-"]
 
 
 def marked_experts(ranking: Ranking) -> dict[str, str]:
@@ -106,6 +113,9 @@ def _routing(result: Analysis) -> Cells:
     for bank, layer in result.layers.items():
         load, together = layer.arrays["load"], layer.arrays["coactivation"]
         tokens = max(int(layer.arrays["tokens"].sum()), 1)
+        if not int(load.sum()):  # nobody chose any: there is no busiest one
+            rows.append([layer_name(bank), *["-"] * (6 + len(domains))])
+            continue
         busiest = int(load.sum(0).argmax())
         pairs = lift(together, tokens).masked_fill(together < FEW_ROWS, torch.nan).nan_to_num(nan=-1)
         i, j = divmod(int(pairs.argmax()), layer.experts)

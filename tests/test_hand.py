@@ -128,7 +128,7 @@ def test_one_where_several_are_meant(profile, tmp_path):
 def test_a_report_by_its_function(profile, tmp_path):
     profile.stats.save(Results(tmp_path).stats_path)
     made = sedetect.make_report(tmp_path)
-    assert made.page == tmp_path / "report.html" and made.count == 0 and not made.figures.exists()
+    assert made.page == tmp_path / "report.html" and made.charts == 0 and not made.figures.exists()
     assert made.headline == sedetect.rank(profile.stats).headline
     assert "1 super expert: L1E28" in made.page.read_text()
     with pytest.raises(SedetectError, match="no such statistics file"):

@@ -14,7 +14,7 @@ from torch import nn
 
 from sedetect.adapters.listed import is_linear
 from sedetect.adapters.quantized import linear_weight
-from sedetect.adapters.stacked import Adapter
+from sedetect.adapters.stacked import Adapter, as_experts
 from sedetect.errors import SedetectError
 from sedetect.kernels.gate import Gate, gate_torch
 from sedetect.models.banks import Bank
@@ -50,11 +50,12 @@ def is_interleaved(bank: Bank) -> bool:
     """
     if isinstance(bank.module, Adapter):
         return not bank.module.is_concatenated
-    width, down = bank.intermediate, bank.module.down_proj
+    own, width = as_experts(bank.module), bank.intermediate
+    down: Any = own.down_proj
     z = torch.full((2, 2 * width), 0.5, device="cpu" if down.is_meta else down.device)
     z[1, width] = 0.75
-    off, on = bank.module._apply_gate(z)
-    moved = (off != on).nonzero().flatten().tolist()
+    off, on = own._apply_gate(z)
+    moved: list[int] = (off != on).nonzero().flatten().tolist()
     if moved not in ([0], [width // 2]):
         raise SedetectError(f"{bank.path}: which of its gate_up_proj is the gate is not known; it cannot be compared")
     return moved == [width // 2]

@@ -34,4 +34,4 @@ def report_command(
     print_line(made.headline, "bold")
     print_line(f"written to {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if figures:
-        print_line(f"{made.count} charts as PNG, SVG and PDF in {made.figures}")
+        print_line(f"{made.charts} charts as PNG, SVG and PDF in {made.figures}")

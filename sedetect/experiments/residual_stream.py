@@ -209,7 +209,7 @@ class _Observer:
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         out = output[0] if isinstance(output, tuple) else output
-        given = args[0] if args else kwargs.get("hidden_states")
+        given: Any = args[0] if args else kwargs.get("hidden_states")
         shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in (given, out)]
         if shapes[0] != shapes[1] or len(shapes[0]) != 3:
             raise SedetectError(

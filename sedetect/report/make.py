@@ -11,12 +11,12 @@ from sedetect.results import Results
 
 
 class Report(NamedTuple):
-    """The page that was written, the headline of its ranking, and how many figures there are in which folder."""
+    """The page that was written, the headline of its ranking, and how many charts are drawn in which folder."""
 
     page: Path
     headline: str
     figures: Path
-    count: int
+    charts: int
 
 
 def make_report(

@@ -239,7 +239,7 @@ class Stability(Document):
     __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: format, version, grids, margins, agreement, and verdicts (lists of threshold and found, by name)."""
+        """For JSON: format, version, grids, margins, agreement, verdicts (lists of threshold and found, by name)."""
         return super().to_dict() | {
             "grids": {name: grid.to_dict() for name, grid in self.grids.items()},
             "verdicts": {

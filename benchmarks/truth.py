@@ -64,6 +64,16 @@ def measure(model, switch: Switch, windows: torch.Tensor, off: set[tuple[int, in
     return torch.tensor(losses, dtype=torch.float64), sum(sinks) / len(sinks), largest
 
 
+def cut_windows(tokenizer, files: list[Path], most: int, length: int) -> torch.Tensor:
+    """(N, length) ids: of each text the first windows, the tokenizer's BOS before each."""
+    cut, body = [], length - 1
+    for file in files:
+        ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+        for start in range(0, min(len(ids) // body, most) * body, body):
+            cut.append([tokenizer.bos_token_id, *ids[start : start + body]])
+    return torch.tensor(cut)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -79,13 +89,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32, attn_implementation="eager")
     model = model.eval().to(args.device)
-    cut = []
-    for file in args.text:
-        ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-        body = args.length - 1
-        for start in range(0, min(len(ids) // body, args.windows) * body, body):
-            cut.append([tokenizer.bos_token_id, *ids[start : start + body]])
-    windows = torch.tensor(cut, device=args.device)
+    windows = cut_windows(tokenizer, args.text, args.windows, args.length).to(args.device)
 
     switch = Switch(model)
     base, sink, largest = measure(model, switch, windows, set())

@@ -60,7 +60,7 @@ _BITS |= dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8
 _BITS |= dict.fromkeys(("U16", "I16", "F16", "BF16"), 16) | dict.fromkeys(("U32", "I32", "F32"), 32)
 _BITS |= dict.fromkeys(("U64", "I64", "F64"), 64)
 _INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 def checked_path(value: object, what: str) -> Path:
@@ -311,7 +311,7 @@ def read_header(file: Path) -> bytes:
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        if size < 8 or length > _MAX_HEADER:
+        if size < 8 or length > MAX_HEADER:
             raise SedetectError(
                 f"{file}: not a safetensors file ({size} bytes, header length {length}); download it again"
             )

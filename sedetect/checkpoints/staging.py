@@ -74,16 +74,28 @@ class StoredTensor:
             for piece in pieces:
                 piece.result()
             return tensor[index]
+        buffer = self.buffer()
+        if self.nbytes:
+            read_bytes(self.file, self.start, buffer)
+        return self.shaped(buffer)[index]
+
+    def buffer(self) -> torch.Tensor:
+        """Memory (nbytes,) uint8 for its bytes: pages of its own, which go back to the system with the tensor."""
         # The place within a cache line is that of the file, as in a mapped tensor, so that no kernel can choose
         # otherwise. The file itself is not mapped: its pages would count as the process's.
-        dtype = DTYPES[self.dtype]
-        skip = self.start % _ALIGNMENT if self.start % dtype.itemsize == 0 else 0
-        if self.nbytes:  # pages of its own, which go back to the system with the tensor
-            buffer = torch.frombuffer(mmap.mmap(-1, skip + self.nbytes), dtype=torch.uint8)[skip:]
-            read_bytes(self.file, self.start, buffer)
-        else:
-            buffer = torch.empty(0, dtype=torch.uint8)
-        return buffer.view(dtype).reshape(self.shape)[index]
+        skip = self.start % _ALIGNMENT if self.start % DTYPES[self.dtype].itemsize == 0 else 0
+        if not self.nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(mmap.mmap(-1, skip + self.nbytes), dtype=torch.uint8)[skip:]
+
+    def shaped(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The tensor over a buffer that holds its bytes."""
+        return buffer.view(DTYPES[self.dtype]).reshape(self.shape)
+
+    def rows(self, first: int, count: int) -> "StoredTensor":
+        """So many of its rows (along the first dimension), from the first on."""
+        each = self.nbytes // self.shape[0]
+        return StoredTensor(self.file, self.start + first * each, (count, *self.shape[1:]), self.dtype)
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -92,7 +104,7 @@ class StoredTensor:
         return self.dtype
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """Consecutive bytes of a file that are read at once, of these tensors, and where they go: (byte, uint8 tensor)."""
 
     file: Path
@@ -159,7 +171,7 @@ class Staging:
                 made = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=self._device)
                 tensor.arriving = (made, [])
                 targets[tensor] = made.reshape(-1).view(torch.uint8)
-        running = self._start(_pieces(targets, self._size))
+        running = self._start(pieces_of(targets, self._size))
         del made, targets  # from here on, each tensor is its taker's alone
         try:
             yield
@@ -170,7 +182,7 @@ class Staging:
         for done in running:
             done.result()
 
-    def _start(self, pieces: Iterable[_Piece]) -> list[Future[None]]:
+    def _start(self, pieces: Iterable[Piece]) -> list[Future[None]]:
         pieces, running = list(pieces), []
         begin = int(len(pieces) * self._first)
         for piece in pieces[begin:] + pieces[:begin]:
@@ -214,9 +226,9 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def _pieces(targets: dict[StoredTensor, torch.Tensor], size: int) -> Iterator[_Piece]:
+def pieces_of(targets: dict[StoredTensor, torch.Tensor], size: int) -> Iterator[Piece]:
     """The bytes of all tensors in the order of the files: neighbours together, large ones in parts."""
-    piece: _Piece | None = None
+    piece: Piece | None = None
     for tensor, target in sorted(targets.items(), key=lambda item: (str(item[0].file), item[0].start)):
         done = 0
         while done < len(target):
@@ -227,7 +239,7 @@ def _pieces(targets: dict[StoredTensor, torch.Tensor], size: int) -> Iterator[_P
                 yield piece
                 piece = None
             if piece is None:
-                piece = _Piece(tensor.file, start, 0, [], [])
+                piece = Piece(tensor.file, start, 0, [], [])
             count = min(len(target) - done, size - piece.length)
             piece.tensors.append(tensor)
             piece.targets.append((piece.length, target[done : done + count]))

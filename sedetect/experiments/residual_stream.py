@@ -12,7 +12,7 @@ the last (the median grows, the activation does not), and 20 without its super e
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +24,7 @@ from torch import nn
 
 from sedetect.calibration.windows import Windows
 from sedetect.errors import Argument, SedetectError
-from sedetect.experiments.expert_calls import ExpertCalls
+from sedetect.experiments.expert_calls import ExpertCalls, Written
 from sedetect.models.attach import attach
 from sedetect.models.banks import check_eval, find_banks
 from sedetect.models.identity import model_digest, model_name
@@ -137,7 +137,7 @@ def _spread(domains: dict[str, Windows], sequences: int) -> list[tuple[str, int,
 
 
 @dataclass
-class _Seen:
+class Seen:
     """One layer while it is observed."""
 
     best: LayerResidual | None = None
@@ -161,65 +161,36 @@ class _Seen:
         )
 
 
-class _Observer:
-    """Context manager: the hooks of a run, and what they saw. begin() before each sequence."""
+class SequenceWatch:
+    """What one sequence after another shows of the residual stream, layer by layer: begin(), then see() every layer.
 
-    def __init__(self, model: "PreTrainedModel", prefix: int, min_value: float, min_ratio: float):
-        self.prefix, self.min_value, self.min_ratio = prefix, min_value, min_ratio
-        self.model = model
-        self.banks = [bank for bank in find_banks(self.model) if bank.id.stack == "decoder"]
-        self.modules = decoder_layers(self.model, self.banks)
-        self.experts = ExpertCalls(self.model, self.banks)
-        paths = {id(module): path for path, module in self.model.named_modules()}
-        self.blocks = [attention_blocks(layer, paths[id(layer)], self.banks) for layer in self.modules]
-        self.layers = [_Seen() for _ in self.modules]
-        self.formations: list[Formation] = []
-        self.found = 0
+    layers, formations: what was seen of all sequences; several watches may add to the same. found counts all
+    formations, kept or not. written: as ExpertCalls.written, of rows of the sequence.
+    """
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(eager_attention(self.model))
-            stack.callback(attach(self.model, self.experts.calls, innermost=True))
-            for number, layer in enumerate(self.modules):
-                for block in self.blocks[number]:
-                    stack.callback(block.register_forward_hook(partial(self._attention, number)).remove)
-                stack.callback(layer.register_forward_hook(partial(self._layer, number), with_kwargs=True).remove)
-            self._exit = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._exit.close()
+    def __init__(
+        self,
+        layers: list[Seen],
+        formations: list[Formation],
+        written: Callable[[int, tuple[int, int], int, int], Iterator[Written]],
+        min_value: float = MIN_VALUE,
+        min_ratio: float = MIN_RATIO,
+    ):
+        self.layers, self.formations, self.found = layers, formations, 0
+        self._written, self._min_value, self._min_ratio = written, min_value, min_ratio
 
     def begin(self, domain: str, number: int, ids: torch.Tensor) -> None:
-        self._domain, self._sequence, self._ids = domain, number, ids.tolist()
+        self._domain, self._sequence, self.ids = domain, number, ids.tolist()
         self._open: list[int] = []  # indices of formations that every layer so far has carried
         self._standing: list[int] = []  # and of those that no layer has taken half of away
-        self._attended: list[torch.Tensor] = []  # outputs of the attention blocks of the layer under way
+        self.attended: list[torch.Tensor] = []  # outputs (L, H) of the attention blocks of the layer under way
 
-    def _attention(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        length = len(self._ids)
-        out = output[0] if isinstance(output, tuple) else output
-        self._attended.append(out.reshape(length, -1))
-        weights = attention_weights(output, length)
-        if weights is not None:
-            start = max(self.prefix, -(-length // 4))
-            self.layers[number].sinks.append(weights[:, start:, 0].double().mean(1).cpu())
-
-    def _layer(
-        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        out = output[0] if isinstance(output, tuple) else output
-        given: Any = args[0] if args else kwargs.get("hidden_states")
-        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in (given, out)]
-        if shapes[0] != shapes[1] or len(shapes[0]) != 3:
-            raise SedetectError(
-                f"layer {number} ({type(module).__name__}): maps {shapes[0]} to {shapes[1]}, which is not one residual "
-                "stream; this architecture cannot be observed"
-            )
-        before, after = (torch.nan_to_num(x[0].float(), 0, 0, 0) for x in (given, out))
+    def see(self, number: int, given: torch.Tensor, out: torch.Tensor) -> None:
+        """Layer number was given (L, H) and made out (L, H) of it."""
+        before, after = (torch.nan_to_num(x.float(), 0, 0, 0) for x in (given, out))
         size = after.abs()
         median = float(size.median())
-        massive = (size > self.min_value) & (size >= self.min_ratio * median)
+        massive = (size > self._min_value) & (size >= self._min_ratio * median)
         self._record(number, size, median, massive, int((~out.isfinite()).sum()))
         for f in list(self._open):
             kept = self.formations[f]
@@ -237,7 +208,7 @@ class _Observer:
                 self._standing.remove(f)
         jump = after - before
         formed = massive & (before.abs() < size / 2)
-        added = (jump.abs() > self.min_value) & (jump.abs() >= self.min_ratio * median) & (size > before.abs())
+        added = (jump.abs() > self._min_value) & (jump.abs() >= self._min_ratio * median) & (size > before.abs())
         places = (formed | massive & added).nonzero()
         self.found += len(places)
         largest = size[places[:, 0], places[:, 1]].argsort(descending=True, stable=True)[:_PER_LAYER]
@@ -246,12 +217,11 @@ class _Observer:
             self._open.append(len(self.formations))
             self._standing.append(len(self.formations))
             self.formations.append(self._formation(kind, number, token, channel, before, after))
-        self.experts.forget(number)
-        self._attended.clear()
+        self.attended.clear()
 
     def _undoer(self, number: int, kept: Formation, carried: float, shape: tuple[int, int]) -> Writer | None:
         """The expert of a layer that writes most against what was carried into it."""
-        written = list(self.experts.written(number, shape, kept.position, kept.channel))
+        written = list(self._written(number, shape, kept.position, kept.channel))
         against = [Writer(w.expert, -w.amount / carried, w.gate) for w in written if w.amount * carried < 0]
         return max(against, key=lambda writer: writer.share, default=None)
 
@@ -263,7 +233,7 @@ class _Observer:
         token, channel = divmod(int(size.argmax()), size.shape[1])
         maximum = float(size[token, channel])
         if seen.best is None or maximum > seen.best.maximum:
-            place = (channel, token, self._ids[token], self._sequence, self._domain)
+            place = (channel, token, self.ids[token], self._sequence, self._domain)
             seen.best = LayerResidual(number, maximum, *place, median, None, 0, 0, None)
 
     def _formation(
@@ -271,9 +241,9 @@ class _Observer:
     ) -> Formation:
         old, new = float(before[token, channel]), float(after[token, channel])
         jump = new - old
-        written = list(self.experts.written(number, (len(after), after.shape[1]), token, channel))
+        written = list(self._written(number, (len(after), after.shape[1]), token, channel))
         writers = [Writer(w.expert, w.amount / jump, w.gate) for w in written]
-        attention = sum(float(a[token, channel]) for a in self._attended) / jump if self._attended else None
+        attention = sum(float(a[token, channel]) for a in self.attended) / jump if self.attended else None
         return Formation(
             kind=kind,
             layer=number,
@@ -281,7 +251,7 @@ class _Observer:
             domain=self._domain,
             sequence=self._sequence,
             position=token,
-            token_id=self._ids[token],
+            token_id=self.ids[token],
             before=old,
             after=new,
             jump=jump,
@@ -291,3 +261,54 @@ class _Observer:
             carried_to=number,
             vanishes=None,
         )
+
+
+class _Observer(SequenceWatch):
+    """Context manager: the hooks of a run, and what they saw. begin() before each sequence."""
+
+    def __init__(self, model: "PreTrainedModel", prefix: int, min_value: float, min_ratio: float):
+        self.prefix = prefix
+        self.model = model
+        self.banks = [bank for bank in find_banks(self.model) if bank.id.stack == "decoder"]
+        self.modules = decoder_layers(self.model, self.banks)
+        self.experts = ExpertCalls(self.model, self.banks)
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        self.blocks = [attention_blocks(layer, paths[id(layer)], self.banks) for layer in self.modules]
+        super().__init__([Seen() for _ in self.modules], [], self.experts.written, min_value, min_ratio)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(eager_attention(self.model))
+            stack.callback(attach(self.model, self.experts.calls, innermost=True))
+            for number, layer in enumerate(self.modules):
+                for block in self.blocks[number]:
+                    stack.callback(block.register_forward_hook(partial(self._attention, number)).remove)
+                stack.callback(layer.register_forward_hook(partial(self._layer, number), with_kwargs=True).remove)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    def _attention(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        length = len(self.ids)
+        out = output[0] if isinstance(output, tuple) else output
+        self.attended.append(out.reshape(length, -1))
+        weights = attention_weights(output, length)
+        if weights is not None:
+            start = max(self.prefix, -(-length // 4))
+            self.layers[number].sinks.append(weights[:, start:, 0].double().mean(1).cpu())
+
+    def _layer(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        out = output[0] if isinstance(output, tuple) else output
+        given: Any = args[0] if args else kwargs.get("hidden_states")
+        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__ for x in (given, out)]
+        if shapes[0] != shapes[1] or len(shapes[0]) != 3:
+            raise SedetectError(
+                f"layer {number} ({type(module).__name__}): maps {shapes[0]} to {shapes[1]}, which is not one residual "
+                "stream; this architecture cannot be observed"
+            )
+        self.see(number, given[0], out[0])
+        self.experts.forget(number)

@@ -31,7 +31,7 @@ from sedetect.models.banks import Bank, find_banks
 from sedetect.models.experts import expert_hidden, expert_output
 from sedetect.models.layers import run_tokens
 from sedetect.ranking.result import Ranking, SuperExpert
-from sedetect.stats.place import BankId, Place
+from sedetect.stats.place import BankId, Place, place_of
 
 _ROUNDING = 0.02  # of an output in 16 bits, relative to what is summed up
 
@@ -230,6 +230,7 @@ def _resolve(
     row, channel = expert.position, expert.channel
     if row >= len(x):
         raise SedetectError(f"{expert}: position {row} is outside its window of {len(x)} tokens; profile again")
+    gate = 1.0
     if bank.routed:
         index, gates = routing
         gate = float((gates[row] * (index[row] == expert.number)).sum())
@@ -238,32 +239,44 @@ def _resolve(
                 f"{expert}: token {row} of sequence {expert.sequence_id} does not visit it in this run; "
                 "give the model and precision that were profiled"
             )
-        h = expert_hidden(module, x[row : row + 1], expert.number)[0]
+    value, contributions = products_of(bank, module, expert.number, x[row : row + 1], channel, top)
+    place = (expert.position, expert.token_id, expert.sequence_id, expert.source)
+    return SuperWeight(expert.place, channel, *place, value, expert.value, gate, contributions)
+
+
+def products_of(
+    bank: Bank, module: nn.Module, number: int, x: torch.Tensor, channel: int, top: int
+) -> tuple[float, tuple[Contribution, ...]]:
+    """One channel of an expert's output y of one row, and the products of it with the largest shares, descending.
+
+    x is the row of the module, (1, H); of a shared expert's down_proj, (1, I). Raises SedetectError for weights that
+    cannot be read.
+    """
+    if bank.routed:
+        h = expert_hidden(module, x, number)[0]
         experts = as_experts(module)
-        weight = experts.down_proj[expert.number]
+        weight = experts.down_proj[number]
         weight = weight[:, channel] if experts.is_transposed else weight[channel]
-        bias = experts.down_proj_bias[expert.number][channel] if experts.has_bias else None
-        own = expert_output(module, x[row : row + 1], expert.number)[0, channel]
+        bias = experts.down_proj_bias[number][channel] if experts.has_bias else None
+        own = expert_output(module, x, number)[0, channel]
     else:
-        gate, h, own = 1.0, x[row], module(x[row : row + 1])[0, channel]
+        h, own = x[0], module(x)[0, channel]
         weight, bias = _linear_row(bank, module, channel)
     weight, h = weight.double().cpu(), h.to(weight.dtype).double().cpu()
     products = weight * h  # (I,)
     value = products.sum() + (0 if bias is None else bias.double().cpu())
     if abs(float(own) - float(value)) > _ROUNDING * float(products.abs().sum()):
         raise SedetectError(
-            f"{expert}: its weights add up to {float(value):g} and its output is {float(own):g}; what else is added to "
+            f"{place_of(bank.id, number, bank.experts)}: its weights add up to {float(value):g} and its output is {float(own):g}; what else is added to "
             "it is not known"
         )
     shares = products / value
     order = shares.argsort(descending=True, stable=True)[:top]
     cumulative = shares[order].cumsum(0)
-    contributions = tuple(
-        Contribution(j, float(weight[j]), float(h[j]), float(shares[j]), float(total))
-        for j, total in zip(order.tolist(), cumulative, strict=True)
+    found = zip(order.tolist(), cumulative, strict=True)
+    return float(value), tuple(
+        Contribution(j, float(weight[j]), float(h[j]), float(shares[j]), float(total)) for j, total in found
     )
-    place = (expert.position, expert.token_id, expert.sequence_id, expert.source)
-    return SuperWeight(expert.place, channel, *place, float(value), expert.value, gate, contributions)
 
 
 def _linear_row(bank: Bank, module: nn.Module, channel: int) -> tuple[torch.Tensor, torch.Tensor | None]:

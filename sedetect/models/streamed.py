@@ -55,6 +55,7 @@ class StreamedModel:
              holds; paths: where they are in the model
     files    the checkpoint's safetensors files
     stored   per layer, its tensors in the checkpoint; rest: those outside the layers
+    targets  the model's name of every tensor in the checkpoint, or the first of them
     staging  brings a layer's tensors to a GPU; None on a CPU, where each is read when it is converted
     notes    on how it loaded
     """
@@ -76,12 +77,13 @@ class StreamedModel:
         self.stored: list[dict[str, StoredTensor]] = [{} for _ in self.layers]
         self.rest: dict[str, StoredTensor] = {}
         numbers = {path: number for number, path in enumerate(self.paths)}
-        for key, target in _targets(model, stored, config).items():
-            layer = next((numbers[path] for path in _parents(target) if path in numbers), None)
+        self.targets = _targets(model, stored, config)
+        for key, target in self.targets.items():
+            layer = next((numbers[path] for path in parents(target) if path in numbers), None)
             (self.rest if layer is None else self.stored[layer])[key] = stored[key]
         on_meta = replace(config, device_map={"": "meta"})
         # The conversion itself, on tensors without data: says all that a load of the weights would say.
-        self.loading_info = self._convert({key: _without_data(tensor) for key, tensor in stored.items()}, on_meta)
+        self.loading_info = self.convert({key: _without_data(tensor) for key, tensor in stored.items()}, on_meta)
         self._missing = frozenset(self.loading_info.missing_keys)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.staging = None if self._side is None else Staging(device, self._side, first)
@@ -92,8 +94,7 @@ class StreamedModel:
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
         own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
         skipped = {name for name, parameter in model.named_parameters() if id(parameter) in own} - tied
-        targets = _targets(model, self.rest, self._config)
-        self._convert({key: tensor for key, tensor in self.rest.items() if targets[key] not in skipped}, self._config)
+        self.convert({key: tensor for key, tensor in self.rest.items() if self.targets[key] not in skipped})
         with quiet():
             model.tie_weights(missing_keys=set(self._missing), recompute_mapping=False)
 
@@ -109,14 +110,13 @@ class StreamedModel:
         inside = tuple(f"{path}." for path in self.paths)
         outside = {name: weight for name, weight in weights.items() if not name.startswith(inside)}
         unread = {weight.module for weight in outside.values() if weight.tensor.is_meta}
-        targets = _targets(self.model, self.rest, self._config)
         paths = {path for path, module in self.model.named_modules() if module in unread}
-        self._convert(
-            {key: self.rest[key] for key, target in targets.items() if target.rpartition(".")[0] in paths}, self._config
+        self.convert(
+            {key: tensor for key, tensor in self.rest.items() if self.targets[key].rpartition(".")[0] in paths}
         )
         total = checksum(outside.values())
         for module in unread:
-            _to_meta(module)
+            to_meta(module)
         return total
 
     def load(self, layer: int) -> float:
@@ -128,29 +128,34 @@ class StreamedModel:
         tensors = self.stored[layer]
         staged = nullcontext() if self.staging is None else self.staging.bringing(tensors.values())
         with torch.cuda.stream(self._side), staged:  # of conversions too; free() says when the memory may go back
-            info = self._convert(tensors, self._config)
+            info = self.convert(tensors)
         if self._side is not None:
             self._side.synchronize()
         empty = [name for name, t in self.layers[layer].state_dict(keep_vars=True).items() if t.is_meta]
-        if info.conversion_errors or info.mismatched_keys or empty:
-            broken = next(iter([*info.conversion_errors, *(key for key, *_ in info.mismatched_keys), *empty]))
-            raise SedetectError(
-                f"{self.paths[layer]}: {broken} cannot be made from the checkpoint's weights; "
-                "give a complete checkpoint with its own config"
-            )
-        _give_back_freed_memory()  # what the conversion took
+        self.check(layer, info, empty)
+        give_back_freed_memory()  # what the conversion took
         return time.perf_counter() - start
 
     def free(self, layer: int) -> None:
         """Give the weights of a layer back."""
         if self._side is not None:
             torch.cuda.current_stream(self.device).synchronize()  # the next load may reuse the memory, on its stream
-        _to_meta(self.layers[layer])
-        _give_back_freed_memory()
+        to_meta(self.layers[layer])
+        give_back_freed_memory()
 
-    def _convert(self, tensors: dict[str, Any], config: "LoadStateDictConfig") -> Any:
+    def check(self, layer: int, info: Any, empty: list[str]) -> None:
+        """Raise SedetectError where convert says, or these weights show, that something could not be made."""
+        if info.conversion_errors or info.mismatched_keys or empty:
+            broken = next(iter([*info.conversion_errors, *(key for key, *_ in info.mismatched_keys), *empty]))
+            raise SedetectError(
+                f"{self.paths[layer]}: {broken} cannot be made from the checkpoint's weights; "
+                "give a complete checkpoint with its own config"
+            )
+
+    def convert(self, tensors: dict[str, Any], config: "LoadStateDictConfig | None" = None) -> Any:
+        """Make the model's weights of tensors of the checkpoint, on the device unless config says another."""
         with _sequential_and_silent():
-            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config or self._config)
         return info
 
 
@@ -182,13 +187,15 @@ def open_streamed(
     loading: Loading = Loading(),
     *,
     weights: bool = True,
+    outside: bool = True,
     first: float = 0.0,
     layers_of: Callable[[PreTrainedModel], dict[str, nn.Module]] = layers_to_run,
 ) -> StreamedModel:
     """A StreamedModel of a checkpoint.
 
     first as in Staging. weights=False loads none at all,
-    and the model is as a GPU holds it: FP8 stays FP8, which transformers dequantizes where there is none. layers_of
+    and the model is as a GPU holds it: FP8 stays FP8, which transformers dequantizes where there is none. outside=False
+    loads none as yet, and sedetect.models.chosen those that are used. layers_of
     gives, of the model without weights, the modules by path that are to be loaded one at a time.
     Warns and raises SedetectError as load_model does, and raises it for what layers_of refuses.
     """
@@ -217,7 +224,7 @@ def open_streamed(
         _, made[0].notes = load_with_notes(path_or_name, replace(loading, device=device))
     for note in made[0].notes:
         warnings.warn(str(note), stacklevel=2)
-    if weights:
+    if weights and outside:
         made[0].load_rest()
     return made[0]
 
@@ -250,7 +257,7 @@ def _layers_or_all(model: PreTrainedModel) -> dict[str, nn.Module]:
         return {}
 
 
-def _to_meta(module: nn.Module) -> None:
+def to_meta(module: nn.Module) -> None:
     """Drop the weights of a module and of all that is in it."""
     for one in module.modules():
         for name, parameter in one._parameters.items():
@@ -262,7 +269,7 @@ def _to_meta(module: nn.Module) -> None:
                 one._buffers[name] = torch.empty_like(buffer, device="meta")
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
     """Let the C library (glibc; others do not need to be asked) hand freed tensors back to the system.
 
     By itself it keeps ever larger ones, up to 32 MiB: a layer's weights more than are needed.
@@ -303,7 +310,7 @@ def _targets(model: PreTrainedModel, stored: dict[str, Any], config: "LoadStateD
     return targets
 
 
-def _parents(name: str) -> Iterator[str]:
+def parents(name: str) -> Iterator[str]:
     """The paths of the modules around a weight, the innermost first."""
     while name:
         name = name.rpartition(".")[0]

@@ -40,7 +40,8 @@ from sedetect.stats.model import ModelStats, digest, join_banks
 from sedetect.version import __version__
 
 _TRIAL_TOKENS = 8
-_NOT_APART = ("its layers cannot be run one after another; load it whole (", Argument("stream", False), ")")
+_APART = "its layers cannot be run one after another; "
+_WHOLE = ("load it whole (", Argument("stream", False), ")")
 
 
 @dataclass
@@ -98,7 +99,7 @@ def stream_profile(
     if progress is not None:
         took.resumed, took.compute = progress.layers, progress.computed
     reading = ThreadPoolExecutor(1, "weights", use_device, (streamed.device,))
-    with _ending_early(model), reading as reader, closing(hidden), torch.no_grad():
+    with ending_early(model), reading as reader, closing(hidden), torch.no_grad():
         loading = reader.submit(_load, streamed, len(parts)) if len(parts) < count else None
         for layer in range(len(parts), count):
             start = time.perf_counter()
@@ -118,7 +119,7 @@ def stream_profile(
                         if stop():
                             return {}, took
                         prof.batch(sequence_ids=numbers)
-                        with _only(layers, layer, wrap, hidden, batch):
+                        with only_layer(layers, layer, wrap, *_kept(hidden, layer, count, batch)):
                             run_tokens(model, ids)
                         batch, done = batch + 1, done + ids.numel()
                         report(f"layer {layer + 1} of {count}", done)
@@ -136,6 +137,21 @@ def stream_profile(
     for stats in joined.values():
         stats.header.digest = add_digests(part[0].header.digest for part in parts)
     return joined, took
+
+
+def _kept(
+    hidden: HiddenStates, layer: int, count: int, batch: int
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor, torch.Tensor], None]]:
+    """What only_layer is given, for a batch whose hidden states are kept from layer to layer."""
+
+    def entering(given: torch.Tensor) -> torch.Tensor:
+        return hidden.read(layer, batch, given.device) if layer else given
+
+    def keep(into: torch.Tensor, left: torch.Tensor) -> None:
+        if layer + 1 < count:
+            hidden.write(layer + 1, batch, left)
+
+    return entering, keep
 
 
 def _load(streamed: StreamedModel, layer: int) -> tuple[float, int | None]:
@@ -194,8 +210,8 @@ def _place(streamed: StreamedModel, domains: dict[str, Windows], resume: Path | 
 
 
 @contextmanager
-def _ending_early(model: nn.Module) -> Iterator[None]:
-    """Let a layer end the model's forward, which then returns None."""
+def ending_early(model: nn.Module) -> Iterator[None]:
+    """Let a layer end the model's forward, which then returns None: see only_layer."""
     original = model.forward
 
     @wraps(original)
@@ -210,23 +226,29 @@ def _ending_early(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _only(
-    layers: Sequence[nn.Module], number: int, wrap: Callable[[Any], Any], hidden: HiddenStates, batch: int
+def only_layer(
+    layers: Sequence[nn.Module],
+    number: int,
+    wrap: Callable[[Any], Any],
+    entering: Callable[[torch.Tensor], torch.Tensor],
+    keep: Callable[[torch.Tensor, torch.Tensor], None],
 ) -> Iterator[None]:
-    """A forward of the model runs one layer alone, on the hidden states kept of a batch, and keeps what it gives."""
+    """A forward of the model, within ending_early, runs one layer alone.
+
+    entering gives the hidden states that go into it, of those that the model would give its first layer; keep is called
+    with them and with those that it makes.
+    """
     own = layers[number].forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
         given, args, kwargs = _split(args, kwargs)
-        entering = hidden.read(number, batch, given.device) if number else given
+        into = entering(given)
         tables = [(name, value, dict(value)) for name, value in kwargs.items() if isinstance(value, dict)]
-        left = own(entering, *args, **kwargs)
+        left = own(into, *args, **kwargs)
         for name, value, before in tables:
             if value.keys() != before.keys() or any(value[key] is not before[key] for key in before):
-                raise SedetectError(f"layer {number} writes to its {name}, so ", *_NOT_APART)
-        left = left[0] if isinstance(left, tuple) else left
-        if number + 1 < len(layers):
-            hidden.write(number + 1, batch, left)
+                raise SedetectError(f"layer {number} writes to its {name}, so ", _APART, *_WHOLE)
+        keep(into, left[0] if isinstance(left, tuple) else left)
         raise _Reached
 
     with _forwards([*[partial(_pass_on, wrap)] * number, run], layers):
@@ -253,17 +275,19 @@ def _split(args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple, di
     return kwargs["hidden_states"], (), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
-def check_layers(streamed: StreamedModel, ids: torch.Tensor) -> Callable[[Any], Any]:
+def check_layers(
+    streamed: StreamedModel, ids: torch.Tensor, remedy: Sequence[str | Argument] = _WHOLE
+) -> Callable[[Any], Any]:
     """How a layer of the model gives its hidden states: as they are, or in a tuple.
 
-    The model's forward is tried on a few tokens with layers that compute nothing. Raises SedetectError where it hands
-    the layers something that earlier ones made or could change.
+    The model's forward is tried on a few tokens with layers that compute nothing. Raises SedetectError, which ends with
+    the remedy, where it hands the layers something that earlier ones made or could change.
     """
     why: Exception = ValueError("it has no layers")
     for wrap in (lambda hidden: hidden, lambda hidden: (hidden,)):
         try:
-            as_given = _trial(streamed, ids, wrap, lambda hidden: hidden.clone())
-            other = _trial(streamed, ids, wrap, lambda hidden: torch.full_like(hidden, torch.nan))
+            as_given = _trial(streamed, ids, wrap, lambda hidden: hidden.clone(), remedy)
+            other = _trial(streamed, ids, wrap, lambda hidden: torch.full_like(hidden, torch.nan), remedy)
         except SedetectError:
             raise
         except Exception as error:  # whatever the model's own code makes of the other form
@@ -272,13 +296,24 @@ def check_layers(streamed: StreamedModel, ids: torch.Tensor) -> Callable[[Any], 
         for layer, (one, two) in enumerate(zip(as_given, other, strict=True)):
             for (name, a), (_, b) in zip(one, two, strict=True):
                 if isinstance(a, torch.Tensor) and not torch.equal(a.nan_to_num(), b.nan_to_num()):
-                    raise _unstreamed(streamed, f"{name} of layer {layer} depends on what earlier layers gave")
+                    raise _unstreamed(streamed, f"{name} of layer {layer} depends on what earlier layers gave", remedy)
         return wrap
-    raise _unstreamed(streamed, f"its layers hand on more than hidden states ({shorten(why)})")
+    raise _unstreamed(streamed, f"its layers hand on more than hidden states ({shorten(why)})", remedy)
+
+
+def layer_arguments(
+    streamed: StreamedModel, ids: torch.Tensor, wrap: Callable[[Any], Any]
+) -> list[list[tuple[str, Any]]]:
+    """The arguments of every layer but hidden states, flat, of a model that check_layers has tried."""
+    return _trial(streamed, ids, wrap, lambda hidden: hidden.clone(), _WHOLE)
 
 
 def _trial(
-    streamed: StreamedModel, ids: torch.Tensor, wrap: Callable[[Any], Any], gives: Callable[[Any], Any]
+    streamed: StreamedModel,
+    ids: torch.Tensor,
+    wrap: Callable[[Any], Any],
+    gives: Callable[[Any], Any],
+    remedy: Sequence[str | Argument],
 ) -> list[list[tuple[str, Any]]]:
     """The arguments of every layer but hidden states, flat, in a forward whose layers give gives(hidden states)."""
     calls: list[list[tuple[str, Any]]] = []
@@ -290,34 +325,36 @@ def _trial(
         if number != len(calls) or (number and given is not last):
             raise ValueError(f"layer {number} is not given what the layer before it gave")
         named = {**{f"argument {place}": value for place, value in enumerate(args, 1)}, **kwargs}
-        calls.append([leaf for name, value in named.items() for leaf in _leaves(streamed, number, name, value)])
+        calls.append([leaf for name, value in named.items() for leaf in _leaves(streamed, number, name, value, remedy)])
         if number + 1 == len(streamed.layers):
             raise _Reached
         last = gives(given)
         return wrap(last)
 
     forwards = [partial(call, number) for number in range(len(streamed.layers))]
-    with _ending_early(streamed.model), _forwards(forwards, streamed.layers), torch.no_grad():
+    with ending_early(streamed.model), _forwards(forwards, streamed.layers), torch.no_grad():
         run_tokens(streamed.model, ids)
     if len(calls) < len(streamed.layers):
         raise ValueError(f"{len(calls)} of {len(streamed.layers)} layers are run")
     return calls
 
 
-def _leaves(streamed: StreamedModel, layer: int, name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _leaves(
+    streamed: StreamedModel, layer: int, name: str, value: Any, remedy: Sequence[str | Argument]
+) -> Iterator[tuple[str, Any]]:
     if isinstance(value, tuple):
         for part in value:
-            yield from _leaves(streamed, layer, name, part)
+            yield from _leaves(streamed, layer, name, part, remedy)
     elif type(value) is dict and value:  # by layer type, say; that no layer writes to it is seen when they run
-        yield from _leaves(streamed, layer, name, tuple(value.values()))
+        yield from _leaves(streamed, layer, name, tuple(value.values()), remedy)
     elif value is None or isinstance(value, (torch.Tensor, bool, int, float, str)):
         yield name, value
     else:
         raise _unstreamed(
-            streamed, f"{name} of layer {layer} is a {type(value).__name__}, in which layers can keep state"
+            streamed, f"{name} of layer {layer} is a {type(value).__name__}, in which layers can keep state", remedy
         )
 
 
-def _unstreamed(streamed: StreamedModel, why: str) -> SedetectError:
+def _unstreamed(streamed: StreamedModel, why: str, remedy: Sequence[str | Argument]) -> SedetectError:
     name = type(streamed.model).__name__
-    return SedetectError(f"{name}: {why}, so ", *_NOT_APART)
+    return SedetectError(f"{name}: {why}, so ", _APART, *remedy)

@@ -26,10 +26,13 @@ from .models.identity import model_digest as model_digest
 from .models.measure import Measuring as Measuring
 from .profiling.estimate import Plan as Plan
 from .profiling.estimate import make_plan as make_plan
+from .profiling.located import Located as Located
+from .profiling.located import LocatedExpert as LocatedExpert
 from .profiling.pipeline import ModelProfile as ModelProfile
 from .profiling.pipeline import profile_model as profile_model
 from .profiling.profiler import Profile as Profile
 from .profiling.profiler import profile as profile
+from .profiling.walk import locate as locate
 from .ranking.comparison import compare as compare
 from .ranking.result import Ranking as Ranking
 from .ranking.result import SuperExpert as SuperExpert

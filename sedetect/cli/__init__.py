@@ -26,6 +26,7 @@ COMMANDS = {
     "budget": ("budget",),
     "compare": ("compare",),
     "export": ("export",),
+    "locate": ("locate",),
     "plan": ("plan",),
     "prove": ("prove",),
     "prune": ("prune",),

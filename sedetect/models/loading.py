@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +72,10 @@ _OTHER_HEADS = (
 )
 
 
+# A weight of experts, by number or of all: the path of the set, and the number.
+_EXPERT = re.compile(r"(.*?\bexperts?)\.(?:(\d+)\.)?\w")
+
+
 def load_model(path_or_name: str | os.PathLike[str], loading: Loading = Loading()) -> PreTrainedModel:
     """Load a checkpoint folder, or a model of the hub, in eval mode. check_checkpoint verifies a folder's files.
 
@@ -103,7 +107,12 @@ def load_with_notes(
         options["attn_implementation"] = loading.attn
     if device.type != "cpu" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # straight to the device; without accelerate by way of host memory
-    with _one_line_errors(name), _captured_report() as report, _prefetched_weights(path_or_name):
+    with (
+        _one_line_errors(name),
+        _captured_report() as report,
+        _captured_unexpected() as unexpected,
+        _prefetched_weights(path_or_name),
+    ):
         try:
             model, loaded = auto_class.from_pretrained(
                 name,
@@ -121,6 +130,7 @@ def load_with_notes(
             _check_snapshot(name, loading)
         own_code = bool(getattr(config, "auto_map", None)) and not loading.trust_remote_code
         notes = _check_loaded(name, type(model).__name__, loaded, method, own_code)
+        notes += unmeasured_experts(name, unexpected)
         if "device_map" not in options and not any(p.is_meta for p in model.parameters()):  # see streamed.py
             model = model.to(device)
     if method == "mxfp4" and _quantization(model.config) is None:
@@ -209,7 +219,7 @@ class PreparedModel:
             finally:
                 if ahead is not None:
                     ahead.close()
-            self._notes = [note for note in said if note.code == "unused_weights"]
+            self._notes = [note for note in said if note.code in ("unused_weights", "unmeasured_experts")]
         banks, notes, tokenizer = find_banks(self._model), [*self._notes], self.tokenizer
         if not prefix_ids(tokenizer) and tokenizer.bos_token is not None:
             text = (
@@ -380,6 +390,34 @@ def _check_loaded(
         return []
     text = f"{name}: {len(unexpected)} weights are not used by {model}, first {unexpected[0]}"
     return [Note("unused_weights", text, count=len(unexpected))]
+
+
+def unmeasured_experts(name: str, unexpected: Collection[str]) -> list[Note]:
+    """A note for every set of experts among the weights of a checkpoint that the model has no place for."""
+    found: dict[str, set[str]] = {}
+    for weight in sorted(unexpected):
+        if (match := _EXPERT.match(weight)) is not None and "shared" not in match[1]:
+            found.setdefault(match[1], set()).add(match[2] or "all")
+    notes = []
+    for path, numbers in found.items():
+        several = "its experts" if "all" in numbers else f"{len(numbers)} experts"
+        text = f"{name}: {several} of {path} are in the checkpoint and not measured: transformers does not load them"
+        notes.append(Note("unmeasured_experts", text, count=None if "all" in numbers else len(numbers)))
+    return notes
+
+
+@contextmanager
+def _captured_unexpected() -> Iterator[set[str]]:
+    """Collect the weights that the model has no place for, those too that its class says to ignore."""
+    unexpected: set[str] = set()
+    original = PreTrainedModel._adjust_missing_and_unexpected_keys
+
+    def adjust(model: PreTrainedModel, info: Any) -> None:
+        unexpected.update(info.unexpected_keys)
+        original(model, info)
+
+    with replaced_method(PreTrainedModel, "_adjust_missing_and_unexpected_keys", adjust):
+        yield unexpected
 
 
 def _quantization(config: PreTrainedConfig) -> str | None:

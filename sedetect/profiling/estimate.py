@@ -115,7 +115,7 @@ def make_plan(folder: str | Path, loading: Loading = Loading()) -> Plan:
         held=max(sizes, key=lambda dtype: sizes[dtype]),
         layers=len(streamed.layers),
         experts=experts,
-        top_k=_top_k(model.config.get_text_config()),
+        top_k=top_k_of(model.config.get_text_config()),
         routed=routed,
         shared=shared,
         rest=_count(model) - routed - shared,
@@ -156,6 +156,7 @@ def _nbytes(module: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _top_k(config: "PreTrainedConfig") -> int | None:
+def top_k_of(config: "PreTrainedConfig") -> int | None:
+    """Experts per token, where a config says so."""
     found = (getattr(config, name, None) for name in TOP_K)
     return next((value for value in found if isinstance(value, int)), None)

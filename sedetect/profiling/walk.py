@@ -1,0 +1,476 @@
+"""locate: a walk of one-token sequences through a checkpoint, of which it reads what these tokens use.
+
+Super experts write their outlier on the first token of a sequence, and in a causal model the first token's rows do not
+depend on what follows. So one token, run by the model's own modules, shows them, and takes of each layer what is not
+experts and the few experts that the token visits:
+
+    layer 0   read what is not experts -> run to the router -> read the chosen experts -> run on -> measure, free
+    layer 1     read what is not experts, meanwhile
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from sedetect.calibration.windows import prefix_ids
+from sedetect.checkpoints.options import Loading
+from sedetect.checkpoints.source import Source, open_source
+from sedetect.errors import Argument, SedetectError
+from sedetect.experiments.expert_calls import ExpertCalls, Written
+from sedetect.experiments.residual_stream import MIN_VALUE as MASSIVE_VALUE
+from sedetect.experiments.residual_stream import Seen, SequenceWatch
+from sedetect.experiments.super_weights import products_of
+from sedetect.models.attach import attach
+from sedetect.models.banks import Bank, find_banks
+from sedetect.models.chosen import ChosenWeights
+from sedetect.models.experts import expert_output
+from sedetect.models.identity import join_digest, model_id, model_name
+from sedetect.models.layers import attention_blocks, eager_attention, run_tokens
+from sedetect.models.loading import load_tokenizer
+from sedetect.models.measure import Measuring
+from sedetect.models.streamed import StreamedModel, open_streamed
+from sedetect.profiling.estimate import top_k_of
+from sedetect.profiling.located import FRACTION, MIN_RATIO, MIN_VALUE, Located, LocatedExpert, blind_spots
+from sedetect.profiling.profiler import SourcesProfile
+from sedetect.profiling.streaming import check_layers, ending_early, layer_arguments, only_layer
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import ModelStats, digest, join_banks
+from sedetect.stats.note import sorted_notes
+from sedetect.stats.place import BankId, Place, place_of
+from sedetect.stats.residual import Formation, Residual
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LAYERS = 0.75  # of the decoder, in which the published rule looks
+# Of a massive activation, over the median |x| of its own token: the writer raises that as well, so half of what a
+# profile asks for, which takes the median of all tokens. The trained checkpoints of the docs have 63 to 164 where a
+# profile sees a massive activation, and at most 44 where it sees none.
+MASSIVE_RATIO = 50.0
+_DOMAIN = "first tokens"
+# What texts begin with: letters, digits, a line's end, Chinese, code.
+_BEGINNINGS = (
+    "The",
+    "I",
+    "1",
+    "\n",
+    "中",
+    "def",
+    "#",
+    "A",
+    "a",
+    "import",
+    "我",
+    "0",
+    "In",
+    "<",
+    "What",
+    "这",
+    "{",
+    '"',
+)
+
+
+class Reading(NamedTuple):
+    """Bytes of tensors that a walk reads: exactly what is not experts, and of experts at most."""
+
+    common: int
+    experts: int
+    layers: int
+    of: int
+
+
+def locate(
+    model: str | os.PathLike[str],
+    *,
+    first_tokens: int | Sequence[int | str] = 0,
+    text: str | None = None,
+    all_layers: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    loading: Loading = Loading(),
+    told: Callable[[Reading], None] = lambda reading: None,
+    found: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int, int], None] = lambda layer, done, total: None,
+) -> Located:
+    """Candidates for super experts, from the first token of a text alone, reading what that token uses.
+
+    Args:
+        model: a checkpoint folder, a hub name, or the http(s) address of a folder with the checkpoint's files.
+        first_tokens: other tokens that texts begin with, each a sequence of its own: so many, or these (ids, or texts
+            of one token). The first sequence is always what the tokenizer puts before a text.
+        text: a short prompt to walk instead, after what the tokenizer puts before it.
+        all_layers: go on behind the layers of the published rule, the first 75 %.
+        cache: a folder that keeps what is read of a remote checkpoint; a second run reads it there.
+        loading: as in profile_model; the device is always the CPU.
+        told: called once, before a weight is read, with the bytes to read.
+        found: called with a line on each expert that stands out, as soon as its layer has run.
+        progress: called with (layer, bytes read, bytes to read at most) as bytes arrive.
+    Raises:
+        SedetectError: before a layer is read, for what find_banks and streaming refuse, for models whose first token
+            depends on what follows, and for tokens that are none.
+    """
+    if loading.device not in (None, "cpu"):
+        raise SedetectError(Argument("device"), f" {loading.device}: locate computes on the CPU; leave it out")
+    if text is not None and first_tokens:
+        raise SedetectError(Argument("text"), ": does not go with ", Argument("first_tokens"), "; leave one out")
+    start = time.perf_counter()
+    with open_source(model, revision=loading.revision, cache=cache, code=loading.trust_remote_code) as source:
+        tokenizer = load_tokenizer(source.folder, trust_remote_code=loading.trust_remote_code)
+        sequences = _sequences(tokenizer, first_tokens, text)
+        streamed = open_streamed(source.folder, replace(loading, device="cpu", revision=None), outside=False)
+        _refuse(streamed)
+        rows = streamed.model.get_input_embeddings().get_parameter("weight").shape[0]
+        if (largest := int(sequences.max())) >= rows:
+            raise SedetectError(
+                f"token {largest}: the model's embedding has {rows} rows; use the tokenizer that was saved with it"
+            )
+        walk = _Walk(streamed, source, sequences, all_layers, tokenizer)
+        with closing(walk.weights), torch.no_grad():
+            walk.check()
+            told(walk.reading)
+            walk.run(found, progress)
+        return walk.result(str(model), text is not None, time.perf_counter() - start)
+
+
+def _sequences(
+    tokenizer: "PreTrainedTokenizerBase", first_tokens: int | Sequence[int | str], text: str | None
+) -> torch.Tensor:
+    """(N, L) token ids: N sequences of one token, or the text alone."""
+    before = prefix_ids(tokenizer)
+    if not before and tokenizer.chat_template:
+        turn = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        before = _ids_of(tokenizer, str(turn))[:1]
+    if text is not None:
+        return torch.tensor([[*before, *_ids_of(tokenizer, text)]])
+    if isinstance(first_tokens, int):
+        if first_tokens < 0:
+            raise SedetectError(Argument("first_tokens"), f" {first_tokens}: must be at least 0")
+        known = [ids[0] for ids in (_ids_of(tokenizer, one) for one in _BEGINNINGS) if ids]
+        others = [one for one in dict.fromkeys(known) if one not in before[:1]][:first_tokens]
+        if len(others) < first_tokens:
+            raise SedetectError(
+                Argument("first_tokens"), f" {first_tokens}: {len(others)} are known; give a list of tokens instead"
+            )
+    else:
+        others = [one if isinstance(one, int) else _single(tokenizer, one) for one in first_tokens]
+    chosen = list(dict.fromkeys([*before[:1], *others]))
+    if not chosen:
+        raise SedetectError(
+            f"tokenizer {tokenizer.name_or_path}: puts nothing before a text and has no chat template; give ",
+            Argument("first_tokens"),
+            ", tokens that texts begin with",
+        )
+    return torch.tensor(chosen)[:, None]
+
+
+def _ids_of(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _single(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
+    ids = _ids_of(tokenizer, text)
+    if len(ids) != 1:
+        raise SedetectError(Argument("first_tokens"), f" {text!r}: is {len(ids)} tokens ({ids}); give one, or its id")
+    return ids[0]
+
+
+def _refuse(streamed: StreamedModel) -> None:
+    """Raise SedetectError for a model whose first token is not what it is in a text."""
+    model = streamed.model
+    name, config = type(model).__name__, model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise SedetectError(
+            f"{name}: has an encoder, which reads the whole text; profile it instead (sedetect profile)"
+        )
+    if (capacity := next((key for key in vars(config) if "capacity" in key), None)) is not None:
+        raise SedetectError(
+            f"{name}: its experts have a capacity ({capacity}), so that a token's experts depend on the others; "
+            "profile it instead (sedetect profile)"
+        )
+    both = next((p for p, m in model.named_modules() if getattr(m, "is_causal", True) is False), None)
+    if both is not None and both.startswith(tuple(f"{path}." for path in streamed.paths)):
+        raise _not_causal(name, both)
+
+
+def _not_causal(name: str, where: str) -> SedetectError:
+    return SedetectError(
+        f"{name}: attention is not causal ({where}), so that the first token depends on what follows; profile it "
+        "instead (sedetect profile)"
+    )
+
+
+@dataclass
+class _Standing:
+    """An expert that stands out so far, with what only its loaded layer tells."""
+
+    place: Place
+    value: float
+    sign: int
+    channel: int
+    token_id: int
+    position: int
+    gate: float
+    fires: tuple[tuple[int, float], ...] = ()
+    weight: str | None = None
+    share: float | None = None
+
+
+class _Walk:
+    """One walk: check(), then run(), then result()."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        source: Source,
+        sequences: torch.Tensor,
+        all_layers: bool,
+        tokenizer: "PreTrainedTokenizerBase",
+    ):
+        self.streamed, self.source, self.ids, self.tokenizer = streamed, source, sequences, tokenizer
+        self.model, self.banks = streamed.model, find_banks(streamed.model)
+        self.of = len(streamed.layers)
+        self.count = self.of if all_layers else max(1, round(LAYERS * self.of))
+        self.weights = ChosenWeights(streamed, self.banks, source)
+        self.experts = ExpertCalls(self.model, self.banks)
+        self.inputs: dict[BankId, tuple[nn.Module, torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+        self.seen, self.formations = [Seen() for _ in range(self.count)], list[Formation]()
+        total, length = sequences.numel(), sequences.shape[1]
+        self.watches = [
+            SequenceWatch(
+                self.seen, self.formations, partial(self._written, n * length, total), min_ratio=MASSIVE_RATIO
+            )
+            for n in range(len(sequences))
+        ]
+        for number, watch in enumerate(self.watches):
+            watch.begin(_DOMAIN, number, sequences[number])
+        self.unobserved: str | None = None  # why the residual stream is not
+        self.values: list[float] = []  # the largest |y| of every expert that ran
+        self.standing: list[_Standing] = []
+        self.parts: list[ModelStats] = []
+
+    @property
+    def reading(self) -> Reading:
+        chosen = (top_k_of(self.model.config.get_text_config()) or 8) * self.ids.numel()
+        experts = {bank.id: bank.experts for bank in self.banks}
+        common = sum(tensor.nbytes for layer in range(self.count) for tensor in self.weights.common(layer).values())
+        each = [item for layer in range(self.count) for item in self.weights.expert_bytes(layer).items()]
+        return Reading(common, sum(one * min(chosen, experts[bank]) for bank, one in each), self.count, self.of)
+
+    def check(self) -> None:
+        """Raise SedetectError where layers cannot be run one after another, or the first token sees the next."""
+        trial = self.ids[:1] if self.ids.shape[1] > 1 else self.ids[:1].repeat(1, 2)
+        remedy = ("load it whole instead (sedetect profile ", Argument("stream", False), ")")
+        with ending_early(self.model):
+            self.wrap = check_layers(self.streamed, trial, remedy)
+        with eager_attention(self.model):  # which is given a mask
+            arguments = layer_arguments(self.streamed, trial, self.wrap)
+        for layer, named in enumerate(arguments):
+            for name, value in named:
+                mask = isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[-2:] == trial.shape[1:] * 2
+                if mask and bool((value[..., 0, 1] if value.dtype == torch.bool else value[..., 0, 1] == 0).any()):
+                    raise _not_causal(type(self.model).__name__, f"{name} of layer {layer}")
+
+    def run(self, found: Callable[[str], None], progress: Callable[[int, int, int], None]) -> None:
+        known, limit = model_id(self.model), sum(self.reading[:2])
+        source_id = digest(json.dumps([_DOMAIN, self.ids.tolist()]))
+        info = {"domain": _DOMAIN, "corpus": _DOMAIN, "window": self.ids.shape[1], "chat_template": False}
+        calls = [(bank, partial(self._step_in, bank, call)) for bank, call in self.experts.calls]
+        hidden: torch.Tensor | None = None
+        layer, before = 0, self.source.meter.total
+        self.source.meter.told = lambda _: progress(layer, self.source.meter.total - before, limit)
+
+        def keep(into: torch.Tensor, left: torch.Tensor) -> None:
+            nonlocal hidden
+            hidden = left
+            self._observe(layer, into, left)
+
+        with ending_early(self.model), ThreadPoolExecutor(1, "weights") as reader:
+            coming = reader.submit(self.weights.read, 0)
+            for layer in range(self.count):
+                tensors = coming.result()
+                if layer + 1 < self.count:
+                    coming = reader.submit(self.weights.read, layer + 1)
+                self.weights.load(layer, tensors)
+                del tensors
+                path = f"{self.streamed.paths[layer]}."
+                here = [bank for bank in self.banks if bank.path.startswith(path)]
+                inside = [(bank, call) for bank, call in calls if bank in here]
+                entering = (lambda given: given) if hidden is None else (lambda given, kept=hidden: kept)
+                with SourcesProfile(self.model, here, join_digest(known, None), measuring=Measuring()) as prof:
+                    prof.begin(source_id, info)
+                    prof.batch(sequence_ids=torch.arange(len(self.ids)))
+                    undo = attach(self.model, inside)
+                    hooks = self._watch_attention(layer)
+                    try:
+                        with only_layer(self.streamed.layers, layer, self.wrap, entering, keep):
+                            run_tokens(self.model, self.ids)
+                    finally:
+                        undo()
+                        for hook in hooks:
+                            hook.remove()
+                    self.parts.append(prof.take())
+                for bank in here:
+                    for standing in self._stand_out(bank, self.parts[-1].banks[bank.id]):
+                        self.standing.append(standing)
+                        found(self._line(standing))
+                self.inputs.clear()
+                self.experts.forget(layer)
+                self.weights.free(layer)
+
+    def _step_in(self, bank: Bank, call: Callable[..., torch.Tensor], module: nn.Module, *given: torch.Tensor) -> Any:
+        """Load the experts that a bank is about to run, keep what it is given, and let it run."""
+        x, *routing = given
+        if bank.routed:
+            self.weights.choose(self._layer_of(bank), bank.id, routing[0].unique().tolist())
+        self.inputs[bank.id] = (module, x.reshape(-1, x.shape[-1]), tuple(routing))
+        return call(module, *given)
+
+    def _layer_of(self, bank: Bank) -> int:
+        return next(n for n, path in enumerate(self.streamed.paths) if bank.path.startswith(f"{path}."))
+
+    def _watch_attention(self, layer: int) -> list[Any]:
+        def heard(module: nn.Module, args: Any, output: Any) -> None:
+            out = output[0] if isinstance(output, tuple) else output
+            if isinstance(out, torch.Tensor) and out.shape[:-1].numel() == self.ids.numel():
+                parts = out.reshape(*self.ids.shape, -1)
+                for watch, part in zip(self.watches, parts):
+                    watch.attended.append(part)
+
+        blocks = attention_blocks(self.streamed.layers[layer], self.streamed.paths[layer], self.banks)
+        return [block.register_forward_hook(heard) for block in blocks]
+
+    def _observe(self, layer: int, into: torch.Tensor, left: torch.Tensor) -> None:
+        if left.dim() != 3 or into.shape != left.shape:
+            self.unobserved = self.unobserved or (
+                f"layer {layer} maps {tuple(into.shape)} to {tuple(left.shape)}, which is not one residual stream: "
+                "what later layers carry is not known"
+            )
+            return
+        if self.unobserved is None:
+            for watch, before, after in zip(self.watches, into, left):
+                watch.see(layer, before, after)
+
+    def _written(
+        self, first: int, total: int, layer: int, shape: tuple[int, int], token: int, channel: int
+    ) -> Iterator[Written]:
+        """ExpertCalls.written of a sequence whose first row is number first of so many."""
+        return self.experts.written(layer, (total, shape[1]), first + token, channel)
+
+    def _stand_out(self, bank: Bank, state: BankStats) -> Iterator[_Standing]:
+        """The experts of a bank whose largest |y| stands out from those of all experts so far."""
+        if bank.id.base == "dense":
+            return
+        values = state.out_max
+        ran = [e for e in range(bank.experts) if state.rows[e] and torch.isfinite(values[e])]
+        self.values += [float(values[e]) for e in ran]
+        for e in ran:
+            value = float(values[e])
+            if value >= MIN_VALUE and value >= MIN_RATIO * statistics.median(self.values):
+                peak = state.peak_of(e)
+                assert peak is not None  # it saw a row
+                place = place_of(bank.id, e, bank.experts)
+                one = _Standing(place, value, peak.sign, peak.channel, peak.token_id, peak.position, peak.gate)
+                self._look_inside(bank, one)
+                yield one
+
+    def _look_inside(self, bank: Bank, one: _Standing) -> None:
+        """On which tokens it fires, and the weight behind its outlier, where its weights can be read."""
+        module, x, routing = self.inputs[bank.id]
+        e, ids = one.place.number, self.ids.flatten()
+        if len(x) != len(ids):
+            return
+        try:
+            if bank.routed:
+                rows = ((routing[0] == e) & (routing[1] != 0)).any(1).nonzero().flatten()
+                largest = expert_output(bank.module, x[rows], e).abs().amax(1)
+            else:
+                rows, largest = torch.arange(len(x)), module(x).abs().amax(1)
+            one.fires = tuple((int(ids[row]), float(value)) for row, value in zip(rows, largest))
+            row = rows[largest.argmax(), None]
+            _, (product,) = products_of(bank, module, e, x[row], one.channel, 1)
+        except (SedetectError, AttributeError, NotImplementedError, RuntimeError, TypeError):
+            return  # weights in a form that is only multiplied with
+        one.weight, one.share = f"{one.place}[{one.channel},{product.intermediate}]", product.share
+
+    def _text(self, token: int) -> str:
+        return str(self.tokenizer.decode([token]))
+
+    def _line(self, one: _Standing) -> str:
+        weight = "" if one.weight is None else f", weight {one.weight} gives {one.share:.0%}"
+        return f"{one.place}: |y| {one.value:.5g} in channel {one.channel} on {self._text(one.token_id)!r}{weight}"
+
+    def result(self, source: str, text: bool, seconds: float) -> Located:
+        stats = join_banks(self.parts)
+        notes = blind_spots(self.count, self.of, text)
+        stats.header.notes = sorted_notes([*stats.header.notes, *self.streamed.notes, *notes])
+        maximum = max(self.values, default=0.0)
+        median = statistics.median(self.values) if self.values else 0.0
+        residual = self._residual(stats)
+        experts = []
+        for one in sorted(self.standing, key=lambda one: -one.value):
+            if one.value <= FRACTION * maximum or one.value < MIN_RATIO * median:
+                continue
+            carried = None if residual is None else self._carried(one.place, residual)
+            verdict = "outlier" if carried is False else "candidate"
+            ratio = one.value / median if median else None
+            seen = vars(one) | {"ratio": ratio, "carried": carried, "verdict": verdict}
+            place = seen.pop("place")
+            experts.append(LocatedExpert(*place.bank, place.expert, **seen))
+        lines = [str(note) for note in notes]
+        if self.unobserved is not None:
+            lines.append(self.unobserved)
+        stored = sum(tensor.nbytes for part in (*self.streamed.stored, self.streamed.rest) for tensor in part.values())
+        return Located(
+            model=model_name(self.model),
+            source=source,
+            layers=self.count,
+            of=self.of,
+            tokens={token: self._text(token) for token in sorted(set(self.ids.flatten().tolist()))},
+            first_tokens=tuple(self.ids[:, 0].tolist()),
+            experts=experts,
+            ran=len(self.values),
+            median=median,
+            maximum=maximum,
+            read=self.source.meter.total,
+            stored=stored,
+            seconds=seconds,
+            unmeasured=[note.text for note in self.streamed.notes if note.code == "unmeasured_experts"],
+            notes=lines,
+            stats=stats,
+            residual=residual,
+        )
+
+    def _carried(self, place: Place, residual: Residual) -> bool | None:
+        """LocatedExpert.carried, of an expert of a model whose residual stream was observed."""
+        if residual.carried_by(place):
+            return True
+        last = [f for f in residual.formations if f.layer == self.count - 1 and f.share_of(place) >= 0.5]
+        return None if last and self.count < self.of else False
+
+    def _residual(self, stats: ModelStats) -> Residual | None:
+        if self.unobserved is not None:
+            return None
+        return Residual(
+            model=stats.header.model,
+            digest=stats.header.digest,
+            sequences={_DOMAIN: len(self.ids)},
+            seq_len=self.ids.shape[1],
+            prefix=1,
+            min_value=MASSIVE_VALUE,
+            min_ratio=MASSIVE_RATIO,
+            layers=[seen.result(number) for number, seen in enumerate(self.seen)],
+            formations=self.formations,
+            found=sum(watch.found for watch in self.watches),
+            notes=["a walk of first tokens: attention sinks were not observed"],
+        )

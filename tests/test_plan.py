@@ -115,5 +115,5 @@ def test_command_line(monkeypatch, tmp_path):
     largest, every = re.search(r"at most (\S+) MB a layer; at 1 GB/s.*?, (\S+) ms a layer", shown.out).groups()
     assert largest == every  # 1 GB/s is 1 MB/ms
     assert "hidden states of 1,000 tokens take 512 kB" in shown.out
-    assert "no such folder, and no hub model in the cache" in refused(run("plan", "nobody/nothing"))
+    assert "nobody/nothing: the hub cannot be reached (OfflineMode" in refused(run("plan", "nobody/nothing"))
     assert "config.json: missing" in refused(run("plan", tmp_path))

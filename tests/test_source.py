@@ -110,7 +110,7 @@ def test_offline(hub, monkeypatch):
 
 
 def test_a_second_run_reads_the_cache(tmp_path, hub):
-    chosen = [name for name in STORED if ".3." in name][:20] + ["model.norm.weight"]
+    chosen = [*[name for name in STORED if ".3." in name][:20], "model.norm.weight"]
 
     def cached(name):
         return read(name, chosen, cache=tmp_path / "c")

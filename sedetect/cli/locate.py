@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sedetect.cli.shared import (
+    Anywhere,
     Dtype,
     Output,
     Revision,
@@ -30,9 +31,7 @@ _SHOWN = 6  # first tokens named in a cell
 
 @app.command("locate")
 def locate_command(
-    model: Annotated[
-        str, typer.Argument(help="checkpoint folder, hub name, or http(s) address of a folder", metavar="MODEL")
-    ],
+    model: Anywhere,
     output: Output = None,
     first_tokens: Annotated[
         str, typer.Option(help="other first tokens to walk: how many, or a list of texts of one token: 'The,1,\\n'")

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
-from sedetect.cli.shared import Device, Dtype, Folder, Tokens, TrustRemoteCode, app, print_line, print_whole
+from sedetect.cli.shared import (
+    Anywhere,
+    Device,
+    Dtype,
+    Revision,
+    Tokens,
+    TrustRemoteCode,
+    app,
+    print_line,
+    print_whole,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -17,25 +28,32 @@ if TYPE_CHECKING:
 
 @app.command("plan")
 def plan_command(
-    model: Folder,
+    model: Anywhere,
     tokens: Tokens = 32768,
     device: Device = None,
     dtype: Dtype = "auto",
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Size, experts, memory and reading time of the checkpoint MODEL, without loading it."""
+    """Size, experts, memory and reading time of the checkpoint MODEL, from its config and headers alone."""
     from sedetect.checkpoints.memory import choose_device, size
     from sedetect.checkpoints.options import Loading
-    from sedetect.profiling.estimate import make_plan, measure_read
+    from sedetect.profiling.estimate import layers_of_rule, make_plan, measure_read
 
     place = choose_device(device)
-    plan = make_plan(model, Loading(dtype=dtype, trust_remote_code=trust_remote_code))
-    speed, sample = measure_read(model)
+    plan = make_plan(model, Loading(dtype=dtype, revision=revision, trust_remote_code=trust_remote_code))
     stored = f"{size(plan.stored)} in {plan.files} file{'s' * (plan.files != 1)}"
     print_line(f"{plan.model}: {_count(plan.parameters)} parameters, {stored}", "bold")
     print_line(_experts(plan))
     _print_memory(plan, place)
-    print_line(_streamed(plan, tokens, speed, sample))
+    measured = measure_read(model) if Path(model).is_dir() else None
+    print_line(_streamed(plan, tokens, measured))
+    print_line(
+        f"locate (one first token, {layers_of_rule(plan.layers)} layers): reads {size(plan.located)}, "
+        f"{plan.located / plan.stored:.1%}"
+    )
+    for note in plan.notes:
+        print_line(f"note: {note}")
 
 
 def _experts(plan: Plan) -> str:
@@ -72,16 +90,22 @@ def _print_memory(plan: Plan, device: torch.device) -> None:
     print_whole(table)
 
 
-def _streamed(plan: Plan, tokens: int, speed: float, sample: int) -> str:
+def _streamed(plan: Plan, tokens: int, measured: tuple[float, int] | None) -> str:
+    """measured: bytes per second, and of how many; None of a checkpoint that is not on a disk here."""
     from sedetect.checkpoints.memory import size
 
     total, largest = sum(plan.layer_bytes), max(plan.layer_bytes)
     hidden = tokens * plan.width * plan.dtype.itemsize
+    took = ""
+    if measured is not None:
+        speed, sample = measured
+        took = (
+            f"at {size(speed)}/s, measured on {size(sample)} of it, {_seconds(largest / speed)} a layer and "
+            f"{_seconds(total / speed)} in all, unless computing takes longer; "
+        )
     return (
-        f"streamed (embeddings and three layers in memory): reads {size(total)}, at most {size(largest)} a layer; at "
-        f"{size(speed)}/s, measured on {size(sample)} of it, {_seconds(largest / speed)} a layer and "
-        f"{_seconds(total / speed)} in all, unless computing takes longer; "
-        f"hidden states of {tokens:,} tokens take {size(hidden)}"
+        f"streamed (embeddings and three layers in memory): reads {size(total)}, at most {size(largest)} a layer; "
+        f"{took}hidden states of {tokens:,} tokens take {size(hidden)}"
     )
 
 

@@ -60,6 +60,9 @@ Folder = Annotated[
     str,
     typer.Argument(help="checkpoint folder, or hub name of one in the cache", metavar="MODEL", callback=_folder_of),
 ]
+Anywhere = Annotated[
+    str, typer.Argument(help="checkpoint folder, hub name, or http(s) address of a folder", metavar="MODEL")
+]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="folder for the results")]
 Data = Annotated[str | None, typer.Option(help=".txt, .json, .jsonl, .parquet, a folder of them, a hub data set")]
 Tokens = Annotated[int, typer.Option(help="calibration tokens")]

@@ -71,25 +71,50 @@ class ChosenWeights:
         self._layers: list[dict[BankId, _Experts]] = [{} for _ in streamed.layers]
         for bank in banks:
             layer = next(n for n, path in enumerate(streamed.paths) if bank.path.startswith(f"{path}."))
-            if bank.routed and (found := self._find(layer, bank)) is not None:
+            if bank.id.routed and (found := self._find(layer, bank)) is not None:
                 self._layers[layer][bank.id] = found
-        self._load_rest()
 
     def close(self) -> None:
         self._undo.close()
+
+    def load_rest(self) -> None:
+        """Load what is outside the layers and runs on text, but for embeddings, whose rows come as they are used."""
+        streamed = self._streamed
+        model, runs = streamed.model, named_weights(streamed.model)
+        tied = {**model.all_tied_weights_keys, **{b: a for a, b in model.all_tied_weights_keys.items()}}
+        by_target: dict[str, list[str]] = {}
+        for key in streamed.rest:
+            by_target.setdefault(streamed.targets[key], []).append(key)
+        head = model.get_output_embeddings()
+        skipped = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+        inside = tuple(f"{path}." for path in streamed.paths)
+        for path, module in model.named_modules():
+            name = f"{path}.weight"
+            if isinstance(module, nn.Embedding) and not name.startswith(inside):
+                keys = by_target.get(name) or by_target.get(tied.get(name, ""), [])
+                if len(keys) == 1 and streamed.rest[keys[0]].shape == tuple(module.weight.shape):
+                    skipped.add(id(module.weight))
+                    rows = _Rows(module, streamed.rest[keys[0]], self._source)
+                    self._undo.callback(replace_forward(module, rows))
+        wanted = {name for name, weight in runs.items() if id(weight.tensor) not in skipped}
+        wanted = {key: tensor for key, tensor in streamed.rest.items() if streamed.targets[key] in wanted}
+        streamed.convert(self._source.tensors(wanted))
 
     def common(self, layer: int) -> dict[str, StoredTensor]:
         """The tensors of a layer that every token uses."""
         later = {key for one in self._layers[layer].values() for key in one.keys}
         return {key: tensor for key, tensor in self._streamed.stored[layer].items() if key not in later}
 
-    def expert_bytes(self, layer: int) -> dict[BankId, int]:
-        """Bytes of one expert, on average, of every bank of a layer whose experts are loaded one by one."""
-        stored = self._streamed.stored[layer]
-        return {
-            bank: sum(stored[key].nbytes for key in one.keys) // self._experts[bank]
-            for bank, one in self._layers[layer].items()
-        }
+    def bytes_of(self, layers: int, chosen: int) -> tuple[int, int]:
+        """Bytes in the checkpoint of what every token uses of the first layers, and of so many experts of each."""
+        stored = self._streamed.stored[:layers]
+        common = sum(tensor.nbytes for layer in range(layers) for tensor in self.common(layer).values())
+        experts = 0
+        for layer, tensors in enumerate(stored):
+            for bank, one in self._layers[layer].items():
+                whole = sum(tensors[key].nbytes for key in one.keys)
+                experts += whole * min(chosen, self._experts[bank]) // self._experts[bank]
+        return common, experts
 
     def read(self, layer: int) -> dict[str, torch.Tensor]:
         """The tensors of a layer that every token uses. May run in a thread beside a forward."""
@@ -185,29 +210,6 @@ class ChosenWeights:
         if isinstance(bank.module, DbrxExperts):  # whose matrices stand one below the other
             return stored.shape[0] % bank.experts == 0
         return stored.shape[0] == bank.experts
-
-    def _load_rest(self) -> None:
-        """Load what is outside the layers and runs on text, but for embeddings, whose rows come as they are used."""
-        streamed = self._streamed
-        model, runs = streamed.model, named_weights(streamed.model)
-        tied = {**model.all_tied_weights_keys, **{b: a for a, b in model.all_tied_weights_keys.items()}}
-        by_target: dict[str, list[str]] = {}
-        for key in streamed.rest:
-            by_target.setdefault(streamed.targets[key], []).append(key)
-        head = model.get_output_embeddings()
-        skipped = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-        inside = tuple(f"{path}." for path in streamed.paths)
-        for path, module in model.named_modules():
-            name = f"{path}.weight"
-            if isinstance(module, nn.Embedding) and not name.startswith(inside):
-                keys = by_target.get(name) or by_target.get(tied.get(name, ""), [])
-                if len(keys) == 1 and streamed.rest[keys[0]].shape == tuple(module.weight.shape):
-                    skipped.add(id(module.weight))
-                    rows = _Rows(module, streamed.rest[keys[0]], self._source)
-                    self._undo.callback(replace_forward(module, rows))
-        wanted = {name for name, weight in runs.items() if id(weight.tensor) not in skipped}
-        wanted = {key: tensor for key, tensor in streamed.rest.items() if streamed.targets[key] in wanted}
-        streamed.convert(self._source.tensors(wanted))
 
     def _get(self, name: str) -> torch.Tensor:
         path, _, own = name.rpartition(".")

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sedetect.checkpoints.files import check_checkpoint, checked_path, shards_of
+from sedetect.checkpoints.files import checked_path, shards_of
 from sedetect.checkpoints.layout import TOP_K
 from sedetect.checkpoints.options import Loading
+from sedetect.checkpoints.source import Source, open_source
 from sedetect.checkpoints.staging import read_bytes
 from sedetect.documents import short_repr
-from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
-from sedetect.models.streamed import open_streamed
+from sedetect.models.chosen import ChosenWeights
+from sedetect.models.streamed import StreamedModel, open_streamed
+from sedetect.stats.note import Note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -38,6 +41,8 @@ class Plan:
     layer_parameters, rest_parameters    likewise, parameters in memory, scales of quantized weights among them
     layer_memory, rest_memory            likewise, their bytes in memory on a GPU
     width         of the hidden states
+    located       bytes that locate reads of the layers, of one first token
+    notes         what the reader must know: weights that the model has no place for
     """
 
     model: str
@@ -58,6 +63,8 @@ class Plan:
     layer_memory: list[int]
     rest_memory: int
     width: int
+    located: int
+    notes: list[Note]
 
     __repr__ = short_repr
 
@@ -84,15 +91,19 @@ class Plan:
         return (self.rest_parameters + 3 * max(self.layer_parameters)) * dtype.itemsize
 
 
-def make_plan(folder: str | Path, loading: Loading = Loading()) -> Plan:
-    """Plan of a checkpoint folder, whatever the device.
+def make_plan(model: str | os.PathLike[str], loading: Loading = Loading()) -> Plan:
+    """Plan of a checkpoint (a folder, a hub name, the http(s) address of a folder), whatever the device.
 
-    Raises SedetectError for what check_checkpoint, load_model and find_banks refuse.
+    Raises SedetectError for what open_source, check_checkpoint, load_model and find_banks refuse.
     """
-    if not checked_path(folder, "a checkpoint").is_dir():
-        raise SedetectError(f"{folder}: no such folder; a plan is made of a checkpoint that is here, download it first")
-    check_checkpoint(folder)
-    streamed = open_streamed(folder, replace(loading, device="cpu"), weights=False)
+    checked_path(model, "a checkpoint, a hub name or an address")
+    with open_source(model, revision=loading.revision, code=loading.trust_remote_code) as source:
+        with warnings.catch_warnings(action="ignore"):  # they are notes of the plan
+            streamed = open_streamed(source.folder, replace(loading, device="cpu", revision=None), weights=False)
+        return _plan_of(streamed, source)
+
+
+def _plan_of(streamed: StreamedModel, source: Source) -> Plan:
     model, banks = streamed.model, find_banks(streamed.model)
     routed = sum(_count(bank.stored_in) for bank in banks if bank.routed)
     shared_mlps = {bank.path.rpartition(".")[0] for bank in banks if bank.id.base == "shared"}
@@ -105,6 +116,7 @@ def make_plan(folder: str | Path, loading: Loading = Loading()) -> Plan:
     layer_parameters = [_count(layer) for layer in streamed.layers]
     layer_memory = [_nbytes(layer) for layer in streamed.layers]
     rest_bytes = sum(tensor.nbytes for tensor in streamed.rest.values())
+    top_k = top_k_of(model.config.get_text_config())
     sizes: Counter[torch.dtype] = Counter()
     for parameter in (parameter for layer in streamed.layers for parameter in layer.parameters()):
         sizes[parameter.dtype] += parameter.nbytes
@@ -115,7 +127,7 @@ def make_plan(folder: str | Path, loading: Loading = Loading()) -> Plan:
         held=max(sizes, key=lambda dtype: sizes[dtype]),
         layers=len(streamed.layers),
         experts=experts,
-        top_k=top_k_of(model.config.get_text_config()),
+        top_k=top_k,
         routed=routed,
         shared=shared,
         rest=_count(model) - routed - shared,
@@ -127,7 +139,14 @@ def make_plan(folder: str | Path, loading: Loading = Loading()) -> Plan:
         layer_memory=layer_memory,
         rest_memory=_nbytes(model) - sum(layer_memory),
         width=model.get_input_embeddings().get_parameter("weight").shape[1],
+        located=sum(ChosenWeights(streamed, banks, source).bytes_of(layers_of_rule(len(streamed.layers)), top_k or 8)),
+        notes=streamed.notes,
     )
+
+
+def layers_of_rule(layers: int) -> int:
+    """How many of the decoder's layers locate walks: the first 75 %, in which the published rule looks."""
+    return max(1, round(0.75 * layers))
 
 
 def measure_read(folder: str | Path, limit: int = SAMPLE) -> tuple[float, int]:

@@ -39,7 +39,7 @@ from sedetect.models.layers import attention_blocks, eager_attention, run_tokens
 from sedetect.models.loading import load_tokenizer
 from sedetect.models.measure import Measuring
 from sedetect.models.streamed import StreamedModel, open_streamed
-from sedetect.profiling.estimate import top_k_of
+from sedetect.profiling.estimate import layers_of_rule, top_k_of
 from sedetect.profiling.located import FRACTION, MIN_RATIO, MIN_VALUE, Located, LocatedExpert, blind_spots
 from sedetect.profiling.profiler import SourcesProfile
 from sedetect.profiling.streaming import check_layers, ending_early, layer_arguments, only_layer
@@ -52,7 +52,6 @@ from sedetect.stats.residual import Formation, Residual
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LAYERS = 0.75  # of the decoder, in which the published rule looks
 # Of a massive activation, over the median |x| of its own token: the writer raises that as well, so half of what a
 # profile asks for, which takes the median of all tokens. The trained checkpoints of the docs have 63 to 164 where a
 # profile sees a massive activation, and at most 44 where it sees none.
@@ -240,7 +239,7 @@ class _Walk:
         self.streamed, self.source, self.ids, self.tokenizer = streamed, source, sequences, tokenizer
         self.model, self.banks = streamed.model, find_banks(streamed.model)
         self.of = len(streamed.layers)
-        self.count = self.of if all_layers else max(1, round(LAYERS * self.of))
+        self.count = self.of if all_layers else layers_of_rule(self.of)
         self.weights = ChosenWeights(streamed, self.banks, source)
         self.experts = ExpertCalls(self.model, self.banks)
         self.inputs: dict[BankId, tuple[nn.Module, torch.Tensor, tuple[torch.Tensor, ...]]] = {}
@@ -262,15 +261,13 @@ class _Walk:
     @property
     def reading(self) -> Reading:
         chosen = (top_k_of(self.model.config.get_text_config()) or 8) * self.ids.numel()
-        experts = {bank.id: bank.experts for bank in self.banks}
-        common = sum(tensor.nbytes for layer in range(self.count) for tensor in self.weights.common(layer).values())
-        each = [item for layer in range(self.count) for item in self.weights.expert_bytes(layer).items()]
-        return Reading(common, sum(one * min(chosen, experts[bank]) for bank, one in each), self.count, self.of)
+        return Reading(*self.weights.bytes_of(self.count, chosen), self.count, self.of)
 
     def check(self) -> None:
         """Raise SedetectError where layers cannot be run one after another, or the first token sees the next."""
+        self.weights.load_rest()
         trial = self.ids[:1] if self.ids.shape[1] > 1 else self.ids[:1].repeat(1, 2)
-        remedy = ("load it whole instead (sedetect profile ", Argument("stream", False), ")")
+        remedy = ("profile it whole instead (", Argument("stream", False), ")")
         with ending_early(self.model):
             self.wrap = check_layers(self.streamed, trial, remedy)
         with eager_attention(self.model):  # which is given a mask

@@ -67,6 +67,10 @@ class Source:
         self._fill({tensor: buffer for tensor, buffer in buffers.items() if len(buffer)})
         return {name: tensor.shaped(buffers[tensor]) for name, tensor in stored.items()}
 
+    def named(self, text: str) -> str:
+        """A text with the name of the source in the place of its folder."""
+        return text.replace(str(self.folder), self.name)
+
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 

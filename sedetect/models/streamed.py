@@ -195,7 +195,7 @@ def open_streamed(
 
     first as in Staging. weights=False loads none at all,
     and the model is as a GPU holds it: FP8 stays FP8, which transformers dequantizes where there is none. outside=False
-    loads none as yet, and sedetect.models.chosen those that are used. layers_of
+    is that too, for sedetect.models.chosen, which loads those that are used. layers_of
     gives, of the model without weights, the modules by path that are to be loaded one at a time.
     Warns and raises SedetectError as load_model does, and raises it for what layers_of refuses.
     """
@@ -217,7 +217,7 @@ def open_streamed(
     with ExitStack() as stack:
         stack.enter_context(replaced_method(PreTrainedModel, "_load_pretrained_model", staticmethod(load_pretrained)))
         stack.enter_context(replaced_method(PreTrainedModel, "_finalize_model_loading", staticmethod(finalize)))
-        if not weights:
+        if not (weights and outside):
             stack.enter_context(
                 replaced_method(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
             )

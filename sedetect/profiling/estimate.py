@@ -140,7 +140,7 @@ def _plan_of(streamed: StreamedModel, source: Source) -> Plan:
         rest_memory=_nbytes(model) - sum(layer_memory),
         width=model.get_input_embeddings().get_parameter("weight").shape[1],
         located=sum(ChosenWeights(streamed, banks, source).bytes_of(layers_of_rule(len(streamed.layers)), top_k or 8)),
-        notes=streamed.notes,
+        notes=[replace(note, text=source.named(note.text)) for note in streamed.notes],
     )
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -126,7 +127,9 @@ def locate(
     with open_source(model, revision=loading.revision, cache=cache, code=loading.trust_remote_code) as source:
         tokenizer = load_tokenizer(source.folder, trust_remote_code=loading.trust_remote_code)
         sequences = _sequences(tokenizer, first_tokens, text)
-        streamed = open_streamed(source.folder, replace(loading, device="cpu", revision=None), outside=False)
+        with warnings.catch_warnings(action="ignore"):  # they are notes of the result
+            streamed = open_streamed(source.folder, replace(loading, device="cpu", revision=None), outside=False)
+        streamed.notes = [replace(note, text=source.named(note.text)) for note in streamed.notes]
         _refuse(streamed)
         rows = streamed.model.get_input_embeddings().get_parameter("weight").shape[0]
         if (largest := int(sequences.max())) >= rows:

@@ -1,0 +1,259 @@
+"""Locate: a walk of first tokens finds what a profile of text finds, and reads what these tokens use."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import sparse
+from support.checkpoints import put_tokenizer, save_random, to_fp8
+from support.command import files_of, refused, run, spawn
+from support.families import FAMILIES, model_class, tiny_model
+from support.models import CONFIGS, TINY
+from support.servers import Faults, serving
+
+import sedetect
+from sedetect import SedetectError
+from sedetect.checkpoints import web
+from sedetect.models.layers import run_tokens
+from sedetect.models.loading import load_model, load_tokenizer
+
+TRAINED = Path(__file__).parents[2] / "shared" / "models"
+TOKENS = (5, 17, 33)  # beside the tokenizer's own, 0
+
+
+def resident(model, found: sedetect.Located) -> sedetect.ModelStats:
+    """The statistics of the same sequences through the whole model."""
+    ids = torch.tensor(found.first_tokens)[:, None]
+    with sedetect.profile(model, source=next(iter(found.stats.header.sources))) as prof:
+        prof.batch(sequence_ids=torch.arange(len(ids)))
+        run_tokens(model, ids)
+    return prof.stats
+
+
+def agree(found: sedetect.ModelStats, whole: sedetect.ModelStats, rtol: float) -> None:
+    """Rows bit for bit, values up to the rounding of products with weights that lie elsewhere in memory."""
+    assert found.banks.keys() <= whole.banks.keys()
+    for bank, state in found.banks.items():
+        other = whole.banks[bank]
+        assert torch.equal(state.counts, other.counts), bank
+        torch.testing.assert_close(state.out_max, other.out_max, rtol=rtol, atol=0)
+        torch.testing.assert_close(state.sums, other.sums, rtol=rtol, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def located():
+    return sedetect.locate(TINY, first_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tiny-moe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("q_base", "n_gated", "g_sinks"))],
+)
+def test_trained_checkpoints(name):
+    """The same candidates, channels and super weights as a profile of text with the residual stream."""
+    folder = TINY if name == "tiny-moe" else TRAINED / name
+    if not folder.is_dir():
+        pytest.skip(f"needs the trained checkpoint {name} in ../shared/models")
+    found = sedetect.locate(folder)
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
+    profile = sedetect.profile_model(model, tokenizer=tokenizer, text=sedetect.Text(8192), residual=4)
+    ranking = sedetect.rank(profile.stats, residual=profile.residual)
+    expected = {str(one): one for one in ranking.judged if one.carried and one.layer < found.layers}
+    assert [str(one) for one in found.candidates] == list(expected)
+    weights = sedetect.find_super_weights(model, list(expected.values()), profile.windows)
+    assert [one.weight for one in found.candidates] == [str(one) for one in weights]
+    for one in found.candidates:
+        assert (one.channel, one.token_id, one.sign) == (expected[str(one)].channel, 0, expected[str(one)].sign)
+        assert one.value == pytest.approx(expected[str(one)].value, rel=2**-7)  # bfloat16, another batch
+    assert found.residual.writers() == {one.place for one in found.candidates}
+    agree(found.stats, resident(model, found), rtol=2**-7)
+    assert found.read < 0.32 * found.stored
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_random_checkpoints_have_none(tmp_path, name):
+    found = sedetect.locate(save_random(CONFIGS[name](), tmp_path), first_tokens=5, all_layers=True)
+    assert found.candidates == [] and found.headline.startswith("no candidate: ")
+    assert (found.layers, found.of) == (3, 3)
+
+
+NOT_STREAMED = {
+    "diffusion_gemma": "is outside model.decoder.layers",
+    "gemma4": "in which layers can keep state",
+    "glm5_next": "its layers hand on more than hidden states",
+    "glm_moe_dsa": "its layers hand on more than hidden states",
+    "hy_v4": "its layers hand on more than hidden states",
+    "mistral_large4": "in which layers can keep state",
+    "nllb_moe": "is outside model.decoder.layers",
+    "openai_privacy_filter": "attention is not causal",
+    "switch_transformers": "is outside decoder.block",
+    "zaya": "its layers hand on more than hidden states",
+    "doge": "this model cannot be profiled",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen3_omni_moe:talker"])  # read by its thinker
+def test_every_architecture_agrees_or_is_refused(tmp_path, name):
+    try:
+        model_class(name, FAMILIES[name].model)
+    except ImportError:
+        pytest.skip("not in this transformers")
+    model = tiny_model(name, FAMILIES[name])
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    put_tokenizer(tmp_path)
+    if name in NOT_STREAMED:
+        with pytest.raises(SedetectError, match=NOT_STREAMED[name]):
+            sedetect.locate(tmp_path, first_tokens=TOKENS)
+        return
+    found = sedetect.locate(tmp_path, first_tokens=TOKENS, all_layers=True)
+    agree(found.stats, resident(load_model(tmp_path), found), rtol=1e-5)
+
+
+def test_a_text_is_run_as_one_sequence():
+    found = sedetect.locate(TINY, text="Two plus two is four", all_layers=True)
+    (ids,) = [found.first_tokens]
+    assert ids == (0,) and found.stats.header.tokens > 4 and found.stats.header.sequences == 1
+    assert [str(one) for one in found.candidates] == ["L1E28"] and found.candidates[0].position == 0
+    assert "a short prompt" in found.notes[0]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_fp8(tmp_path, name):
+    """As a GPU holds it, and computed with what it stands for; blocks need not divide a matrix."""
+    folder = save_random(CONFIGS[name](), tmp_path, dtype=torch.bfloat16)
+    to_fp8(folder)
+    found = sedetect.locate(folder, first_tokens=TOKENS, all_layers=True)
+    agree(found.stats, resident(load_model(folder), found), rtol=0.05)
+    assert found.stats.header.dtype == "bfloat16 (float8_e4m3fn weights)"
+
+
+def test_on_which_first_tokens_an_expert_fires(located):
+    assert len(located.first_tokens) == 5 and located.first_tokens[0] == 0
+    (one,) = located.candidates
+    assert one.on() == [0] and one.fires[0] == (0, one.value)
+    shown = run("locate", TINY, "--first-tokens", "The,\\n,1", "--all-layers")
+    assert shown.code == 0 and "'<|bos|>' alone" in shown.out
+    assert "L9E7" in shown.out and "outlier" in shown.out  # carried by no later layer
+    assert "next: sedetect prove" in shown.out and "experts that fire later in a text are not seen" in shown.out
+
+
+def test_what_it_says_while_it_runs():
+    said, lines, seen = [], [], []
+    found = sedetect.locate(TINY, told=said.append, found=lines.append, progress=lambda *step: seen.append(step))
+    (reading,) = said
+    common, experts, layers, of = reading
+    assert (layers, of) == (found.layers, found.of) == (8, 10)
+    embeddings = 256 * 2
+    assert found.read == common + experts + embeddings + 2 * 256  # with one row of embeddings, and the last norm
+    assert experts == 8 * 4 * 3 * 256 * 48 * 2
+    assert lines == ["L1E28: |y| 1256 in channel 101 on '<|bos|>', weight L1E28[101,14] gives 44%"]
+    assert [layer for layer, *_ in seen] == sorted(layer for layer, *_ in seen)
+    assert seen[-1][1] <= common + experts + 1024
+
+
+def test_results(tmp_path):
+    shown = run("locate", TINY, "-o", tmp_path / "o")
+    assert shown.code == 0
+    assert files_of(tmp_path / "o") == {"stats.safetensors", "super_experts.json", "residual.json", "run.json"}
+    document = json.loads((tmp_path / "o" / "super_experts.json").read_text())
+    assert document["format"] == "sedetect-located" and document["source"] == str(TINY)
+    assert [(one["name"], one["verdict"]) for one in document["experts"]] == [("L1E28", "candidate")]
+    kept = json.loads(run("export", tmp_path / "o", "--to", "json").out)
+    assert kept["modules"] == ["model.layers.1.mlp.experts.28"]
+    assert run("report", tmp_path / "o").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--first-tokens", "two words"), "--first-tokens 'two words': is [2-9] tokens"),
+        (("--first-tokens", "400"), "--first-tokens 400: "),
+        (("--text", "a", "--first-tokens", "3"), "--text: does not go with --first-tokens"),
+    ],
+)
+def test_wrong_arguments(arguments, why):
+    assert re.search(why, refused(run("locate", TINY, *arguments)))
+
+
+def test_what_is_no_place():
+    assert "no such folder" in refused(run("locate", "/nowhere/at/all"))
+    with pytest.raises(SedetectError, match="device cuda: locate computes on the CPU"):
+        sedetect.locate(TINY, loading=sedetect.Loading("cuda"))
+
+
+def test_experts_that_no_model_loads_are_named(tmp_path):
+    """As of layers that predict further tokens: by locate, plan and profile."""
+    folder = shutil.copytree(TINY, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    wanted = "m: its experts of model.layers.9.mlp.experts are in the checkpoint and not measured"
+    (line,) = sedetect.locate(folder).unmeasured
+    assert wanted in line
+    assert wanted in run("plan", folder).out
+    notes = sedetect.profile_model(folder, text=sedetect.Text(512, 64)).stats.header.notes
+    assert any(wanted in str(note) for note in notes)
+
+
+@pytest.mark.parametrize(
+    "faults", [{}, {"drop": 20}, {"truncate": 9}, {"busy": 15}], ids=lambda f: "+".join(f) or "none"
+)
+def test_the_same_over_the_network(monkeypatch, faults):
+    monkeypatch.setattr(web.time, "sleep", lambda seconds: None)
+    local = sedetect.locate(TINY)
+    with serving({"owner/tiny-moe": TINY}, Faults(**faults)) as server:
+        found = sedetect.locate(server.files("owner/tiny-moe"))
+        assert found.read == server.sent
+    for bank, state in found.stats.banks.items():
+        assert state.equal(local.stats.banks[bank], sums_rtol=0), bank
+    assert found.experts == local.experts and found.model == local.model == "tiny-moe"
+    assert local.read < found.read < local.read + 600_000  # config, tokenizer, headers
+
+
+def test_the_hub_and_its_cache(tmp_path):
+    """The command itself, told by the environment where the hub is."""
+    with serving({"owner/tiny-moe": TINY}) as server:
+        hub = {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        first = spawn("locate", "owner/tiny-moe", "--cache", tmp_path / "c", **hub)
+        assert first.code == 0, first.err
+        assert "1 candidate: L1E28 (|y| 1256); not proved" in first.out and "owner/tiny-moe: read " in first.out
+        sent = server.sent
+        again = spawn("locate", "owner/tiny-moe", "--cache", tmp_path / "c", **hub)
+        assert again.code == 0 and server.sent - sent < 2000
+        assert "bytes of 31.1 MB (0.0%)" in again.out
+        plan = spawn("plan", "owner/tiny-moe", **hub)
+        assert "locate (one first token, 8 layers): reads 6.69 MB, 21.5%" in plan.out, plan.err
+
+
+def test_a_server_without_ranges_is_refused():
+    with serving({"o/m": TINY}, Faults(ranges=False)) as server:
+        assert "does not serve parts of a file" in refused(run("locate", server.files("o/m")))
+
+
+SCALE = """
+import resource, sys
+import sedetect
+found = sedetect.locate(sys.argv[1])
+(one,) = found.experts
+print(one, one.weight, one.verdict, found.read, found.stored, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "most"), [(sparse.DEEPSEEK_R1, 1 / 20), (sparse.KIMI_K2, 1 / 20)], ids=["r1", "k2"])
+def test_published_shapes(tmp_path, config, most):
+    """A planted expert is found over HTTP, within a twentieth of the bytes and 8 GB of memory."""
+    folder = sparse.put_sparse(tmp_path / "m", config, layer=5, expert=100)
+    with serving({"o/m": folder}) as server:
+        done = subprocess.run(
+            [sys.executable, "-c", SCALE, server.files("o/m")], capture_output=True, text=True, check=True
+        )
+        name, weight, verdict, read, stored, peak = done.stdout.split()
+        assert (name, weight, verdict) == ("L5E100", f"L5E100[{sparse.CHANNEL},{sparse.INNER}]", "candidate")
+        assert int(read) == server.sent < most * int(stored)
+    assert int(peak) * 1024 < 8e9

@@ -1,13 +1,16 @@
 """The example: its kept list, and that exactly the other experts' weights change."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from support.checkpoints import put_tokenizer
+from support.servers import serving
+from transformers import AutoModelForCausalLM, DeepseekV2Config, MixtralConfig, Qwen3MoeConfig
 
 import sedetect
 
@@ -94,3 +97,55 @@ def test_quantize_changes_all_but_the_kept(script, stats, bits):
                 error = (after[e].float() - before[name][e].float()).abs()
                 assert (error <= top / (2 ** (bits - 1) - 1) / 2 + top / 256).all()
                 assert max(len(row.unique()) for row in after[e]) <= 2**bits - 1
+
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 8, "vocab_size": 4096,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+LATENT = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+STAND_INS = {
+    "Qwen/Qwen3-30B-A3B": (
+        Qwen3MoeConfig(**SMALL, num_experts=128, num_experts_per_tok=8, head_dim=16), [(1, 68), (2, 92), (3, 82)]
+    ),
+    "mistralai/Mixtral-8x7B-v0.1": (MixtralConfig(**SMALL, num_local_experts=8, num_experts_per_tok=2), [(1, 3)]),
+    "deepseek-ai/DeepSeek-V2-Lite": (
+        DeepseekV2Config(
+            **SMALL | {"num_key_value_heads": 4} | LATENT, n_routed_experts=64, num_experts_per_tok=6,
+            n_shared_experts=2, first_k_dense_replace=1, topk_method="greedy", n_group=1, topk_group=1,
+        ),
+        [(3, 54), (4, 38)],
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def put_stand_in(folder: Path, config, planted: list[tuple[int, int]]) -> Path:
+    """A model whose first token is ones that nothing changes but these experts, which all write into channel 1."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.fill_(1.0 if "norm" in name or "embed_tokens" in name else 0.0)
+    for place, (layer, expert) in enumerate(planted):
+        block = model.model.layers[layer].mlp
+        read, weight = (1, 4.0) if place else (0, 30.0)  # once written, channel 1 is 8 after a norm, and others are 0
+        block.gate.weight[expert, read] = 5.0
+        inner = block.experts.down_proj.shape[2]
+        block.experts.gate_up_proj[expert, 3, read] = block.experts.gate_up_proj[expert, inner + 3, read] = weight
+        block.experts.down_proj[expert, 1, 3] = 1.0
+    model.save_pretrained(folder, max_shard_size="300KB")
+    return put_tokenizer(folder)
+
+
+def test_published_super_experts_from_a_hub(tmp_path):
+    """Over the loopback interface, with small stand-ins of the three models."""
+    models = {name: put_stand_in(tmp_path / name, *how) for name, how in STAND_INS.items()}
+    script = SCRIPT.with_name("reproduce_published.py")
+    with serving(models) as server:
+        hub = {"HF_ENDPOINT": server.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, script], capture_output=True, text=True, env=os.environ | hub, timeout=300
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for experts in (": found", "Qwen/Qwen3-30B-A3B: 3 candidates: ", "DeepSeek-V2-Lite: 2 candidates: "):
+        assert experts in done.stdout
+    assert done.stdout.count(": found") == 3

@@ -86,19 +86,22 @@ class ChosenWeights:
         for key in streamed.rest:
             by_target.setdefault(streamed.targets[key], []).append(key)
         head = model.get_output_embeddings()
-        skipped = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+        own = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+        skipped = {name for name, weight in runs.items() if id(weight.tensor) in own}
         inside = tuple(f"{path}." for path in streamed.paths)
         for path, module in model.named_modules():
             name = f"{path}.weight"
             if isinstance(module, nn.Embedding) and not name.startswith(inside):
                 keys = by_target.get(name) or by_target.get(tied.get(name, ""), [])
                 if len(keys) == 1 and streamed.rest[keys[0]].shape == tuple(module.weight.shape):
-                    skipped.add(id(module.weight))
+                    skipped.add(name)
                     rows = _Rows(module, streamed.rest[keys[0]], self._source)
                     self._undo.callback(replace_forward(module, rows))
-        wanted = {name for name, weight in runs.items() if id(weight.tensor) not in skipped}
-        wanted = {key: tensor for key, tensor in streamed.rest.items() if streamed.targets[key] in wanted}
-        streamed.convert(self._source.tensors(wanted))
+                else:
+                    skipped.discard(name)  # tied to an output embedding
+        wanted = runs.keys() - skipped
+        used = {key: tensor for key, tensor in streamed.rest.items() if streamed.targets[key] in wanted}
+        streamed.convert(self._source.tensors(used))
 
     def common(self, layer: int) -> dict[str, StoredTensor]:
         """The tensors of a layer that every token uses."""

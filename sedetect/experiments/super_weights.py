@@ -267,8 +267,8 @@ def products_of(
     value = products.sum() + (0 if bias is None else bias.double().cpu())
     if abs(float(own) - float(value)) > _ROUNDING * float(products.abs().sum()):
         raise SedetectError(
-            f"{place_of(bank.id, number, bank.experts)}: its weights add up to {float(value):g} and its output is {float(own):g}; what else is added to "
-            "it is not known"
+            f"{place_of(bank.id, number, bank.experts)}: its weights add up to {float(value):g} and its output is "
+            f"{float(own):g}; what else is added to it is not known"
         )
     shares = products / value
     order = shares.argsort(descending=True, stable=True)[:top]

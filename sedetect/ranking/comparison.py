@@ -175,8 +175,8 @@ def compare(
     moved = []
     for name in dict.fromkeys(name for run in described for name in (*run.named, *run.found)):
         peaks = [_peak(run, parse_place(name), one) for run, one in zip(states, maps)]
-        found = tuple(name in run.found for run in described)
-        moved.append(Moved(name, tuple(p.value for p in peaks), tuple(p.channel for p in peaks), found))
+        there = tuple(name in run.found for run in described)
+        moved.append(Moved(name, tuple(p.value for p in peaks), tuple(p.channel for p in peaks), there))
     moved.sort(key=lambda m: -max(value for value in m.values if not math.isnan(value)))
     formed = len(described) - 1
     while formed and set(described[formed - 1].found) == set(described[-1].found):

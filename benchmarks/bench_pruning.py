@@ -24,7 +24,7 @@ from sedetect.compression.budget import held_out
 from sedetect.compression.pruning import choose_kept, prune_checkpoint
 from sedetect.experiments.evaluation import perplexity
 from sedetect.ranking.rule import rank
-from sedetect.ranking.saliencies import super_places
+from sedetect.ranking.saliencies import found_places
 
 TINY = Path(__file__).parents[1] / "tests/data/tiny-moe"
 
@@ -45,7 +45,7 @@ def main() -> None:
     cut = sedetect.Text(tokens=args.tokens)
     windows = held_out(calibration_windows(model, tokenizer, args.text, cut).domains, stats)
     prefix = len(prefix_ids(tokenizer))
-    found = super_places(rank(stats))
+    found = found_places(rank(stats))
 
     def evaluate(folder: str | Path) -> dict[str, float]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
 import sedetect.compression.budget as budget_module
+from sedetect.calibration.held_out import held_out
 from sedetect.calibration.windows import calibration_windows
-from sedetect.compression.budget import Compressions, conclusion, held_out, make_budget
+from sedetect.compression.budget import Compressions, conclusion, make_budget
 from sedetect.compression.pruning import choose_kept
 from sedetect.compression.simulated import expert_sizes, fake_quantize, quantized_experts, stored_bits
 from sedetect.errors import SedetectError
@@ -210,7 +211,7 @@ def test_command(tmp_path):
     options = ("--tokens", 2048, "--seq-len", 128, "--ratio", 0.25, "--format", "int3", "--controls", 1)
     code, out, err = run("budget", TINY, *options, "--by", "frequency", "-o", tmp_path)
     assert code == 0 and err == ""
-    assert out.startswith("1 super expert: L1E28") and "keeping L1E28 beats" in out
+    assert out.startswith("2 candidates: L1E28") and "keeping L1E28, L9E7 beats" in out
     for name in ("prune 25 %", "int3"):
         (line,) = [line for line in out.splitlines() if line.strip().startswith(name)]
         assert len(re.findall(r"[\d.]+%", line)) == 6 and len(line) <= 80

@@ -56,9 +56,9 @@ def selected(match, names=LINEARS):
 
 
 def test_the_list(stats):
-    """The super expert, then the routed experts with the next largest |y|."""
-    assert [(str(p.place), p.why) for p in protect_list(stats)] == [("L1E28", "super")]
-    protected = protect_list(stats, neighbours=3)
+    """The candidates, then the routed experts with the next largest |y|."""
+    assert [(str(p.place), p.why) for p in protect_list(stats)] == [("L1E28", "candidate"), ("L9E7", "candidate")]
+    protected = protect_list(stats, neighbours=2)
     values = sorted(
         ((float(v), f"L{bank.layer}E{e}") for bank, s in stats.banks.items() for e, v in enumerate(s.out_max)),
         reverse=True,
@@ -72,7 +72,7 @@ def test_the_list(stats):
 @pytest.mark.parametrize("granularity, wanted", [("expert", EXPERT), ("layer", LAYER)])
 def test_forms(stats, granularity, wanted):
     def made(tool):
-        document, _ = export(stats, protect_list(stats, 1), tool, granularity)
+        document, _ = export(stats, protect_list(stats), tool, granularity)
         assert json.loads(json.dumps(document)) == document
         return document
 
@@ -109,14 +109,14 @@ def test_forms(stats, granularity, wanted):
     document = made("json")
     assert (document["format"], document["version"]) == ("sedetect-protect-list", "1")
     assert [expert["name"] for expert in document["experts"]] == ["L1E28", "L9E7"]
-    assert [expert["why"] for expert in document["experts"]] == ["super", "neighbour"]
+    assert [expert["why"] for expert in document["experts"]] == ["candidate", "candidate"]
     suffixes = (".28", ".7") if granularity == "expert" else ("", "")
     assert document["modules"] == [f"model.layers.{n}.mlp.experts{s}" for n, s in zip((1, 9), suffixes, strict=True)]
 
 
 def test_llama_cpp(stats):
     """One `name=type` per line, the name a regular expression searched in the lower-cased tensor name."""
-    text, _ = export(stats, protect_list(stats, 1), "llama.cpp", "layer")
+    text, _ = export(stats, protect_list(stats), "llama.cpp", "layer")
     rules = [line.split("=") for line in text.splitlines()]
     assert [kind for _, kind in rules] == ["bf16", "bf16"] and all(rule == rule.lower() for rule, _ in rules)
     found = {
@@ -131,7 +131,7 @@ def test_llama_cpp(stats):
 
 
 def test_shared_experts_and_other_stacks():
-    """A shared super expert is named by its own module, in both granularities; its layer's routed experts are not."""
+    """A shared candidate is named by its own module, in both granularities; its layer's routed experts are not."""
     model = random_model("qwen2_moe")
     with sedetect.profile(model) as prof:
         model(input_ids=torch.randint(3, 96, (2, 20)))
@@ -152,7 +152,7 @@ def test_shared_experts_and_other_stacks():
 
 def test_modules_that_no_list_can_name(stats):
     """Experts that are no experts.<number>, and stacks that GGUF does not know."""
-    (found,) = protect_list(stats)
+    found, _ = protect_list(stats)
     header = stats.header
     other = ModelStats(stats.banks, replace(header, banks=header.banks | {
         "decoder.1.routed": replace(header.banks["decoder.1.routed"], module="model.layers.1.mlp.output_linear")
@@ -170,7 +170,7 @@ def test_nothing_to_protect():
     model = random_model("qwen3_moe")
     with sedetect.profile(model) as prof:
         model(input_ids=torch.randint(3, 96, (2, 20)))
-    with pytest.raises(SedetectError, match="nothing to protect: no super expert"):
+    with pytest.raises(SedetectError, match="nothing to protect: no candidate"):
         protect_list(prof.stats)
 
 
@@ -255,20 +255,23 @@ def test_awq_scales(stats, tmp_path):
 
 def test_command(folder, tmp_path):
     code, out, err = run("export", folder, "--to", "gptqmodel", "--model", TINY)
-    assert code == 0 and list(json.loads(out)["dynamic"]) == [r"-:(.*\.)?layers\.1\.mlp\.experts\.28(\.|$)"]
-    assert "protected: L1E28, by expert" in err and "use --granularity layer" in err
+    assert code == 0 and list(json.loads(out)["dynamic"]) == [
+        rf"-:(.*\.)?layers\.{layer}\.mlp\.experts\.{e}(\.|$)" for layer, e in ((1, 28), (9, 7))
+    ]
+    assert "protected: L1E28 (candidate), L9E7 (candidate), by expert" in err and "use --granularity layer" in err
     weights = 96 * 256 + 256 * 48  # of one expert; 12 bits more each
-    assert f"expert: 1 of 320 routed experts, +{weights * 12 // 8:,} bytes (+0.94%)" in err
-    assert f"layer: 32 of 320 routed experts, +{32 * weights * 12 // 8:,} bytes (+30.00%)" in err
+    assert f"expert: 2 of 320 routed experts, +{2 * weights * 12 // 8:,} bytes (+1.88%)" in err
+    assert f"layer: 64 of 320 routed experts, +{64 * weights * 12 // 8:,} bytes (+60.00%)" in err
     file = tmp_path / "types.txt"
     code, out, err = run("export", folder, "--to", "llama.cpp", "--granularity", "layer", "-o", file)
     assert (
         code == 0
         and err == ""
-        and "protected: L1E28, by layer" in out
-        and "expert: 1 of 320 routed experts, +0.94%" in out
+        and "protected: L1E28 (candidate), L9E7 (candidate), by layer" in out
+        and "expert: 2 of 320 routed experts, +1.88%" in out
     )
-    assert file.read_text() == "^blk\\.1\\.ffn_(gate|up|gate_up|down)_exps\\.weight=bf16\n"
+    lines = [rf"^blk\.{layer}\.ffn_(gate|up|gate_up|down)_exps\.weight=bf16" for layer in (1, 9)]
+    assert file.read_text().splitlines() == lines
     for to in ("imatrix", "awq"):
         code, out, err = run("export", folder, "--to", to, "-o", tmp_path / to)
         assert code == 0 and "10 entries, of the inputs of down_proj" in out and (tmp_path / to).stat().st_size > 1000

@@ -303,15 +303,15 @@ def test_command(stats_file, tmp_path):
     code, out, err = run("prune", TINY, *options, "-o", tmp_path / "safe")
     assert code == 0 and err == ""
     assert "24 of 32 experts in each of 10 layers, by frequency" in out
-    assert "protected: L1E28; frequency alone would prune L1E28" in out
+    assert "protected: L1E28 (candidate), L9E7 (candidate); frequency alone would prune L1E28" in out
     code, out, _ = run("prune", TINY, *options, "--protect", "none", "-o", tmp_path / "damaged")
-    assert code == 0 and "not protected: L1E28; pruned of them: L1E28" in out
+    assert code == 0 and "not protected: L1E28 (candidate), L9E7 (candidate); pruned of them: L1E28" in out
     kept = [json.loads((tmp_path / name / "pruning.json").read_text()) for name in ("safe", "damaged")]
     assert [28 in document["kept"]["decoder.1.routed"] for document in kept] == [True, False]
     assert [document["protected"] for document in kept] == [True, False]
     result = sedetect.profile_model(tmp_path / "safe", text=sedetect.Text(tokens=1024, seq_len=128))
     (expert,) = sedetect.rank(result.stats).super_experts
-    assert (expert.layer, expert.verdict) == (1, "super")
+    assert (expert.layer, expert.verdict) == (1, "candidate")
     assert kept[0]["kept"]["decoder.1.routed"][expert.expert] == 28, "it is still there, under its new number"
     assert "exists already" in refused(run("prune", TINY, *options, "-o", tmp_path / "safe"))
 
@@ -333,14 +333,14 @@ def test_pruned_experts_without_rows_are_named(stats_file, tmp_path):
 def test_command_profiles_first(tmp_path):
     code, out, _ = run("prune", TINY, "--tokens", 1024, "--seq-len", 128, "-o", tmp_path / "out")
     assert code == 0 and "24 of 32 experts in each of 10 layers, by reap" in out
-    assert "protected: L1E28; reap alone would prune none of them" in out
+    assert "protected: L1E28 (candidate), L9E7 (candidate); reap alone would prune none of them" in out
     assert json.loads((tmp_path / "out" / "pruning.json").read_text())["tokens"] == 1024
 
 
 def test_command_refuses(stats_file, tmp_path):
     out = tmp_path / "out"
     assert "'best' is not one of 'frequency'" in refused(run("prune", TINY, "--by", "best", "-o", out))
-    assert "'all' is not one of 'super', 'none'" in refused(run("prune", TINY, "--protect", "all", "-o", out))
+    assert "'all' is not one of 'candidates', 'none'" in refused(run("prune", TINY, "--protect", "all", "-o", out))
     assert "leaves 3 of 32 experts" in refused(run("prune", TINY, "--ratio", 0.92, "-o", out))
     assert "no such folder" in refused(run("prune", tmp_path / "nowhere", "-o", out))
     other = put_tokenizer(copy_of(tmp_path / "other"))

@@ -139,7 +139,9 @@ def test_rank_by(profiled, tmp_path):
     code, out, err = run("rank", profiled, "--by", "reap", "-o", tmp_path / "reap.json")
     assert code == 0 and err == ""
     assert max(len(line) for line in out.splitlines() if line.startswith(" L")) <= 80
-    assert out.startswith("tiny-moe by reap; super experts in their layers: L1E28 (32 of 32 from below)\n")
+    assert out.startswith(
+        "tiny-moe by reap; to protect, in their layers: L1E28 (candidate; 32 of 32 from below), L9E7 ("
+    )
     document = json.loads((tmp_path / "reap.json").read_text())
     assert (document["format"], document["version"], document["by"]) == ("sedetect-saliency", "1", "reap")
     stats = ModelStats.load(profiled)

@@ -35,6 +35,7 @@ from sedetect.results import Results
 
 if TYPE_CHECKING:
     from sedetect.compression.budget import Budget, Cost
+    from sedetect.ranking.result import Ranking
 
 
 @app.command("budget")
@@ -130,13 +131,13 @@ def budget_command(
     if not any(windows.source in state.header.sources for windows in domains.values()):
         budget.notes.append("the statistics are of other windows; they may have seen some of the evaluation text")
     with saved_after(None if output is None else Results(output).budget_path, budget.save):
-        _print(budget, ranking.headline)
+        _print(budget, ranking)
 
 
-def _print(budget: Budget, headline: str) -> None:
+def _print(budget: Budget, ranking: Ranking) -> None:
     from sedetect.compression.budget import conclusion
 
-    print_line(headline, "bold")
+    print_line(ranking.headline, "bold")
     for line in conclusion(budget):
         print_line(line)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
@@ -154,7 +155,9 @@ def _print(budget: Budget, headline: str) -> None:
     last = budget.rows[-1] if budget.rows else None
     if last is not None and last.kept is not None:
         extra = last.kept.size - last.bare.size
-        more = f"; kept: {', '.join(budget.kept)}, which adds {extra:.2%} to the size at {last.name}"
+        levels = {str(expert): f"{expert} ({expert.verdict})" for expert in ranking.judged if expert.verdict}
+        kept = ", ".join(levels.get(name, name) for name in budget.kept)
+        more = f"; kept: {kept}, which adds {extra:.2%} to the size at {last.name}"
     print_line(
         "size: of the routed experts' weights; change of perplexity, mean over domains, on "
         f"{sum(budget.tokens.values()):,} tokens that are not among the calibrated windows; unchanged "

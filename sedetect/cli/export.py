@@ -33,7 +33,7 @@ def export_command(
     model: Annotated[Path | None, typer.Option(help="checkpoint folder, to say sizes in bytes")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="file (default: print the list)")] = None,
 ) -> None:
-    """Write what a quantizer must leave alone, in the form that it reads."""
+    """Write what a quantizer must leave alone, in the form that it reads: what is proved, and what nothing refutes."""
     from sedetect.compression.channels import write_awq_scales, write_imatrix
     from sedetect.compression.protect import export, protect_list
     from sedetect.ranking.coverage import unseen, unseen_note
@@ -59,7 +59,7 @@ def export_command(
     else:
         write_atomic(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     quiet = output is None  # standard output is the document alone
-    _say(f"protected: {', '.join(str(expert.place) for expert in experts)}, by {granularity}", quiet)
+    _say(f"protected: {', '.join(f'{expert.place} ({expert.why})' for expert in experts)}, by {granularity}", quiet)
     _say(sizes, quiet)
     for note in notes:
         _say(f"note: {note}", quiet)

@@ -90,6 +90,7 @@ def prune_command(
         "ratio": ratio,
         "tokens": state.header.tokens,
         "super_experts": [str(place) for place in found],
+        "unproved": [str(expert) for expert in ranking.found if expert.verdict != "proved"],
         "protected": protect == "candidates",
         "unseen": [str(place) for place in unknown],
     }
@@ -100,17 +101,16 @@ def prune_command(
         )
     experts, left = len(next(iter(saliency(state, by).values()))), len(next(iter(kept.values())))
     lost = [str(p) for p in found if p.kind == "routed" and p.expert not in kept[p.bank]]
+    levels = ", ".join(f"{expert} ({expert.verdict})" for expert in ranking.found)
     print_line(f"{output}: {left} of {experts} experts in each of {len(kept)} layers, by {by}", "bold")
     if not found:
-        print_line("no candidate to protect")
+        print_line(f"nothing to protect: {ranking.headline}")
     elif protect == "candidates":
         alone = choose_kept(state, by, ratio, groups=groups)
         saved = [str(p) for p in found if p.kind == "routed" and p.expert not in alone[p.bank]]
-        print_line(
-            f"protected: {', '.join(map(str, found))}; {by} alone would prune {', '.join(saved) or 'none of them'}"
-        )
+        print_line(f"protected: {levels}; {by} alone would prune {', '.join(saved) or 'none of them'}")
     else:
-        print_line(f"not protected: {', '.join(map(str, found))}; pruned of them: {', '.join(lost) or 'none'}")
+        print_line(f"not protected: {levels}; pruned of them: {', '.join(lost) or 'none'}")
     moved = [(p, p.bank, kept[p.bank].index(p.number)) for p in found if p.bank in kept and p.number in kept[p.bank]]
     now = ", ".join(f"{place} is {Place(*bank, number)} now" for place, bank, number in moved)
     print_line(f"experts are renumbered, as pruning.json says{': ' if now else ''}{now}")

@@ -34,9 +34,11 @@ def load_ranked(stats: Path) -> tuple[ModelStats, Ranking]:
 
 
 def print_saliency(known: Saliencies) -> None:
-    """Where the candidates stand, and a table of the lowest and highest of each layer."""
-    found = [f"{one['name']} ({one['place']} of {one['of']} from below)" for one in known.super_experts]
-    headline = f"{known.model} by {known.by}; candidates in their layers: {', '.join(found) or 'none'}"
+    """Where the experts to protect stand, and a table of the lowest and highest of each layer."""
+    found = [
+        f"{one['name']} ({one['verdict']}; {one['place']} of {one['of']} from below)" for one in known.super_experts
+    ]
+    headline = f"{known.model} by {known.by}; to protect, in their layers: {', '.join(found) or 'none'}"
     console.print(headline, style="bold", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("layer", "lowest", "median", "highest"):

@@ -40,7 +40,8 @@ from sedetect.stats.model import UNCHECKED, ModelStats, opened, same_model
 from sedetect.stats.place import BankId, Place
 
 MAX_FILE = "2GB"
-_FACTS = ("model", "digest", "by", "ratio", "tokens", "super_experts", "protected", "unseen")  # of sedetect prune
+# of sedetect prune
+_FACTS = ("model", "digest", "by", "ratio", "tokens", "super_experts", "unproved", "protected", "unseen")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,

@@ -98,7 +98,7 @@ class Saliencies(Document):
 
     model, digest, dtype, tokens, sequences    as in the statistics' header
     by                 name of the saliency
-    super_experts      experts to protect (Ranking.found): name, and their place (1 is the lowest) of so many
+    super_experts      experts to protect (Ranking.found): name, verdict, and their place (1 is the lowest) of so many
                        (of) in their layer by this saliency
     layers             per routed bank, in order: bank ("decoder.1.routed"), module, top_k, values (E numbers by expert,
                        null for unknown), rows (E integers), ascending (experts, lowest saliency first)
@@ -127,10 +127,11 @@ def saliency_document(stats: ModelStats, by: str, ranking: Ranking) -> Saliencie
     header = stats.header
     values_of = saliency(stats, by)
     found = []
-    for place in found_places(ranking):
-        values = values_of.get(place.bank)
+    for expert in ranking.found:
+        values = values_of.get(expert.bank)
         if values is not None:  # shared experts are not ranked
-            found.append({"name": str(place), "place": ascending(values).index(place.number) + 1, "of": len(values)})
+            place = ascending(values).index(expert.number) + 1
+            found.append({"name": str(expert), "verdict": expert.verdict, "place": place, "of": len(values)})
     layers = []
     for bank, values in values_of.items():
         known = header.banks[str(bank)]

@@ -88,14 +88,14 @@ def copy(small, tmp_path) -> Path:
 def test_finds_the_super_expert(profiled):
     code, out, err = profiled[0]
     assert code == 0 and err == ""
-    assert out.startswith("1 super expert: L1E28 (|y| 12")
-    value, _, _, channel, position, *rest = row(out, "L1E28")[1:]
+    assert out.startswith("2 candidates: L1E28 (|y| 12")
+    value, _, channel, position, *rest = row(out, "L1E28")[1:]
     assert float(value) == pytest.approx(1262, rel=0.01)
-    assert (channel, position, rest) == ("101", "0", ["'<|bos|>'", "yes", "super"])
-    value, _, _, channel, position, *rest = row(out, "L9E7")[1:]
+    assert (channel, position, rest) == ("101", "0", ["'<|bos|>'", "yes", "yes", "candidate"])
+    value, _, channel, position, *rest = row(out, "L9E7")[1:]
     assert float(value) == pytest.approx(1088, rel=0.01)
-    assert (channel, position, rest) == ("159", "0", ["'<|bos|>'", "no", "outlier"])
-    assert f"each domain alone ({', '.join(DOMAINS)}): L1E28\n" in out
+    assert (channel, position, rest) == ("159", "0", ["'<|bos|>'", "late", "yes", "candidate"])
+    assert f"each domain alone ({', '.join(DOMAINS)}): L1E28, L9E7\n" in out
 
 
 def test_says_what_was_run(profiled):
@@ -135,10 +135,11 @@ def test_ranking_document(profiled):
         assert set(expert) == {"name", "token"} | {field.name for field in fields(SuperExpert)}
     wanted = {
         "name": "L1E28", "stack": "decoder", "layer": 1, "kind": "routed", "expert": 28, "value": document["maximum"],
-        "channel": 101, "position": 0, "token_id": 0, "token": "<|bos|>", "signature": True, "verdict": "super",
+        "channel": 101, "position": 0, "token_id": 0, "token": "<|bos|>", "signature": True, "late": False,
+        "verdict": "candidate", "reason": None,
     }  # fmt: skip
     assert {key: found[key] for key in wanted} == wanted
-    assert (late["name"], late["verdict"], late["token"]) == ("L9E7", "outlier", "<|bos|>")
+    assert (late["name"], late["late"], late["verdict"], late["token"]) == ("L9E7", True, "candidate", "<|bos|>")
 
 
 def test_domains_merge_to_the_whole(profiled, tmp_path):
@@ -151,7 +152,7 @@ def test_domains_merge_to_the_whole(profiled, tmp_path):
     for order in (parts, parts[::-1]):
         code, out, err = run("merge", *order, "-o", tmp_path / "merged.safetensors")
         assert code == 0 and err == "" and f"4,096 tokens in 8 sequences, backend {BACKEND}" in out
-        assert row(out, "L1E28")[-1] == "super"
+        assert row(out, "L1E28")[-1] == "candidate"
         merged = ModelStats.load(tmp_path / "merged.safetensors")
         assert merged.header.to_json() == whole.header.to_json() and merged.banks.keys() == whole.banks.keys()
         assert all(state.equal(whole.banks[bank]) for bank, state in merged.banks.items())
@@ -162,14 +163,14 @@ def test_same_as_the_library(small, small_stats):
     assert_same(result.stats, ModelStats.load(small_stats))
 
 
-def test_no_super_expert_in_a_random_model(small, small_stats):
+def test_no_candidate_in_a_random_model(small, small_stats):
     code, out, err = run("profile", small, *SMALL)
     assert code == 0 and err == ""
-    assert out.startswith("no super expert: the rule names 1 of 16 because it always names someone")
+    assert out.startswith("no candidate: the rule names 1 of 16 because it always names someone")
     assert "written to" not in out
     document = ranked(small_stats.with_name("super_experts.json"))
-    assert [expert["verdict"] for expert in document["super_experts"]] == ["unsupported"]
-    assert row(out, document["super_experts"][0]["name"])[-1] == "unsupported"
+    assert [expert["verdict"] for expert in document["super_experts"]] == [None]
+    assert row(out, document["super_experts"][0]["name"])[-1] == "-"
     assert f"each domain alone ({', '.join(DOMAINS)}): none\n" in out
 
 
@@ -242,8 +243,8 @@ def test_nonfinite_weight(tmp_path, value):
     code, text, err = run("profile", model, "-o", out, "--tokens", 1024, "--seq-len", 128)
     assert code == 0 and err == ""
     headline = text.splitlines()[0]
-    assert headline.startswith("1 super expert: L1E28") and headline.endswith("; non-finite values from L3E5 on")
-    assert row(text, "L1E28")[-1] == "super"
+    assert headline.startswith("1 candidate: L1E28") and headline.endswith("; non-finite values from L3E5 on")
+    assert row(text, "L1E28")[-1] == "candidate"
     document = ranked(out / "super_experts.json")
     assert document["nonfinite"][0] == "L3E5" and all(int(name[1]) > 3 for name in document["nonfinite"][1:])
     assert document["population"] == 256 - sum(int(name[1]) < 8 for name in document["nonfinite"])
@@ -266,18 +267,18 @@ def test_rank_is_what_profile_printed(profiled):
     assert code == 0 and err == "" and printed.splitlines()[0] in out.splitlines()
     for name in ("L1E28", "L9E7"):
         wanted = row(printed, name)
-        wanted[6] = "#0"  # a statistics file has no tokenizer: the token's id
+        wanted[5] = "#0"  # a statistics file has no tokenizer: the token's id
         assert row(out, name) == wanted
 
 
 @pytest.mark.parametrize(
     "options, verdicts",
     [
-        (["--layers", 1], {"L1E28": ("yes", "super"), "L9E7": ("yes", "super")}),
-        (["--layers", 0.1], {"L1E28": ("no", "outlier"), "L9E7": ("no", "outlier")}),
-        (["--fraction", 0.9], {"L1E28": ("yes", "super")}),
-        (["--percentile", 0, "--fraction", 0.8], {"L1E28": ("yes", "super"), "L9E7": ("no", "outlier")}),
-        (["--compat", "published-tool"], {"L1E28": ("yes", "super"), "L9E7": ("no", "outlier")}),
+        (["--layers", 1], {"L1E28": ("yes", "candidate"), "L9E7": ("yes", "candidate")}),
+        (["--layers", 0.1], {"L1E28": ("late", "candidate"), "L9E7": ("late", "candidate")}),
+        (["--fraction", 0.9], {"L1E28": ("yes", "candidate")}),
+        (["--percentile", 0, "--fraction", 0.8], {"L1E28": ("yes", "candidate"), "L9E7": ("late", "candidate")}),
+        (["--compat", "published-tool"], {"L1E28": ("yes", "candidate"), "L9E7": ("late", "candidate")}),
     ],
 )
 def test_rank_under_other_thresholds(profiled, tmp_path, options, verdicts):
@@ -286,11 +287,11 @@ def test_rank_under_other_thresholds(profiled, tmp_path, options, verdicts):
     for name in ("L1E28", "L9E7"):
         assert (name in verdicts) == (f" {name} " in out)
     for name, wanted in verdicts.items():
-        assert tuple(row(out, name)[-2:]) == wanted
+        assert tuple(row(out, name)[-3::2]) == wanted
     document = ranked(tmp_path / "new" / "ranking.json")
     for key in ("super_experts", "others"):
         for expert in document[key]:
-            named = "yes" if key == "super_experts" else "no"
+            named = "yes" if key == "super_experts" else "late" if expert["late"] else "no"
             assert expert["token"] is None
             assert expert["name"] not in verdicts or verdicts[expert["name"]] == (named, expert["verdict"])
     for option, value in zip(options[::2], options[1::2]):
@@ -664,7 +665,7 @@ def test_ctrl_c_at_a_terminal(tmp_path):
         assert stats.banks[BankId("decoder", layer, "routed")].rows.sum() == tokens * TOP_K
     seen = re.sub(r"\x1b\[[\d;]*m", "", seen)  # without colours
     assert f"interrupted after {tokens:,} of 32,768 tokens; saved to {tmp_path / 'out'}" in seen
-    assert out.startswith("1 super expert: L1E28") and f"{tokens:,} tokens in" in out
+    assert out.startswith("2 candidates: L1E28") and f"{tokens:,} tokens in" in out
     assert ranked(tmp_path / "out" / "super_experts.json")["super_experts"][0]["name"] == "L1E28"
 
 

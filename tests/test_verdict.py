@@ -1,4 +1,4 @@
-"""Verdicts from the command line: with the residual stream as evidence, and "none" where there is no super expert."""
+"""Verdicts from the command line: with the residual stream as evidence, and "none" where there is no candidate."""
 
 import json
 import shutil
@@ -35,8 +35,8 @@ def test_profile_judges_by_the_residual_stream(observed):
     document = ranked(folder / "super_experts.json")
     assert document["criteria"]["residual"] is True
     (found,), (late,) = document["super_experts"], document["others"]
-    assert (found["name"], found["carried"], found["verdict"]) == ("L1E28", True, "super")
-    assert (late["name"], late["carried"], late["verdict"]) == ("L9E7", False, "outlier")
+    assert (found["name"], found["carried"], found["verdict"]) == ("L1E28", True, "candidate")
+    assert (late["name"], late["carried"], late["verdict"]) == ("L9E7", False, "candidate")
     lines = out.splitlines()
     (mine,) = [line for line in lines if line.startswith("L1E28: ")]
     assert mine.endswith("; writes 100% of a massive activation in channel 101, carried to L9")
@@ -44,7 +44,12 @@ def test_profile_judges_by_the_residual_stream(observed):
     assert f"mean routing weight {found['first_gate']:.2g} and {found['rest_gate']:.2g}" in mine
     (other,) = [line for line in lines if line.startswith("L9E7: ")]
     assert other.endswith("; writes no massive activation that later layers carry")
-    assert "massive activations form in L1, written by L1E28 (4 sequences observed)" in lines
+    assert (row(out, "L1E28")[-4:], row(out, "L9E7")[-4:]) == (
+        ["yes", "yes", "yes", "candidate"],
+        ["late", "yes", "no", "candidate"],
+    )
+    at = lines.index("massive activations form in L1, written by L1E28 (4 sequences observed)")
+    assert lines[at + 1] == Residual.load(folder).sinks_line and lines[at + 1].startswith("attention sinks: ")
     assert Residual.load(folder) == Residual.load(folder / "residual.json")
 
 
@@ -52,13 +57,14 @@ def test_rank_takes_what_the_folder_holds(observed, tmp_path):
     folder = observed[1]
     for source in ([folder], [folder / "stats.safetensors", "--residual", folder / "residual.json"]):
         out = run("rank", *source, "--layers", 1).out
-        assert (row(out, "L1E28")[-1], row(out, "L9E7")[-1]) == ("super", "outlier")
+        assert (row(out, "L1E28")[-2:], row(out, "L9E7")[-2:]) == (["yes", "candidate"], ["no", "candidate"])
         out = run("rank", *source, "--layers", "data", "-o", tmp_path / "ranking.json").out
-        assert out.startswith("1 super expert: L1E28 ")
+        assert out.startswith("2 candidates: L1E28 ")
         document = ranked(tmp_path / "ranking.json")
         assert document["population"] == 256 and document["criteria"]["layers"] == "data"
     out = run("rank", folder / "stats.safetensors", "--layers", 1).out
-    assert (row(out, "L1E28")[-1], row(out, "L9E7")[-1]) == ("super", "super") and "writes" not in out
+    assert row(out, "L1E28")[-2:] == row(out, "L9E7")[-2:] == ["yes", "candidate"]  # as first tokens have it
+    assert "carried" not in out and "writes" not in out
 
 
 def test_residual_refusals(observed, tmp_path):
@@ -86,26 +92,29 @@ def test_residual_refusals(observed, tmp_path):
 def test_a_random_model_has_none(tmp_path):
     model = put_model(tmp_path / "random")
     code, out, err = run("profile", model, *SMALL, "--residual", 2)
-    assert code == 0 and err == "" and out.startswith("no super expert: ")
+    assert code == 0 and err == "" and out.startswith("no candidate: ")
     assert "no massive activation that a later layer carries (2 sequences observed)" in out
     code, out, err = run("ablate", model, *SMALL, "-o", tmp_path / "out")
-    assert code == 0 and err == "" and out.startswith("--experts super: no super expert: ")
+    assert code == 0 and err == "" and out.startswith("--experts candidates: no candidate: ")
     assert "nothing to switch off" in out and not (tmp_path / "out").exists()
 
 
-def test_tiny_moe_without_its_super_expert_has_none(tmp_path):
-    """Its down_proj zeroed in the file: nothing else stands out inside L, and nothing massive is left to carry."""
+def test_tiny_moe_without_its_super_expert(tmp_path):
+    """Its down_proj zeroed in the file: nothing stands out, and nothing massive is left to carry. What feeds it is the
+    largest on BOS then, a candidate by that sign alone."""
     model = Path(shutil.copytree(TINY, tmp_path / "model"))
     weight = "model.layers.1.mlp.experts.28.down_proj.weight"
     shard = model / json.loads((model / INDEX).read_text())["weight_map"][weight]
     tensors = load_file(shard)
     save_file(tensors | {weight: torch.zeros_like(tensors[weight])}, shard, {"format": "pt"})
     code, out, err = run("profile", model, "-o", tmp_path / "out", *TEXT, "--residual", 4)
-    assert code == 0 and err == "" and out.startswith("no super expert: ")
+    assert code == 0 and err == "" and out.startswith("1 candidate: L0E24 (|y| 26")
+    assert out.splitlines()[0].endswith("; no attention sinks to speak of")
     document = ranked(tmp_path / "out" / "super_experts.json")
-    assert {expert["verdict"] for expert in document["super_experts"] + document["others"]} == {"unsupported"}
-    assert "L9E7" not in {expert["name"] for expert in document["others"]}  # it fires on the activation that is gone
-    assert "each domain alone (english, chinese, mathematics, code): none" in out
+    judged = {expert["name"]: expert for expert in document["super_experts"] + document["others"]}
+    assert {name for name, one in judged.items() if one["verdict"] is not None} == {"L0E24"}
+    assert judged["L0E24"]["signature"] and judged["L0E24"]["ratio"] < 1.1 and not judged["L0E24"]["carried"]
+    assert "L9E7" not in judged  # it fires on the activation that is gone
     assert Residual.load(tmp_path / "out").forming_layers == []
 
 
@@ -161,12 +170,14 @@ def test_a_draw_is_repeatable():
 
 
 def test_evidence_of_one_token():
-    """No other token to compare with: the signature is not decided, but what first tokens gave is said."""
+    """No other token to compare with, and none is needed: first tokens are compared with each other."""
     model = random_model("qwen3_moe")
     with sedetect.profile(model) as prof:
         model(input_ids=torch.tensor([[5], [6]]))
     (expert, *_) = sedetect.rank(prof.stats, min_value=0, min_ratio=0).super_experts
-    assert expert.signature is None and evidence(expert).startswith(f"{expert}: |y| {expert.first_max:.4g} on first")
+    assert expert.signature and evidence(expert).startswith(
+        f"{expert}: |y| {expert.first_max:.4g} on first tokens, no row on the rest"
+    )
 
 
 def test_evidence_of_what_was_not_observed():

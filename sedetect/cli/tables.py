@@ -42,12 +42,13 @@ def print_ranking(
     if experts:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("expert", no_wrap=True)
-        for name in ("max|y|", "/median", "channel", "pos"):
+        for name in ("max|y|", "/median", "chan", "pos"):
             table.add_column(name, justify="right", no_wrap=True)
-        for name in ("token", "set", "first", "carried", "verdict"):
+        table.add_column("token", overflow="fold")
+        for name in ("set", "first", *(["carried"] if ranking.criteria["residual"] else []), "verdict"):
             table.add_column(name, no_wrap=True)
         for expert in experts[:_SHOWN]:
-            table.add_row(*_cells(expert, tokenizer, expert in ranking.super_experts))
+            table.add_row(*_cells(expert, tokenizer, expert in ranking.super_experts, ranking.criteria["residual"]))
         console.print(table)
         if len(experts) > _SHOWN:
             console.print(f"... and {len(experts) - _SHOWN} more")
@@ -116,7 +117,7 @@ def _line(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _cells(expert: SuperExpert, tokenizer: PreTrainedTokenizerBase | None, named: bool) -> list[str]:
+def _cells(expert: SuperExpert, tokenizer: PreTrainedTokenizerBase | None, named: bool, observed: bool) -> list[str]:
     token = _token(tokenizer, expert.token_id)
     partial = token is None or "\ufffd" in token  # some bytes of a character: the id says more
     shown = "-" if expert.token_id < 0 else f"#{expert.token_id}" if partial else f"{token!r}"
@@ -130,7 +131,7 @@ def _cells(expert: SuperExpert, tokenizer: PreTrainedTokenizerBase | None, named
         escape(shown),
         "yes" if named else "late" if expert.late else "no",
         _SAID[expert.signature],
-        _SAID[expert.carried],
+        *([_SAID[expert.carried]] if observed else []),
         f"[{style}]{expert.verdict or '-'}[/]",
     ]
 

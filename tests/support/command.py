@@ -52,7 +52,8 @@ def refused(result: Result) -> str:
 
 
 def row(out: str, name: str) -> list[str]:
-    """Cells of the table's row on an expert: name, max|y|, /median, /next, channel, pos, token, in set, verdict."""
+    """Cells of the table's row on an expert: name, max|y|, /median, chan, pos, token, set, first, carried where
+    the residual stream was observed, verdict."""
     (line,) = [line.strip() for line in out.splitlines() if line.strip().startswith(f"{name} ")]
     return re.split(r"\s{2,}", line)
 

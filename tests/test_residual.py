@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.command import refused, run
+from support.families import FAMILIES, tiny_model
 from support.models import CONFIGS, TINY, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -23,11 +24,12 @@ from sedetect.experiments.ablation import ablate
 from sedetect.experiments.residual_stream import Residual, Writer, observe_residual, sink_decay
 from sedetect.models.banks import find_banks
 from sedetect.models.experts import expert_hidden
-from sedetect.models.layers import attention_blocks, decoder_layers
+from sedetect.models.layers import attention_blocks, decoder_layers, sink_substitutes
 from sedetect.profiling.pipeline import profile_model
 from sedetect.profiling.profiler import profile
 from sedetect.ranking.rule import rank
 from sedetect.stats.place import parse_place
+from sedetect.stats.residual import SINK_MASS
 
 SE = parse_place("L1E28")
 
@@ -302,6 +304,57 @@ def test_layers_without_attention_weights():
     assert Residual.from_dict(json.loads(json.dumps(residual.to_dict(), allow_nan=False))) == residual
 
 
+def test_sinks_beside_uniform_attention(residual, without):
+    """The bound is SINK_MASS above what attention to all tokens alike gives the first one, at any length."""
+    uniform = sum(1 / (query + 1) for query in range(128, 512)) / 384
+    assert residual.uniform == without.uniform == pytest.approx(uniform)
+    assert residual.best_head == max(max(layer.sinks) for layer in residual.layers) > residual.sink_mean
+    assert (residual.has_sinks, without.has_sinks) == (True, False)
+    said = f"{residual.sink_mean:.1%} of the attention on the first token, {residual.best_head:.0%} in the best head; "
+    assert residual.sinks_line == f"attention sinks: {said}uniform attention has {uniform:.1%}"
+    assert without.sinks_line.startswith(f"no attention sinks to speak of: {without.sink_mean:.1%} of the attention")
+    for mass, enough in ((uniform + SINK_MASS + 1e-9, True), (uniform + SINK_MASS - 1e-9, False), (0.0, False)):
+        assert with_sinks(residual, [mass, mass]).has_sinks is enough
+    short = replace(with_sinks(residual, [0.2]), seq_len=8, prefix=1)
+    assert short.uniform == pytest.approx(sum(1 / n for n in range(3, 9)) / 6) and not short.has_sinks
+    assert replace(short, prefix=4).uniform == pytest.approx(sum(1 / n for n in range(5, 9)) / 4)
+    unknown = with_sinks(residual, None)
+    assert (unknown.sink_mean, unknown.best_head, unknown.has_sinks) == (None, None, None)
+    assert unknown.sinks_line == "attention sinks not observed: the model gives no attention weights"
+    gated = replace(without, instead=["learned sinks", "output gates"])
+    assert gated.sinks_line == f"{without.sinks_line}; its attention has learned sinks and output gates"
+
+
+FULL = {"layer_types": ["full_attention"] * 3}  # where a model this small has linear attention alone
+
+
+def with_sinks(residual: Residual, sinks: list[float] | None) -> Residual:
+    return replace(residual, layers=[replace(layer, sinks=sinks) for layer in residual.layers])
+
+
+@pytest.mark.parametrize(
+    "name, config, instead",
+    [
+        ("gpt_oss", {}, ["learned sinks"]),
+        ("mimo_v2_flash", {}, ["learned sinks"]),
+        ("qwen3_next", FULL, ["output gates"]),
+        ("qwen3_5_moe", {"text_config": FULL}, ["output gates"]),
+        ("minimax", {}, ["output gates"]),
+        ("step3p7", {}, ["output gates"]),
+        ("qwen3_moe", {}, []),
+        ("deepseek_v3", {}, []),
+    ],
+)
+def test_what_attention_has_in_place_of_sinks(name, config, instead):
+    family = FAMILIES[name]
+    model = tiny_model(name, replace(family, config=family.config | config))
+    banks = find_banks(model)
+    layers = decoder_layers(model, banks)
+    blocks = [block for n, layer in enumerate(layers) for block in attention_blocks(layer, f"layers.{n}", banks)]
+    assert blocks and sink_substitutes(blocks) == instead
+    assert observe_residual(model, windows_of(torch.randint(3, 96, (1, 12))), prefix=0).instead == instead
+
+
 def test_values_that_are_not_finite_are_counted():
     model = random_model("qwen3_moe")
     with torch.no_grad():
@@ -317,19 +370,22 @@ def test_the_document(residual):
     assert document["forming_layers"] == [1] and document["format"] == "sedetect-residual"
     assert document["formations"][0]["writers"][0]["expert"] == "L1E28"
     assert Residual.from_dict(document | {"ablated": {}}) == residual
+    of_before = {name: value for name, value in document.items() if name != "instead"}
+    assert Residual.from_dict(of_before) == residual, "files of 0.1.0"
 
 
 def test_the_command(tmp_path):
-    arguments = ["--dtype", "float32", "--sequences", "2", "--seq-len", "128", "--tokens", "1024", "--ablate", "super"]
+    arguments = ["--dtype", "float32", "--sequences", "2", "--seq-len", "128", "--tokens", "1024"]
+    arguments += ["--ablate", "candidates"]
     result = CliRunner().invoke(load(), ["analyze", "residual", str(TINY), *arguments, "-o", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "massive activations form in L1, written by L1E28" in result.output
-    assert "without L1E28" in result.output and "D_sink" in result.output
+    assert "without L1E28, L9E7" in result.output and "D_sink" in result.output
     assert all(len(line) <= 80 for line in result.output.splitlines() if line.startswith(" "))
     document = json.loads((tmp_path / "residual.json").read_text(encoding="utf-8"))
     before, after = Residual.from_dict(document), Residual.from_dict(document["ablated"]["residual"])
     assert before.forming_layers == [1] and after.forming_layers == []
-    assert document["ablated"]["experts"] == ["L1E28"]
+    assert document["ablated"]["experts"] == ["L1E28", "L9E7"]
     assert document["ablated"]["sink_decay"] == pytest.approx(sink_decay(before, after))
 
 
@@ -344,7 +400,7 @@ def test_the_command_refuses(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_the_residual_stream_tells_a_late_outlier_apart(tiny, residual, without):
+def test_the_residual_stream_tells_a_late_candidate_apart(tiny, residual, without):
     """L9E7 has the value and the first-token signature of a super expert; no later layer carries what it writes."""
     stats = profile_model(
         tiny, text=Text(tokens=2048, seq_len=256), tokenizer=AutoTokenizer.from_pretrained(TINY)
@@ -352,19 +408,21 @@ def test_the_residual_stream_tells_a_late_outlier_apart(tiny, residual, without)
     everywhere = {"layers": 1.0, "percentile": 95, "fraction": 0.01}
     judged = {str(e): e for e in rank(stats, **everywhere, residual=residual).super_experts}
     unjudged = {str(e): e for e in rank(stats, **everywhere).super_experts}
-    assert unjudged["L9E7"].verdict == "super" and unjudged["L9E7"].carried is None
-    assert judged["L9E7"].verdict == "outlier" and judged["L9E7"].carried is False
-    assert judged["L1E28"].verdict == unjudged["L1E28"].verdict == "super" and judged["L1E28"].carried
+    assert (unjudged["L9E7"].carried, unjudged["L9E7"].verdict) == (None, "candidate")
+    assert (judged["L9E7"].carried, judged["L9E7"].verdict) == (False, "candidate")
+    assert (judged["L1E28"].carried, judged["L1E28"].verdict) == (True, "candidate")
+    assert unjudged["L1E28"].verdict == "candidate"
     by_data = rank(stats, layers="data", residual=residual, percentile=90)
     assert [str(e) for e in by_data.super_experts] == ["L1E28"] and by_data.population == 256
     assert by_data.threshold == rank(stats).threshold and "the set is of the layers" in " ".join(by_data.notes)
     carried = replace(residual, formations=[replace(f, carried_to=f.layer + 1) for f in residual.formations])
     late = rank(stats, layers="data", residual=carried, fraction=0.05)  # L9 forms and carries: A reaches to it
     assert {str(e) for e in late.super_experts} == {"L1E28", "L9E7"} and late.population == 320
-    # a residual without massive activations forms no layer set, and supports nobody
+    # a residual without massive activations forms no layer set
     nothing = rank(stats, layers="data", residual=without)
-    assert nothing.super_experts == [] and "no layer forms a massive activation" in nothing.headline
-    assert not rank(stats, residual=without).found
-    assert rank(stats, residual=without).headline.endswith("writes nothing later layers carry")
+    assert nothing.super_experts == [] and [str(e) for e in nothing.found] == ["L1E28", "L9E7"]
+    silent = rank(stats, residual=without)  # a sign less, and the others stay
+    assert [(str(e), e.carried) for e in silent.found] == [("L1E28", False), ("L9E7", False)]
+    assert silent.headline.startswith("2 candidates: ") and silent.headline.endswith("; no attention sinks to speak of")
     with pytest.raises(SedetectError, match="layers 'data' needs"):
         rank(stats, layers="data")

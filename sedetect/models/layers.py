@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 # Children of a decoder layer that mix tokens, unless they hold experts.
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "linear_attn", "mamba", "conv", "mixer")
-_GATED = re.compile(
-    r"attn_output(\.float\(\))? \* torch\.sigmoid\(|sigmoid\(\w+\) \* attn_output|\boutput \* torch\.sigmoid\(gate"
-)
+_GATED = re.compile(r"output\S* \* (torch\.sigmoid\(|\w*gate)|sigmoid\(.*\) \* attn_output")
 
 
 def decoder_layers(model: nn.Module, banks: list[Bank]) -> nn.ModuleList:

@@ -40,7 +40,7 @@ FORMED = Formation(
     4,
     Writer(EXPERT, 0.6, 0.3),
 )
-RESIDUAL = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [FORMED], 1, ["a note"])
+RESIDUAL = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [FORMED], 1, ["a note"], ["output gates"])
 WITHOUT = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [], 0)
 EFFECT = Effect(0.125, -1.0, math.inf, 3)
 GROUP = Group(3, 4, None, 900.0, 0.5)
@@ -58,7 +58,8 @@ SAMPLES = {
     Proof: Proof("m", "d", 1536, 3, 0.03, 0.05, 0.07, None, 900.0, 0.003, [
         Verdict("L1E28", "proved", "why", EFFECT, EFFECT, 3, 2, ["L3E2"], [Feeder("L0E24", 0.1)]),
         Verdict("L9E7", "undecided", "why", None, None, 0, 0),
-    ], [Switching("all", ["L1E28"], EFFECT, 0.02, 90.0)], [Switching("control 1", [], EFFECT)], 1.5, ["a note"]),
+    ], [Switching("all", ["L1E28"], EFFECT, 0.02, 90.0)], [Switching("control 1", [], EFFECT)], 1.5, "no sinks",
+                 ["a note"]),
     Pruning: Pruning({"model": "m", "ratio": 0.25}, {BankId("decoder", 1, "routed"): [0, 2, 28]}),
     Finished: Finished(3, 1.25, {"batch size": 2, "domains": ["code"]}),
 }  # fmt: skip

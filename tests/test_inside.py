@@ -59,8 +59,8 @@ def test_what_they_print(folder, results):
     out, printed = folder
     for kind, text in printed.items():
         assert text.startswith(f"tiny-moe: {kind}\n")
-        assert "L1E28 (super) among the 32 routed experts of its layer" in text
-        assert "L9E7 (outlier) among" in text
+        assert "L1E28 (candidate) among the 32 routed experts of its layer" in text
+        assert "L9E7 (candidate) among" in text
         assert f"written to {out / f'{kind}-analysis.safetensors'}" in text
         assert [row.split()[0] for row in text.splitlines() if re.match(r" L\d ", row)] == ["L1", "L9"]
     found = summarize(results["weights"].layers[ONE])
@@ -75,7 +75,7 @@ def test_what_they_print(folder, results):
 
 
 def test_tables(results, marked):
-    assert marked == {"L1E28": "super", "L9E7": "outlier"}
+    assert marked == dict.fromkeys(("L1E28", "L9E7"), "candidate")
     for result in results.values():
         cells = layers_table(result)
         assert [row[0] for row in cells.rows] == ["L1", "L9"] and {len(row) for row in cells.rows} == {
@@ -89,21 +89,24 @@ def test_tables(results, marked):
     assert rows["largest of down"] == [f"{float(peaks[28]):.3g}", f"{float(peaks.double().quantile(0.5)):.3g}", "1"]
 
 
-def test_every_picture_marks_the_super_expert(results, marked):
+def test_every_picture_marks_the_candidates(results, marked):
     for result in results.values():
         names = set()
         for picture in pictures_of(result, marked, page=False):
             assert picture.name not in names and any(picture.data.values())
             names.add(picture.name)
             if picture.form == "lines":
-                assert picture.data[f"{picture.name}-marks"] == [{"row": "L1", "expert": "L1E28"}]
+                assert picture.data[f"{picture.name}-marks"] == [
+                    {"row": "L1", "expert": "L1E28"},
+                    {"row": "L9", "expert": "L9E7"},
+                ]
             elif "-L1-" in picture.name and "ranks" not in picture.name:
-                assert picture.marked["28"] == "super"
+                assert picture.marked["28"] == "candidate"
         assert len(names) > 6
         for page in (False, True):
             pictures = pictures_of(result, marked, page=page)
             for chart in Inside(pictures, page=page).all():
-                colour = "var(--super)" if page else LIGHT["super"]
+                colour = "var(--candidate)" if page else LIGHT["candidate"]
                 if ("-L1-" in chart.name and "ranks" not in chart.name) or chart.name == "routing-load":
                     assert colour in json.dumps(chart.spec), chart.name
 
@@ -127,7 +130,7 @@ def test_only_experts_are_marked(results, marked):
     for name, rows in (("outputs-L1-token-0-states", 0), ("outputs-L1-text-norms", 0), ("outputs-L1-cosine", 1)):
         axes = charts[name]["layer"][0]["encoding"]
         assert ("labelColor" in axes["x"]["axis"], "labelColor" in axes["y"]["axis"]) == (True, bool(rows))
-        bands = [layer for layer in charts[name]["layer"][1:] if layer["mark"]["stroke"] == LIGHT["super"]]
+        bands = [layer for layer in charts[name]["layer"][1:] if layer["mark"]["stroke"] == LIGHT["candidate"]]
         assert len(bands) == 1 + rows
 
 
@@ -185,7 +188,7 @@ def test_pictures_draw_the_arrays(results, marked):
         assert (record["x"], record["y"]) == pytest.approx(tuple(score[:2].tolist()), rel=1e-3)
     load = {(r["y"], r["x"]): r for r in pictures["routing-load"].data["routing-load"]}
     assert len(load) == 64 and {at: r["verdict"] for at, r in load.items() if r["verdict"] != "other"} == {
-        ("L1", "28"): "super", ("L9", "7"): "outlier",
+        ("L1", "28"): "candidate", ("L9", "7"): "candidate",
     }  # fmt: skip
     shares = arrays["routing"]["load"].sum(0) / arrays["routing"]["tokens"].sum()
     assert [load["L1", str(e)]["value"] for e in range(32)] == pytest.approx(shares.tolist(), rel=1e-3)
@@ -201,7 +204,7 @@ def test_figures_and_report(folder, tmp_path):
     assert code == 0, err
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "Inside the layers" in page.text and "The experts' outputs" in page.text
-    assert "L1E28 (super) among the 32 routed experts" in page.text and page.loads == []
+    assert "L1E28 (candidate) among the 32 routed experts" in page.text and page.loads == []
     drawn = payload(page)
     charts = [name for name in drawn["charts"] if name.partition("-")[0] in KINDS]
     assert {f"chart-{name}" for name in charts} <= set(page.ids)

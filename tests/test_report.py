@@ -152,8 +152,8 @@ def test_every_expert_has_its_row(stats):
     assert [row.place for row in by_place] == list(range(1, 321))
     assert [row.value for row in by_place] == sorted((row.value for row in rows.values()), reverse=True)
     assert {name: row.verdict for name, row in rows.items() if row.verdict != "other"} == {
-        "L1E28": "super",
-        "L9E7": "outlier",
+        "L1E28": "candidate",
+        "L9E7": "candidate",
     }
 
 
@@ -199,7 +199,7 @@ def test_what_the_charts_draw(tiny_profile, stats):
     values = sorted(v for b, s in stats.banks.items() if b.layer < 8 for v in s.out_max.tolist())
     assert tests["99.5th percentile of the population"] == pytest.approx(float(np.percentile(values, 99.5)))
     assert tests["0.1 of its maximum"] == max(values) / 10 == ranking.threshold
-    assert tests["least |y| of a super expert"] == 50
+    assert tests["least |y| of what stands out"] == 50
     for record in data["experts"]:
         state = stats.banks[BankId("decoder", int(record["row"][1:]), "routed")]
         e = int(record["column"])
@@ -283,9 +283,7 @@ def test_contexts_are_where_the_token_stands(tiny_profile, stats):
 def test_a_profile_alone_gives_a_page(tiny_profile, tmp_path):
     code, out, _ = run("report", tiny_profile, "-o", tmp_path / "some" / "page.html")
     assert (
-        code == 0
-        and out.startswith("1 super expert: L1E28")
-        and [p.name for p in tmp_path.rglob("*.*")] == ["page.html"]
+        code == 0 and out.startswith("2 candidates: L1E28") and [p.name for p in tmp_path.rglob("*.*")] == ["page.html"]
     )
     page = Page((tmp_path / "some" / "page.html").read_text())
     assert [i.removeprefix("chart-") for i in page.ids if i.startswith("chart-")] == OF_A_PROFILE
@@ -294,7 +292,7 @@ def test_a_profile_alone_gives_a_page(tiny_profile, tmp_path):
     order = [page.ids.index(i) for i in ("experts", "chart-heatmap", "evidence", "chart-tail", "details", "run")]
     assert order == sorted(order)
     for shown in (
-        "1 super expert: L1E28",
+        "2 candidates: L1E28",
         "L9E7",
         "model.layers.1.mlp.experts",
         "2,048 tokens in 16 sequences",
@@ -355,7 +353,7 @@ def test_figures(full):
     for file in files:
         assert (folder / "figures" / file).read_bytes().startswith(magic[file.rpartition(".")[2]])
     drawn = (folder / "figures" / "heatmap.svg").read_text()
-    assert "L1E28" in drawn and "var(--" not in drawn and LIGHT["super"] in drawn
+    assert "L1E28" in drawn and "var(--" not in drawn and LIGHT["candidate"] in drawn
 
 
 def test_nothing_of_the_page_is_elsewhere(full):
@@ -501,7 +499,7 @@ def test_shared_and_unseen_experts_in_a_browser(tmp_path, opened):
         pass
     write_report(Evidence(prof.stats, sedetect.rank(prof.stats)), tmp_path / "none.html")
     page, events = opened(tmp_path / "none.html")
-    assert "no super expert: none of the" in page.locator(".verdict").inner_text() and events == []
+    assert "no candidate: none of the" in page.locator(".verdict").inner_text() and events == []
 
 
 def rgb(colour: str) -> str:
@@ -520,7 +518,7 @@ def test_light_dark_and_print(full, opened, scheme, colours):
         return ground, marks
 
     def wanted(of):
-        return rgb(of["paper"]), rgb(of["super"])
+        return rgb(of["paper"]), rgb(of["candidate"])
 
     assert seen() == wanted(colours)
     page.emulate_media(media="print", color_scheme=scheme)

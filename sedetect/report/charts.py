@@ -199,7 +199,7 @@ class Charts(Drawing):
         return self.chart("kurtosis", text, chart, 220)
 
     def _with_names(self, chart: alt.LayerChart, field: str) -> alt.LayerChart | alt.FacetChart:
-        """The chart, and in it super experts and outliers by name where they stand."""
+        """The chart, and in it the experts with a verdict by name where they stand."""
         if not {record["verdict"] for record in self.data["experts"]} & set(VERDICTS[:-1]):
             return chart
         base = self.on("experts").transform_filter(f"datum.verdict != '{OTHER}'")

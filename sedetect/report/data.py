@@ -80,7 +80,7 @@ def _thresholds(ranking: Ranking) -> Records:
     lines = {
         f"{criteria['percentile']:g}th percentile of the population": ranking.percentile_value,
         f"{criteria['fraction']:g} of its maximum": ranking.threshold,
-        "least |y| of a super expert": criteria["min_value"],
+        "least |y| of what stands out": criteria["min_value"],
     }
     return [{"test": name, "value": value} for name, value in lines.items() if value > 0]
 

@@ -20,6 +20,7 @@ def residual_section(evidence: Evidence) -> dict[str, Any]:
     text = f"Massive activations form in {forming}" if forming else "No massive activation that a later layer carries"
     writers = ", ".join(sorted(map(str, residual.writers())))
     text += f", written by {writers}." if writers else "."
+    text += f" {residual.sinks_line[0].upper()}{residual.sinks_line[1:]}."
     if ablated is not None:
         text += (
             f" Without {', '.join(evidence.ablated_experts)} the largest |x| between the first and the last layer "

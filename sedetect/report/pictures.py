@@ -50,8 +50,8 @@ class Picture:
 
 
 def pictures_of(result: Analysis, marked: dict[str, str], *, page: bool) -> list[Picture]:
-    """The pictures of an analysis; for a page, those of all layers together, and of the first layer with a super expert
-    (or the first), as far as they are small enough. marked: name -> verdict."""
+    """The pictures of an analysis; for a page, those of all layers together, and of the first layer with an expert to
+    protect (or the first), as far as they are small enough. marked: name -> verdict."""
     whole = {"weights": _weights, "outputs": _outputs, "routing": _routing}[result.kind]
     found = [picture for picture in whole(result, marked) if picture.data[picture.name]]
     of_layer = {"weights": _weights_of, "outputs": _outputs_of, "routing": _routing_of}[result.kind]

@@ -32,6 +32,7 @@ from .profiling.pipeline import ModelProfile as ModelProfile
 from .profiling.pipeline import profile_model as profile_model
 from .profiling.profiler import Profile as Profile
 from .profiling.profiler import profile as profile
+from .profiling.proving import Proving as Proving
 from .profiling.walk import locate as locate
 from .ranking.comparison import compare as compare
 from .ranking.result import Ranking as Ranking

@@ -1,13 +1,15 @@
 """Proof: intervals, verdicts from made-up evidence, and the checkpoint whose super expert is known."""
 
 import dataclasses
+import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from support.checkpoints import put_model
-from support.command import refused, run
+from support.command import refused, row, run
 from support.models import TINY, random_model
 
 import sedetect
@@ -18,13 +20,16 @@ from sedetect.experiments.chain import find_feeders
 from sedetect.experiments.effects import effect
 from sedetect.experiments.evaluation import window_losses
 from sedetect.experiments.judgment import ALL, Evidence, all_but, alone, judge
-from sedetect.experiments.proof import prove
+from sedetect.experiments.proof import candidates_of, check_names, prove
+from sedetect.experiments.residual_stream import observe_residual
 from sedetect.experiments.switching import Below, WindowWatch, switched_off
 from sedetect.experiments.triggers import Triggers
 from sedetect.models.attach import attach
 from sedetect.models.banks import find_banks
 from sedetect.models.layers import decoder_layers
-from sedetect.models.loading import open_model
+from sedetect.models.loading import load_tokenizer, open_model
+from sedetect.profiling import pipeline, proving
+from sedetect.profiling.proving import Proving
 from sedetect.stats.place import Place, parse_place
 from sedetect.stats.proof import Proof
 
@@ -76,6 +81,10 @@ class Seen:
     sink_mean: float | None
     inner_max: float
 
+    @property
+    def has_sinks(self) -> bool | None:
+        return None if self.sink_mean is None else self.sink_mean > 0.033
+
 
 SINKS = Seen(0.07, 1000)
 
@@ -93,7 +102,6 @@ def verdict(changes, fired, place, plain=SINKS, falls=(), controls=((0.0, 0.001)
         [sample(*control) for control in controls],
         plain,
         {label: Seen(plain.sink_mean, 10.0) if label in falls else plain for label in changes},
-        0.003,
     )
     return judge(place, fired, evidence, smallest=0.03, level=0.05 / len(fired), triggers=9, firsts=9)
 
@@ -219,8 +227,12 @@ def test_of_two_outliers_one_is_proved(proof):
     assert [feeder.expert for feeder in one.feeders] == ["L0E24"] and one.feeders[0].left < 0.1
     assert {feeder.expert for feeder in late.feeders} == {"L0E24", "L1E28"}
     assert proof.sink_mean > 10 * proof.uniform and proof.controls and max(c.effect.high for c in proof.controls) < 0.01
-    off = next(run for run in proof.runs if run.label == "L1E28 alone")
-    assert off.sink_mean < proof.sink_mean / 2 and off.residual_max < proof.residual_max / 2
+    runs = {run.label: run for run in proof.runs}
+    assert list(runs) == ["all", "L1E28 alone", "L9E7 alone", "all, at every token"]
+    for label in ("all", "L1E28 alone", "all, at every token"):
+        assert runs[label].sink_mean < proof.sink_mean / 2 and runs[label].residual_max < proof.residual_max / 2
+    assert runs["L9E7 alone"].residual_max == pytest.approx(proof.residual_max, rel=0.01)
+    assert proof.sinks.startswith(f"attention sinks: {proof.sink_mean:.1%} of the attention")
 
 
 def test_read_back(proof, tmp_path):
@@ -261,6 +273,103 @@ def test_an_expert_of_the_first_layer_has_no_feeder(subject):
 def test_numbers_out_of_range(subject, how, told):
     with pytest.raises(SedetectError, match=told):
         prove(*subject, {A: 1.0}, prefix=1, **how)
+
+
+@pytest.mark.slow
+def test_profile_proves(tmp_path, monkeypatch):
+    """By default settings but for the amount of text; rank and export follow the folder."""
+    monkeypatch.setattr(proving, "Proving", partial(Proving, tokens=8192))
+    code, out, err = run("profile", TINY, "--prove", "--tokens", 2048, "--seq-len", 256, "-o", tmp_path)
+    assert code == 0 and err == "" and out.startswith("1 super expert, proved: L1E28 (")
+    assert "; 1 refuted: L9E7 (" in out.splitlines()[0]
+    assert [row(out, name)[-4:] for name in ("L1E28", "L9E7")] == [
+        ["yes", "yes", "yes", "proved"],
+        ["late", "yes", "no", "refuted"],
+    ]
+    made = Proof.load(tmp_path)
+    assert made.documents == 32 and [one.expert for one in made.verdicts] == ["L1E28", "L9E7"]
+    for one in made.verdicts:
+        assert f"{one.expert}: {one.level}, {one.reason}; |y| " in out
+    assert "all, at every token" in out and made.sinks in out and "each domain alone" in out
+    assert all(len(line) <= 80 for line in out.splitlines() if line.startswith(" "))
+    document = json.loads((tmp_path / "super_experts.json").read_text())
+    assert document["criteria"]["proof"] and document["headline"] == out.splitlines()[0]
+    assert sedetect.rank(tmp_path).headline == document["headline"]
+    assert "protected: L1E28 (proved), by expert" in run("export", tmp_path, "--to", "json").err
+    assert run("profile", TINY, "--tokens", 1024, "--seq-len", 256, "-o", tmp_path).code == 0
+    assert not (tmp_path / "proof.json").exists(), "of a run that is gone"
+
+
+def test_a_profile_outlives_its_proof(tmp_path, monkeypatch):
+    """What fails is noted, what is stopped is told; the statistics stay. Without a candidate there is no proof."""
+    model = put_model(tmp_path / "model")
+    text = sedetect.Text(tokens=256, seq_len=16)
+    result = pipeline.profile_model(model, text=text, proving=Proving(tokens=256))
+    assert result.proof is None and not result.stats.header.notes
+
+    def fail(*args, **options):
+        raise SedetectError("the text is over")
+
+    monkeypatch.setattr(pipeline, "prove_profile", fail)
+    result = pipeline.profile_model(model, text=text, proving=Proving(tokens=256))
+    assert result.proof is None and result.stats.header.tokens == 256
+    assert [str(note) for note in result.stats.header.notes] == ["nothing was proved: the text is over"]
+
+    def told(*args, progress, **options):
+        progress("L0E0 alone", 0, 3, 1.0)
+
+    monkeypatch.setattr(pipeline, "prove_profile", told)
+    asked = []
+    options = {"text": text, "proving": Proving(), "stop": lambda: bool(asked)}
+    labels = []
+    pipeline.profile_model(model, **options, progress=lambda label, *_: labels.append(label))
+    assert labels[-1] == "L0E0 alone (about 1 s in all)"
+    monkeypatch.setattr(pipeline, "prove_profile", lambda *a, **o: asked.append(1) or told(*a, **o))
+    assert pipeline.profile_model(model, **options).interrupted
+    with pytest.raises(SedetectError, match="proving: needs the whole model"):
+        pipeline.profile_model(model, text=text, proving=Proving(), stream=True)
+    with pytest.raises(SedetectError, match="proving: needs the whole text"):
+        pipeline.profile_model(model, text=text, proving=Proving(), part=(0, 2))
+    with pytest.raises(SedetectError, match="smallest 0: must be above 0"):
+        pipeline.profile_model(model, text=text, proving=Proving(smallest=0))
+
+
+SHORT = sedetect.Text(tokens=2048, seq_len=256)
+
+
+@pytest.fixture(scope="module")
+def observed(subject):
+    model, domains = subject
+    stats = sedetect.profile_model(model, text=SHORT, tokenizer=load_tokenizer(TINY)).stats
+    return stats, observe_residual(model, domains, prefix=1, sequences=1)
+
+
+def test_the_text_of_a_proof_is_not_that_of_the_profile(subject, observed, monkeypatch):
+    stats, residual = observed
+    taken = []
+    monkeypatch.setattr(proving, "prove", lambda model, windows, chosen, **options: taken.append((windows, chosen)))
+    proving.prove_profile(
+        subject[0], load_tokenizer(TINY), None, SHORT, stats, Proving("L0E24", 4096), residual=residual
+    )
+    ((windows, chosen),) = taken
+    assert list(map(str, chosen)) == ["L0E24"] and sum(part.ids.numel() for part in windows.values()) == 4096
+    for part in windows.values():
+        ((start, end),) = stats.header.sources[part.source].ranges
+        assert start < end <= part.numbers.min()
+
+
+def test_named_experts(subject, observed):
+    """Any experts of the statistics, with the values that they have there; else the candidates."""
+    model, (stats, residual) = subject[0], observed
+    assert list(map(str, candidates_of(stats, residual))) == ["L1E28", "L9E7"]
+    named = candidates_of(stats, residual, "L0E24, L9E7")
+    values = {f"L{bank.layer}E{e}": float(v) for bank, s in stats.banks.items() for e, v in enumerate(s.out_max)}
+    assert {str(place): value for place, value in named.items()} == {n: values[n] for n in ("L0E24", "L9E7")}
+    for wrong in ("L10E0", "L1E32", "L1shared"):
+        with pytest.raises(SedetectError, match=f"{wrong}: the statistics have no such expert"):
+            candidates_of(stats, residual, wrong)
+        with pytest.raises(SedetectError, match="has no such expert"):
+            check_names(model, wrong)
 
 
 CUT = ("--tokens", 512, "--seq-len", 32)

@@ -12,6 +12,7 @@ from .place import Weight as Weight
 from .place import parse_place as parse_place
 from .place import parse_target as parse_target
 from .place import place_of as place_of
+from .proof import Proof as Proof
 from .residual import Formation as Formation
 from .residual import LayerResidual as LayerResidual
 from .residual import Residual as Residual

@@ -20,13 +20,13 @@ from sedetect.models.identity import model_digest
 
 def choose(stats: sedetect.ModelStats, out_max: float, min_rows: int) -> tuple[dict[tuple, str], set[tuple]]:
     """The routed experts (bank, number) to keep, with the reason, and the rest."""
-    supers = {(expert.bank, expert.number) for expert in sedetect.rank(stats).found}
+    verdicts = {(expert.bank, expert.number): expert.verdict for expert in sedetect.rank(stats).found}
     keep, rest = {}, set()
     for bank, state in stats.banks.items():
         for e in range(state.num_experts) if bank.routed else ():
-            value, rows, is_super = state.out_max[e].item(), state.rows[e].item(), (bank, e) in supers
-            if is_super or not value <= out_max or rows < min_rows:  # not <=, so that NaN is kept too
-                keep[bank, e] = f"{'super expert, ' if is_super else ''}|y| {value:.5g} over {rows} rows"
+            value, rows, verdict = state.out_max[e].item(), state.rows[e].item(), verdicts.get((bank, e))
+            if verdict or not value <= out_max or rows < min_rows:  # not <=, so that NaN is kept too
+                keep[bank, e] = f"{f'{verdict}, ' if verdict else ''}|y| {value:.5g} over {rows} rows"
             else:
                 rest.add((bank, e))
     return keep, rest

@@ -158,7 +158,7 @@ def test_refusals(tiny):
 def test_command_line(tmp_path):
     options = ("--tokens", 1024, "--seq-len", 128, "--dtype", "float32")
     code, out, err = run("super-weights", TINY, *options, "--json", tmp_path / "sw.json")
-    assert code == 0 and err == "" and out.startswith("1 super expert: L1E28 (|y| 1262")
+    assert code == 0 and err == "" and out.startswith("2 candidates: L1E28 (|y| 1262")
     assert "101, 14" in out and "44.3%" in out and max(map(len, out.splitlines())) <= 100
     document = json.loads((tmp_path / "sw.json").read_text())
     (found,) = document["super_weights"]

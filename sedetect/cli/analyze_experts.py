@@ -55,7 +55,7 @@ Texts = Annotated[
 ]
 Stats = Annotated[
     Path | None,
-    typer.Option(help="statistics of this model, to mark its super experts (default: those in the folder of -o)"),
+    typer.Option(help="statistics of this model, to mark its candidates (default: those in the folder of -o)"),
 ]
 Figures = Annotated[bool, typer.Option("--figures", help="with -o: pictures of every layer, as PNG and SVG")]
 

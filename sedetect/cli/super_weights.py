@@ -1,4 +1,4 @@
-"""sedetect super-weights: the single weights behind the outliers of the super experts."""
+"""sedetect super-weights: the single weights behind the outliers of the candidates."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def super_weights_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Profile MODEL, and divide the outlier of each super expert among the weights of its down_proj."""
+    """Profile MODEL, and divide the outlier of each candidate among the weights of its down_proj."""
     from sedetect.calibration.windows import Text, calibration_windows, check_text
     from sedetect.checkpoints.options import Loading
     from sedetect.experiments.super_weights import SuperWeights, find_super_weights

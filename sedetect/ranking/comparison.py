@@ -76,7 +76,7 @@ class Moved:
 
     @property
     def channel_changed(self) -> bool:
-        """Whether its largest output moved to another channel, over the runs in which it is a super expert; over all
+        """Whether its largest output moved to another channel, over the runs in which it is a candidate; over all
         runs where it is one in fewer than two."""
         chosen = [channel for channel, found in zip(self.channels, self.found, strict=True) if found]
         return len({c for c in (chosen if len(chosen) > 1 else self.channels) if c is not None}) > 1
@@ -87,7 +87,7 @@ class Comparison(Document):
     """What compare found; steps[i] leads from runs[i] to runs[i + 1].
 
     moved       by the largest value in any run, descending
-    formed      number of the first run from which on every run has the super experts of the last; None for fewer than
+    formed      number of the first run from which on every run has the candidates of the last; None for fewer than
                 three runs
     notes       what the reader must know: runs of models that seem unrelated
     """

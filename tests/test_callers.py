@@ -61,7 +61,7 @@ def assert_same(stats, wanted, notes=()):
     described = [
         [(str(s), s.verdict, s.signature, s.position, s.token_id) for s in one.super_experts] for one in (found, right)
     ]
-    assert described[0] == described[1] and described[1][0][:2] == ("L1E28", "super")
+    assert described[0] == described[1] and described[1][0][:2] == ("L1E28", "candidate")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def subject():
 @pytest.fixture(scope="module")
 def experiment(subject):
     model, tokenizer, domains, stats = subject
-    experts = choose_experts("super", model, stats)
+    experts = choose_experts("candidates", model, stats)
     return run_experiment(
         model, tokenizer, domains, experts, Trials(("skip", "remove"), controls=2, sequences=2), prefix=1
     )
@@ -136,7 +136,7 @@ def test_choosing_experts(subject):
     for spec, said in (
         ("random:0", "is no number"), ("random:999", "is no number"), ("best", "not the name of an expert"),
         ("L9E32", "no such expert"), ("L8shared", "no such expert"), ("L1E28[256,0]", "its down_proj is 256 x 48"),
-        ("super:3", "not the name"), ("top-frequency", "is no number"), ("L1E28[101", "not the name of a weight"),
+        ("candidates:3", "not the name"), ("top-frequency", "is no number"), ("L1E28[101", "not the name of a weight"),
         ("L1E28[1,2,3]", "not the name of a weight"),
     ):  # fmt: skip
         with pytest.raises(SedetectError, match=said):

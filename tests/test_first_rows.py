@@ -190,5 +190,5 @@ def test_command_line(tmp_path):
     assert 0.5 < share.median() < 0.9 and share.max() == 1
     assert stats.banks[("decoder", 1, "routed")].published_max[28] == stats.banks[("decoder", 1, "routed")].out_max[28]
     code, out, _ = run("rank", tmp_path, "--rows", "first")
-    assert code == 0 and out.startswith("1 super expert: L1E28 (|y| 1256")
+    assert code == 0 and out.startswith("2 candidates: L1E28 (|y| 1256")
     assert run("rank", tmp_path).out != out

@@ -130,7 +130,7 @@ def test_a_report_by_its_function(profile, tmp_path):
     made = sedetect.make_report(tmp_path)
     assert made.page == tmp_path / "report.html" and made.charts == 0 and not made.figures.exists()
     assert made.headline == sedetect.rank(profile.stats).headline
-    assert "1 super expert: L1E28" in made.page.read_text()
+    assert "2 candidates: L1E28" in made.page.read_text()
     with pytest.raises(SedetectError, match="no such statistics file"):
         sedetect.make_report(TINY)
 

@@ -37,10 +37,10 @@ def test_the_super_expert_of_tiny_moe(tiny):
     (found,) = ranking.super_experts
     assert (found.layer, found.expert, found.channel, found.position, found.token_id) == (1, 28, 101, 0, 0)
     assert found.value == pytest.approx(1262.11, rel=0.01)
-    assert found.verdict == "super" and found.signature
+    assert found.verdict == "candidate" and found.signature and not found.late
     assert found.first_gate == pytest.approx(0.961, abs=0.005)
     late = next(expert for expert in ranking.others if expert.expert == 7)
-    assert (late.layer, late.channel, late.verdict) == (9, 159, "outlier")
+    assert (late.layer, late.channel, late.late, late.verdict) == (9, 159, True, "candidate")
     assert late.value == pytest.approx(1087.5, rel=0.01)
     assert ranking.population == 256
 
@@ -196,7 +196,7 @@ def test_optional_statistics_are_saved(tmp_path):
 
 
 def test_a_tokenizer_prefix_that_data_lacks_is_said():
-    """Without BOS this model shows no super expert: the drop-in says why."""
+    """Without BOS this model shows no candidate: the drop-in says why."""
     model = AutoModelForCausalLM.from_pretrained(TINY).eval()
     ids = torch.randint(3, 4096, (2, 64))
     with sedetect.profile(model, prefix=0) as prof:

@@ -53,7 +53,7 @@ def test_shards_are_disjoint_and_merge_to_the_whole(in_rounds):
     merged = merge_all(reversed(in_rounds.shards))
     assert all(state.equal(in_rounds.stats.banks[bank_id]) for bank_id, state in merged.banks.items())
     agreed = agreement({str(i): shard for i, shard in enumerate(in_rounds.shards)})
-    assert agreed.same and agreed.found == (("L1E28",),) * 4 and agreed.mean_jaccard == 1
+    assert agreed.same and agreed.found == (("L1E28", "L9E7"),) * 4 and agreed.mean_jaccard == 1
     assert agreed.experts[0].name == "L1E28" and agreed.experts[0].found == 4
     assert agreed.experts[0].highest == pytest.approx(1256, rel=0.01)
 
@@ -68,11 +68,11 @@ def test_until_stable_stops_early():
     )
     assert seen == DOMAINS * 3, "batches of one domain each, round by round"
     per_round = ROUND_WINDOWS * 64 * 4
-    assert result.rounds == [(per_round * i, ("L1E28",)) for i in (1, 2, 3)]
+    assert result.rounds == [(per_round * i, ("L1E28", "L9E7")) for i in (1, 2, 3)]
     assert result.stable_after == per_round and result.stats.header.tokens == 3 * per_round
     assert not result.interrupted and not result.shards
     assert result.stats.header.notes == [
-        Note("stopped_early", "stopped early: the super experts stayed the same for 2 rounds", count=2)
+        Note("stopped_early", "stopped early: the candidates stayed the same for 2 rounds", count=2)
     ]
     assert [source.ranges for source in result.stats.header.sources.values()] == [[[0, 3 * ROUND_WINDOWS]]] * 4
 
@@ -134,8 +134,10 @@ def test_sensitivity_is_rank_at_each_pair():
     stats = model({(0, "routed"): layer(1000, 500, 95, 75)}, 1)
     grid = sensitivity(stats)
     assert [cell.percentile for cell in grid.cells[::4]] == [95, 99, 99.5, 99.9]
-    assert {cell.fraction: len(cell.found) for cell in grid.row(99.5)} == {0.07: 4, 0.08: 3, 0.09: 3, 0.1: 2}
-    assert all(cell.found == ("L0E0",) for cell in grid.row(99.9))
+    for percentile, named in ((99.5, [4, 3, 3, 2]), (99.9, [1] * 4)):
+        assert [len(cell.named) for cell in grid.row(percentile)] == named
+        # who stands out is a candidate beside the set as well
+        assert {cell.fraction: len(cell.found) for cell in grid.row(percentile)} == {0.07: 4, 0.08: 3, 0.09: 3, 0.1: 2}
     for cell in grid.cells:
         ranking = sedetect.rank(stats, percentile=cell.percentile, fraction=cell.fraction)
         assert cell.named == tuple(str(e) for e in ranking.super_experts)
@@ -149,7 +151,7 @@ def test_sensitivity_is_rank_at_each_pair():
 
 
 def test_the_grid_separates_the_rule_from_the_verdict():
-    """An unsupported expert that loose thresholds let in changes the rule's set, not the super experts."""
+    """An expert without any sign that loose thresholds let in changes the rule's set, not the candidates."""
     grid = sensitivity(model({(0, "routed"): bank([500.0, 40.0, *[20.0] * 998])}, 1))
     assert grid.constant and not grid.rule_constant
     assert grid.row(99)[0].named == ("L0E0", "L0E1") and grid.row(99)[0].found == ("L0E0",)
@@ -210,10 +212,10 @@ def profiled(tmp_path_factory):
 def test_profile_says_how_many_tokens_were_needed(profiled):
     code, out, err = profiled[0]
     assert code == 0 and err == ""
-    assert "stable: L1E28 from 512 tokens on, 1,536 in all (3 rounds)\n" in out
-    assert "note: stopped early: the super experts stayed the same for 2 rounds\n" in out
+    assert "stable: L1E28, L9E7 from 512 tokens on, 1,536 in all (3 rounds)\n" in out
+    assert "note: stopped early: the candidates stayed the same for 2 rounds\n" in out
     code, out, _ = run("profile", TINY, "--tokens", 256, "--seq-len", 64, "--until-stable", 2)
-    assert code == 0 and "not stable: L1E28 after 256 tokens (1 round); give more --tokens\n" in out
+    assert code == 0 and "not stable: L1E28, L9E7 after 256 tokens (1 round); give more --tokens\n" in out
     assert run("profile", TINY, "--until-stable", 0).code == 2
 
 
@@ -221,9 +223,9 @@ def test_stability_of_a_folder(profiled, tmp_path):
     folder = profiled[1]
     code, out, err = run("stability", folder, "--json", tmp_path / "s.json")
     assert code == 0 and err == ""
-    assert out.startswith("tiny: the super experts are the same under all 16 pairs of thresholds: L1E28\n")
-    assert "the same super experts in each of 4 domains alone: L1E28\n" in out
-    assert "the same super experts in each of 3 rounds alone: L1E28\n" in out
+    assert out.startswith("tiny: the candidates are the same under all 16 pairs of thresholds: L1E28, L9E7\n")
+    assert "the same candidates in each of 4 domains alone: L1E28, L9E7\n" in out
+    assert "the same candidates in each of 3 rounds alone: L1E28, L9E7\n" in out
     assert max(map(len, out.splitlines())) <= 80
     document = json.loads((tmp_path / "s.json").read_text())
     assert document["grids"]["tiny"]["constant"] and document["agreement"]["domains"]["same"]
@@ -243,10 +245,10 @@ def test_stability_of_files(profiled, tmp_path):
     assert code == 0 and "agreement: one part only" in out
     code, out, _ = run("stability", *(folder / "domains" / f"{domain}.safetensors" for domain in ("english", "code")))
     assert code == 0 and out.count("pairs of thresholds") == 2
-    assert "the same super experts in each of 2 runs alone: L1E28\n" in out
+    assert "the same candidates in each of 2 runs alone: L1E28, L9E7\n" in out
     model({(0, "routed"): layer(1000, 500, 95)}, 1).save(tmp_path / "a.safetensors")
     model({(0, "routed"): layer(1000, 1.5, 95)}, 1).save(tmp_path / "b.safetensors")
     code, out, _ = run("stability", tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert code == 0 and "a: the super experts depend on the thresholds" in out
-    assert "the super experts differ over 2 runs, mean Jaccard 0.50\n  a: L0E0, L0E1\n  b: L0E0\n" in out
+    assert code == 0 and "a: the candidates depend on the thresholds" in out
+    assert "the candidates differ over 2 runs, mean Jaccard 0.50\n  a: L0E0, L0E1\n  b: L0E0\n" in out
     assert run("stability", tmp_path / "missing").code == 2

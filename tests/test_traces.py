@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support.checkpoints import put_model
 from support.models import TINY, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -184,26 +185,22 @@ def test_delimiters_and_buckets():
 def test_the_command(tmp_path):
     """Token texts are escaped: a markup tag in one would break the table, or vanish."""
     arguments = ["--seq-len", "64", "--tokens", "512", "-o", str(tmp_path)]
-    result = CliRunner().invoke(load(), ["analyze", "trace", str(TINY), "--experts", "super", *arguments])
+    result = CliRunner().invoke(load(), ["analyze", "trace", str(TINY), "--experts", "candidates", *arguments])
     assert result.exit_code == 0, result.output
     assert "L1E28: " in result.output and "'<|bos|>'" in result.output
     assert all(len(line) <= 80 for line in result.output.splitlines() if line.startswith(" "))
     document = json.loads((tmp_path / "traces.json").read_text(encoding="utf-8"))
-    (found,) = document["experts"]
-    assert found["expert"] == "L1E28" and found["top"][0]["position"] == 0
+    assert [found["expert"] for found in document["experts"]] == ["L1E28", "L9E7"]
+    assert all(found["top"][0]["position"] == 0 for found in document["experts"])
 
 
-def test_the_command_without_a_super_expert(tmp_path):
-    """The verdict none is an answer, not an error."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    model = AutoModelForCausalLM.from_pretrained(TINY)
-    with torch.no_grad():
-        model.model.layers[1].mlp.experts.down_proj[28] = 0
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    arguments = [str(tmp_path / "model"), "--seq-len", "64", "--tokens", "512"]
+def test_the_command_without_a_candidate(tmp_path):
+    """That there is none is an answer, not an error."""
+    arguments = [str(put_model(tmp_path / "model")), "--seq-len", "16", "--tokens", "256"]
     result = CliRunner().invoke(load(), ["analyze", "trace", *arguments])
-    assert result.exit_code == 0 and "--experts super: no super expert" in result.output
-    result = CliRunner().invoke(load(), ["analyze", "residual", *arguments, "--sequences", "2", "--ablate", "super"])
+    assert result.exit_code == 0 and "--experts candidates: no candidate" in result.output
+    result = CliRunner().invoke(
+        load(), ["analyze", "residual", *arguments, "--sequences", "2", "--ablate", "candidates"]
+    )
     assert result.exit_code == 0 and "no massive activation that a later layer carries" in result.output
     assert "D_sink" not in result.output

@@ -275,11 +275,14 @@ def test_numbers_out_of_range(subject, how, told):
         prove(*subject, {A: 1.0}, prefix=1, **how)
 
 
+SHORT = ("--tokens", 2048, "--seq-len", 256)
+
+
 @pytest.mark.slow
 def test_profile_proves(tmp_path, monkeypatch):
     """By default settings but for the amount of text; rank and export follow the folder."""
-    monkeypatch.setattr(proving, "Proving", partial(Proving, tokens=8192))
-    code, out, err = run("profile", TINY, "--prove", "--tokens", 2048, "--seq-len", 256, "-o", tmp_path)
+    monkeypatch.setattr(proving, "Proving", partial(Proving, tokens=4096))
+    code, out, err = run("profile", TINY, "--prove", "--dtype", "float32", *SHORT, "-o", tmp_path)
     assert code == 0 and err == "" and out.startswith("1 super expert, proved: L1E28 (")
     assert "; 1 refuted: L9E7 (" in out.splitlines()[0]
     assert [row(out, name)[-4:] for name in ("L1E28", "L9E7")] == [
@@ -287,7 +290,7 @@ def test_profile_proves(tmp_path, monkeypatch):
         ["late", "yes", "no", "refuted"],
     ]
     made = Proof.load(tmp_path)
-    assert made.documents == 32 and [one.expert for one in made.verdicts] == ["L1E28", "L9E7"]
+    assert made.documents == 16 and [one.expert for one in made.verdicts] == ["L1E28", "L9E7"]
     for one in made.verdicts:
         assert f"{one.expert}: {one.level}, {one.reason}; |y| " in out
     assert "all, at every token" in out and made.sinks in out and "each domain alone" in out
@@ -296,7 +299,7 @@ def test_profile_proves(tmp_path, monkeypatch):
     assert document["criteria"]["proof"] and document["headline"] == out.splitlines()[0]
     assert sedetect.rank(tmp_path).headline == document["headline"]
     assert "protected: L1E28 (proved), by expert" in run("export", tmp_path, "--to", "json").err
-    assert run("profile", TINY, "--tokens", 1024, "--seq-len", 256, "-o", tmp_path).code == 0
+    assert run("profile", TINY, *SHORT, "-o", tmp_path).code == 0
     assert not (tmp_path / "proof.json").exists(), "of a run that is gone"
 
 
@@ -334,13 +337,10 @@ def test_a_profile_outlives_its_proof(tmp_path, monkeypatch):
         pipeline.profile_model(model, text=text, proving=Proving(smallest=0))
 
 
-SHORT = sedetect.Text(tokens=2048, seq_len=256)
-
-
 @pytest.fixture(scope="module")
 def observed(subject):
     model, domains = subject
-    stats = sedetect.profile_model(model, text=SHORT, tokenizer=load_tokenizer(TINY)).stats
+    stats = sedetect.profile_model(model, text=sedetect.Text(2048, 256), tokenizer=load_tokenizer(TINY)).stats
     return stats, observe_residual(model, domains, prefix=1, sequences=1)
 
 
@@ -348,8 +348,9 @@ def test_the_text_of_a_proof_is_not_that_of_the_profile(subject, observed, monke
     stats, residual = observed
     taken = []
     monkeypatch.setattr(proving, "prove", lambda model, windows, chosen, **options: taken.append((windows, chosen)))
+    proof = Proving("L0E24", tokens=4096)
     proving.prove_profile(
-        subject[0], load_tokenizer(TINY), None, SHORT, stats, Proving("L0E24", 4096), residual=residual
+        subject[0], load_tokenizer(TINY), None, sedetect.Text(2048, 256), stats, proof, residual=residual
     )
     ((windows, chosen),) = taken
     assert list(map(str, chosen)) == ["L0E24"] and sum(part.ids.numel() for part in windows.values()) == 4096

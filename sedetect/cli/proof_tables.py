@@ -20,6 +20,7 @@ def print_proof(proof: Proof) -> None:
         for line in _more(verdict):
             print_line(f"  {line}")
     print_runs(proof)
+    print_line(proof.sinks)
 
 
 def print_runs(proof: Proof) -> None:
@@ -38,7 +39,6 @@ def print_runs(proof: Proof) -> None:
         f"statistics did not see; a rise of perplexity by {proof.smallest:.0%} matters; controls: other experts that "
         f"the same tokens visit; {proof.seconds:.0f} s"
     )
-    print_line(proof.sinks)
     for note in proof.notes:
         print_line(f"note: {note}")
 

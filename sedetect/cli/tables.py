@@ -65,7 +65,7 @@ def print_ranking(
 
 def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
     """One sentence: what a proof found; first tokens against the rest, in output and routing; what is carried."""
-    parts = [] if expert.reason is None else [f"{expert.verdict}, {expert.reason}"]
+    parts = [] if expert.reason is None else [f"{expert.verdict}: {expert.reason}"]
     if expert.signature is None and not expert.first_max:
         parts.append("first tokens not observed")
     else:

@@ -81,7 +81,7 @@ def judge(
         and evidence.falls(alone(place))
         and evidence.plain.has_sinks
     ):
-        return verdict("proved", f"the model depends on it: {by_itself}")
+        return verdict("proved", f"the model depends on it: {by_itself} without it")
     as_set = added is not None and within is not None and _matters(added, within, evidence, smallest, level)
     as_set = as_set and effect(evidence.changes[ALL], level).low > 0
     if as_set and evidence.falls(ALL) and evidence.plain.has_sinks:
@@ -91,10 +91,13 @@ def judge(
         partners = partners or [max(left, key=lambda other: float(left[other].mean()))]
         names = " and ".join(map(str, partners))
         verb = "stand" if len(partners) > 1 else "stands"
-        return verdict("proved", f"the model depends on it or {names}, which {verb} in for it: {within}", partners)
+        together = effect(evidence.changes[ALL], level)
+        reason = f"as a set: {names} {verb} in for it; {together} without the set, {by_itself} without it alone"
+        return verdict("proved", reason, partners)
     highest = max((one for one in (by_itself, within) if one is not None), key=lambda one: one.high)
     if highest.high < smallest:
-        return verdict("refuted", f"the model does not depend on it: {highest}")
+        beside = "" if highest is by_itself else f", {within} more where the other candidates are off too"
+        return verdict("refuted", f"the model does not depend on it: {by_itself} without it{beside}")
     return verdict(
         "undecided", _undecided(own if added is None else max(own, added, key=np.mean), evidence, smallest, level)
     )

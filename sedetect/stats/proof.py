@@ -28,7 +28,11 @@ class Effect:
     documents: int
 
     def __str__(self) -> str:
-        return f"{self.rise:+.1%} ({self.low:+.1%} to {self.high:+.1%})"
+        return f"{_percent(self.rise)} ({_percent(self.low)} to {_percent(self.high)})"
+
+
+def _percent(value: float) -> str:
+    return f"{value:+.1%}".replace("-0.0%", "+0.0%")
 
 
 @dataclass(frozen=True)

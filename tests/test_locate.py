@@ -117,7 +117,8 @@ def test_every_architecture_agrees_or_is_refused(tmp_path, name):
             sedetect.locate(tmp_path, first_tokens=TOKENS)
         return
     found = sedetect.locate(tmp_path, first_tokens=TOKENS, all_layers=True)
-    agree(found.stats, resident(load_model(tmp_path), found), rtol=1e-5)
+    # Loaded again, Llama 4 does not run in some transformers: see FAMILIES.
+    agree(found.stats, resident(model if name == "llama4" else load_model(tmp_path), found), rtol=1e-5)
 
 
 def test_a_text_is_run_as_one_sequence():

@@ -171,7 +171,7 @@ class Web:
                         )
                     continue
                 if target != address:
-                    if answer.status_code in (400, 401, 403, 404, 410) and self._signed.pop(address, None):
+                    if answer.status_code in (400, 401, 403, 404, 410) and self._signed.pop(address, ""):
                         target = address  # its signature may have run out
                         continue
                     if answer.status_code < 400:

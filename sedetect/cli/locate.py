@@ -139,7 +139,7 @@ def _cells(one: LocatedExpert, found: Located, several: bool) -> list[str]:
         f"{one.gate:.2g}",
         carried,
     ]
-    return [*cells, *[_fires(one, found)] * several, one.verdict]
+    return [*cells, *[_fires(one, found)] * several, one.verdict or "-"]
 
 
 def _fires(one: LocatedExpert, found: Located) -> str:

@@ -28,7 +28,7 @@ class LocatedExpert(Place):
                last layer that ran made it, or the residual stream was not observed
     weight     the element of down_proj behind the outlier, as "L1E28[101,14]", and share, the part of it that this one
                weight explains; None where the weights cannot be read
-    verdict    "candidate": all signs that a walk can see; "outlier": no later layer carries what it writes
+    verdict    "candidate": all signs that a walk can see; None: no later layer carries what it writes
     """
 
     value: float
@@ -42,7 +42,7 @@ class LocatedExpert(Place):
     carried: bool | None
     weight: str | None
     share: float | None
-    verdict: str
+    verdict: str | None
 
     def on(self) -> list[int]:
         """The first tokens on which it fires: |y| is at least half its largest."""

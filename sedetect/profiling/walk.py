@@ -212,6 +212,11 @@ def _not_causal(name: str, where: str) -> SedetectError:
     )
 
 
+def _entering(kept: torch.Tensor | None, given: torch.Tensor) -> torch.Tensor:
+    """What goes into a layer: what the one before left, or for the first, what the model gives it."""
+    return given if kept is None else kept
+
+
 @dataclass
 class _Standing:
     """An expert that stands out so far, with what only its loaded layer tells."""
@@ -306,7 +311,7 @@ class _Walk:
                 path = f"{self.streamed.paths[layer]}."
                 here = [bank for bank in self.banks if bank.path.startswith(path)]
                 inside = [(bank, call) for bank, call in calls if bank in here]
-                entering = (lambda given: given) if hidden is None else (lambda given, kept=hidden: kept)
+                entering = partial(_entering, hidden)
                 with SourcesProfile(self.model, here, join_digest(known, None), measuring=Measuring()) as prof:
                     prof.begin(source_id, info)
                     prof.batch(sequence_ids=torch.arange(len(self.ids)))
@@ -422,11 +427,11 @@ class _Walk:
             if one.value <= FRACTION * maximum or one.value < MIN_RATIO * median:
                 continue
             carried = None if residual is None else self._carried(one.place, residual)
-            verdict = "outlier" if carried is False else "candidate"
+            verdict = None if carried is False else "candidate"
             ratio = one.value / median if median else None
             seen = vars(one) | {"ratio": ratio, "carried": carried, "verdict": verdict}
-            place = seen.pop("place")
-            experts.append(LocatedExpert(*place.bank, place.expert, **seen))
+            del seen["place"]
+            experts.append(LocatedExpert(*one.place.bank, one.place.expert, **seen))
         lines = [str(note) for note in notes]
         if self.unobserved is not None:
             lines.append(self.unobserved)

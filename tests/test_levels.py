@@ -11,6 +11,7 @@ from support.synthetic import bank, model
 
 import sedetect
 from sedetect import SedetectError
+from sedetect.report.style import LIGHT
 from sedetect.results import Results
 from sedetect.stats.place import BankId, parse_place
 from sedetect.stats.proof import Effect, Proof, Verdict
@@ -148,6 +149,22 @@ def test_rank_and_report_show_it(judged, tmp_path):
     assert code == 0 and out.startswith("1 super expert, proved: L1E28 (")
     page = (folder / "report.html").read_text()
     assert 'class="verdict found"' in page and "L9E7: refuted: why refuted" in page
+
+
+def test_every_level_is_drawn_in_its_colour(judged, opened):
+    tried = {"L1E28": "proved", "L9E7": "refuted", "L5E3": "undecided"}
+    folder = judged(**tried)
+    assert run("report", folder).code == 0
+    page, events = opened(folder / "report.html")
+    assert events == []
+    for chart in ("by-layer", "by-expert"):
+        drawn = page.locator(f"#chart-{chart} .mark-text.role-mark text")
+        fills = {one.text_content(): one.evaluate("text => getComputedStyle(text).fill") for one in drawn.all()}
+        assert {fills[name] for name in tried} == {rgb(LIGHT[level]) for level in tried.values()}
+
+
+def rgb(colour: str) -> str:
+    return f"rgb({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:], 16)})"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from typing import Any
 import altair as alt
 
 from sedetect.report.drawing import COUNTS, EXPERT, FINE_LOG, LOG, VERDICTS, Chart, Drawing, ordinal, tooltips
-from sedetect.report.numbers import OTHER
 
 
 class Charts(Drawing):
@@ -200,9 +199,12 @@ class Charts(Drawing):
 
     def _with_names(self, chart: alt.LayerChart, field: str) -> alt.LayerChart | alt.FacetChart:
         """The chart, and in it the experts with a verdict by name where they stand."""
-        if not {record["verdict"] for record in self.data["experts"]} & set(VERDICTS[:-1]):
-            return chart
-        base = self.on("experts").transform_filter(f"datum.verdict != '{OTHER}'")
-        base = base.encode(x=f"{field}:N", y="value:Q", color=self.verdicts(), tooltip=tooltips(*EXPERT))
-        names = base.mark_text(dy=-11, fontWeight="bold", fontSize=12).encode(text="expert:N")
-        return alt.layer(chart, base.mark_point(filled=True, size=70, opacity=1), names)
+        there = {record["verdict"] for record in self.data["experts"]}
+        layers = [chart]
+        for verdict in (one for one in VERDICTS[:-1] if one in there):  # the colours of the chart have their own scale
+            base = self.on("experts").transform_filter(alt.datum.verdict == verdict)
+            colour = alt.value(self.colour[verdict])
+            base = base.encode(x=f"{field}:N", y="value:Q", color=colour, tooltip=tooltips(*EXPERT))
+            names = base.mark_text(dy=-11, fontWeight="bold", fontSize=12).encode(text="expert:N")
+            layers += [base.mark_point(filled=True, size=70, opacity=1), names]
+        return chart if len(layers) == 1 else alt.layer(*layers)

@@ -28,8 +28,8 @@ def subject():
 
 @pytest.fixture(scope="module")
 def experiment(subject):
-    model, tokenizer, domains, stats = subject
-    experts = choose_experts("candidates", model, stats)
+    model, tokenizer, domains, _ = subject
+    experts = choose_experts("L1E28", model)
     return run_experiment(
         model, tokenizer, domains, experts, Trials(("skip", "remove"), controls=2, sequences=2), prefix=1
     )
@@ -127,6 +127,7 @@ def test_choosing_experts(subject):
     assert len(routed_experts(model)) == 320
     names = ["L1E28", "L9E7", "L1E28[101,14]"]
     assert [str(target) for target in choose_experts(", ".join([*names, "L9E7"]), model)] == names
+    assert list(map(str, choose_experts("candidates", model, stats))) == ["L1E28", "L9E7"]
     drawn = choose_experts("random:5", model, seed=1)
     assert len(set(drawn)) == 5 and drawn == choose_experts("random:5", model, seed=1)
     assert drawn != choose_experts("random:5", model, seed=2)
@@ -179,9 +180,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         main()
     assert not stopped.value.code
     printed = capsys.readouterr().out
-    assert printed.startswith("without L1E28: ") and "same layers: mean" in printed and "D_sink" in printed
+    assert printed.startswith("without L1E28, L9E7: ") and "same layers: mean" in printed and "D_sink" in printed
     document = json.loads((tmp_path / "ablation.json").read_text())
-    assert document["format"] == "sedetect-ablation" and document["outcomes"][0]["experts"] == ["L1E28"]
+    assert document["format"] == "sedetect-ablation" and document["outcomes"][0]["experts"] == ["L1E28", "L9E7"]
     assert document["sink_layer"] == 6 and len(document["outcomes"][0]["sink_decay"]) == 10
     monkeypatch.setattr(sys, "argv", ["sedetect", "ablate", str(TINY), "--how", "burn"])
     with pytest.raises(SystemExit) as stopped:

@@ -28,7 +28,8 @@ def tiny():
 
 
 def test_the_super_weight_of_tiny_moe(tiny):
-    (found,) = tiny[2]
+    found, late = tiny[2]
+    assert str(late.expert) == "L9E7" and late.channel == 159
     assert str(found) == "L1E28[101,14]" and (found.channel, found.intermediate) == (101, 14)
     assert found.value == pytest.approx(-1262.1, rel=1e-4) and found.profiled == pytest.approx(1262.1, rel=1e-4)
     assert found.share == pytest.approx(0.443, abs=0.002)
@@ -41,7 +42,7 @@ def test_the_super_weight_of_tiny_moe(tiny):
 
 
 def test_against_the_weights_by_hand(tiny):
-    model, result, (found,) = tiny
+    model, result, (found, _) = tiny
     mlp, rows = model.model.layers[1].mlp, []
     hook = mlp.register_forward_pre_hook(lambda module, args: rows.append(args[0]))
     (windows,) = [w for w in result.windows.values() if w.source == found.source]
@@ -59,7 +60,7 @@ def test_against_the_weights_by_hand(tiny):
 
 def test_switching_it_off_takes_its_share_of_the_outlier(tiny):
     """Only that weight: the layer's output in that channel loses gate x share x outlier, and nothing else."""
-    model, result, (found,) = tiny
+    model, result, (found, _) = tiny
     ids = next(iter(result.windows.values())).ids[:1]
     seen = []
     hook = model.model.layers[1].mlp.register_forward_hook(
@@ -130,7 +131,7 @@ def test_every_layout(name, dtype):
 def test_it_can_run_under_an_ablation(tiny):
     model, result, _ = tiny
     with ablate(model, ["L0E0"]):
-        (inside,) = find_super_weights(model, sedetect.rank(result.stats), result.windows)
+        inside, _ = find_super_weights(model, sedetect.rank(result.stats), result.windows)
         assert model.model.layers[0].mlp.experts.config.sedetect_call
     assert inside.intermediate == 14
 
@@ -161,7 +162,8 @@ def test_command_line(tmp_path):
     assert code == 0 and err == "" and out.startswith("2 candidates: L1E28 (|y| 1262")
     assert "101, 14" in out and "44.3%" in out and max(map(len, out.splitlines())) <= 100
     document = json.loads((tmp_path / "sw.json").read_text())
-    (found,) = document["super_weights"]
+    found, late = document["super_weights"]
+    assert (late["name"], late["channel"]) == ("L9E7", 159)
     assert (found["name"], found["channel"], found["intermediate"]) == ("L1E28", 101, 14)
     assert found["share"] == pytest.approx(0.443, abs=0.002) and len(found["top"]) == 3
     assert run("super-weights", tmp_path).code == 2

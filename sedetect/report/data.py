@@ -7,7 +7,7 @@ from typing import Any
 from sedetect.ranking.coverage import FEW_ROWS
 from sedetect.ranking.result import Ranking
 from sedetect.report.evidence import Evidence
-from sedetect.report.numbers import FP8_MAX, FP16_MAX, ExpertRow, LayerRow, expert_rows, layer_rows
+from sedetect.report.numbers import FP8_MAX, FP16_MAX, OTHER, ExpertRow, LayerRow, expert_rows, layer_rows
 
 Records = list[dict[str, Any]]
 KEPT_ROWS = 8  # of an expert's strongest rows on first tokens, and as many on all others
@@ -122,7 +122,7 @@ def _kept(evidence: Evidence) -> Records:
             records.append(
                 {
                     "expert": str(expert),
-                    "verdict": expert.verdict,
+                    "verdict": expert.verdict or OTHER,
                     "tokens": "first token" if first else "other token",
                     "value": row.value,
                     "gate": row.gate,

@@ -11,10 +11,11 @@ from support.synthetic import bank, model
 
 import sedetect
 from sedetect import SedetectError
+from sedetect.ranking.stability import margins
 from sedetect.report.style import LIGHT
 from sedetect.results import Results
 from sedetect.stats.place import BankId, parse_place
-from sedetect.stats.proof import Effect, Proof, Verdict
+from sedetect.stats.proof import Effect, Feeder, Proof, Verdict
 from sedetect.stats.residual import LayerResidual, Residual
 
 EFFECT = Effect(0.15, 0.1, 0.2, 64)
@@ -139,7 +140,7 @@ def test_rank_and_report_show_it(judged, tmp_path):
     code, out, err = run("rank", folder, "-o", tmp_path / "ranking.json")
     assert code == 0 and err == "" and out.startswith("1 super expert, proved: L1E28 (")
     assert (row(out, "L1E28")[-1], row(out, "L9E7")[-1]) == ("proved", "refuted")
-    assert "L1E28: proved, why proved; |y| " in out and "L9E7: refuted, why refuted; |y| " in out
+    assert "L1E28: proved: why proved; |y| " in out and "L9E7: refuted: why refuted; |y| " in out
     document = ranked(tmp_path / "ranking.json")
     assert [(e["verdict"], e["reason"]) for e in document["super_experts"] + document["others"]] == [
         ("proved", "why proved"), ("refuted", "why refuted"),
@@ -217,3 +218,26 @@ def test_what_experiments_choose_follows(judged):
     chosen = choose_experts("candidates", empty_model(TINY), results.stats(), proof=results.proof())
     assert sorted(map(str, chosen)) == ["L5E3", "L9E7"]
     assert parse_place("L5E3").bank == BankId("decoder", 5, "routed")
+
+
+def test_feeders_are_protected_where_a_chain_was_followed(judged):
+    folder = judged(**{"L1E28": "proved", "L9E7": "refuted"})
+    assert "did not look for feeders" in refused(run("export", folder, "--to", "json", "--with-feeders"))
+    proof = Proof.load(folder)
+    fed = {"L1E28": [Feeder("L0E24", 0.0)], "L9E7": [Feeder("L0E5", 0.0), Feeder("L1E28", 0.0)]}
+    followed = [replace(one, feeders=fed[one.expert]) for one in proof.verdicts]
+    replace(proof, verdicts=followed).save(Results(folder).proof_path)
+    document = json.loads(run("export", folder, "--to", "json", "--with-feeders").out)
+    assert [(one["name"], one["why"]) for one in document["experts"]] == [("L1E28", "proved"), ("L0E24", "feeder")]
+    Results(folder).proof_path.unlink()
+    assert "has no proof.json" in refused(run("export", folder, "--to", "json", "--with-feeders"))
+
+
+def test_margins(stats):
+    """How far each is from the thresholds; what was not observed is left out."""
+    found = margins(stats)
+    assert list(found) == ["L0E0", "L3E2", "L1E1"]
+    assert found["L3E2"] == {"|y|, of the set": 850 / 90, "|y|, to stand out": 17.0, "multiple of the median": 85.0}
+    first = bank([1.0] * 300, {7: 129.0, 8: 1.0})
+    (one,) = margins(model({(0, "routed"): first}, 1)).values()
+    assert one["multiple on first tokens"] == 12.9

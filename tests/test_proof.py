@@ -197,7 +197,7 @@ def test_controls_are_other_experts_at_the_same_tokens():
         assert sorted(triggers.tokens[place]) == [
             tuple(at) for at in (index == place.expert).any(-1).nonzero().tolist()
         ]
-    for draw in triggers.controls(4, 5):
+    for draw in triggers.controls(4, 5, seed=0):
         chosen = draw[bank.id]
         for window, position in (chosen >= 0).any(-1).nonzero().tolist():
             picked = chosen[window, position][chosen[window, position] >= 0].tolist()
@@ -293,7 +293,7 @@ def test_profile_proves(tmp_path, monkeypatch):
     made = Proof.load(tmp_path)
     assert made.documents == 16 and [one.expert for one in made.verdicts] == ["L1E28", "L9E7"]
     for one in made.verdicts:
-        assert f"{one.expert}: {one.level}, {one.reason}; |y| " in out
+        assert f"{one.expert}: {one.level}: {one.reason}; |y| " in out
     assert "all, at every token" in out and made.sinks in out and "each domain alone" in out
     assert all(len(line) <= 80 for line in out.splitlines() if line.startswith(" "))
     document = json.loads((tmp_path / "super_experts.json").read_text())

@@ -137,7 +137,7 @@ def margins(stats: ModelStats | str | os.PathLike[str]) -> dict[str, dict[str, f
 
 @dataclass(frozen=True)
 class Agreed:
-    """An expert that is in the set of some part.
+    """An expert that is in the set of some part, or a candidate there.
 
     named, found     in how many parts it is in the paper's set, and is a candidate
     values           its out_max in every part, in the order of the parts; NaN where it gave one
@@ -164,7 +164,7 @@ class Agreement:
 
     parts    their names; tokens of each
     found    the candidates of each part, largest first
-    experts  every expert of the paper's set of any part: those in most sets first, then by their highest value
+    experts  every expert of the paper's set of any part, and every candidate: those of most parts first, then by their highest value
     jaccard  of the candidates of each pair of parts, |A and B| / |A or B|, 1 for two empty sets
     """
 
@@ -208,7 +208,9 @@ def agreement(parts: Mapping[str, ModelStats | str | os.PathLike[str]]) -> Agree
     check_banks(list(runs.values()), list(runs))
     rankings = {name: rank(stats) for name, stats in runs.items()}
     found = {name: tuple(map(str, ranking.found)) for name, ranking in rankings.items()}
-    members = {str(expert): expert for ranking in rankings.values() for expert in ranking.super_experts}
+    members = {
+        str(expert): expert for ranking in rankings.values() for expert in (*ranking.super_experts, *ranking.found)
+    }
     experts = [
         Agreed(
             name,

@@ -237,7 +237,7 @@ def test_margins(stats):
     """How far each is from the thresholds; what was not observed is left out."""
     found = margins(stats)
     assert list(found) == ["L0E0", "L3E2", "L1E1"]
-    assert found["L3E2"] == {"|y|, of the set": 850 / 90, "|y|, to stand out": 17.0, "multiple of the median": 85.0}
+    assert found["L3E2"] == {"set": 850 / 90, "stands out": 17.0, "median": 85.0}
     first = bank([1.0] * 300, {7: 129.0, 8: 1.0})
     (one,) = margins(model({(0, "routed"): first}, 1)).values()
-    assert one["multiple on first tokens"] == 12.9
+    assert one["first tokens"] == 12.9

@@ -78,7 +78,9 @@ def test_protect_lists_name_modules_of_the_checkpoint():
         with sedetect.profile(one, prefix=0) as prof:
             one(input_ids=ids)
         lists.append([export(prof.stats, protect_list(prof.stats), tool) for tool in ("llm-compressor", "auto-round")])
-    assert lists[0] == lists[1] and lists[0][1][0]["ignore_layers"] == "model.layers.1.mlp.experts.28"
+    assert lists[0] == lists[1] and lists[0][1][0]["ignore_layers"] == ",".join(
+        ("model.layers.1.mlp.experts.28", "model.layers.9.mlp.experts.7")
+    )
 
 
 def test_experts_that_are_kept_twice_are_refused():

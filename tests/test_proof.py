@@ -294,7 +294,7 @@ def test_profile_proves(tmp_path, monkeypatch):
     assert made.documents == 16 and [one.expert for one in made.verdicts] == ["L1E28", "L9E7"]
     for one in made.verdicts:
         assert f"{one.expert}: {one.level}: {one.reason}; |y| " in out
-    assert "all, at every token" in out and made.sinks in out and "each domain alone" in out
+    assert "all, at every token" in out and "attention sinks: " in out and "each domain alone" in out
     assert all(len(line) <= 80 for line in out.splitlines() if line.startswith(" "))
     document = json.loads((tmp_path / "super_experts.json").read_text())
     assert document["criteria"]["proof"] and document["headline"] == out.splitlines()[0]

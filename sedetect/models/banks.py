@@ -281,6 +281,10 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module, sharded: bo
                 f"{path} ({name}): weights in a {type(stored).__name__} are not read by the kernels; load the model "
                 "without it (unquantized, with values)"
             )
+    if type(module).__name__ == "ModulesToSaveWrapper":
+        raise SedetectError(
+            f"{path}: PEFT keeps it twice (modules_to_save); call merge_and_unload() on the model first"
+        )
     unknown = None if isinstance(experts, Adapter) else _unknown_part(module)
     if unknown is not None:
         raise SedetectError(

@@ -115,8 +115,9 @@ def margins(stats: ModelStats | str | os.PathLike[str]) -> dict[str, dict[str, f
     """How far each expert that rank shows is from the thresholds that make it a candidate: its value over each of them.
 
     Returns:
-        name, largest first -> what is compared ("|y|, of the set", "|y|, to stand out", "multiple of the median",
-        "multiple on first tokens") -> quotient, at least 1 where it passes; without what was not observed.
+        name, largest first -> threshold -> quotient, at least 1 where it passes; without what was not observed.
+        "set": |y| over the rule's fraction of the maximum; "stands out": |y| over min_value; "median" and "first
+        tokens": its multiple of what its layer's others reach, in the median and on first tokens, over min_ratio.
     Raises:
         SedetectError: for what rank refuses.
     """
@@ -124,10 +125,10 @@ def margins(stats: ModelStats | str | os.PathLike[str]) -> dict[str, dict[str, f
     distances = {}
     for expert in sorted(ranking.judged, key=lambda expert: -expert.value):
         compared = {
-            "|y|, of the set": (expert.value, ranking.threshold),
-            "|y|, to stand out": (expert.value, ranking.criteria["min_value"]),
-            "multiple of the median": (expert.ratio, ranking.criteria["min_ratio"]),
-            "multiple on first tokens": (expert.first_ratio, ranking.criteria["min_ratio"]),
+            "set": (expert.value, ranking.threshold),
+            "stands out": (expert.value, ranking.criteria["min_value"]),
+            "median": (expert.ratio, ranking.criteria["min_ratio"]),
+            "first tokens": (expert.first_ratio, ranking.criteria["min_ratio"]),
         }
         distances[str(expert)] = {
             name: value / wanted for name, (value, wanted) in compared.items() if value is not None and wanted > 0

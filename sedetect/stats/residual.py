@@ -173,7 +173,7 @@ class Residual(Document):
         beside = f"; its attention has {' and '.join(self.instead)}" if self.instead else ""
         if self.sink_mean is None or self.best_head is None:
             return f"attention sinks not observed: the model gives no attention weights{beside}"
-        text = "attention sinks" if self.has_sinks else "no attention sinks to speak of on average"
+        text = "attention sinks" if self.has_sinks else "no attention sinks to speak of"
         return (
             f"{text}: {self.sink_mean:.1%} of the attention on the first token, {self.best_head:.0%} in the best head; "
             f"uniform attention has {self.uniform:.1%}{beside}"

@@ -136,11 +136,12 @@ def find_banks(model: nn.Module) -> list[Bank]:
         add(path, module, kind, (1, *linear_sizes(module)))
     twice = next((bank for bank in banks if "modules_to_save" in bank.path.split(".")), None)
     if twice is not None:
-        where = twice.path.partition(".modules_to_save")[0]
-        raise SedetectError(
-            f"{where}: PEFT keeps it twice (modules_to_save); call merge_and_unload() on the model first"
-        )
+        raise _kept_twice(twice.path.partition(".modules_to_save")[0])
     return sorted(banks, key=lambda bank: bank.id)
+
+
+def _kept_twice(path: str) -> SedetectError:
+    return SedetectError(f"{path}: PEFT keeps it twice (modules_to_save); call merge_and_unload() on the model first")
 
 
 def _without_experts(model: "PreTrainedModel") -> SedetectError:
@@ -282,9 +283,7 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module, sharded: bo
                 "without it (unquantized, with values)"
             )
     if type(module).__name__ == "ModulesToSaveWrapper":
-        raise SedetectError(
-            f"{path}: PEFT keeps it twice (modules_to_save); call merge_and_unload() on the model first"
-        )
+        raise _kept_twice(path)
     unknown = None if isinstance(experts, Adapter) else _unknown_part(module)
     if unknown is not None:
         raise SedetectError(

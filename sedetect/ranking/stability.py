@@ -165,7 +165,8 @@ class Agreement:
 
     parts    their names; tokens of each
     found    the candidates of each part, largest first
-    experts  every expert of the paper's set of any part, and every candidate: those of most parts first, then by their highest value
+    experts  every expert of the paper's set of any part, and every candidate: those of most parts first, then by their
+             highest value
     jaccard  of the candidates of each pair of parts, |A and B| / |A or B|, 1 for two empty sets
     """
 

@@ -170,8 +170,8 @@ def _check_experts(folder: Path, names: Iterable[str], alike: bool) -> None:
         usual = {tensor for tensor, count in counts.items() if 2 * count > len(experts)}
         for number, own in sorted(experts.items()):
             # The last ones may lack it together: experts that compute nothing (LongCat's) have parts of matrices alone.
-            lacking = usual - own - set.intersection(*(usual - other for n, other in experts.items() if n >= number))
-            if absent := min(lacking, default=None):
+            behind = (theirs for other, theirs in experts.items() if other > number)
+            if (lacking := usual - own) and (absent := min(lacking.intersection(set().union(*behind)), default=None)):
                 raise SedetectError(
                     f"{folder}: {path}.{number}.{absent} is missing, which most experts of the layer have; give a "
                     "complete checkpoint"

@@ -91,7 +91,7 @@ def _print_verdicts(verdicts: dict[str, dict[float, tuple[str, ...]]]) -> None:
 def _print_margins(distances: dict[str, dict[str, float]]) -> None:
     """A line per expert: by what factor it passes each threshold, or misses it."""
     for expert, by in list(distances.items())[:_SHOWN]:
-        print_line(f"{expert} over the thresholds: {', '.join(f'{what} {x:.3g}' for what, x in by.items())}")
+        print_line(f"{expert} by threshold: {', '.join(f'{what} {x:.3g}' for what, x in by.items())}")
 
 
 def _print_agreement(name: str, agreed: Agreement) -> None:

@@ -9,44 +9,29 @@ the windows of the expert given, whose spread is that of a real effect, with the
 that matters; found where the interval lies above 0. Prints JSON.
 """
 
-import argparse
 import json
 import math
-import re
-from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from truth import Switch, cut_windows, measure
+from truth import Switch, measure, opened, parser_of
 
 from sedetect.experiments.effects import effect
 from sedetect.experiments.proof import SMALLEST
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("expert", help="L1E28")
-    parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--windows", type=int, default=20, help="of each text")
-    parser.add_argument("--length", type=int, default=512)
+    parser = parser_of(__doc__)
     parser.add_argument("--documents", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--level", type=float, default=0.05)
-    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    layer, number = map(int, re.fullmatch(r"L(\d+)E(\d+)", args.expert).groups())
-
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32, attn_implementation="eager")
-    model = model.eval().to(args.device)
-    windows = cut_windows(tokenizer, args.text, args.windows, args.length).to(args.device)
+    (expert,) = args.experts
+    model, windows = opened(args)
     switch = Switch(model)
     base, *_ = measure(model, switch, windows, set())
-    visited = {(at, e) for at, experts in switch.visited.items() for e in experts} - {(layer, number)}
+    visited = {(at, e) for at, experts in switch.visited.items() for e in experts} - {expert}
     controls = [(measure(model, switch, windows, {one})[0] - base).numpy() for one in sorted(visited)]
-    moved = (measure(model, switch, windows, {(layer, number)})[0] - base).numpy()
+    moved = (measure(model, switch, windows, {expert})[0] - base).numpy()
 
     generator = np.random.default_rng(0)
 

@@ -74,23 +74,35 @@ def cut_windows(tokenizer, files: list[Path], most: int, length: int) -> torch.T
     return torch.tensor(cut)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """What both scripts take: a checkpoint, experts, and windows of text."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("experts", help="L1E28,L9E7")
+    parser.add_argument("experts", type=experts_of, help="L1E28,L9E7")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--windows", type=int, default=12, help="of each text")
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--controls", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    experts = [tuple(map(int, re.fullmatch(r"L(\d+)E(\d+)", name).groups())) for name in args.experts.split(",")]
+    return parser
 
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+
+def experts_of(names: str) -> list[tuple[int, int]]:
+    return [tuple(map(int, re.fullmatch(r"L(\d+)E(\d+)", name).groups())) for name in names.split(",")]
+
+
+def opened(args: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The model in float32, and the windows (N, length)."""
     model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32, attn_implementation="eager")
-    model = model.eval().to(args.device)
-    windows = cut_windows(tokenizer, args.text, args.windows, args.length).to(args.device)
+    windows = cut_windows(AutoTokenizer.from_pretrained(args.folder), args.text, args.windows, args.length)
+    return model.eval().to(args.device), windows.to(args.device)
 
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--controls", type=int, default=3)
+    args = parser.parse_args()
+    experts = args.experts
+    model, windows = opened(args)
     switch = Switch(model)
     base, sink, largest = measure(model, switch, windows, set())
     names = {one: f"L{one[0]}E{one[1]}" for one in experts}

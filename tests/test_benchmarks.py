@@ -16,12 +16,16 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 
-def last_line(name: str, *arguments: object) -> dict:
+def printed(name: str, *arguments: object) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, BENCHMARKS / name, "--small", *arguments]
+    command = [sys.executable, BENCHMARKS / name, *arguments]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+def last_line(name: str, *arguments: object) -> dict:
+    return json.loads(printed(name, "--small", *arguments).splitlines()[-1])
 
 
 def test_streaming_and_ranks(tmp_path):
@@ -55,3 +59,15 @@ def test_a_bit_that_differs_is_noticed(tmp_path):
         getattr(other.banks[bank], field)[0] += torch.tensor(change).to(getattr(other.banks[bank], field).dtype)
         assert differences({"text": other}, {"text": stats}) == [f"text: {bank}"]
     assert differences({"text": stats}, {"other": stats}) != []
+
+
+def test_truth_and_calibration_of_a_proof():
+    """In plain transformers: the super expert is worth something at the first token, its neighbours nothing."""
+    text = BENCHMARKS.parent / "sedetect/calibration/corpus/english.txt"
+    some = (TINY, "L1E28", "--text", text, "--windows", 12, "--length", 48)
+    plain, alone, *controls = json.loads(printed("truth.py", *some))["runs"]
+    assert plain["windows"] == 12 and alone["off"] == "L1E28 alone" and len(controls) == 3
+    assert alone["rise"] > 3 * alone["error"] and alone["largest"] < plain["largest"] / 2
+    assert all(abs(one["rise"]) < 0.01 for one in controls)
+    (row,) = json.loads(printed("calibrate_proof.py", *some, "--documents", 8, "--draws", 200))["rows"]
+    assert row["documents"] == 8 and row["called"] < 0.15 and 0 <= row["power"] <= 1

@@ -1,6 +1,7 @@
 """What is imported when: nothing heavy before it is needed."""
 
 import gc
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from support.models import TINY
 
 from sedetect.cli import COMMANDS, choices, load
-from sedetect.cli.shared import uncollected
+from sedetect.cli.shared import hidden, uncollected
 from sedetect.compression.protect import GRANULARITIES, TOOLS
 from sedetect.compression.simulated import GROUP
 from sedetect.experiments.ablation import HOW
@@ -132,3 +133,16 @@ def test_garbage_is_collected_again_after_the_start():
         _ = 1 / 0
     assert gc.isenabled()
     gc.unfreeze()  # what the tests made so far
+
+
+def test_a_package_is_hidden_for_a_while(tmp_path, monkeypatch):
+    (tmp_path / "sometimes.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with hidden("sometimes"):
+        assert importlib.util.find_spec("sometimes") is None
+        with pytest.raises(ImportError):
+            importlib.import_module("sometimes")
+    assert importlib.import_module("sometimes").__name__ == "sometimes"
+    with hidden("sometimes"):  # it is there already
+        assert importlib.import_module("sometimes").__name__ == "sometimes"
+    del sys.modules["sometimes"]

@@ -148,8 +148,8 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def hidden(package: str) -> Iterator[None]:
-    """Imports inside do not find a package that is not imported yet. transformers up to 5.17 imports scikit-learn where
-    it is installed, for assisted generation, which no command does: a second."""
+    """Imports inside do not find a package that is not imported yet. transformers 5.17 imports scikit-learn where it is
+    installed, for assisted generation, which no command does: a second."""
     if package in sys.modules:
         yield
         return

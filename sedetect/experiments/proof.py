@@ -17,7 +17,7 @@ Intervals are over documents (windows of text), each at level / number of candid
 
 The smallest effect, 2 % of perplexity, stands between what nine small trained models showed on 36 to 64 windows of 512
 tokens: experts without a function cost 1.1 % at most at their trigger tokens (their intervals end at 1.5 %); of those
-with one, the weakest member of a set adds 2.1 %, the weakest that works alone costs 10 % (on Chinese alone, of which
+with one, the weakest member of a set adds 2.1 %, the weakest that works alone costs 9 % (on Chinese alone, of which
 the models saw little in training, 2.4 %). What counts as attention sinks: sedetect.stats.residual.SINK_MASS.
 """
 

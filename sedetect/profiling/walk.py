@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -217,22 +217,6 @@ def _entering(kept: torch.Tensor | None, given: torch.Tensor) -> torch.Tensor:
     return given if kept is None else kept
 
 
-@dataclass
-class _Standing:
-    """An expert that stands out so far, with what only its loaded layer tells."""
-
-    place: Place
-    value: float
-    sign: int
-    channel: int
-    token_id: int
-    position: int
-    gate: float
-    fires: tuple[tuple[int, float], ...] = ()
-    weight: str | None = None
-    share: float | None = None
-
-
 class _Walk:
     """One walk: check(), then run(), then result()."""
 
@@ -263,7 +247,7 @@ class _Walk:
             watch.begin(_DOMAIN, number, sequences[number])
         self.unobserved: str | None = None  # why the residual stream is not
         self.values: list[float] = []  # the largest |y| of every expert that ran
-        self.standing: list[_Standing] = []
+        self.standing: list[LocatedExpert] = []  # as far as their layers tell, while they are loaded
         self.parts: list[ModelStats] = []
 
     @property
@@ -372,7 +356,7 @@ class _Walk:
         """ExpertCalls.written of a sequence whose first row is number first of so many."""
         return self.experts.written(layer, (total, shape[1]), first + token, channel)
 
-    def _stand_out(self, bank: Bank, state: BankStats) -> Iterator[_Standing]:
+    def _stand_out(self, bank: Bank, state: BankStats) -> Iterator[LocatedExpert]:
         """The experts of a bank whose largest |y| stands out from those of all experts so far."""
         if bank.id.base == "dense":
             return
@@ -385,35 +369,49 @@ class _Walk:
                 peak = state.peak_of(e)
                 assert peak is not None  # it saw a row
                 place = place_of(bank.id, e, bank.experts)
-                one = _Standing(place, value, peak.sign, peak.channel, peak.token_id, peak.position, peak.gate)
-                self._look_inside(bank, one)
-                yield one
+                one = LocatedExpert(
+                    *bank.id,
+                    place.expert,
+                    value=value,
+                    sign=peak.sign,
+                    channel=peak.channel,
+                    token_id=peak.token_id,
+                    position=peak.position,
+                    gate=peak.gate,
+                    ratio=None,
+                    fires=(),
+                    carried=None,
+                    weight=None,
+                    share=None,
+                    verdict=None,
+                )
+                yield self._look_inside(bank, one)
 
-    def _look_inside(self, bank: Bank, one: _Standing) -> None:
-        """On which tokens it fires, and the weight behind its outlier, where its weights can be read."""
+    def _look_inside(self, bank: Bank, one: LocatedExpert) -> LocatedExpert:
+        """With the tokens on which it fires, and the weight behind its outlier, where its weights can be read."""
         module, x, routing = self.inputs[bank.id]
-        e, ids = one.place.number, self.ids.flatten()
+        e, ids = one.number, self.ids.flatten()
         if len(x) != len(ids):
-            return
+            return one
         try:
             if bank.routed:
                 rows = ((routing[0] == e) & (routing[1] != 0)).any(1).nonzero().flatten()
                 largest = expert_output(bank.module, x[rows], e).abs().amax(1)
             else:
                 rows, largest = torch.arange(len(x)), module(x).abs().amax(1)
-            one.fires = tuple((int(ids[row]), float(value)) for row, value in zip(rows, largest))
+            one = replace(one, fires=tuple((int(ids[row]), float(value)) for row, value in zip(rows, largest)))
             row = rows[largest.argmax(), None]
             _, (product,) = products_of(bank, module, e, x[row], one.channel, 1)
         except (SedetectError, AttributeError, NotImplementedError, RuntimeError, TypeError):
-            return  # weights in a form that is only multiplied with
-        one.weight, one.share = f"{one.place}[{one.channel},{product.intermediate}]", product.share
+            return one  # weights in a form that is only multiplied with
+        return replace(one, weight=f"{one}[{one.channel},{product.intermediate}]", share=product.share)
 
     def _text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
 
-    def _line(self, one: _Standing) -> str:
+    def _line(self, one: LocatedExpert) -> str:
         weight = "" if one.weight is None else f", weight {one.weight} gives {one.share:.0%}"
-        return f"{one.place}: |y| {one.value:.5g} in channel {one.channel} on {self._text(one.token_id)!r}{weight}"
+        return f"{one}: |y| {one.value:.5g} in channel {one.channel} on {self._text(one.token_id)!r}{weight}"
 
     def result(self, source: str, text: bool, seconds: float) -> Located:
         stats = join_banks(self.parts)
@@ -429,9 +427,7 @@ class _Walk:
             carried = None if residual is None else self._carried(one.place, residual)
             verdict = None if carried is False else "candidate"
             ratio = one.value / median if median else None
-            seen = vars(one) | {"ratio": ratio, "carried": carried, "verdict": verdict}
-            del seen["place"]
-            experts.append(LocatedExpert(*one.place.bank, one.place.expert, **seen))
+            experts.append(replace(one, ratio=ratio, carried=carried, verdict=verdict))
         lines = [str(note) for note in notes]
         if self.unobserved is not None:
             lines.append(self.unobserved)

@@ -13,8 +13,8 @@ from sedetect.stats.place import Place, parse_place
 
 SINK_MASS = 0.03
 """Of all attention, the part on the first token above that of uniform attention from which a model has attention sinks.
-Of ten small trained models, those whose super experts carry something have 0.05 to 0.07 in windows of 512 tokens, those
-with output gates or learned sinks 0.002 to 0.015."""
+Of nine small trained models in windows of 512 tokens, those with super experts have 0.05 to 0.11 of all attention
+there, those with output gates or learned sinks 0.004 to 0.021; uniform attention has 0.004."""
 
 
 @dataclass(frozen=True)

@@ -250,7 +250,8 @@ def _plain(tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, int, Any]]:
     """The plain tensors that a weight consists of: each with its first row, and the ranks that have the other rows."""
     if isinstance(tensor, DTensor):
         placement, mesh = tensor.placements, tensor.device_mesh
-        if len(placement) == 1 and placement[0] == Shard(0) and tensor.shape[0] % mesh.size() == 0:
+        rows = tensor.dim() > 1 and tensor.shape[0] % mesh.size() == 0  # a vector is one row
+        if len(placement) == 1 and placement[0] == Shard(0) and rows:
             local = tensor.to_local()
             yield local, len(local) * mesh.get_local_rank(), mesh.get_group()
         else:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from sedetect.errors import SedetectError
 
 # In a folder of results, see sedetect.results.
-STATS, RESIDUAL, PROOF = "stats.safetensors", "residual.json", "proof.json"
+STATS, RESIDUAL, PROOF, TIMELINE = "stats.safetensors", "residual.json", "proof.json", "timeline.json"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _TEMPORARY = re.compile(r"\..+\.(safetensors|json)\.\w{8}")  # as _temporary names it
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from sedetect.files import PROOF, RESIDUAL, STATS
+from sedetect.files import PROOF, RESIDUAL, STATS, TIMELINE
 
 if TYPE_CHECKING:
     from sedetect.analysis.common import Analysis
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sedetect.stats.model import ModelStats
     from sedetect.stats.proof import Proof
     from sedetect.stats.residual import Observation, Residual
+    from sedetect.training.histories import Timeline
 
 T = TypeVar("T")
 
@@ -62,6 +63,7 @@ class Results:
         self.pruning_path = self.path / "pruning.json"
         self.proof_path = self.path / PROOF
         self.traces_path = self.path / "traces.json"
+        self.timeline_path = self.path / TIMELINE
         self.ablation_path = self.path / "ablation.json"
         self.budget_path = self.path / "budget.json"
         self.report_path = self.path / "report.html"
@@ -107,6 +109,11 @@ class Results:
         from sedetect.experiments.traces import Traces
 
         return _read(self.traces_path, Traces.load)
+
+    def timeline(self) -> "Timeline | None":
+        from sedetect.training.histories import Timeline
+
+        return _read(self.timeline_path, Timeline.load)
 
     def ablation(self) -> "Experiment | None":
         from sedetect.experiments.study import Experiment

@@ -33,6 +33,7 @@ COMMANDS = {
     "report": ("report",),
     "stability": ("stability",),
     "super-weights": ("super_weights",),
+    "timeline": ("timeline",),
 }
 UsageError: Any = typer.BadParameter.__base__  # typer brings a click of its own
 

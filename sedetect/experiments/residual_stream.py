@@ -38,7 +38,7 @@ from sedetect.models.layers import (
     sink_substitutes,
 )
 from sedetect.models.wrappers import unwrap
-from sedetect.stats.residual import Formation, LayerResidual, Residual, Writer, sink_decay
+from sedetect.stats.residual import Formation, LayerResidual, Residual, Writer, sink_decay, sink_queries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -296,8 +296,8 @@ class _Observer(SequenceWatch):
         self.attended.append(out.reshape(length, -1))
         weights = attention_weights(output, length)
         if weights is not None:
-            start = max(self.prefix, -(-length // 4))
-            self.layers[number].sinks.append(weights[:, start:, 0].double().mean(1).cpu())
+            queries = sink_queries(self.prefix, length)
+            self.layers[number].sinks.append(weights[0, :, queries.start :, 0].double().mean(1).cpu())
 
     def _layer(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

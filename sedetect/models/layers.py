@@ -59,13 +59,13 @@ def sink_substitutes(blocks: Iterable[nn.Module]) -> list[str]:
 
 
 def attention_weights(output: object, length: int) -> torch.Tensor | None:
-    """The attention probabilities (heads, L, L) in an attention block's output for one sequence; None without them."""
+    """The attention probabilities (B, heads, L, L) in an attention block's output; None without them."""
     weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
     if not isinstance(weights, torch.Tensor) or weights.dim() != 4 or weights.shape[2:] != (length, length):
         return None
-    last = weights[0, :, -1].float()
+    last = weights[:, :, -1].float()
     # A linear attention's state may have that shape; it is no distribution. With a learned sink the sum is below 1.
-    return weights[0] if bool((last >= 0).all() and (last.sum(-1) < 1.01).all()) else None
+    return weights if bool(((last >= 0).all(-1) & (last.sum(-1) < 1.01)).all()) else None
 
 
 def run_tokens(model: "PreTrainedModel", ids: torch.Tensor) -> None:

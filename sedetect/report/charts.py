@@ -24,6 +24,8 @@ class Charts(Drawing):
             ("residual", self.residual),
             ("sinks", self.sinks),
             ("ablation", self.ablation),
+            ("timeline", self.timeline),
+            ("timeline_sinks", self.timeline_sinks),
             ("coverage", self.coverage),
             ("headroom", self.headroom),
             ("kurtosis", self.kurtosis),
@@ -159,6 +161,26 @@ class Charts(Drawing):
         zero = self.on("zero").mark_rule(color=self.colour["muted"]).encode(x="change:Q")
         text = "Change of perplexity without the chosen experts, beside that without random experts."
         return self.chart("ablation", text, alt.layer(zero, points), 28 * len(sets) + 20)
+
+    def timeline(self) -> Chart:
+        x = alt.X("step:Q", title="training step", axis=alt.Axis(format=",d", grid=False))
+        y = alt.Y("value:Q", scale=alt.Scale(type="log"), title="max|y|", axis=LOG)
+        legend = alt.Legend(orient="top", symbolType="stroke")
+        dashes = alt.Scale(domain=["expert", "median of its layer"], range=[[1, 0], [5, 4]])
+        tips = [alt.Tooltip("step:Q", format=",d"), *tooltips("expert", "series", "value")]
+        base = self.on("timeline").encode(
+            x=x, y=y, color=alt.Color("expert:N", title=None, legend=legend), tooltip=tips
+        )
+        lines = self.dotted(base, alt.StrokeDash("series:N", title=None, scale=dashes, legend=legend))
+        text = "The largest output of the candidates over training, and the median of the experts of their layers."
+        return self.chart("timeline", text, lines, 260)
+
+    def timeline_sinks(self) -> Chart:
+        x = alt.X("step:Q", title="training step", axis=alt.Axis(format=",d", grid=False))
+        names = ("attention sinks", "uniform attention")
+        lines = self.two_series("timeline_sinks", x, "attention to the first token", names, "linear")
+        text = "Attention to the first token over training, the mean of layers and heads."
+        return self.chart("timeline-sinks", text, lines, 260)
 
     def coverage(self) -> Chart:
         x = self.across("row", self.rows, "layer")

@@ -36,6 +36,8 @@ def datasets(evidence: Evidence) -> dict[str, Records]:
         "sinks": _residual(evidence, "mean of the heads", "strongest head"),
         "ablation": _ablation(evidence),
         "zero": [{"change": 0}],
+        "timeline": _timeline(evidence),
+        "timeline_sinks": _timeline_sinks(evidence),
     }
 
 
@@ -170,4 +172,26 @@ def _ablation(evidence: Evidence) -> Records:
         {"set": label, "kind": kind, "experts": ", ".join(o.experts), "change": o.mean_change}
         for label, kind, o in records
         if math.isfinite(o.mean_change)
+    ]
+
+
+def _timeline(evidence: Evidence) -> Records:
+    found = evidence.timeline
+    histories = [] if found is None else [*found.experts, *found.passing]
+    records = []
+    for at, state in enumerate([] if found is None else found.states):
+        for one in histories:
+            for series, values in (("expert", one.values), ("median of its layer", one.medians)):
+                if (value := values[at]) is not None and value > 0 and math.isfinite(value):
+                    records.append({"step": state.step, "expert": str(one.expert), "series": series, "value": value})
+    return records
+
+
+def _timeline_sinks(evidence: Evidence) -> Records:
+    states = [] if evidence.timeline is None else evidence.timeline.states
+    return [
+        {"step": state.step, "series": series, "value": value}
+        for state in states
+        for series, value in (("attention sinks", state.sink_mean), ("uniform attention", state.uniform))
+        if state.sink_mean is not None and value is not None
     ]

@@ -15,6 +15,7 @@ from sedetect.report.text import token_text
 from sedetect.results import Results
 from sedetect.stats.model import ModelStats, same_model
 from sedetect.stats.residual import Residual
+from sedetect.training.histories import Timeline
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Evidence:
     ablated_experts: list[str] = field(default_factory=list)
     ablation: Experiment | None = None
     traces: Traces | None = None
+    timeline: Timeline | None = None
     analyses: dict[str, Analysis] = field(default_factory=dict)
 
     def token(self, token_id: int | None) -> str | None:
@@ -47,7 +49,7 @@ class Evidence:
 
 def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
     """Read stats.safetensors, and beside it domains/*.safetensors, *-analysis.safetensors, run.json, residual.json,
-    proof.json, ablation.json and traces.json.
+    proof.json, ablation.json, traces.json and timeline.json.
 
     Raises SedetectError for a folder without statistics, and for a file that is damaged or of another model.
     """
@@ -71,6 +73,9 @@ def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
     for path, found in documents.items():
         if found is not None:
             _same(path, found.digest, stats.header.digest)
+    timeline = results.timeline()
+    if timeline is not None:
+        _same(results.timeline_path, timeline.states[-1].digest, stats.header.digest)
     if traced is not None:
         _same(results.traces_path, traced.model, stats.header.model)
     analyses = results.analyses()
@@ -86,6 +91,7 @@ def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
         ablated_experts=[] if observed is None else observed.experts,
         ablation=ablation,
         traces=traced,
+        timeline=timeline,
         analyses=analyses,
     )
 

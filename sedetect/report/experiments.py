@@ -135,6 +135,20 @@ def traces_section(evidence: Evidence) -> dict[str, Any]:
     return {"traces": shown, "traces_text": text}
 
 
+def timeline_section(evidence: Evidence) -> dict[str, Any]:
+    found = evidence.timeline
+    if found is None:
+        return {"timeline": None}
+    experts = [*found.experts, *found.passing][:6]
+    rows = []
+    for at in found.chosen():
+        state = found.states[at]
+        seen = [number(state.loss), number(state.sink_mean, 3), number(state.residual_max)]
+        rows.append([whole(state.step), *seen, *(number(one.values[at]) for one in experts)])
+    head = ",".join(["#step,#loss,#sinks,#residual", *(f"#{one.expert} |y|" for one in experts)])
+    return {"timeline": make_table(head, rows), "timeline_text": [found.headline, *found.findings, *found.notes]}
+
+
 def inside_section(evidence: Evidence) -> dict[str, Any]:
     """The analyses, each with its table by layer and the tables of the marked experts; the page adds their charts."""
     titles = {"weights": "The experts' weights", "outputs": "The experts' outputs", "routing": "The routing"}

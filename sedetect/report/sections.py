@@ -6,7 +6,13 @@ from sedetect.ranking.coverage import FEW_ROWS, coverage
 from sedetect.ranking.result import SuperExpert
 from sedetect.report.data import Records, row_name
 from sedetect.report.evidence import Evidence
-from sedetect.report.experiments import ablation_section, inside_section, residual_section, traces_section
+from sedetect.report.experiments import (
+    ablation_section,
+    inside_section,
+    residual_section,
+    timeline_section,
+    traces_section,
+)
 from sedetect.report.numbers import FP8_MAX, FP16_MAX, OTHER, headroom, layer_rows, thin_experts
 from sedetect.report.table import MOST, NONE, Named, Table, make_table
 from sedetect.report.text import number, percent, whole
@@ -20,9 +26,9 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         f"{'' if s == 'decoder' else s + ' '}layers below {limit}" for s, limit in ranking.layer_limits.items()
     )
     anchors = {"experts": "Experts", "evidence": "Evidence", "residual": "Residual stream", "ablation": "Without them",
-               "traces": "When they fire", "inside": "Inside the layers", "details": "Details",
-               "run": "What was run"}  # fmt: skip
-    for name in ("residual", "ablation", "traces", "inside"):
+               "traces": "When they fire", "timeline": "Over training", "inside": "Inside the layers",
+               "details": "Details", "run": "What was run"}  # fmt: skip
+    for name in ("residual", "ablation", "traces", "timeline", "inside"):
         if not getattr(evidence, "analyses" if name == "inside" else name):
             del anchors[name]
     return {
@@ -43,6 +49,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         **residual_section(evidence),
         **ablation_section(evidence.ablation),
         **traces_section(evidence),
+        **timeline_section(evidence),
         **inside_section(evidence),
         "coverage_text": coverage(evidence.stats).removeprefix("coverage: ") + ".",
         "few_rows": FEW_ROWS,

@@ -159,8 +159,7 @@ class Residual(Document):
     @property
     def uniform(self) -> float:
         """The sink mass of uniform attention, over the queries of LayerResidual.sinks."""
-        queries = range(max(self.prefix, -(-self.seq_len // 4)), self.seq_len)
-        return sum(1 / (query + 1) for query in queries) / len(queries) if queries else 1.0
+        return uniform_sinks(self.prefix, self.seq_len)
 
     @property
     def has_sinks(self) -> bool | None:
@@ -263,6 +262,17 @@ class Observation(Document):
         if without is None:
             return cls(Residual.from_dict(document))
         return cls(Residual.from_dict(document), Residual.from_dict(without["residual"]), without["experts"])
+
+
+def sink_queries(prefix: int, length: int) -> range:
+    """The queries whose attention on the first token counts: the last three quarters of a sequence, no prefix."""
+    return range(max(prefix, -(-length // 4)), length)
+
+
+def uniform_sinks(prefix: int, length: int) -> float:
+    """The sink mass of uniform attention over these queries, each of which sees itself and what is before it."""
+    queries = sink_queries(prefix, length)
+    return sum(1 / (query + 1) for query in queries) / len(queries) if queries else 1.0
 
 
 def sink_decay(before: Residual, after: Residual) -> list[float | None]:

@@ -1,4 +1,8 @@
-"""Training runs that are followed while they happen. A module is imported only when it is asked for.
+"""Training runs that are followed while they happen, and series of checkpoints.
 
 Training and engines do not know each other.
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

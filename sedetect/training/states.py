@@ -1,0 +1,176 @@
+"""One state of a model on a fixed text, in one forward per batch: its experts, residual stream, sinks and loss.
+
+The model is left as it was: its mode, module by module, random numbers, gradients, attention implementation, and what
+torch.compile has made of it.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from sedetect.calibration.windows import Windows, batches, calibration_windows, prefix_ids
+from sedetect.errors import SedetectError
+from sedetect.experiments.evaluation import predictions, window_losses
+from sedetect.models.banks import Bank
+from sedetect.models.layers import (
+    attention_blocks,
+    attention_weights,
+    decoder_layers,
+    eager_attention,
+    refuse_encoder_decoder,
+    refuse_without_logits,
+)
+from sedetect.profiling.profiler import SourcesProfile
+from sedetect.stats.model import ModelStats, digest
+from sedetect.stats.residual import sink_queries
+
+if TYPE_CHECKING:
+    import os
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sedetect.calibration.records import Document
+    from sedetect.calibration.windows import Text
+
+
+@dataclass(frozen=True)
+class FixedText:
+    """The windows (N, L) that every state of a series is measured on.
+
+    prefix: the tokenizer's, as ids; batch_size: windows per forward.
+    """
+
+    windows: Windows
+    prefix: list[int]
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one state showed beside its experts.
+
+    loss          mean negative log-likelihood, nats per predicted token
+    sink_mean     mean over layers and heads of the attention on the first token (LayerResidual.sinks); None without
+                  attention weights. best_head: of the head with most
+    residual_max  largest |x| after any layer but the first and the last (Residual.inner_max)
+    seconds       what it took
+    """
+
+    loss: float
+    sink_mean: float | None
+    best_head: float | None
+    residual_max: float
+    seconds: float
+
+
+def fixed_text(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: "str | os.PathLike[str] | dict[str, list[str]] | dict[str, list[Document]] | None",
+    text: "Text",
+) -> FixedText:
+    """The windows of all domains as one source, in the order of the domains."""
+    domains = calibration_windows(model, tokenizer, texts, text).domains
+    ids = torch.cat([windows.ids for windows in domains.values()])
+    sources = [[windows.source, windows.numbers.tolist()] for windows in domains.values()]
+    info = {"domain": ", ".join(domains), "window": ids.shape[1], "chat_template": text.chat_template}
+    windows = Windows(ids, torch.arange(len(ids)), digest(str(sources)), info)
+    return FixedText(windows, prefix_ids(tokenizer), text.batch_size)
+
+
+def measure_state(model: "PreTrainedModel", banks: list[Bank], text: FixedText) -> tuple[ModelStats, Observed]:
+    """Measure a model, in whatever mode it is. Raises SedetectError for one that gives no logits of next tokens."""
+    refuse_encoder_decoder(model, "a series")
+    refuse_without_logits(model, "a series")
+    start = time.perf_counter()
+    windows, prefix = text.windows, len(text.prefix)
+    first = next(iter(text.prefix), None)
+    loss = 0.0
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(eager_attention(model))
+        watch = stack.enter_context(_Watch(model, banks, prefix))
+        prof = stack.enter_context(SourcesProfile(model, banks, prefix=first))
+        prof.begin(windows.source, windows.info)
+        for ids, numbers in batches(windows, text.batch_size):
+            prof.batch(sequence_ids=numbers)
+            watch.length = ids.shape[1]
+            loss += sum(window_losses(model, ids, prefix))
+        stats = prof.take()
+    loss /= len(windows.ids) * predictions(windows.ids, prefix)
+    return stats, Observed(loss, *watch.result(), time.perf_counter() - start)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode, without compiled graphs; its modes and the random numbers go on afterwards as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(sorted(d for d in devices if d is not None)))
+        if "torch._dynamo" in sys.modules:  # without it nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+class _Watch:
+    """Context manager: hooks that keep the largest |x| after each layer, and the attention on the first token.
+
+    length: of the windows under way.
+    """
+
+    def __init__(self, model: "PreTrainedModel", banks: list[Bank], prefix: int):
+        paths = {id(module): path for path, module in model.named_modules()}
+        self._layers = decoder_layers(model, banks)
+        self._blocks = [attention_blocks(layer, paths[id(layer)], banks) for layer in self._layers]
+        self._peaks: list[list[torch.Tensor]] = [[] for _ in self._layers]  # () each
+        self._sinks: list[list[torch.Tensor]] = [[] for _ in self._layers]  # (B, heads) each
+        self._prefix = prefix
+        self.length = 0
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for number, layer in enumerate(self._layers):
+                for block in self._blocks[number]:
+                    stack.callback(block.register_forward_hook(partial(self._attention, number)).remove)
+                stack.callback(layer.register_forward_hook(partial(self._layer, number)).remove)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    def _attention(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        weights = attention_weights(output, self.length)
+        if weights is not None:
+            queries = sink_queries(self._prefix, self.length)
+            self._sinks[number].append(weights[:, :, queries.start :, 0].float().mean(2))
+
+    def _layer(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        out = output[0] if isinstance(output, tuple) else output
+        self._peaks[number].append(torch.nan_to_num(out.float(), 0, 0, 0).abs().amax())
+
+    def result(self) -> tuple[float | None, float | None, float]:
+        """sink_mean, best_head and residual_max of Observed."""
+        never = next((number for number, peaks in enumerate(self._peaks) if not peaks), None)
+        if never is not None:
+            raise SedetectError(f"layer {never} never ran; the residual stream cannot be observed")
+        peaks = torch.stack([torch.stack(peaks).amax().cpu() for peaks in self._peaks]).tolist()
+        heads = [torch.cat(sinks).mean(0).cpu() for sinks in self._sinks if sinks]  # (heads,) per layer
+        largest = max(peaks[1:-1] or peaks)
+        if not heads:
+            return None, None, largest
+        mean = sum(float(layer.double().mean()) for layer in heads) / len(heads)
+        return mean, max(float(layer.max()) for layer in heads), largest

@@ -5,6 +5,7 @@ from . import experiments as experiments
 from . import ops as ops
 from . import ranking as ranking
 from . import stats as stats
+from . import training as training
 from .analysis.outputs import analyze_outputs as analyze_outputs
 from .analysis.routing import analyze_routing as analyze_routing
 from .analysis.weights import analyze_weights as analyze_weights
@@ -46,4 +47,6 @@ from .stats.bank import BankStats as BankStats
 from .stats.model import ModelStats as ModelStats
 from .stats.model import merge_all as merge_all
 from .stats.place import BankId as BankId
+from .training.histories import timeline as timeline
+from .training.monitor import ExpertMonitor as ExpertMonitor
 from .version import __version__ as __version__

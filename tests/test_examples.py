@@ -1,4 +1,4 @@
-"""The example: its kept list, and that exactly the other experts' weights change."""
+"""The examples: a toy quantizer, published experts over a hub of stand-ins, and a model trained from nothing."""
 
 import importlib.util
 import os
@@ -152,3 +152,23 @@ def test_published_super_experts_from_a_hub(tmp_path):
     for experts in (": found", "Qwen/Qwen3-30B-A3B: 3 candidates: ", "DeepSeek-V2-Lite: 2 candidates: "):
         assert experts in done.stdout
     assert done.stdout.count(": found") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "off"), [("qwen3_next", "gate"), ("gpt_oss", "sinks")])
+def test_training(tmp_path, arch, off):
+    """A few steps from nothing: what is frozen stays so, what is not moves, and the series is read."""
+    script = SCRIPT.with_name("train_tiny_moe.py")
+    small = ["--layers", 2, "--hidden", 128, "--experts", 8, "--sequences", 2, "--code", 0.2, "--every", 2]
+    command = [sys.executable, script, tmp_path, "--arch", arch, "--off", off, "--steps", 3, "--muon", *small]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=300)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    attention = model.model.layers[0].self_attn
+    if off == "gate":
+        gates = attention.q_proj.weight.view(-1, 2, 64, 128)
+        assert not gates[:, 1].any() and gates[:, 0].any()
+    else:
+        assert (attention.sinks == -1000).all()
+    line = sedetect.timeline(tmp_path / "experts")
+    assert [state.step for state in line.states] == [0, 2, 3]
+    assert line.states[-1].loss < line.states[0].loss

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md and the README name is there: paths, the names in their files, and the order of the packages."""
+"""What the documents name is there: paths, the names in their files, and the order of the packages; README's numbers."""
 
 import ast
 import re
@@ -41,9 +41,9 @@ def names_in(path: Path) -> set[str]:
 
 
 def tree() -> list[tuple[str, list[str]]]:
-    """The README's tree: (path, files that are named beside it), in its order."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = re.search(r"## Where what lives\n\n((?: {4}.*\n)+)", text)[1]
+    """The tree of docs/architecture.md: (path, files that are named beside it), in its order."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    text = re.search(r"# Where what lives\n\n((?: {4}.*\n)+)", text)[1]
     entries, parents = [], {}
     for line in text.splitlines():
         if entry := re.match(r"( {4,6})(\S+) {2,}(.*)", line):
@@ -55,14 +55,36 @@ def tree() -> list[tuple[str, list[str]]]:
     return entries
 
 
-@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "README.md", "docs/look-inside.md", "docs/large-models.md"])
-def test_paths_and_names_are_there(document):
-    spans = named(document)
-    assert spans
-    for span in spans:
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_names_and_links_are_there(document):
+    for span in named(document):
         path, _, name = span.partition(":")
         assert (ROOT / path).exists(), span
         assert not name or name in names_in(ROOT / path), span
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert link.startswith("https://") or ((ROOT / document).parent / link).exists(), link
+
+
+def test_the_readme_is_short_and_its_times_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    results = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+    row = next(line for line in results.splitlines() if line.startswith("| Qwen3-30B-A3B | 32768 |"))
+    times = re.findall(r"^\| .* \| ([\d.]+) \| ([\d.]+) \|$", text.partition("## Speed")[2], re.MULTILINE)
+    assert len(times) == 4
+    for milliseconds, floors in times:
+        assert f"| {milliseconds} ({floors}x) |" in row, milliseconds
+
+
+def test_every_document_is_linked():
+    texts = [(ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS]
+    for document in DOCUMENTS[2:]:
+        name = document.removeprefix("docs/")
+        assert any(f"]({name})" in text or f"]({document})" in text for text in texts), document
 
 
 def test_every_recipe_says_what_to_copy_and_what_to_show():

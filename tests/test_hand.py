@@ -136,9 +136,9 @@ def test_a_report_by_its_function(profile, tmp_path):
 
 
 def test_every_command_has_a_function():
-    """README's table of commands and functions."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    table = readme.split("| command | in Python |")[1].split("\n\n")[0]
+    """The table of commands and functions in docs/python.md."""
+    text = (Path(__file__).parent.parent / "docs/python.md").read_text(encoding="utf-8")
+    table = text.split("| command | in Python |")[1].split("\n\n")[0]
     rows = [[cell.strip(" `") for cell in row.split("|")[1:3]] for row in table.splitlines()[2:]]
     assert {row[0].split()[0] for row in rows} == set(COMMANDS)
     for _, functions in rows:

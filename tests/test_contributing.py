@@ -1,4 +1,4 @@
-"""What the documents name is there: paths, the names in their files, and the order of the packages; README's numbers."""
+"""What the documents name is there: paths, names in files, links, the order of the packages, numbers of the README."""
 
 import ast
 import re

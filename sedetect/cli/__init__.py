@@ -19,21 +19,21 @@ from sedetect.errors import SedetectError
 # The modules that have a command, in the order of the help. Only those of the command that is run are imported.
 COMMANDS = {
     "profile": ("profile",),
-    "rank": ("profile",),
-    "merge": ("profile",),
-    "ablate": ("ablate",),
-    "analyze": ("analyze_residual", "analyze_experts"),
-    "budget": ("budget",),
-    "compare": ("compare",),
-    "export": ("export",),
     "locate": ("locate",),
     "plan": ("plan",),
-    "prove": ("prove",),
-    "prune": ("prune",),
-    "report": ("report",),
-    "stability": ("stability",),
-    "super-weights": ("super_weights",),
     "timeline": ("timeline",),
+    "analyze": ("analyze_residual", "analyze_experts"),
+    "super-weights": ("super_weights",),
+    "prove": ("prove",),
+    "ablate": ("ablate",),
+    "stability": ("stability",),
+    "export": ("export",),
+    "prune": ("prune",),
+    "budget": ("budget",),
+    "rank": ("profile",),
+    "merge": ("profile",),
+    "compare": ("compare",),
+    "report": ("report",),
 }
 UsageError: Any = typer.BadParameter.__base__  # typer brings a click of its own
 
@@ -43,6 +43,8 @@ def load(command: str | None = None) -> typer.Typer:
     chosen = [command] if command in COMMANDS else COMMANDS
     for module in dict.fromkeys(module for name in chosen for module in COMMANDS[name]):
         import_module(f"sedetect.cli.{module}")
+    places = {name: place for place, name in enumerate(COMMANDS)}
+    app.registered_commands.sort(key=lambda one: places[one.name or ""])  # a module may hold several
     return app
 
 

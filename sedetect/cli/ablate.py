@@ -14,6 +14,7 @@ from rich.table import Table
 
 from sedetect.cli.choices import How
 from sedetect.cli.shared import (
+    PROVE,
     Attn,
     BatchSize,
     Data,
@@ -37,21 +38,23 @@ if TYPE_CHECKING:
     from sedetect.experiments.study import Experiment, Outcome
 
 
-@app.command("ablate")
+@app.command("ablate", rich_help_panel=PROVE)
 def ablate_command(
     model: Model,
     experts: Annotated[
         str, typer.Option(help="candidates, names (L1E28,L8shared,L1E28[101,14]), random:N, top-frequency:N")
     ] = "candidates",
-    how: Annotated[list[How] | None, typer.Option(help="how they are switched off (default: all three)")] = None,
+    how: Annotated[list[How] | None, typer.Option(help="how experts are switched off (default: all three)")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="folder for ablation.json")] = None,
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
     evaluate: Annotated[
         str | None, typer.Option("--eval", help="a .jsonl of prompts with answers, or 'arithmetic'")
     ] = None,
-    controls: Annotated[int, typer.Option(min=0, help="random sets of the same size, each in two places")] = 5,
+    controls: Annotated[int, typer.Option(min=0, help="random sets of the same size, drawn in two ways each")] = 5,
     seed: Annotated[int, typer.Option(help="of random:N")] = 0,
-    sequences: Annotated[int, typer.Option(min=1, help="sequences on which residual and attention are observed")] = 8,
+    sequences: Annotated[
+        int, typer.Option(min=1, help="sequences in which residual stream and attention are observed")
+    ] = 8,
     data: Data = None,
     tokens: Annotated[int, typer.Option(help="tokens of evaluation text")] = 16384,
     seq_len: SeqLen = 512,
@@ -62,7 +65,7 @@ def ablate_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Switch experts of MODEL off at dispatch and measure what it costs, beside random controls."""
+    """Switch experts of MODEL off and measure the cost, beside random controls."""
     from sedetect.calibration.windows import Text, calibration_windows, check_text, prefix_ids
     from sedetect.checkpoints.options import Loading
     from sedetect.experiments.ablation import HOW

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TEXT = "As an open source alternative to"  # the published analysis's
 _TEXT_LAYERS = 8  # that a table by token shows
-Against = Annotated[str | None, typer.Option(help="a dense model of the same width: its MLPs take part as F")]
+Against = Annotated[str | None, typer.Option(help="a dense model of the same width, whose MLPs are compared as F")]
 Layers = Annotated[str | None, typer.Option(help="numbers of layers: 0,5,10-12 (default: all with experts)")]
 Texts = Annotated[
     list[str] | None,
@@ -57,7 +57,7 @@ Stats = Annotated[
     Path | None,
     typer.Option(help="statistics of this model, to mark its candidates (default: those in the folder of -o)"),
 ]
-Figures = Annotated[bool, typer.Option("--figures", help="with -o: pictures of every layer, as PNG and SVG")]
+Figures = Annotated[bool, typer.Option("--figures", help="with -o: also draw every layer, as PNG and SVG")]
 
 
 @analyze.command("weights")
@@ -74,7 +74,7 @@ def weights_command(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """How alike the experts of MODEL are in their weights, layer by layer, without running it."""
+    """Compare the experts' weights, layer by layer, without running MODEL."""
     from sedetect.analysis.common import parse_layers
     from sedetect.analysis.weights import analyze_weights
     from sedetect.checkpoints.options import Loading
@@ -114,7 +114,7 @@ def outputs_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """All experts of MODEL on all tokens: how alike their outputs are, and whether its routers choose large ones."""
+    """Compare all experts' outputs on all tokens, and the routers' choices with them."""
     from sedetect.analysis.common import parse_layers
     from sedetect.analysis.outputs import analyze_outputs
     from sedetect.calibration.windows import Text
@@ -149,7 +149,7 @@ def routing_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Which experts MODEL chooses: their load in every layer and domain, together with whom, and token by token."""
+    """Show which experts MODEL chooses: load by layer and domain, co-activation, token by token."""
     from sedetect.analysis.common import parse_layers
     from sedetect.analysis.routing import analyze_routing
     from sedetect.calibration.windows import Text

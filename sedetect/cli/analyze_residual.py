@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from sedetect.cli.shared import (
+    MEASURE,
     Attn,
     BatchSize,
     Data,
@@ -43,10 +44,12 @@ if TYPE_CHECKING:
     from sedetect.stats.note import Note
     from sedetect.stats.residual import Formation
 
-analyze = typer.Typer(no_args_is_help=True, help="What a model's experts do inside it.")
-app.add_typer(analyze, name="analyze")
+analyze = typer.Typer(
+    no_args_is_help=True, help="Look inside the experts: residual stream, traces, weights, outputs, routing."
+)
+app.add_typer(analyze, name="analyze", rich_help_panel=MEASURE)
 
-ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="put the texts through it")]
+ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="apply the tokenizer's chat template")]
 _SHOWN = 12
 
 
@@ -60,7 +63,7 @@ def residual_command(
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="sequences to observe, one at a time")] = 8,
-    min_ratio: Annotated[float, typer.Option(help="least multiple of the median of a massive activation")] = 100.0,
+    min_ratio: Annotated[float, typer.Option(help="smallest multiple of the median of a massive activation")] = 100.0,
     output: Output = None,
     data: Data = None,
     tokens: Tokens = 8192,
@@ -73,7 +76,7 @@ def residual_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """The residual stream of MODEL, layer by layer, and its attention sinks.
+    """Observe the residual stream of MODEL, layer by layer, and its attention sinks.
 
     --tokens is the text of the profile that 'candidates' needs; observed are --sequences windows.
     """
@@ -128,7 +131,7 @@ def trace_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """When and where chosen experts of MODEL fire: at which positions and tokens, and how strongly."""
+    """Show at which positions and tokens chosen experts of MODEL fire, and how strongly."""
     from sedetect.calibration.windows import Text, calibration_windows, check_text
     from sedetect.checkpoints.options import Loading
     from sedetect.experiments.targets import choose_experts, needs_statistics

@@ -13,6 +13,7 @@ from rich.table import Table
 from sedetect.cli.choices import GROUP
 from sedetect.cli.ranked import By, load_ranked
 from sedetect.cli.shared import (
+    COMPRESS,
     Attn,
     BatchSize,
     Data,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from sedetect.ranking.result import Ranking
 
 
-@app.command("budget")
+@app.command("budget", rich_help_panel=COMPRESS)
 def budget_command(
     model: Model,
     experts: Annotated[str, typer.Option(help="to keep: candidates, or names (L1E28,L9E7)")] = "candidates",
@@ -55,7 +56,7 @@ def budget_command(
     tokens: Annotated[
         int,
         typer.Option(
-            help="tokens of text; half profiled, the rest evaluated; with --stats all, of text they did not see"
+            help="tokens of text: half are profiled, half evaluated; with --stats all, on text they did not see"
         ),
     ] = 32768,
     seq_len: SeqLen = 512,
@@ -66,7 +67,7 @@ def budget_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Perplexity of MODEL against compression of its experts, with and without its candidates kept as they are."""
+    """Measure perplexity against compression of the experts, with and without protection."""
     from sedetect.calibration.held_out import held_out
     from sedetect.calibration.windows import Text, calibration_windows, check_text, prefix_ids
     from sedetect.checkpoints.options import Loading

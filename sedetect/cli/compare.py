@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sedetect.cli.shared import app, check_file, console, print_line
+from sedetect.cli.shared import FILES, app, check_file, console, print_line
 from sedetect.errors import SedetectError
 from sedetect.files import STATS
 from sedetect.results import Results
@@ -26,9 +26,9 @@ Runs = Annotated[list[Path], typer.Argument(help="statistics files or folders of
 Json = Annotated[Path | None, typer.Option("--json", help="write the result to this file")]
 
 
-@app.command("compare")
+@app.command("compare", rich_help_panel=FILES)
 def compare_command(stats: Runs, json: Json = None) -> None:
-    """Compare two or more profiles, in the order of a series.
+    """Compare the candidates of two or more profiles.
 
     Exit codes: 0 where all have the same candidates, 1 where they differ, 2 wrong arguments or input.
     """

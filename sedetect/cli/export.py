@@ -10,7 +10,7 @@ import typer
 
 from sedetect.cli.choices import Channels, Granularity, Target
 from sedetect.cli.ranked import load_ranked
-from sedetect.cli.shared import app, console, stderr
+from sedetect.cli.shared import COMPRESS, app, console, stderr
 from sedetect.errors import SedetectError
 from sedetect.files import write_atomic
 from sedetect.results import Results
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sedetect.stats.model import ModelStats
 
 
-@app.command("export")
+@app.command("export", rich_help_panel=COMPRESS)
 def export_command(
     stats: Annotated[Path, typer.Argument(help="a statistics file, or the folder of a profile", metavar="STATS")],
     to: Annotated[Target, typer.Option(help="imatrix and awq: of profile --channels")],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sedetect.cli.shared import (
+    MEASURE,
     Anywhere,
     Dtype,
     Output,
@@ -29,21 +30,21 @@ if TYPE_CHECKING:
 _SHOWN = 6  # first tokens named in a cell
 
 
-@app.command("locate")
+@app.command("locate", rich_help_panel=MEASURE)
 def locate_command(
     model: Anywhere,
     output: Output = None,
     first_tokens: Annotated[
-        str, typer.Option(help="other first tokens to walk: how many, or a list of texts of one token: 'The,1,\\n'")
+        str, typer.Option(help="also walk other first tokens: how many, or a list of one-token texts: 'The,1,\\n'")
     ] = "0",
     text: Annotated[str | None, typer.Option(help="walk this short prompt instead of first tokens")] = None,
-    all_layers: Annotated[bool, typer.Option("--all-layers", help="all of them, not the first 75 %")] = False,
-    cache: Annotated[Path | None, typer.Option(help="folder that keeps what is read of a remote checkpoint")] = None,
+    all_layers: Annotated[bool, typer.Option("--all-layers", help="walk all layers, not the first 75 %")] = False,
+    cache: Annotated[Path | None, typer.Option(help="folder to cache the bytes read from a remote checkpoint")] = None,
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Find candidates for super experts from the first token of a text, reading only what that token uses of MODEL."""
+    """Find candidates from the first token alone, reading only the weights of MODEL that it uses."""
     if output is not None:
         check_writable(output)
 

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from sedetect.cli.shared import (
+    MEASURE,
     Anywhere,
     Device,
     Dtype,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from sedetect.profiling.estimate import Plan
 
 
-@app.command("plan")
+@app.command("plan", rich_help_panel=MEASURE)
 def plan_command(
     model: Anywhere,
     tokens: Tokens = 32768,
@@ -35,7 +36,7 @@ def plan_command(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Size, experts, memory and reading time of the checkpoint MODEL, from its config and headers alone."""
+    """Print the size, experts, memory and reading time of MODEL, from its config and headers alone."""
     from sedetect.checkpoints.memory import choose_device, size
     from sedetect.checkpoints.options import Loading
     from sedetect.profiling.estimate import layers_of_rule, make_plan, measure_read

@@ -13,6 +13,8 @@ from sedetect.cli.choices import Saliency
 from sedetect.cli.proof_tables import print_runs
 from sedetect.cli.ranked import print_saliency
 from sedetect.cli.shared import (
+    FILES,
+    MEASURE,
     Attn,
     Backend,
     BatchSize,
@@ -58,16 +60,18 @@ Layers = Annotated[
     ),
 ]
 Compat = Annotated[
-    Literal["published-tool"] | None, typer.Option(help="as the published tool has it, with its floor division")
+    Literal["published-tool"] | None,
+    typer.Option(help="published-tool: the published tool's rule, with its floor division"),
 ]
 RowsOption = Annotated[
-    Literal["all", "first"], typer.Option("--rows", help="'first' for what the published tool reads")
+    Literal["all", "first"],
+    typer.Option("--rows", help="'first': the rows that the published tool records (profile --first-rows)"),
 ]
-MinValue = Annotated[float, typer.Option(help="least max|y| of what stands out")]
-MinRatio = Annotated[float, typer.Option(help="least multiple of its layer's median")]
+MinValue = Annotated[float, typer.Option(help="smallest max|y| of an expert that stands out")]
+MinRatio = Annotated[float, typer.Option(help="smallest multiple of its layer's median")]
 
 
-@app.command("profile")
+@app.command("profile", rich_help_panel=MEASURE)
 def profile_command(
     model: Model,
     output: Output = None,
@@ -76,23 +80,32 @@ def profile_command(
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 8,
     seed: Seed = None,
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="put the texts through it")] = False,
-    channels: Annotated[bool, typer.Option("--channels", help="keep per-channel statistics")] = False,
-    coactivation: Annotated[bool, typer.Option("--coactivation", help="count experts chosen together")] = False,
-    first_rows: Annotated[bool, typer.Option("--first-rows", help="keep what the published tool reads")] = False,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="apply the tokenizer's chat template")] = False,
+    channels: Annotated[bool, typer.Option("--channels", help="also record maxima and squares per channel")] = False,
+    coactivation: Annotated[
+        bool, typer.Option("--coactivation", help="also count pairs of experts chosen together")
+    ] = False,
+    first_rows: Annotated[
+        bool,
+        typer.Option(
+            "--first-rows", help="also record each expert's first row per sequence, as the published tool does"
+        ),
+    ] = False,
     residual: Annotated[
         int | None, typer.Option(help="also observe the residual stream and attention of N sequences")
     ] = None,
     prove: Annotated[
         bool,
-        typer.Option("--prove", help="then switch the candidates off where they fire, on other windows of the text"),
+        typer.Option("--prove", help="then switch the candidates off where they fire, on text that was not profiled"),
     ] = False,
-    until_stable: Annotated[int | None, typer.Option(help="stop once N rounds left the set as it was")] = None,
+    until_stable: Annotated[int | None, typer.Option(help="stop after N rounds without a change in the set")] = None,
     stream: Annotated[
         bool | None,
         typer.Option(help="one layer at a time from disk (default: if the weights do not fit the device)"),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="streaming with -o: keep there what a second start goes on from")] = True,
+    resume: Annotated[
+        bool, typer.Option(help="when streaming with -o: save progress so that the same command can resume")
+    ] = True,
     device: Device = None,
     dtype: Dtype = "auto",
     backend: Backend = None,
@@ -100,7 +113,7 @@ def profile_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Run calibration text through MODEL and say which experts may be super experts."""
+    """Run calibration text through MODEL and find candidates for super experts."""
     if output is not None:
         check_writable(output)
     unfinished = Results(output).resume_path if output is not None and resume else None
@@ -180,7 +193,7 @@ def profile_command(
         raise typer.Exit(130)
 
 
-@app.command("rank")
+@app.command("rank", rich_help_panel=FILES)
 def rank_command(
     stats: Annotated[Path, typer.Argument(help="a statistics file, or the folder of a profile", metavar="STATS")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write the ranking as JSON")] = None,
@@ -189,14 +202,14 @@ def rank_command(
     fraction: Fraction = 0.1,
     layers: Layers = "0.75",
     residual: Annotated[
-        Path | None, typer.Option(help="what was seen of the residual stream (default: residual.json of the folder)")
+        Path | None, typer.Option(help="residual.json of the same model (default: the one in the folder)")
     ] = None,
     compat: Compat = None,
     rows: RowsOption = "all",
     min_value: MinValue = 50.0,
     min_ratio: MinRatio = 10.0,
 ) -> None:
-    """Rank the experts of a statistics file under other thresholds, or each layer's by a saliency (--by)."""
+    """Rank experts under other thresholds, or each layer's experts by a saliency (--by)."""
     from sedetect.ranking.rule import rank
     from sedetect.ranking.saliencies import saliency_document
     from sedetect.stats.residual import Residual
@@ -239,7 +252,7 @@ def _layers(value: str) -> float | str:
         ) from None
 
 
-@app.command("merge")
+@app.command("merge", rich_help_panel=FILES)
 def merge_command(
     stats: Annotated[list[Path], typer.Argument(help="statistics files of one model", metavar="STATS...")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the merged statistics file")],

@@ -9,6 +9,7 @@ import typer
 
 from sedetect.cli.proof_tables import print_proof
 from sedetect.cli.shared import (
+    PROVE,
     Attn,
     BatchSize,
     Data,
@@ -28,7 +29,7 @@ from sedetect.cli.shared import (
 from sedetect.results import Results
 
 
-@app.command("prove")
+@app.command("prove", rich_help_panel=PROVE)
 def prove_command(
     model: Model,
     experts: Annotated[
@@ -36,11 +37,11 @@ def prove_command(
     ] = None,
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
     output: Output = None,
-    chain: Annotated[bool, typer.Option(help="also the upstream experts without which they fall silent")] = False,
-    smallest: Annotated[float, typer.Option(help="rise of perplexity that matters")] = 0.02,
-    level: Annotated[float, typer.Option(help="chance that any interval misses")] = 0.05,
+    chain: Annotated[bool, typer.Option(help="also find the upstream experts without which they fall silent")] = False,
+    smallest: Annotated[float, typer.Option(help="smallest relative rise of perplexity that matters")] = 0.02,
+    level: Annotated[float, typer.Option(help="probability that any interval misses the true effect")] = 0.05,
     data: Data = None,
-    tokens: Annotated[int, typer.Option(help="tokens of text, none of which the statistics saw")] = 32768,
+    tokens: Annotated[int, typer.Option(help="tokens of text that the statistics did not see")] = 32768,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 8,
     device: Device = None,
@@ -49,7 +50,7 @@ def prove_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Switch the candidates of MODEL off where they fire, and say which of them the model depends on."""
+    """Switch the candidates of MODEL off where they fire, and report which ones the model depends on."""
     from sedetect.calibration.held_out import refuse_other_windows
     from sedetect.calibration.windows import Text, calibration_windows, check_text
     from sedetect.checkpoints.options import Loading

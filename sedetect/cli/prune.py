@@ -9,6 +9,7 @@ import typer
 
 from sedetect.cli.ranked import By, load_ranked
 from sedetect.cli.shared import (
+    COMPRESS,
     Attn,
     BatchSize,
     Data,
@@ -25,7 +26,7 @@ from sedetect.cli.shared import (
 from sedetect.files import check_new_folder
 
 
-@app.command("prune")
+@app.command("prune", rich_help_panel=COMPRESS)
 def prune_command(
     model: Folder,
     output: Annotated[Path, typer.Option("-o", "--output", help="the new checkpoint folder")],
@@ -44,7 +45,7 @@ def prune_command(
     dtype: Dtype = "auto",
     attn: Attn = None,
 ) -> None:
-    """Write a checkpoint of MODEL without the experts of each layer that have the lowest saliency."""
+    """Write a checkpoint of MODEL without each layer's least salient experts."""
     from sedetect.calibration.windows import Text, check_text
     from sedetect.checkpoints.options import Loading
     from sedetect.compression.pruning import (

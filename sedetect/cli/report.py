@@ -5,18 +5,20 @@ from typing import Annotated
 
 import typer
 
-from sedetect.cli.shared import app, check_writable, print_line, progress_bar
+from sedetect.cli.shared import FILES, app, check_writable, print_line, progress_bar
 from sedetect.errors import SedetectError
 from sedetect.results import Results
 
 
-@app.command("report")
+@app.command("report", rich_help_panel=FILES)
 def report_command(
     folder: Annotated[Path, typer.Argument(help="folder of a profile (profile -o DIR)", metavar="DIR")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the page (default: DIR/report.html)")] = None,
-    figures: Annotated[bool, typer.Option("--figures", help="also figures/*.png, .svg, .pdf beside the page")] = False,
+    figures: Annotated[
+        bool, typer.Option("--figures", help="also write the charts as PNG, SVG and PDF to figures/ beside the page")
+    ] = False,
 ) -> None:
-    """Show what was measured of a model on one page: a file that opens offline, to read and to send on.
+    """Write one HTML page of everything in a folder of results; it opens offline.
 
     It shows the profile in DIR, and what ablate, analyze residual and analyze trace have written beside it.
     """

@@ -24,7 +24,14 @@ from sedetect.version import __version__
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# Panels of the help, in this order.
+MEASURE, PROVE, COMPRESS, FILES = "Measure", "Prove", "Compress", "Files"
 
 
 class _Console(Console):
@@ -64,7 +71,7 @@ Anywhere = Annotated[
     str, typer.Argument(help="checkpoint folder, hub name, or http(s) address of a folder", metavar="MODEL")
 ]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="folder for the results")]
-Data = Annotated[str | None, typer.Option(help=".txt, .json, .jsonl, .parquet, a folder of them, a hub data set")]
+Data = Annotated[str | None, typer.Option(help=".txt, .json, .jsonl, .parquet, a folder of them, or a hub dataset")]
 Tokens = Annotated[int, typer.Option(help="calibration tokens")]
 SeqLen = Annotated[int, typer.Option(help="tokens per window")]
 BatchSize = Annotated[int, typer.Option(help="windows per forward")]
@@ -74,7 +81,7 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, flo
 Backend = Annotated[str | None, typer.Option(help="cpu, cuda, triton or torch (default: the fastest that serves)")]
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
 Attn = Annotated[str | None, typer.Option(help="attention implementation of transformers")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the model's own code")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 
 
 # Of the arguments of the library whose flags are not their names.
@@ -92,7 +99,7 @@ def flag(argument: Argument) -> str:
 
 
 @app.callback(invoke_without_command=True)
-def about(version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False) -> None:
+def about(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
     """Find the super experts of Mixture-of-Experts models.
 
     Exit codes: 0 done, 1 compare found different candidates, 2 wrong arguments or input, 130 stopped by Ctrl-C.

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sedetect.cli.compare import Json, Runs, load_runs
-from sedetect.cli.shared import app, check_file, console, print_line
+from sedetect.cli.shared import PROVE, app, check_file, console, print_line
 from sedetect.results import Results
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 _SHOWN = 20
 
 
-@app.command("stability")
+@app.command("stability", rich_help_panel=PROVE)
 def stability_command(stats: Runs, json: Json = None) -> None:
-    """How sure the candidates are: under other thresholds, and over parts of the text.
+    """Show whether the candidates change with the thresholds or the text.
 
     Every argument gets a grid of thresholds. One folder of a profile is compared over its domains, and over its rounds
     where it was profiled --until-stable (disjoint shards of the text); several arguments with each other (profiles of

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from sedetect.cli.shared import (
+    MEASURE,
     Attn,
     Backend,
     BatchSize,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from sedetect.experiments.super_weights import SuperWeight
 
 
-@app.command("super-weights")
+@app.command("super-weights", rich_help_panel=MEASURE)
 def super_weights_command(
     model: Model,
     json: Annotated[Path | None, typer.Option("--json", help="write the result to this file")] = None,
@@ -42,7 +43,7 @@ def super_weights_command(
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 8,
     seed: Seed = None,
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="put the texts through it")] = False,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="apply the tokenizer's chat template")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
     backend: Backend = None,
@@ -50,7 +51,7 @@ def super_weights_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Profile MODEL, and divide the outlier of each candidate among the weights of its down_proj."""
+    """Find the weights of down_proj behind each candidate's outlier."""
     from sedetect.calibration.windows import Text, calibration_windows, check_text
     from sedetect.checkpoints.options import Loading
     from sedetect.experiments.super_weights import SuperWeights, find_super_weights

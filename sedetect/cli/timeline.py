@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sedetect.cli.shared import (
+    MEASURE,
     BatchSize,
     Data,
     Device,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _EXPERTS = 6  # columns
 
 
-@app.command("timeline")
+@app.command("timeline", rich_help_panel=MEASURE)
 def timeline_command(
     sources: Annotated[
         list[str],
@@ -44,7 +45,9 @@ def timeline_command(
         ),
     ],
     output: Output = None,
-    revisions: Annotated[str | None, typer.Option(help="of the one model named: step1000,step2000,...")] = None,
+    revisions: Annotated[
+        str | None, typer.Option(help="revisions of the one hub model given: step1000,step2000,...")
+    ] = None,
     data: Data = None,
     tokens: Tokens = 4096,
     seq_len: SeqLen = 512,
@@ -53,7 +56,7 @@ def timeline_command(
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Follow the experts over a series of checkpoints, or over what an ExpertMonitor kept of a training run.
+    """Show when the experts of a training run, or of a series of checkpoints, became what they are.
 
     Checkpoints are measured on the same text one after another; with -o each is kept when it is done, and not measured
     again.

@@ -19,7 +19,7 @@ def dequantize(
     """weight * scale, multiplied in float32 and rounded once.
 
     Args:
-        weight: (M, K) of an 8-bit float; or (M, K / 2) int8 or uint8, two e2m1 values to a byte, the lower half first.
+        weight: (..., M, K) of an 8-bit float; or (M, K / 2) int8 or uint8, two e2m1 values to a byte, the lower half first.
         scale: (rows, columns), one per block of the weight; or one number. Bytes are exponents (e8m0).
         block: rows and columns that share a scale; where there are not as many scales as that makes, or block is None,
             the weight is divided among them evenly.
@@ -33,10 +33,13 @@ def dequantize(
     scale = _scales(scale.reshape(1, 1) if scale.numel() == 1 else scale)
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu).float()
-    rows, columns = weight.shape
+    rows, columns = weight.shape[-2:]
     high, wide = block_of(weight.shape, scale.shape, block)
-    scale = scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
-    return (weight.float() * scale).to(dtype)
+    scale = scale.repeat_interleave(wide, -1)[..., :columns]
+    if rows % high:
+        scale, high = scale.repeat_interleave(high, -2)[..., :rows, :], 1
+    values = weight.float().unflatten(-2, (-1, high)).mul_(scale.unsqueeze(-2))  # float() made them
+    return values.flatten(-3, -2).to(dtype)
 
 
 def block_of(shape: torch.Size, scales: torch.Size, given: tuple[int, int] | None) -> tuple[int, int]:

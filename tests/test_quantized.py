@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import save_random, to_fp8
 from support.compare import assert_logits_close
 from support.interpreter import DEVICE, INTERPRETED
 from support.models import CONFIGS, random_model, snapshot, token_ids
@@ -318,6 +319,31 @@ def test_one_digest_however_it_is_opened(checkpoint):
     digests = [model_digest(opened[0]), folder_digest(folder, str(opened[0].dtype).removeprefix("torch."))]
     assert digests[0] == digests[1] and model_digest(load_model(plain)).partition("-")[0] == model_id(opened[0])
     assert folder_digest(folder, "bfloat16 (float8_e4m3fn weights)").endswith("unchecked")
+
+
+@pytest.mark.parametrize("block", [12, 7])  # transformers refuses 32 by either, and would cut 16 by 8 and 24 by 6
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_blocks_that_do_not_divide_a_matrix(tmp_path, name, block):
+    """As of DeepSeek-V3 and R1, whose key-value projection has 576 rows: whole and layer by layer."""
+    folder = save_random(CONFIGS[name](), tmp_path, dtype=torch.bfloat16)
+    to_fp8(folder, block)
+    stored = load_file(folder / "model.safetensors")
+    loaded, streamed = load_model(folder), open_streamed(folder)
+    layers = dict(zip(streamed.paths, streamed.layers))
+    ragged = 0
+    for key, value in stored.items():
+        if f"{key}_scale_inv" not in stored or ".experts." in key:
+            continue
+        scale, (rows, columns) = stored[f"{key}_scale_inv"], value.shape
+        row, column = torch.arange(rows) // block, torch.arange(columns) // block
+        expected = (value.float() * scale[row[:, None], column]).bfloat16()
+        assert torch.equal(loaded.get_parameter(key), expected), key
+        ragged += bool(rows % block or columns % block)
+    assert ragged
+    for number, (path, layer) in enumerate(layers.items()):
+        streamed.load(number)
+        for key, value in layer.state_dict().items():
+            assert torch.equal(value, loaded.get_submodule(path).state_dict()[key]), (path, key)
 
 
 @pytest.mark.parametrize("checkpoint", ["fp8", "mxfp4"], indirect=True)

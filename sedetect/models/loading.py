@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 
@@ -41,6 +43,7 @@ from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
 from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.files import check_readable
+from sedetect.kernels.dequantize import dequantize
 from sedetect.models.banks import Bank, find_banks
 from sedetect.models.wrappers import unwrap
 from sedetect.stats.note import Note
@@ -112,6 +115,7 @@ def load_with_notes(
         _captured_report() as report,
         _captured_unexpected() as unexpected,
         _prefetched_weights(path_or_name),
+        ragged_blocks(),
     ):
         try:
             model, loaded = auto_class.from_pretrained(
@@ -160,14 +164,36 @@ def _prefetched_weights(source: object) -> Iterator[None]:
 
 
 @contextmanager
-def replaced_method(owner: type, name: str, method: Any) -> Iterator[None]:
-    """A class with another method, while the context lasts."""
+def replaced_method(owner: type | ModuleType, name: str, method: Any) -> Iterator[None]:
+    """A class with another method, or a module with another function, while the context lasts."""
     original = vars(owner)[name]
     setattr(owner, name, method)
     try:
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextmanager
+def ragged_blocks() -> Iterator[None]:
+    """Let transformers dequantize FP8 matrices that their blocks do not divide, as DeepSeek-V3's are.
+
+    It refuses them, or where the number of scales happens to divide them, takes smaller blocks than the stored ones.
+    """
+    original = Fp8Dequantize._dequantize_one
+
+    def dequantize_one(
+        op: Fp8Dequantize, weight: torch.Tensor, scale: torch.Tensor, output_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        block = op.hf_quantizer.quantization_config.weight_block_size
+        ragged = weight.dtype.is_floating_point and any(n % side for n, side in zip(weight.shape[-2:], block or ()))
+        if not ragged or scale.numel() == 1:
+            return original(op, weight, scale, output_dtype)
+        wide = scale.dtype if scale.dtype.is_floating_point and scale.dtype.itemsize > 1 else torch.bfloat16
+        return dequantize(weight, scale, block, output_dtype or wide)
+
+    with replaced_method(Fp8Dequantize, "_dequantize_one", dequantize_one):
+        yield
 
 
 class OpenModel(NamedTuple):

@@ -9,6 +9,7 @@ What it takes of the internals of transformers (5.17 to 5.24): two static method
 quantizer, and transformers.core_model_loading.
 """
 
+import copy
 import ctypes
 import os
 import time
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, core_model_loading
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -40,7 +41,7 @@ from sedetect.errors import SedetectError
 from sedetect.models.banks import find_banks
 from sedetect.models.identity import checksum, join_digest, model_dtype, model_id, named_weights
 from sedetect.models.layers import decoder_layers
-from sedetect.models.loading import load_with_notes, quiet, replaced_method
+from sedetect.models.loading import load_with_notes, quiet, ragged_blocks, replaced_method
 from sedetect.stats.note import Note
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class StreamedModel:
 
     def convert(self, tensors: dict[str, Any], config: "LoadStateDictConfig | None" = None) -> Any:
         """Make the model's weights of tensors of the checkpoint, on the device unless config says another."""
-        with _sequential_and_silent():
+        with _sequential_and_silent(), _copied_once(), ragged_blocks():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config or self._config)
         return info
 
@@ -294,6 +295,25 @@ def _sequential_and_silent() -> Iterator[None]:
             os.environ[name] = before
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _copied_once() -> Iterator[None]:
+    """A conversion copies a converter for every weight that it makes, not for every tensor that goes into one.
+
+    transformers copies it for each tensor, and drops all but the first of a weight: of DeepSeek-R1 that is most of the
+    time that its 90,000 tensors take.
+    """
+    spare: dict[int, Any] = {}
+
+    def copied(converter: Any) -> Any:
+        kept = spare.get(id(converter))
+        if kept is None or kept.collected_tensors:  # a weight's by now
+            kept = spare[id(converter)] = copy.deepcopy(converter)
+        return kept
+
+    with replaced_method(core_model_loading, "deepcopy", copied):
+        yield
 
 
 def _targets(model: PreTrainedModel, stored: dict[str, Any], config: "LoadStateDictConfig") -> dict[str, str]:

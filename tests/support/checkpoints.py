@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import sedetect
 from support.models import CONFIGS, TINY
+from support.quantized import fp4, fp8
 
 INDEX = "model.safetensors.index.json"
 
@@ -52,18 +53,33 @@ def save_random(config, folder: Path, dtype: torch.dtype = torch.float32, **opti
 
 
 def to_fp8(folder: Path, block: int = 8) -> None:
-    """Store the matrices of a checkpoint's layers as published FP8 ones are: with a scale per block."""
+    """Store the matrices of a checkpoint's layers as published FP8 ones are: with a scale per block, which need not
+    divide them."""
     for shard in folder.glob("*.safetensors"):
         stored = {}
         for name, weight in load_file(shard).items():
             stored[name] = weight
             if weight.dim() == 2 and ".layers." in name and not name.endswith("mlp.gate.weight"):
-                rows, columns = (size // block for size in weight.shape)
-                blocks = weight.float().view(rows, block, columns, block)
-                scale = blocks.abs().amax((1, 3), keepdim=True) / 448
-                stored[name] = (blocks / scale).to(torch.float8_e4m3fn).view(weight.shape)
-                stored[f"{name}_scale_inv"] = scale.view(rows, columns)
+                (stored[name],), (stored[f"{name}_scale_inv"],) = fp8(weight[None].float(), (block, block))
         save_file(stored, shard, {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    _say_quantized(folder, settings)
+
+
+def to_mxfp4(folder: Path) -> None:
+    """Store the experts of a GPT-OSS checkpoint of one shard as it ships: blocks of 32 values, two to a byte, with the
+    bytes of their exponents."""
+    stored = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            value, scale = fp4(weight.float().transpose(1, 2))
+            stored |= {f"{name}_blocks": value.unflatten(-1, (-1, 16)), f"{name}_scales": scale}
+        else:
+            stored[name] = weight
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    _say_quantized(folder, {"quant_method": "mxfp4"})
+
+
+def _say_quantized(folder: Path, how: dict) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": how}))

@@ -103,12 +103,21 @@ def _reading(reading: Reading) -> str:
 
 def _print(found: Located) -> None:
     print_line(found.headline, "bold")
-    if found.experts:
+    if found.candidates:
         several = len(found.first_tokens) > 1
         table = plain_table(
-            "expert", "max|y|", "/median", "channel", "token", "gate", "carried", *["fires on"] * several, "verdict"
+            "expert",
+            "max|y|",
+            "/median",
+            "channel",
+            "token",
+            "gate",
+            "first",
+            "carried",
+            *["fires on"] * several,
+            "verdict",
         )
-        for one in found.experts:
+        for one in found.candidates:
             table.add_row(*_cells(one, found, several))
         print_whole(table)
     residual = found.residual
@@ -119,7 +128,7 @@ def _print(found: Located) -> None:
             f"residual stream: largest |x| {best.maximum:.5g} after layer {best.layer}, in channel {best.channel} on "
             f"{found.tokens[best.token_id]!r}"
         )
-    for one in found.experts:
+    for one in found.candidates:
         if one.weight is not None:
             print_line(f"{one}: weight {one.weight} gives {one.share:.0%} of its outlier")
     print_line(f"{found.model}: {found.bytes_read} in {found.seconds:.1f} s")
@@ -130,7 +139,7 @@ def _print(found: Located) -> None:
 
 
 def _cells(one: LocatedExpert, found: Located, several: bool) -> list[str]:
-    carried = {True: "yes", False: "no", None: "not known"}[one.carried]
+    said = {True: "yes", False: "no", None: "-"}
     cells = [
         str(one),
         f"{one.value:.5g}",
@@ -138,9 +147,10 @@ def _cells(one: LocatedExpert, found: Located, several: bool) -> list[str]:
         str(one.channel),
         repr(found.tokens[one.token_id]),
         f"{one.gate:.2g}",
-        carried,
+        said[one.signature],
+        said[one.carried],
     ]
-    return [*cells, *[_fires(one, found)] * several, one.verdict or "-"]
+    return [*cells, *[_fires(one, found)] * several, "candidate"]
 
 
 def _fires(one: LocatedExpert, found: Located) -> str:
@@ -160,7 +170,9 @@ def _save(found: Located, output: Path) -> None:
     found.stats.save(results.stats_path)
     found.save(results.ranking_path)
     describe_walk(found).save(results.run_path)
-    if found.residual is None:
-        results.residual_path.unlink(missing_ok=True)  # of another run
-    else:
+    results.domains.save({})  # what is there is of another run, as below
+    results.rounds.save({})
+    for path in (results.pruning_path, results.proof_path, results.residual_path):
+        path.unlink(missing_ok=True)
+    if found.residual is not None:
         found.residual.save(results.residual_path)

@@ -13,22 +13,21 @@ from sedetect.stats.note import Note
 from sedetect.stats.place import Place
 from sedetect.stats.residual import Residual
 
-MIN_VALUE, MIN_RATIO, FRACTION = 50.0, 10.0, 0.1
-
 
 @dataclass(frozen=True)
 class LocatedExpert(Place):
-    """An expert that stands out in a walk; y is its down_proj output before the routing weight.
+    """A candidate of a walk, as a profile has them (sedetect.ranking.rule) but for ratio; y is its down_proj output
+    before the routing weight.
 
     value      largest |y| over the rows of the walk; sign and output channel of that element
     token_id, position    of its token; gate: the routing weight there
     ratio      value / median of the largest |y| of all experts of all layers that ran; None where that is 0
     fires      token id and largest |y| of every first token that visits the expert, in the order of the walk
+    signature  whether it fires on first tokens against the others of its layer that ran; None: no other did
     carried    whether it writes at least half of a massive activation that a later layer carries; None: not known, the
                last layer that ran made it, or the residual stream was not observed
     weight     the element of down_proj behind the outlier, as "L1E28[101,14]", and share, the part of it that this one
                weight explains; None where the weights cannot be read
-    verdict    "candidate": all signs that a walk can see; None: no later layer carries what it writes
     """
 
     value: float
@@ -39,10 +38,10 @@ class LocatedExpert(Place):
     gate: float
     ratio: float | None
     fires: tuple[tuple[int, float], ...]
+    signature: bool | None
     carried: bool | None
     weight: str | None
     share: float | None
-    verdict: str | None
 
     def on(self) -> list[int]:
         """The first tokens on which it fires: |y| is at least half its largest."""
@@ -61,7 +60,7 @@ class Located(Document):
     layers, of        decoder layers that ran, and that there are
     tokens            text of every token of the walk, by its id
     first_tokens      ids of the first token of each sequence, the tokenizer's own first
-    experts           those that stand out, by value, descending
+    candidates        by value, descending
     ran               experts that a token visited; median and maximum of their largest |y|
     read, stored      bytes read, and bytes of the checkpoint's tensors
     seconds           from the first byte to the verdict
@@ -79,7 +78,7 @@ class Located(Document):
     of: int
     tokens: dict[int, str]
     first_tokens: tuple[int, ...]
-    experts: list[LocatedExpert]
+    candidates: list[LocatedExpert]
     ran: int
     median: float
     maximum: float
@@ -94,23 +93,14 @@ class Located(Document):
     __repr__ = short_repr
 
     @property
-    def candidates(self) -> list[LocatedExpert]:
-        return [expert for expert in self.experts if expert.verdict == "candidate"]
-
-    @property
     def headline(self) -> str:
         """The verdict in one sentence."""
         if found := self.candidates:
             names = ", ".join(f"{one} (|y| {one.value:.5g})" for one in found)
             return f"{len(found)} candidate{'s' * (len(found) > 1)}: {names}; not proved"
-        if self.experts:
-            first = self.experts[0]
-            return (
-                f"no candidate: {first} (|y| {first.value:.5g}) stands out, but no later layer carries what it writes"
-            )
         return (
-            f"no candidate: the largest |y| of {self.ran} experts that ran is {self.maximum:.5g}, their median "
-            f"{self.median:.3g} (needs {MIN_VALUE:g} and {MIN_RATIO:g}x)"
+            f"no candidate: of the {self.ran} experts that ran, whose largest |y| is {self.maximum:.5g} (median "
+            f"{self.median:.3g}), none has a sign of a super expert"
         )
 
     @property
@@ -119,11 +109,11 @@ class Located(Document):
         return f"read {size(self.read)} of {size(self.stored)} ({self.read / self.stored:.1%})"
 
     def to_dict(self) -> dict[str, Any]:
-        """The document super_experts.json: headline, and every field but stats and residual."""
+        """The document super_experts.json: headline, and every field but stats and residual; the level of each."""
         fields = {name: finite(getattr(self, name)) for name in self.__dataclass_fields__}
         del fields["stats"], fields["residual"]
-        experts = [one.to_dict() for one in self.experts]
-        return super().to_dict() | {"headline": self.headline} | fields | {"experts": experts}
+        candidates = [one.to_dict() | {"verdict": "candidate"} for one in self.candidates]
+        return super().to_dict() | {"headline": self.headline} | fields | {"candidates": candidates}
 
 
 def blind_spots(layers: int, of: int, text: bool) -> list[Note]:

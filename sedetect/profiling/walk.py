@@ -41,9 +41,10 @@ from sedetect.models.loading import load_tokenizer
 from sedetect.models.measure import Measuring
 from sedetect.models.streamed import StreamedModel, open_streamed
 from sedetect.profiling.estimate import layers_of_rule, top_k_of
-from sedetect.profiling.located import FRACTION, MIN_RATIO, MIN_VALUE, Located, LocatedExpert, blind_spots
+from sedetect.profiling.located import Located, LocatedExpert, blind_spots
 from sedetect.profiling.profiler import SourcesProfile
 from sedetect.profiling.streaming import check_layers, ending_early, layer_arguments, only_layer
+from sedetect.ranking.evidence import FRACTION, MIN_VALUE, BankView, is_candidate, layer_medians, stands_out
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import ModelStats, digest, join_banks
 from sedetect.stats.note import sorted_notes
@@ -231,7 +232,8 @@ class _Walk:
         self.streamed, self.source, self.ids, self.tokenizer = streamed, source, sequences, tokenizer
         self.model, self.banks = streamed.model, find_banks(streamed.model)
         self.of = len(streamed.layers)
-        self.count = self.of if all_layers else layers_of_rule(self.of)
+        self.limit = layers_of_rule(self.of)
+        self.count = self.of if all_layers else self.limit
         self.weights = ChosenWeights(streamed, self.banks, source)
         self.experts = ExpertCalls(self.model, self.banks)
         self.inputs: dict[BankId, tuple[nn.Module, torch.Tensor, tuple[torch.Tensor, ...]]] = {}
@@ -246,8 +248,8 @@ class _Walk:
         for number, watch in enumerate(self.watches):
             watch.begin(_DOMAIN, number, sequences[number])
         self.unobserved: str | None = None  # why the residual stream is not
-        self.values: list[float] = []  # the largest |y| of every expert that ran
-        self.standing: list[LocatedExpert] = []  # as far as their layers tell, while they are loaded
+        self.values: dict[int, list[float]] = {}  # by layer, the largest |y| of every expert that ran
+        self.outstanding: list[LocatedExpert] = []  # as far as their layers tell, while they are loaded
         self.parts: list[ModelStats] = []
 
     @property
@@ -310,9 +312,10 @@ class _Walk:
                             hook.remove()
                     self.parts.append(prof.take())
                 for bank in here:
-                    for standing in self._stand_out(bank, self.parts[-1].banks[bank.id]):
-                        self.standing.append(standing)
-                        found(self._line(standing))
+                    for one in self._outstanding(bank, self.parts[-1].banks[bank.id]):
+                        self.outstanding.append(one)
+                        if one.value >= MIN_VALUE:
+                            found(self._line(one))
                 self.inputs.clear()
                 self.experts.forget(layer)
                 self.weights.free(layer)
@@ -356,36 +359,55 @@ class _Walk:
         """ExpertCalls.written of a sequence whose first row is number first of so many."""
         return self.experts.written(layer, (total, shape[1]), first + token, channel)
 
-    def _stand_out(self, bank: Bank, state: BankStats) -> Iterator[LocatedExpert]:
-        """The experts of a bank whose largest |y| stands out from those of all experts so far."""
+    def _outstanding(self, bank: Bank, state: BankStats) -> Iterator[LocatedExpert]:
+        """The experts of a bank that may be candidates by what all layers so far show, with what is inside them."""
         if bank.id.base == "dense":
             return
         values = state.out_max
         ran = [e for e in range(bank.experts) if state.rows[e] and torch.isfinite(values[e])]
-        self.values += [float(values[e]) for e in ran]
+        self.values.setdefault(bank.id.layer, []).extend(float(values[e]) for e in ran)
         for e in ran:
-            value = float(values[e])
-            if value >= MIN_VALUE and value >= MIN_RATIO * statistics.median(self.values):
-                peak = state.peak_of(e)
-                assert peak is not None  # it saw a row
-                place = place_of(bank.id, e, bank.experts)
-                one = LocatedExpert(
-                    *bank.id,
-                    place.expert,
-                    value=value,
-                    sign=peak.sign,
-                    channel=peak.channel,
-                    token_id=peak.token_id,
-                    position=peak.position,
-                    gate=peak.gate,
-                    ratio=None,
-                    fires=(),
-                    carried=None,
-                    weight=None,
-                    share=None,
-                    verdict=None,
-                )
+            peak = state.peak_of(e)
+            assert peak is not None  # it saw a row
+            one = LocatedExpert(
+                *bank.id,
+                place_of(bank.id, e, bank.experts).expert,
+                value=float(values[e]),
+                sign=peak.sign,
+                channel=peak.channel,
+                token_id=peak.token_id,
+                position=peak.position,
+                gate=peak.gate,
+                ratio=None,
+                fires=(),
+                signature=None,
+                carried=None,
+                weight=None,
+                share=None,
+            )
+            writes = any(f.layer == one.layer and f.share_of(one.place) >= 0.5 for f in self.formations)
+            if self._judged(one, True if writes else None) is not None:
                 yield self._look_inside(bank, one)
+
+    def _judged(self, one: LocatedExpert, carried: bool | None) -> LocatedExpert | None:
+        """A candidate by all layers so far, with its ratio, signature and what is known of carried; None: it is none."""
+        stats = next(part for part in self.parts if one.bank in part.banks)
+        views = {key: BankView(key, state, stats.header, "all") for key, state in stats.banks.items()}
+        view = views[one.bank]
+        first = view if one.bank.routed else views.get(one.bank._replace(kind="routed"), view)
+        of_rule = [value for layer in self.values if layer < self.limit for value in self.values[layer]]
+        large = max(of_rule or self._all_values()) / (1 / FRACTION)
+        _, signature = view.signature(one.number, first, large)
+        median, of_layer = statistics.median(self._all_values()), layer_medians(views)[one.bank]
+        ratio = one.value / median if median else None
+        alone = int((first.rows > 0).sum()) == (first is view)  # of its layer: then all layers are what there is
+        compared = ratio if alone or of_layer is None or not of_layer[0] else one.value / of_layer[0]
+        if not is_candidate(one.value > large, signature, carried, stands_out(one.value, compared)):
+            return None
+        return replace(one, ratio=ratio, signature=signature, carried=carried)
+
+    def _all_values(self) -> list[float]:
+        return [value for values in self.values.values() for value in values]
 
     def _look_inside(self, bank: Bank, one: LocatedExpert) -> LocatedExpert:
         """With the tokens on which it fires, and the weight behind its outlier, where its weights can be read."""
@@ -402,7 +424,7 @@ class _Walk:
             one = replace(one, fires=tuple((int(ids[row]), float(value)) for row, value in zip(rows, largest)))
             row = rows[largest.argmax(), None]
             _, (product,) = products_of(bank, module, e, x[row], one.channel, 1)
-        except (SedetectError, AttributeError, NotImplementedError, RuntimeError, TypeError):
+        except SedetectError:
             return one  # weights in a form that is only multiplied with
         return replace(one, weight=f"{one}[{one.channel},{product.intermediate}]", share=product.share)
 
@@ -417,17 +439,12 @@ class _Walk:
         stats = join_banks(self.parts)
         notes = blind_spots(self.count, self.of, text)
         stats.header.notes = sorted_notes([*stats.header.notes, *self.streamed.notes, *notes])
-        maximum = max(self.values, default=0.0)
-        median = statistics.median(self.values) if self.values else 0.0
+        every = self._all_values()
         residual = self._residual(stats)
-        experts = []
-        for one in sorted(self.standing, key=lambda one: -one.value):
-            if one.value <= FRACTION * maximum or one.value < MIN_RATIO * median:
-                continue
-            carried = None if residual is None else self._carried(one.place, residual)
-            verdict = None if carried is False else "candidate"
-            ratio = one.value / median if median else None
-            experts.append(replace(one, ratio=ratio, carried=carried, verdict=verdict))
+        judged = (
+            self._judged(one, None if residual is None else self._carried(one.place, residual))
+            for one in sorted(self.outstanding, key=lambda one: -one.value)
+        )
         lines = [str(note) for note in notes]
         if self.unobserved is not None:
             lines.append(self.unobserved)
@@ -439,10 +456,10 @@ class _Walk:
             of=self.of,
             tokens={token: self._text(token) for token in sorted(set(self.ids.flatten().tolist()))},
             first_tokens=tuple(self.ids[:, 0].tolist()),
-            experts=experts,
-            ran=len(self.values),
-            median=median,
-            maximum=maximum,
+            candidates=[one for one in judged if one is not None],
+            ran=len(every),
+            median=statistics.median(every) if every else 0.0,
+            maximum=max(every, default=0.0),
             read=self.source.meter.total,
             stored=stored,
             seconds=seconds,

@@ -1,4 +1,4 @@
-"""What the rule and the verdicts read of each bank, and the rule's two value tests."""
+"""What the rule and the verdicts read of each bank, the rule's two value tests, and what makes a candidate."""
 
 import math
 from dataclasses import dataclass
@@ -11,6 +11,22 @@ from sedetect.kernels.records import decode
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import Header
 from sedetect.stats.place import BankId, place_of
+
+# Of a candidate by default: see sedetect.ranking.rule.rank. FRACTION is the rule's.
+MIN_VALUE, MIN_RATIO, FRACTION = 50.0, 10.0, 0.1
+
+
+def is_candidate(large: bool, signature: bool | None, carried: bool | None, outstanding: bool) -> bool:
+    """Whether an expert is one: as large as the rule wants, and a sign beside it (sedetect.ranking.rule).
+
+    None: not observed. A profile and a walk of first tokens both judge by this.
+    """
+    return large and bool(signature or carried or outstanding)
+
+
+def stands_out(value: float, ratio: float | None, min_value: float = MIN_VALUE, min_ratio: float = MIN_RATIO) -> bool:
+    """Whether an expert does by its value. ratio: of it to the median of others, None where there is none."""
+    return value >= min_value and ratio is not None and ratio >= min_ratio
 
 
 @dataclass(frozen=True)
@@ -74,14 +90,7 @@ class BankView:
         peak = self.peaks[e]
         assert peak is not None  # every threshold is at least 0, so whoever passes one saw a row
         first_gate, rest_gate = self.gates(e)
-        peers = first.first_max[(first.first_rows > 0) & ((first is not self) | (np.arange(len(first.values)) != e))]
-        first_ratio = _quotient(first_max, float(np.median(peers)) if len(peers) else None)
-        if self.first_rows.sum() == 0:
-            signature = None
-        elif not first_max > large:
-            signature = False
-        else:
-            signature = None if first_ratio is None else first_ratio >= min_ratio
+        first_ratio, signature = self.signature(e, first, large, min_ratio)
         return {
             "value": value,
             "sign": peak.sign,
@@ -100,6 +109,19 @@ class BankView:
             "first_ratio": first_ratio,
             "signature": signature,
         }
+
+    def signature(
+        self, e: int, first: "BankView", large: float, min_ratio: float = MIN_RATIO
+    ) -> tuple[float | None, bool | None]:
+        """first_ratio and signature of SuperExpert, of expert e; first and large as in evidence."""
+        first_max = float(self.first_max[e])
+        peers = first.first_max[(first.first_rows > 0) & ((first is not self) | (np.arange(len(first.values)) != e))]
+        first_ratio = _quotient(first_max, float(np.median(peers)) if len(peers) else None)
+        if self.first_rows.sum() == 0:
+            return first_ratio, None
+        if not first_max > large:
+            return first_ratio, False
+        return first_ratio, None if first_ratio is None else first_ratio >= min_ratio
 
     def gates(self, e: int) -> tuple[float | None, float | None]:
         """first_gate and rest_gate of expert e: a token is top_k rows of the bank."""

@@ -34,10 +34,19 @@ import numpy as np
 from sedetect.errors import Argument, SedetectError
 from sedetect.files import PROOF, RESIDUAL
 from sedetect.ranking.coverage import FEW_ROWS
-from sedetect.ranking.evidence import BankView, ValueTests, layer_medians
+from sedetect.ranking.evidence import (
+    FRACTION,
+    MIN_RATIO,
+    MIN_VALUE,
+    BankView,
+    ValueTests,
+    is_candidate,
+    layer_medians,
+    stands_out,
+)
 from sedetect.ranking.result import Ranking, SuperExpert
 from sedetect.ranking.wording import Judged, make_headline, make_notes
-from sedetect.stats.model import Header, ModelStats, opened
+from sedetect.stats.model import Header, ModelStats, opened, same_model
 from sedetect.stats.place import Place
 from sedetect.stats.proof import Proof
 from sedetect.stats.residual import Residual
@@ -48,12 +57,12 @@ def rank(
     *,
     criterion: str = "paper",
     percentile: float = 99.5,
-    fraction: float = 0.1,
+    fraction: float = FRACTION,
     layers: float | str = 0.75,
     compat: str | None = None,
     rows: str = "all",
-    min_value: float = 50.0,
-    min_ratio: float = 10.0,
+    min_value: float = MIN_VALUE,
+    min_ratio: float = MIN_RATIO,
     residual: Residual | None = None,
     proof: Proof | None = None,
 ) -> Ranking:
@@ -113,7 +122,7 @@ def rank(
     _check(criteria)
     header = stats.header
     for what, seen in (("residual stream", residual), ("proof", proof)):
-        if seen is not None and seen.digest != header.digest:
+        if seen is not None and not same_model(seen.digest, header.digest):
             raise SedetectError(
                 f"the {what} is that of {seen.model} ({seen.digest}), the statistics are of {header.model} "
                 f"({header.digest}); take the same model's"
@@ -150,12 +159,9 @@ def rank(
         # The residual stream is observed in the decoder only.
         carried = None if writers is None or bank.stack != "decoder" else place in writers
         tried = None if proof is None else proof.of(place)
-        stands_out = value >= min_value and evidence["ratio"] is not None and evidence["ratio"] >= min_ratio
-        verdict = (
-            "candidate"
-            if (value > large or place in named) and (evidence["signature"] or carried or stands_out)
-            else None
-        )
+        outstanding = stands_out(value, evidence["ratio"], min_value, min_ratio)
+        candidate = is_candidate(value > large or place in named, evidence["signature"], carried, outstanding)
+        verdict = "candidate" if candidate else None
         return SuperExpert(
             *bank,
             view.name(e),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from support.models import TINY
 
@@ -43,6 +44,16 @@ def test_streaming_and_ranks(tmp_path):
     (result,) = ranks["results"]
     assert ranks["equal"] and result["ranks"] == 2 and result["differences"] == []
     assert result["streamed"]["differences"] == [] and result["streamed"]["checkpoint_bytes"] == stored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["deepseek-r1", "kimi-k2"])
+def test_locate_published_shapes(tmp_path, shape):
+    """A planted expert is found over HTTP (which the script asserts), within a twentieth of the bytes and 8 GB."""
+    result = json.loads(printed("bench_locate.py", shape, tmp_path / "m", "--layers", 2))
+    assert result["layers"] == result["of"] == 2
+    assert sum(result["wanted"]) < result["read"] < result["stored"] / 20
+    assert result["peak"] < 8e9 and result["processor"]["reading"] > 0
 
 
 def test_a_bit_that_differs_is_noticed(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from support.checkpoints import put_tokenizer, save_random, to_fp8, to_mxfp4
 from support.command import files_of, refused, row, run, spawn
+from support.documents import SAMPLES
 from support.families import FAMILIES, tiny_model
 from support.models import CONFIGS, TINY
 from support.servers import Faults, serving
@@ -19,6 +21,8 @@ from sedetect import SedetectError
 from sedetect.checkpoints import web
 from sedetect.models.layers import run_tokens
 from sedetect.models.loading import load_model, load_tokenizer
+from sedetect.profiling import walk
+from sedetect.stats.proof import Proof
 
 TRAINED = Path(__file__).parents[2] / "shared" / "models"
 TOKENS = (5, 17, 33)  # beside the tokenizer's own, 0
@@ -108,7 +112,9 @@ HERE = [
 
 
 @pytest.mark.parametrize("name", HERE)
-def test_every_architecture_agrees_or_is_refused(tmp_path, name):
+def test_every_architecture_agrees_or_is_refused(tmp_path, monkeypatch, name):
+    """And into every expert that ran it can be looked, as if it were a candidate."""
+    monkeypatch.setattr(walk, "is_candidate", lambda *signs: True)
     model = tiny_model(name, FAMILIES[name])
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     put_tokenizer(tmp_path)
@@ -119,6 +125,12 @@ def test_every_architecture_agrees_or_is_refused(tmp_path, name):
     found = sedetect.locate(tmp_path, first_tokens=TOKENS, all_layers=True)
     # Loaded again, Llama 4 does not run in some transformers: see FAMILIES.
     agree(found.stats, resident(model if name == "llama4" else load_model(tmp_path), found), rtol=1e-5)
+    assert len(found.candidates) == found.ran > 0
+    unread = [str(one) for one in found.candidates if one.weight is None]
+    assert not unread, unread
+    for one in found.candidates:
+        assert {token for token, _ in one.fires} <= set(found.first_tokens)
+        assert max(value for _, value in one.fires) == pytest.approx(one.value, rel=1e-4)
 
 
 def test_a_text_is_run_as_one_sequence():
@@ -194,13 +206,13 @@ def test_a_proof_beside_a_walk(tmp_path):
     assert run("locate", TINY, "-o", folder).code == 0
     (digest,) = {json.loads((folder / name).read_text())["digest"] for name in ("residual.json", "run.json")}
     assert digest.endswith("-unchecked")
-    checked = digest.replace("unchecked", "0123456789abcdef")
-    proof = PROOF | {"digest": checked, "verdicts": [PROOF["verdicts"][0] | {"expert": "L1E28", "level": "proved"}]}
-    (folder / "proof.json").write_text(json.dumps(proof))
+    sample = SAMPLES[Proof]
+    proof = replace(sample, digest=digest.replace("unchecked", "0123456789abcdef"))
+    proof.save(folder / "proof.json")
     assert row(run("rank", folder).out, "L1E28")[-1] == "proved"
     assert "L1E28" in run("export", folder, "--to", "json").out and run("report", folder).code == 0
-    (folder / "proof.json").write_text(json.dumps(proof | {"digest": f"0{checked[1:]}" if checked[0] != "0" else f"1{checked[1:]}"}))
-    assert "the proof is that of " in refused(run("rank", folder))
+    replace(proof, digest=f"{'0' * 16}-0123456789abcdef").save(folder / "proof.json")
+    assert "the proof is that of m" in refused(run("rank", folder))
     (folder / "domains").mkdir(exist_ok=True)
     shutil.copy(folder / "stats.safetensors", folder / "domains" / "old.safetensors")
     assert run("locate", TINY, "-o", folder).code == 0

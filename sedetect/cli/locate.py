@@ -135,7 +135,13 @@ def _print(found: Located) -> None:
     for note in (*found.notes, *found.unmeasured):
         print_line(f"note: {note}")
     if found.candidates:
-        print_line(f"next: sedetect prove {found.source} says which of them the model depends on")
+        print_line(f"next: {_proving(found.source)} says which of them the model depends on")
+
+
+def _proving(source: str) -> str:
+    from sedetect.checkpoints.source import is_address
+
+    return "download it; sedetect prove FOLDER" if is_address(source) else f"sedetect prove {source}"
 
 
 def _cells(one: LocatedExpert, found: Located, several: bool) -> list[str]:

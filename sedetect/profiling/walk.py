@@ -55,8 +55,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Of a massive activation, over the median |x| of its own token: the writer raises that as well, so half of what a
-# profile asks for, which takes the median of all tokens. The trained checkpoints of the docs have 63 to 164 where a
-# profile sees a massive activation, and at most 44 where it sees none.
+# profile asks for, which takes the median of all tokens. docs/locate.md has the margins of trained checkpoints.
 MASSIVE_RATIO = 50.0
 _DOMAIN = "first tokens"
 # What texts begin with: letters, digits, a line's end, Chinese, code.

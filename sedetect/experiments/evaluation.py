@@ -27,6 +27,12 @@ class Perplexity:
     value: float
     predictions: int
 
+    @classmethod
+    def of(cls, total: float, predictions: int) -> "Perplexity":
+        """From the sum of all losses."""
+        mean = total / predictions
+        return cls(math.exp(mean) if mean < 700 else math.inf, predictions)
+
 
 @torch.no_grad()
 def perplexity(
@@ -55,18 +61,25 @@ def perplexity(
                 total += loss
             count += len(ids) * predictions(ids, prefix)
             progress(ids.numel())
-        mean = total / count
-        results[domain] = Perplexity(math.exp(mean) if mean < 700 else math.inf, count)
+        results[domain] = Perplexity.of(total, count)
     return results
 
 
 def window_losses(model: "PreTrainedModel", ids: torch.Tensor, prefix: int) -> list[float]:
     """Negative log-likelihood (nats) of each window of ids (B, L), summed over its predictions."""
-    ids = ids.to(model.device)
-    start = max(prefix, 1)
-    logits = model(input_ids=ids, use_cache=False).logits[:, start - 1 : -1]
+    return logit_losses(next_logits(model, ids, prefix), ids)
+
+
+def next_logits(model: "PreTrainedModel", ids: torch.Tensor, prefix: int) -> torch.Tensor:
+    """The logits (B, P, V) of all predictions of windows of ids (B, L), in the model's dtype."""
+    logits: torch.Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
+    return logits[:, max(prefix, 1) - 1 : -1]
+
+
+def logit_losses(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:
+    """window_losses by the logits (B, P, V) of next_logits."""
     # float32, one sequence at a time: the logits of a large vocabulary are most of the memory.
-    pairs = zip(logits, ids[:, start:], strict=True)
+    pairs = zip(logits, ids[:, -logits.shape[1] :].to(logits.device), strict=True)
     return [float(nn.functional.cross_entropy(row.float(), target, reduction="sum").double()) for row, target in pairs]
 
 

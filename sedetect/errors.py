@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend, and how other libraries' errors are quoted in it."""
+"""The exceptions that are the user's to mend, and how other libraries' errors are quoted in it."""
 
 import textwrap
 from collections.abc import Callable
@@ -32,6 +32,10 @@ class SedetectError(Exception):
     def told(self, naming: Callable[[Argument], str]) -> str:
         """The line with its arguments named in this way."""
         return "".join(part if isinstance(part, str) else naming(part) for part in self.args)
+
+
+class WeightsError(SedetectError):
+    """The weights of a checkpoint do not make its model: some are missing, of another shape, or cannot be joined."""
 
 
 def shorten(error: Exception) -> str:

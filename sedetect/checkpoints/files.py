@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sedetect.errors import SedetectError
+from sedetect.errors import SedetectError, WeightsError
 from sedetect.files import check_readable
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -118,7 +118,7 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
                     f"{shard}: {name} is in {found[name].file.name} too, with other values; give the files of one save"
                 )
     last = (config.get("text_config") or config).get("num_hidden_layers")
-    loaded = [name for name in found if not _is_beyond(name, last)]
+    loaded = [name for name in found if not is_beyond(name, last)]
     _check_experts(folder, loaded, plain)
 
 
@@ -144,7 +144,7 @@ def _differ(one: _Stored, other: _Stored) -> bool:
         return any(first.read(length) != second.read(length) for length in lengths)
 
 
-def _is_beyond(name: str, layers: Any) -> bool:
+def is_beyond(name: str, layers: Any) -> bool:
     """Whether a tensor is of a head that predicts further tokens, which transformers does not load."""
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     return name.startswith("mtp.") or (isinstance(layers, int) and layer is not None and int(layer[1]) >= layers)
@@ -162,7 +162,7 @@ def _check_experts(folder: Path, names: Iterable[str], alike: bool) -> None:
     for path, experts in layers.items():
         missing = next((number for number in range(max(experts)) if number not in experts), None)
         if missing is not None:
-            raise SedetectError(
+            raise WeightsError(
                 f"{folder}: {path}.{missing} is missing, and the experts go on to {max(experts)}; give a complete "
                 "checkpoint, or one whose experts were numbered anew with their router"
             )
@@ -172,7 +172,7 @@ def _check_experts(folder: Path, names: Iterable[str], alike: bool) -> None:
             # The last ones may lack it together: experts that compute nothing (LongCat's) have parts of matrices alone.
             behind = (theirs for other, theirs in experts.items() if other > number)
             if (lacking := usual - own) and (absent := min(lacking.intersection(set().union(*behind)), default=None)):
-                raise SedetectError(
+                raise WeightsError(
                     f"{folder}: {path}.{number}.{absent} is missing, which most experts of the layer have; give a "
                     "complete checkpoint"
                 )

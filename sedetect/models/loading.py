@@ -41,7 +41,7 @@ from sedetect.checkpoints.layout import NUMBER_OF_EXPERTS
 from sedetect.checkpoints.memory import choose_device, choose_dtype
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.prefetch import Prefetched, prefetch
-from sedetect.errors import Argument, SedetectError, shorten
+from sedetect.errors import Argument, SedetectError, WeightsError, shorten
 from sedetect.files import check_readable
 from sedetect.kernels.dequantize import dequantize
 from sedetect.models.banks import Bank, find_banks
@@ -391,24 +391,24 @@ def _check_loaded(
     unexpected = sorted(loaded["unexpected_keys"])
     if missing := sorted(loaded["missing_keys"]):
         if method is not None and (experts := [weight for weight in missing if "experts" in weight]):
-            raise SedetectError(
+            raise WeightsError(
                 f"{name}: transformers does not put weights quantized by {method} into the experts of {model}, first "
                 f"{experts[0]}; give the unquantized checkpoint, or one in FP8, MXFP4 or compressed-tensors"
             )
         line = f"{name}: {len(missing)} weights of {model} are missing, first {missing[0]}"
         if not unexpected:
-            raise SedetectError(f"{line}; give a complete checkpoint")
+            raise WeightsError(f"{line}; give a complete checkpoint")
         line += f", and {len(unexpected)} of the checkpoint are none of its weights, first {unexpected[0]}"
         if own_code:
             raise SedetectError(f"{line}; pass ", Argument("trust_remote_code", True), _OWN_CODE)
         if wrapper := next(filter(None, map(_WRAPPER.search, unexpected)), None):
-            raise SedetectError(
+            raise WeightsError(
                 f"{line}; save the model without its wrapper (unwrap_model), or take {wrapper[0]!r} out of the names"
             )
-        raise SedetectError(f"{line}; give a checkpoint with the names that this model has in transformers")
+        raise WeightsError(f"{line}; give a checkpoint with the names that this model has in transformers")
     if mismatched := sorted(loaded["mismatched_keys"]):
         weight, stored, wanted = mismatched[0]
-        raise SedetectError(
+        raise WeightsError(
             f"{name}: {len(mismatched)} weights do not fit {model}, first {weight}: {tuple(stored)} in the checkpoint, "
             f"{tuple(wanted)} by its config.json; give a complete checkpoint with its own config"
         )
@@ -456,7 +456,7 @@ def _quantization(config: PreTrainedConfig) -> str | None:
 def _refuse_unconverted(name: str, report: list[str], method: str | None) -> None:
     """Name the first weight that transformers could not fuse (experts of unequal shapes); its exception does not."""
     if weights := re.findall(r"^(\S.*?) *\|.*CONVERSION", "\n".join(report), re.MULTILINE):
-        raise SedetectError(
+        raise WeightsError(
             f"{name}: {len(weights)} weights cannot be put together from the checkpoint's, first {weights[0]}; "
             "give a complete checkpoint with its own config"
             + (f", whose experts of a layer are all quantized by {method}" if method is not None else "")

@@ -16,6 +16,8 @@ from .compression.protect import export as export
 from .compression.protect import protect_list as protect_list
 from .compression.pruning import choose_kept as choose_kept
 from .compression.pruning import prune_checkpoint as prune_checkpoint
+from .compression.verification import Limits as Limits
+from .compression.verification import verify as verify
 from .errors import SedetectError as SedetectError
 from .experiments.ablation import ablate as ablate
 from .experiments.proof import prove as prove

@@ -10,7 +10,7 @@ from torch import nn
 import sedetect
 from sedetect.calibration.windows import Calibration, Windows
 from sedetect.cli import COMMANDS
-from sedetect.cli.shared import _folder_of
+from sedetect.cli.shared import folder_of
 from sedetect.errors import SedetectError
 from sedetect.results import Results
 from sedetect.stats.bank import BankStats
@@ -148,7 +148,7 @@ def test_every_command_has_a_function():
 
 def test_plan_and_prune_take_what_is_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, local_files_only: str(TINY))
-    assert _folder_of("owner/tiny") == str(TINY) and _folder_of(str(tmp_path)) == str(tmp_path)
+    assert folder_of("owner/tiny") == str(TINY) and folder_of(str(tmp_path)) == str(tmp_path)
     monkeypatch.undo()
     with pytest.raises(SedetectError, match=r"owner/none: no such folder.* \(hf download owner/none\)"):
-        _folder_of("owner/none")
+        folder_of("owner/none")

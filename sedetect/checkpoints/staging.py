@@ -205,19 +205,25 @@ class Staging:
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """The tensors of safetensors files by name. Raises SedetectError for a type that torch cannot hold."""
-    stored: dict[str, StoredTensor] = {}
+    stored = named_tensors(files)
+    for key, tensor in stored.items():
+        if tensor.dtype not in DTYPES:
+            raise SedetectError(
+                f"{tensor.file}: {key} is stored as {tensor.dtype}, which is not streamed; load it whole"
+            )
+    return stored
+
+
+def named_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of safetensors files by name, from their headers, of whatever type."""
+    found: dict[str, StoredTensor] = {}
     for file in files:
         header = read_header(file)
         for key, entry in json.loads(header).items():
-            if key == "__metadata__":
-                continue
-            if entry["dtype"] not in DTYPES:
-                raise SedetectError(
-                    f"{file}: {key} is stored as {entry['dtype']}, which is not streamed; load it whole"
-                )
-            start = 8 + len(header) + entry["data_offsets"][0]
-            stored[key] = StoredTensor(file, start, tuple(entry["shape"]), entry["dtype"])
-    return stored
+            if key != "__metadata__":
+                start = 8 + len(header) + entry["data_offsets"][0]
+                found[key] = StoredTensor(file, start, tuple(entry["shape"]), entry["dtype"])
+    return found
 
 
 def use_device(device: torch.device) -> None:

@@ -30,6 +30,7 @@ COMMANDS = {
     "export": ("export",),
     "prune": ("prune",),
     "budget": ("budget",),
+    "verify": ("verify",),
     "rank": ("profile",),
     "merge": ("profile",),
     "compare": ("compare",),

@@ -47,7 +47,7 @@ console = _Console(emoji=False)  # no text of a user is a picture
 stderr = _Console(stderr=True, emoji=False)
 
 
-def _folder_of(name: str) -> str:
+def folder_of(name: str) -> str:
     """A folder, or that of a hub model in the cache. Raises SedetectError where there is none."""
     name = source_name(name)
     if Path(name).is_dir():
@@ -65,7 +65,7 @@ def _folder_of(name: str) -> str:
 Model = Annotated[str, typer.Argument(help="checkpoint folder or hub name", metavar="MODEL", callback=source_name)]
 Folder = Annotated[
     str,
-    typer.Argument(help="checkpoint folder, or hub name of one in the cache", metavar="MODEL", callback=_folder_of),
+    typer.Argument(help="checkpoint folder, or hub name of one in the cache", metavar="MODEL", callback=folder_of),
 ]
 Anywhere = Annotated[
     str, typer.Argument(help="checkpoint folder, hub name, or http(s) address of a folder", metavar="MODEL")
@@ -102,7 +102,8 @@ def flag(argument: Argument) -> str:
 def about(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
     """Find the super experts of Mixture-of-Experts models.
 
-    Exit codes: 0 done, 1 compare found different candidates, 2 wrong arguments or input, 130 stopped by Ctrl-C.
+    Exit codes: 0 done, 1 compare found different candidates or verify a failure, 2 wrong arguments or input, 130
+    stopped by Ctrl-C.
     """
     if version:
         console.print(__version__, highlight=False)

@@ -8,3 +8,6 @@ from .pruning import Pruning as Pruning
 from .pruning import prune_checkpoint as prune_checkpoint
 from .simulated import fake_quantize as fake_quantize
 from .simulated import quantized_experts as quantized_experts
+from .verification import Limits as Limits
+from .verification import Verification as Verification
+from .verification import verify as verify

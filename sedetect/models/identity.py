@@ -210,8 +210,14 @@ def checksum(weights: Iterable[Weight]) -> int | None:
 
 def _id(model: nn.Module, weights: dict[str, Weight]) -> str:
     modules = sorted({weight.name.rpartition(".")[0] for weight in weights.values()})
+    return digest(json.dumps([stable_config(model), modules], sort_keys=True, default=str))
+
+
+def stable_config(model: nn.Module) -> dict[str, Any]:
+    """What the config of the text model says of what it computes."""
     config: Any = model.config
-    return digest(json.dumps([_stable(_text_config(config).to_dict()), modules], sort_keys=True, default=str))
+    stable: dict[str, Any] = _stable(_text_config(config).to_dict())
+    return stable
 
 
 def _text_config(config: Any) -> Any:

@@ -1,0 +1,179 @@
+"""sedetect verify: whether a quantized checkpoint still is the model that it was made from."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from sedetect.cli.shared import (
+    COMPRESS,
+    Attn,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Output,
+    SeqLen,
+    TrustRemoteCode,
+    app,
+    check_writable,
+    folder_of,
+    plain_table,
+    print_line,
+    print_whole,
+    progress_bar,
+    saved_after,
+)
+from sedetect.errors import SedetectError
+from sedetect.results import Results
+
+if TYPE_CHECKING:
+    from sedetect.compression.verification import Verification
+
+_SHOWN = 20
+
+
+@app.command("verify", rich_help_panel=COMPRESS)
+def verify_command(
+    base: Annotated[
+        str, typer.Argument(help="the checkpoint before: a folder, or a hub name in the cache", callback=folder_of)
+    ],
+    quantized: Annotated[str, typer.Argument(help="the checkpoint that was made from it", callback=folder_of)],
+    output: Output = None,
+    protect: Annotated[
+        str | None, typer.Option(help="experts that must be stored as in BASE: names (L1E28,L9E7), or candidates")
+    ] = None,
+    stats: Annotated[Path | None, typer.Option(help="statistics of BASE (default: profile it first)")] = None,
+    max_increase: Annotated[str, typer.Option(help="largest rise of perplexity in any domain (5% or 0.05)")] = "5%",
+    max_kl: Annotated[
+        float | None, typer.Option(help="largest mean KL divergence of the logits, nats per token (default: any)")
+    ] = None,
+    data: Data = None,
+    tokens: Annotated[int, typer.Option(help="tokens of text; with --stats, of text they did not see")] = 16384,
+    seq_len: SeqLen = 512,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Check that QUANTIZED still is the model BASE: its weights, perplexity, super experts and routing.
+
+    Exit codes: 0 where it passes, 1 where a check fails or a limit is exceeded, 2 wrong arguments or input.
+    """
+    from sedetect.calibration.windows import Text
+    from sedetect.checkpoints.options import Loading
+    from sedetect.compression.verification import Limits, check_limits, verify
+
+    limits = Limits(_share(max_increase), max_kl)
+    check_limits(limits)
+    if output is not None:
+        check_writable(output)
+    ranking, state = None, None
+    if stats is not None:
+        from sedetect.cli.ranked import load_ranked
+
+        state, ranking = load_ranked(stats)
+    with progress_bar() as bar:
+        task, done = bar.add_task("profile", total=None), dict.fromkeys(("base", "quantized"), 0)
+
+        def show(run: str, count: int) -> None:
+            done[run] += count
+            bar.update(task, description=run, completed=done[run], total=None)
+
+        verification = verify(
+            base,
+            quantized,
+            data,
+            text=Text(tokens, seq_len, batch_size),
+            stats=state,
+            ranking=ranking,
+            protected=[] if protect is None else protect if protect == "candidates" else protect.split(","),
+            limits=limits,
+            loading=Loading(device, dtype, None, attn, trust_remote_code),
+            progress=show,
+        )
+    with saved_after(None if output is None else Results(output).verification_path, verification.save):
+        _print(verification)
+    if not verification.passed:
+        raise typer.Exit(1)
+
+
+def _share(value: str) -> float:
+    """A number, or a percentage. Raises SedetectError for anything else."""
+    try:
+        number = float(value.removesuffix("%"))
+    except ValueError:
+        raise SedetectError(
+            f"--max-increase {value}: not a share; give a number or a percentage, as 0.05 or 5%"
+        ) from None
+    return number / 100 if value.endswith("%") else number
+
+
+def _print(verification: Verification) -> None:
+    print_line(_headline(verification), "bold")
+    for failure in verification.failures:
+        print_line(f"failed: {failure}")
+    if verification.overall is not None:
+        table = plain_table("text", "base", "quantized", "change", "interval", "KL", "same token")
+        for domain, one in [*verification.domains.items(), ("all", verification.overall)]:
+            change = one.change
+            table.add_row(
+                escape(domain),
+                f"{one.perplexity:.2f}",
+                f"{one.other:.2f}",
+                f"{change.rise:+.2%}",
+                f"{change.low:+.2%} to {change.high:+.2%}" if math.isfinite(change.high) else "-",
+                f"{one.kl:.4f}",
+                f"{one.agreement:.1%}",
+            )
+        print_whole(table)
+    if verification.experts:
+        table = plain_table("expert", "stored", "|y| in base", "quantized", left="stored")
+        for expert in verification.experts[:_SHOWN]:
+            table.add_row(expert.expert, expert.stored or "-", *map(_number, (expert.value, expert.other)))
+        print_whole(table)
+        if len(verification.experts) > _SHOWN:
+            print_line(f"... and {len(verification.experts) - _SHOWN} more")
+    if verification.residual_max:
+        before, now = verification.residual_max
+        print_line(f"largest activation of the residual stream: {before:.4g} in the base, {now:.4g} quantized")
+    if None not in verification.sink_mean and verification.sink_mean:
+        before, now = verification.sink_mean
+        print_line(f"attention on first tokens: {before:.1%} in the base, {now:.1%} quantized")
+    if verification.flips:
+        shares = ", ".join(f"{_layer(bank)} {share:.1%}" for bank, share in verification.flips.items())
+        print_line(f"routing choices that differ, differences of earlier layers included: {shares}")
+    if verification.overall is not None:
+        print_line(
+            f"perplexity on {sum(verification.tokens.values()):,} tokens, intervals over windows; KL: mean divergence "
+            "of the logits, nats per token; same token: predictions with the same most likely token"
+        )
+    for note in verification.notes:
+        print_line(f"note: {note}")
+
+
+def _headline(verification: Verification) -> str:
+    method = f" ({verification.method})" if verification.method else ""
+    name, overall = f"{verification.quantized}{method}", verification.overall
+    if not verification.passed:
+        count = len(verification.failures)
+        return f"{name} fails {count} {'check' if count == 1 else 'checks'} against {verification.base}"
+    assert overall is not None  # what did not run has failed
+    return (
+        f"{name} passes against {verification.base}: perplexity {overall.change}, KL {overall.kl:.4f} nats per token, "
+        f"the same most likely token in {overall.agreement:.1%}"
+    )
+
+
+def _layer(bank: str) -> str:
+    stack, layer, kind = bank.split(".")
+    return f"{'' if stack == 'decoder' else stack + '.'}L{layer}{kind.removeprefix('routed')}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -2,6 +2,7 @@
 # make test      create the environment, install, and run the tests (PYTEST: options for pytest)
 # make quick     those that a change most likely breaks: at most 3 minutes on two cores
 # make lint      ruff, mypy and the order of the packages
+# make site      the documentation as a site, into build/site; a warning fails it
 # make wheel     sdist and wheel into dist/, checked, installed beside the environment's packages, and run
 # make pure      the same without a compiler
 # make fresh     that wheel in a new environment of its own, with what it requires, and run
@@ -37,6 +38,9 @@ imports: $(VENV)/installed
 	touch build/imports/sedetect/kernels/__init__.py build/imports/sedetect/_C.py build/imports/sedetect/_cuda.py
 	cd build/imports && $(abspath $(VENV))/bin/lint-imports $(CURDIR)/pyproject.toml --no-cache
 
+site: $(VENV)/installed
+	$(VENV)/bin/mkdocs build --quiet --site-dir build/site
+
 # The wheel is built from the sdist, and runs in an environment of its own that sees the packages of the other one, but
 # not the tree, which is installed there.
 SITE = import sysconfig; print(sysconfig.get_path("purelib"))
@@ -64,10 +68,10 @@ fresh:
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools pybind11 ninja
-	$(PIP) --no-build-isolation --editable '.[test,lint]'
+	$(PIP) --no-build-isolation --editable '.[test,lint,docs]'
 	touch $@
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info sedetect/_C*.so sedetect/_cuda*.so
 
-.PHONY: profile test quick lint imports wheel pure fresh clean
+.PHONY: profile test quick lint imports site wheel pure fresh clean

@@ -188,7 +188,7 @@ def test_headroom_of_extreme_values():
     assert (routed.nonfinite, routed.over_fp16, routed.over_fp8) == (3, 1, 7)
     assert (routed.out_over_fp8, routed.out_over_fp16) == (4, 2)  # with L1E3 of the other layer, and infinity
     assert (routed.in_over_fp8, routed.in_over_fp16) == (3, 1)  # NaN is not inside
-    assert (mlp.kind, mlp.out_max, mlp.in_max, mlp.in_over_fp16) == ("dense", 0.0, 70000.0, 1)
+    assert (mlp.kind, mlp.out_max, mlp.in_max, mlp.in_over_fp16) == ("dense", None, 70000.0, 1)
 
 
 def test_what_the_charts_draw(tiny_profile, stats):

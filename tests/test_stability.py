@@ -195,7 +195,8 @@ def test_agreement_with_nan_and_nothing():
 def test_peak_of():
     stats = model({(0, "routed"): bank([3.0, None], first={0: 7.0}), (0, "shared"): bank([5.0])}, 1)
     assert peak_of(stats, Place("decoder", 0, "routed", 0)) == (7.0, 0)
-    assert peak_of(stats, Place("decoder", 0, "routed", 1)) == (0.0, None)
+    unseen = peak_of(stats, Place("decoder", 0, "routed", 1))
+    assert math.isnan(unseen.value) and unseen.channel is None
     assert peak_of(stats, Place("decoder", 0, "shared", "shared")).value == 5.0
     assert one_layer([3.0]).super_experts == []
 

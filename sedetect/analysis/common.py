@@ -4,6 +4,7 @@ The analyses are those of "A Closer Look into Mixture-of-Experts in Large Langua
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -190,7 +191,8 @@ def parse_layers(text: str | None) -> list[int] | None:
 
 
 class Standing(NamedTuple):
-    """One expert's value among those of the E routed experts, their median, and its place from above (1 to E)."""
+    """One expert's value among those of the E routed experts that are known, their median, and its place from above (1
+    to E); NaN where it is not known."""
 
     value: float
     median: float
@@ -198,15 +200,21 @@ class Standing(NamedTuple):
 
 
 def standing(values: torch.Tensor, expert: int) -> Standing:
-    """Where one expert stands in values (E,)."""
-    median = float(values.double().quantile(0.5))
+    """Where one expert stands in values (E,), NaN for what is not known."""
+    known = values[~values.isnan()].double()
+    median = float(known.quantile(0.5)) if len(known) else math.nan
     return Standing(float(values[expert]), median, 1 + int((values > values[expert]).sum()))
 
 
 def to_others(matrix: torch.Tensor, experts: int) -> torch.Tensor:
-    """(E,): the mean of each row of the first E of (N, N), the diagonal left out."""
-    part = matrix[:experts, :experts].double()
-    return (part.sum(1) - part.diagonal()) / max(experts - 1, 1)
+    """(E,): the mean of what is not NaN in each row of the first E of (N, N), the diagonal left out; NaN of nothing."""
+    part = matrix[:experts, :experts].double().clone().fill_diagonal_(torch.nan)
+    return part.nanmean(1)
+
+
+def without(matrix: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """A table of pairs (N, N) with NaN beside the members that are zeros (N,) bool: they have no similarity to any."""
+    return matrix.masked_fill(zeros[:, None] | zeros, torch.nan)
 
 
 def off_diagonal(matrix: torch.Tensor, count: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ from sedetect.analysis.common import (
     standing,
     text_settings,
     to_others,
+    without,
 )
 from sedetect.analysis.dense import DENSE, DenseMlp, DenseModel
 from sedetect.analysis.matrices import gate_states
@@ -77,8 +78,10 @@ def analyze_outputs(
         otherwise, over all tokens of the domains:
         cosine, angular (N, N): means over the tokens of the cosine of y_i and y_j, and of 1 - arccos(cosine) / pi
         norm_mean, norm_max (N,): of ||y||; tokens (1,) int64: of which all outputs were finite
+        ranked (1,) int64: tokens whose norms are not all equal; of these
         chosen_ranks (E,) int64: chosen experts by the rank of their norm among those of the token; 0 is the smallest
-        rank_counts (E, E) int64: experts by (rank of their router logit, rank of their norm) for the same token
+        rank_counts (E, E) int64: experts by (rank of their router logit, rank of their norm) for the same token, where
+        the logits are not all equal either
         and of every token of the texts, one after another, T in all, the first time they pass through the layer:
         text.cosine (T, N, N), text.norm (T, N)
         text.score (T, E): softmax of the router's logits; text.index (T, k) int64, text.weight (T, k): its choice
@@ -280,6 +283,11 @@ class _Observer:
             found.append(f"{bank.id}: never ran")
         elif lost := self._sums.left_out():
             found.append(f"{bank.id}: an expert gives NaN or Inf on {lost:,} of {self._sums.seen:,} tokens, left out")
+        if self._sums is not None and (unranked := self._sums.unranked()):
+            found.append(
+                f"{bank.id}: on {unranked:,} of {self._sums.seen:,} tokens the outputs of all experts have one norm, "
+                "so that none is the largest: not ranked"
+            )
         return found
 
 
@@ -300,6 +308,7 @@ class OutputSums:
         self._cosine, self._angular = zeros(members, members), zeros(members, members)
         self._norm, self._largest = zeros(members), zeros(members, dtype=torch.float32)
         self._tokens, self._scored, self.seen = zeros(1, dtype=torch.int64), False, 0
+        self._ranked = zeros(1, dtype=torch.int64)
         self._chosen = zeros(experts + 1, dtype=torch.int64)
         self._ranks = zeros(experts * experts, dtype=torch.int64)
 
@@ -321,27 +330,34 @@ class OutputSums:
         self._norm += norms.double().sum(0)
         self._largest = torch.maximum(self._largest, norms.amax(0))
         self._tokens += finite.sum()
+        ranked = finite & _differ(norms[:, : self.experts])
+        self._ranked += ranked.sum()
         rank = _ranks(norms[:, : self.experts])  # (T, E)
         nobody = torch.full_like(rank[:, :1], self.experts)
         of_slot = torch.cat((rank, nobody), 1).gather(1, chosen)
-        of_slot = of_slot.masked_fill(~finite[:, None], self.experts)
+        of_slot = of_slot.masked_fill(~ranked[:, None], self.experts)
         self._chosen.index_add_(0, of_slot.flatten(), torch.ones_like(of_slot.flatten()))
         if logits is not None:
             self._scored = True
             pair = _ranks(logits) * self.experts + rank
-            counted = finite[:, None].expand(pair.shape).long()
+            counted = (ranked & _differ(logits))[:, None].expand(pair.shape).long()
             self._ranks.index_add_(0, pair.flatten(), counted.flatten())
 
     def left_out(self) -> int:
         """How many of the tokens seen count nowhere."""
         return self.seen - int(self._tokens)
 
+    def unranked(self) -> int:
+        """How many of the tokens that count have no largest output."""
+        return int(self._tokens - self._ranked)
+
     def arrays(self) -> dict[str, torch.Tensor]:
         """As analyze_outputs returns them."""
         tokens = self._tokens.double()
         found = {"cosine": self._cosine / tokens, "angular": self._angular / tokens, "norm_mean": self._norm / tokens}
         found = {name: array.float() for name, array in found.items()}
-        found |= {"norm_max": self._largest, "tokens": self._tokens, "chosen_ranks": self._chosen[:-1]}
+        found |= {"norm_max": self._largest, "tokens": self._tokens, "ranked": self._ranked}
+        found["chosen_ranks"] = self._chosen[:-1]
         if self._scored:
             found["rank_counts"] = self._ranks.view(self.experts, self.experts)
         return {name: array.cpu() for name, array in found.items()}
@@ -369,10 +385,20 @@ def _ranks(values: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(1, order, places)
 
 
+def _differ(values: torch.Tensor) -> torch.Tensor:
+    """(T,) bool: rows of (T, E) that have an order; one value has."""
+    return (values != values[:, :1]).any(1) | (values.shape[1] == 1)
+
+
+def known(layer: LayerArrays, name: str) -> torch.Tensor:
+    """ "cosine" or "angular" (N, N), NaN beside members that give zeros for every token."""
+    return without(layer.arrays[name], layer.arrays["norm_max"] == 0)
+
+
 def summarize(layer: LayerArrays) -> dict[str, float]:
     """What the arrays of a layer come to.
 
-    cosine, angular     mean over the pairs of routed experts
+    cosine, angular     mean over the pairs of routed experts, without those that give nothing but zeros
     chosen, by_chance   share of the chosen experts that are among as many with the largest norms; if chosen at random
     top                 share of tokens whose expert with the largest logit also has the largest norm
     correlation         of the ranks of logit and norm (Spearman's, mean over tokens)
@@ -382,20 +408,21 @@ def summarize(layer: LayerArrays) -> dict[str, float]:
     arrays, experts = layer.arrays, layer.experts
     if not arrays or not int(arrays["tokens"]):
         return {}
-    tokens, chosen = int(arrays["tokens"]), arrays["chosen_ranks"].double()
-    found = {name: float(off_diagonal(arrays[name], experts).double().mean()) for name in ("cosine", "angular")}
+    tokens, chosen = int(arrays.get("ranked", arrays["tokens"])), arrays["chosen_ranks"].double()  # files of 0.1.0
+    found = {name: float(off_diagonal(known(layer, name), experts).double().mean()) for name in ("cosine", "angular")}
     if chosen.sum():
         k = max(1, round(float(chosen.sum()) / tokens))
         found |= {"chosen": float(chosen[-k:].sum() / chosen.sum()), "by_chance": k / experts}
-    if "rank_counts" in arrays:
+    if "rank_counts" in arrays and arrays["rank_counts"].any():
         counts = arrays["rank_counts"].double()
+        tokens = int(counts[0].sum())
         found["top"] = float(counts[-1, -1] / tokens)
         places = torch.arange(experts, dtype=torch.float64)
         squares = (places[:, None] - places).square()
         if experts > 1:
             found["correlation"] = 1 - 6 * float((counts * squares).sum()) / tokens / (experts * (experts**2 - 1))
     for number, name in reversed(list(enumerate(layer.members[experts:], experts))):
-        mean = float(arrays["cosine"][number, :experts].double().mean())
+        mean = float(known(layer, "cosine")[number, :experts].double().nanmean())
         found["dense" if name == DENSE else "shared"] = mean
     return found
 
@@ -408,6 +435,6 @@ def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
     arrays, experts = layer.arrays, layer.experts
     return {
         "mean norm": standing(arrays["norm_mean"][:experts], expert),
-        "largest norm": standing(arrays["norm_max"][:experts], expert),
-        "cosine to others": standing(to_others(arrays["cosine"], experts), expert),
+        "largest norm": standing(arrays["norm_max"][:experts].masked_fill(arrays["tokens"] == 0, torch.nan), expert),
+        "cosine to others": standing(to_others(known(layer, "cosine"), experts), expert),
     }

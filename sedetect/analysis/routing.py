@@ -4,6 +4,7 @@ A token's choice is what its layer's experts were called with. Slots of weight 0
 bank (skip and identity experts), are nobody's.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -100,8 +101,11 @@ def _run(model: "PreTrainedModel", counters: list["_Counter"], ids: torch.Tensor
 
 
 def effective(load: torch.Tensor) -> float:
-    """How many experts a load (E,) spreads over: exp of its entropy; as many as carry it, where they do so evenly."""
-    share = load.double() / load.sum().clamp(min=1)
+    """How many experts a load (E,) spreads over: exp of its entropy; as many as carry it, where they do so evenly. NaN
+    of no load."""
+    if not int(load.sum()):
+        return math.nan
+    share = load.double() / load.sum()
     return float(torch.special.entr(share).sum().exp())
 
 
@@ -113,9 +117,10 @@ def router_spread(layer: LayerArrays) -> float | None:
 
 
 def distance(load: torch.Tensor) -> torch.Tensor:
-    """(D,): how much of each domain's load (D, E) lies elsewhere than that of all domains (total variation)."""
-    share = load.double() / load.sum(1, keepdim=True).clamp(min=1)
-    of_all = load.double().sum(0) / load.sum().clamp(min=1)
+    """(D,): how much of each domain's load (D, E) lies elsewhere than that of all domains (total variation); NaN for a
+    domain without any."""
+    share = load.double() / load.sum(1, keepdim=True)
+    of_all = load.double().sum(0) / load.sum()
     return (share - of_all).abs().sum(1) / 2
 
 
@@ -133,7 +138,7 @@ def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
     share = load.double() / layer.arrays["tokens"].sum().clamp(min=1)
     return {
         "share of the tokens": standing(share, expert),
-        "mean routing weight": standing(layer.arrays["weight"].nan_to_num(), expert),
+        "mean routing weight": standing(layer.arrays["weight"], expert),
     }
 
 

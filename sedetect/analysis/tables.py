@@ -80,7 +80,7 @@ def _weights(result: Analysis) -> Cells:
         "mean neurons; whole matrices after their neurons were matched; R2: how much of the similarity of gate "
         "embeddings that of mean neurons explains."
     )
-    chance = [v for of in summaries.values() for v in of.get("chance", {}).values()]
+    chance = [v for of in summaries.values() for v in of.get("chance", {}).values() if math.isfinite(v)]
     if chance:
         text += f" Matched with random ones, matrices reach {min(chance):.2f} to {max(chance):.2f}."
     if "r2" in shown:
@@ -117,27 +117,34 @@ def _routing(result: Analysis) -> Cells:
             rows.append([layer_name(bank), *["-"] * (6 + len(domains))])
             continue
         busiest = int(load.sum(0).argmax())
+        as_busy = int((load.sum(0) == load[:, busiest].sum()).sum()) - 1
         pairs = lift(together, tokens).masked_fill(together < FEW_ROWS, torch.nan).nan_to_num(nan=-1)
         i, j = divmod(int(pairs.argmax()), layer.experts)
+        as_often = int((pairs == pairs[i, j]).sum()) // 2 - 1
         spread = router_spread(layer)
         rows.append(
             [
                 layer_name(bank),
-                f"E{busiest}",
+                f"E{busiest}{_more(as_busy)}",
                 f"{int(load[:, busiest].sum()) / tokens:.1%}",
                 f"{effective(load.sum(0)):.1f} of {layer.experts}",
                 "-" if spread is None else f"{spread:.1f}",
-                *(f"{value:.0%}" for value in distance(load).tolist()),
-                *((f"E{i} E{j}", f"{float(pairs[i, j]):.2g}") if pairs[i, j] > 0 else ("-", "-")),
+                *("-" if math.isnan(value) else f"{value:.0%}" for value in distance(load).tolist()),
+                *((f"E{i} E{j}{_more(as_often)}", f"{float(pairs[i, j]):.2g}") if pairs[i, j] > 0 else ("-", "-")),
             ]
         )
     text = (
-        f"{_tokens(result):,} tokens. busiest: the expert most tokens chose; effective: experts over which the load "
-        "spreads (exp of its entropy); router: over which a token's routing probabilities do, on average; "
-        "off: share of a domain's load that lies elsewhere than that of all domains; pair: chosen together most, as a "
-        f"multiple of chance (of those with {FEW_ROWS} common tokens or more)."
+        f"{_tokens(result):,} tokens. busiest: the expert most tokens chose (+2: and two more as many); effective: "
+        "experts over which the load spreads (exp of its entropy); router: over which a token's routing probabilities "
+        "do, on average; off: share of a domain's load that lies elsewhere than that of all domains; pair: chosen "
+        f"together most, as a multiple of chance (of those with {FEW_ROWS} common tokens or more)."
     )
     return Cells(["layer", "busiest", "share", "effective", "router", *domains, "pair", "lift"], rows, text)
+
+
+def _more(equals: int) -> str:
+    """Of something that is the largest, and others with it."""
+    return f" +{equals}" if equals else ""
 
 
 def _tokens(result: Analysis) -> int:

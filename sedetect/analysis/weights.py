@@ -32,6 +32,7 @@ from sedetect.analysis.common import (
     off_diagonal,
     standing,
     to_others,
+    without,
 )
 from sedetect.analysis.dense import DENSE, DenseModel, open_layers
 from sedetect.analysis.matrices import NAMES, expert_matrices
@@ -133,10 +134,10 @@ def match_neurons(first: torch.Tensor, second: torch.Tensor) -> Matching:
 
 
 def regress(x: torch.Tensor, y: torch.Tensor) -> Regression:
-    """The line of y (n,) over x (n,), as scipy fits it; NaN for fewer than two points and for an x without spread."""
+    """The line of y (n,) over x (n,), as scipy fits it; NaN for fewer than two points, and without spread in x or y."""
     from scipy.stats import linregress
 
-    if len(x) < 2 or float(x.max() - x.min()) == 0:
+    if len(x) < 2 or float(x.max() - x.min()) == 0 or float(y.max() - y.min()) == 0:
         return Regression(*[float("nan")] * 3)
     line = linregress(x.cpu().double().numpy(), y.cpu().double().numpy())
     return Regression(float(line.rvalue) ** 2, float(line.slope), float(line.intercept))
@@ -277,10 +278,9 @@ def analyze_group(
         for field, array in (("matched", "similarity"), ("unmatched", "unmatched"), ("tau", "tau")):
             found[f"{name}.{field}"] = torch.tensor([getattr(one, array) for one in matched])
         if router is not None:
-            line = regress(
-                off_diagonal(found[f"{name}.neuron_similarity"], experts),
-                off_diagonal(found["router.similarity"], experts),
-            )
+            zeros = (found[f"{name}.norm"][:experts] == 0) | (found["router.norm"] == 0)
+            tables = found[f"{name}.neuron_similarity"][:experts, :experts], found["router.similarity"]
+            line = regress(*(off_diagonal(without(table, zeros), experts) for table in tables))
             found |= {f"{name}.{field}": torch.tensor([value]) for field, value in line._asdict().items()}
     return {n: (t.float() if t.is_floating_point() else t).cpu() for n, t in found.items()}
 
@@ -381,6 +381,11 @@ def _check_finite(path: str, members: list[str], matrices: list[dict[str, torch.
         first += len(of["down"])
 
 
+def known(layer: LayerArrays, name: str, field: str) -> torch.Tensor:
+    """The table of pairs name.field, NaN beside members whose matrix, or gate embedding, is zeros."""
+    return without(layer.arrays[f"{name}.{field}"], layer.arrays[f"{name}.norm"] == 0)
+
+
 def summarize(layer: LayerArrays) -> dict[str, dict[str, float]]:
     """What the arrays of a layer come to, {number: {matrix: value}}: means over the pairs of routed experts of
     similarity and neuron_similarity, over the matched pairs of unmatched, matched and tau; chance and r2. Without what
@@ -388,12 +393,12 @@ def summarize(layer: LayerArrays) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name in (name for name in NAMES if f"{name}.similarity" in layer.arrays):
         for field in ("similarity", "neuron_similarity"):
-            values = off_diagonal(layer.arrays[f"{name}.{field}"], layer.experts)
+            values = off_diagonal(known(layer, name, field), layer.experts)
             found.setdefault(field, {})[name] = float(values.double().mean())
         for field in ("unmatched", "matched", "tau", "chance", "r2"):
             values = layer.arrays.get(f"{name}.{field}", torch.empty(0))
             if len(values):
-                found.setdefault(field, {})[name] = float(values.double().mean())
+                found.setdefault(field, {})[name] = float(values.double().nanmean())
     return found
 
 
@@ -405,10 +410,10 @@ def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
         found[f"|{name}|"] = standing(layer.arrays[f"{name}.norm"][: layer.experts], expert)
         found[f"largest of {name}"] = standing(layer.arrays[f"{name}.peak"][: layer.experts], expert)
         for field, label in (("similarity", name), ("neuron_similarity", f"{name} neurons")):
-            found[f"{label} to others"] = standing(to_others(layer.arrays[f"{name}.{field}"], layer.experts), expert)
+            found[f"{label} to others"] = standing(to_others(known(layer, name, field), layer.experts), expert)
     if "router.norm" in layer.arrays:
         found["|gate embedding|"] = standing(layer.arrays["router.norm"], expert)
-        similar = to_others(layer.arrays["router.similarity"], layer.experts)
+        similar = to_others(known(layer, "router", "similarity"), layer.experts)
         found["gate embedding to others"] = standing(similar, expert)
     return found
 
@@ -507,5 +512,6 @@ def _signed(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """NaN beside zeros."""
     a, b = a.double().flatten(), b.double().flatten()
-    return float(a @ b / (a.norm() * b.norm()).clamp(min=torch.finfo(torch.float64).tiny))
+    return float(a @ b / (a.norm() * b.norm()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -117,7 +118,7 @@ def _questions(evaluate: str | None) -> list:
 
 
 def _print(experiment: Experiment) -> None:
-    from sedetect.experiments.study import conclusion
+    from sedetect.experiments.study import badness, conclusion
 
     console.print(conclusion(experiment), style="bold", markup=False, highlight=False, soft_wrap=True)
     domains = list(experiment.baseline.perplexity)
@@ -136,7 +137,7 @@ def _print(experiment: Experiment) -> None:
             blank = [""] * (len(table.columns) - len(domains) - 2)
             table.add_row(f"{name}: mean", *_summary(runs, domains, statistics.fmean), *_rest(runs, layer, asked))
             for word, of in (("min", min), ("max", max)) if len(runs) > 1 else ():
-                table.add_row(f"{name}: {word}", *_summary(runs, domains, of), *blank)
+                table.add_row(f"{name}: {word}", *_summary(runs, domains, partial(of, key=badness)), *blank)
     print_whole(table)
     decayed = (
         ""

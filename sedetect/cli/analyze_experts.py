@@ -314,6 +314,8 @@ def _largest(layer: LayerArrays, token: int, marked: set[str]) -> str:
     norms = layer.arrays["text.norm"][token, : layer.experts]
     if not norms.isfinite().all():
         return "- (NaN or Inf)"
+    if len(norms) > 1 and norms.min() == norms.max():
+        return "- (all equal)"
     largest, chosen = int(norms.argmax()), _chosen(layer, token)
     place = chosen.index(largest) + 1 if largest in chosen else "-"
     return f"{largest}{'*' * (layer.members[largest] in marked)} {float(norms[largest]):.3g} {place}"

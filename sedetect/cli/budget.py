@@ -137,6 +137,7 @@ def budget_command(
 
 def _print(budget: Budget, ranking: Ranking) -> None:
     from sedetect.compression.budget import conclusion
+    from sedetect.experiments.study import badness
 
     print_line(ranking.headline, "bold")
     for line in conclusion(budget):
@@ -146,7 +147,7 @@ def _print(budget: Budget, ranking: Ranking) -> None:
     for name in ("size", "nothing kept", "kept", "random kept", "worst", "best"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in budget.rows:
-        changes = sorted(cost.mean_change for cost in row.random)
+        changes = sorted((cost.mean_change for cost in row.random), key=badness)
         random = (sum(changes) / len(changes), changes[-1], changes[0]) if changes else ()
         cells = [f"{row.bare.size:.1%}", f"{row.bare.mean_change:+.2%}", _change(row.kept)]
         table.add_row(row.name, *cells, *(f"{change:+.2%}" for change in random))

@@ -112,6 +112,8 @@ def _headline(comparison: Comparison) -> str:
         return f"the same candidates in all {len(comparison.runs)} runs: {last}"
     if comparison.formed is not None:
         formed = _formed(comparison, comparison.formed)
+        if not comparison.runs[-1].found:
+            return f"the candidates differ; there is none from {formed} on"
         return f"the candidates differ; those of the last run ({last}) stand from {formed} on"
     return "the candidates differ"
 
@@ -129,8 +131,7 @@ def _cells(moved: Moved) -> list[str]:
     finite = [value for value in moved.values if not math.isnan(value)]
     return [
         moved.name,
-        f"{moved.values[0]:.5g}",
-        f"{moved.values[-1]:.5g}",
+        *("-" if math.isnan(value) else f"{value:.5g}" for value in (moved.values[0], moved.values[-1])),
         "-" if moved.ratio is None else f"{moved.ratio:.3g}",
         f"{min(finite):.5g}",
         f"{max(finite):.5g}",

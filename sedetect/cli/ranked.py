@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,20 +47,25 @@ def print_saliency(known: Saliencies) -> None:
     for layer in known.layers:
         stack, number, kind = layer["bank"].split(".")
         name = f"{'' if stack == 'decoder' else stack + '.'}L{number}{kind.removeprefix('routed')}"
-        order, values = layer["ascending"], layer["values"]
-        finite = [e for e in order if values[e] is not None]
-        middle = _short(values[finite[len(finite) // 2]]) if finite else "-"
+        order, values, rows = layer["ascending"], layer["values"], layer["rows"]
+        known = [value for value, seen in zip(values, rows) if value is not None and seen]
+        middle = _short(statistics.median(known)) if known else "-"
         low, high = order[: min(_SHOWN, len(order) // 2)], order[::-1][: min(_SHOWN, (len(order) + 1) // 2)]
-        table.add_row(escape(name), _listed(low, values), middle, _listed(high, values))
+        table.add_row(escape(name), _listed(low, values, rows), middle, _listed(high, values, rows))
     console.print(table)
-    text = "each layer's experts with the lowest and the highest saliency; layers do not compare with each other"
+    text = (
+        "each layer's experts with the lowest and the highest saliency, and the median of those that saw rows; "
+        "layers do not compare with each other"
+    )
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _listed(experts: list[int], values: list[float | None]) -> str:
+def _listed(experts: list[int], values: list[float | None], rows: list[int]) -> str:
     # No break between an expert and its number.
-    listed = ((e, values[e]) for e in experts)
-    return "  ".join(f"E{e}\u00a0{'unknown' if value is None else _short(value)}" for e, value in listed)
+    def shown(value: float | None, seen: int) -> str:
+        return "no\u00a0row" if not seen else "unknown" if value is None else _short(value)
+
+    return "  ".join(f"E{e}\u00a0{shown(values[e], rows[e])}" for e in experts)
 
 
 def _short(value: float) -> str:

@@ -66,10 +66,13 @@ def print_ranking(
 def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
     """One sentence: what a proof found; first tokens against the rest, in output and routing; what is carried."""
     parts = [] if expert.reason is None else [f"{expert.verdict}: {expert.reason}"]
-    if expert.signature is None and not expert.first_max:
+    if not expert.seen:
+        parts.append("no row in the statistics")
+    elif expert.signature is None and not expert.first_max:
         parts.append("first tokens not observed")
     else:
-        first, rest = (f"{value:.4g}" if value else "no row" for value in (expert.first_max, expert.rest_max))
+        pairs = ((expert.first_max, expert.first_gate), (expert.rest_max, expert.rest_gate))
+        first, rest = (f"{value:.4g}" if value or gate else "no row" for value, gate in pairs)
         parts.append(f"|y| {first} on first tokens, {rest} on the rest")
     if expert.first_gate is not None and expert.rest_gate is not None:
         parts.append(f"mean routing weight {expert.first_gate:.2g} and {expert.rest_gate:.2g}")
@@ -124,9 +127,9 @@ def _cells(expert: SuperExpert, tokenizer: PreTrainedTokenizerBase | None, named
     style = _STYLES[expert.verdict]
     return [
         f"[{style}]{escape(str(expert))}[/]",
-        f"{expert.value:.5g}",
+        f"{expert.value:.5g}" if expert.seen else "-",
         "-" if expert.ratio is None else f"{expert.ratio:.1f}",
-        str(expert.channel),
+        str(expert.channel) if expert.seen else "-",
         "-" if expert.position < 0 else str(expert.position),
         escape(shown),
         "yes" if named else "late" if expert.late else "no",

@@ -27,6 +27,7 @@ from sedetect.documents import Document, short_repr
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
 from sedetect.experiments.evaluation import perplexity
+from sedetect.experiments.study import badness
 from sedetect.experiments.targets import Target, random_controls, routed_experts
 from sedetect.files import finite
 from sedetect.models.layers import run_tokens
@@ -190,11 +191,11 @@ def conclusion(budget: Budget) -> list[str]:
     if compared and not changed:
         lines.append(f"keeping {names} changes nothing: no row takes anything from it")
     if changed:
-        better = [row for row, kept in changed if kept.mean_change < min(c.mean_change for c in row.random)]
-        most, kept = max(changed, key=lambda pair: pair[0].bare.mean_change - pair[1].mean_change)
-        low, high = (f([c.mean_change for c in most.random]) for f in (min, max))
+        better = [row for row, kept in changed if _bad(kept) < min(map(_bad, row.random))]
+        most, kept = max(changed, key=lambda pair: _gain(pair[0].bare, pair[1]))
+        low, high = (f([c.mean_change for c in most.random], key=badness) for f in (min, max))
         rows = "the one row" if len(changed) == 1 else f"the {len(changed)} rows"
-        buys = "buys most" if kept.mean_change < most.bare.mean_change else "buys nothing in any, and costs least"
+        buys = "buys most" if _bad(kept) < _bad(most.bare) else "buys nothing in any, and costs least"
         lines.append(
             f"keeping {names} beats every random choice in {len(better)} of {rows} that it changes; "
             f"it {buys} at {most.name}: {most.bare.mean_change:+.1%} without, {kept.mean_change:+.1%} with "
@@ -206,6 +207,15 @@ def conclusion(budget: Budget) -> list[str]:
             within = [name for name, cost in costs if cost.mean_change <= LIMIT]
             lines.append(f"within {LIMIT:.0%} of the unchanged perplexity, {what}: {', '.join(within) or 'none'}")
     return lines
+
+
+def _bad(cost: Cost) -> float:
+    return badness(cost.mean_change)
+
+
+def _gain(bare: Cost, kept: Cost) -> float:
+    """What keeping takes from the change of perplexity; 0 where both are infinite."""
+    return 0.0 if _bad(bare) == _bad(kept) else _bad(bare) - _bad(kept)
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ def protect_list(
         (float(value), Place(*bank, e))
         for bank, state in sorted(stats.banks.items())
         if bank.routed
-        for e, value in enumerate(state.out_max.tolist())
-        if math.isfinite(value)
+        for e, (value, rows) in enumerate(zip(state.out_max.tolist(), state.rows.tolist()))
+        if rows and math.isfinite(value)
     ]
     fed_by = [] if feeders is None else _feeders(feeders, found)
     others = sorted((one for one in maxima if one[1] not in {*found, *fed_by}), key=lambda one: -one[0])[:neighbours]
@@ -179,7 +179,7 @@ def _protected(stats: ModelStats, place: Place, why: str) -> Protected:
         )
     if name in DOWN_NAMES:
         module = path  # of a shared expert, whose bank is its down_proj
-    value, channel, intermediate = (0.0, 0, 0) if peak is None else (peak.value, peak.channel, peak.in_channel)
+    value, channel, intermediate = (0.0, -1, -1) if peak is None else (peak.value, peak.channel, peak.in_channel)
     return Protected(place, module, value, why, channel, intermediate)
 
 

@@ -214,6 +214,11 @@ def run_experiment(
     )
 
 
+def badness(change: float) -> float:
+    """A change of perplexity to compare by: NaN, of a model that gives no numbers any more, is worse than any."""
+    return math.inf if math.isnan(change) else change
+
+
 def conclusion(experiment: Experiment) -> str:
     """One sentence on the first intervention: which of the three signs of a super expert it shows.
 
@@ -224,10 +229,11 @@ def conclusion(experiment: Experiment) -> str:
     same = [outcome.mean_change for outcome in experiment.controls["same layers"]]
     shown, texts = [], []
     if same:
-        if main.mean_change > max(0, *same):
+        worst = max(same, key=badness)
+        if badness(main.mean_change) > max(0, badness(worst)):
             shown.append("perplexity")
         drawn = "a random set" if len(same) == 1 else f"the worst of {len(same)} random sets"
-        beside = f"{max(same):+.1%} for {drawn} of the same layers"
+        beside = f"{worst:+.1%} for {drawn} of the same layers"
         texts.append(f"perplexity {main.mean_change:+.1%} (against {beside})")
     else:
         texts.append(f"perplexity {main.mean_change:+.1%} (not judged: no controls)")

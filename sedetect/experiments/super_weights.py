@@ -160,6 +160,8 @@ def find_super_weights(
             raise SedetectError(
                 f"{expert}: {type(model).__name__} has no such expert; give the model that was profiled"
             )
+        if not expert.seen:
+            raise SedetectError(f"{expert}: saw no row; profile more text, or give the others alone")
         if expert.position < 0 or expert.sequence_id < 0:
             raise SedetectError(f"{expert}: the token of its largest output is not known; profile with mapped rows")
         by_sequence[expert.source, expert.sequence_id].append(expert)

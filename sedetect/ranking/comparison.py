@@ -59,7 +59,7 @@ class Step:
 class Moved:
     """An expert of the paper's set of any run.
 
-    values    its out_max in every run; 0 where it saw nothing, NaN where it was pruned
+    values    its out_max in every run; NaN where it saw nothing or was pruned
     channels  output channel of that value; None where it saw nothing or was pruned
     found     whether it is a candidate, per run
     """
@@ -71,8 +71,9 @@ class Moved:
 
     @property
     def ratio(self) -> float | None:
-        """Value in the last run over that in the first; None where that was 0."""
-        return self.values[-1] / self.values[0] if self.values[0] else None
+        """Value in the last run over that in the first; None where that was 0 or one of them is not known."""
+        known = not math.isnan(self.values[0]) and not math.isnan(self.values[-1])
+        return self.values[-1] / self.values[0] if known and self.values[0] else None
 
     @property
     def channel_changed(self) -> bool:

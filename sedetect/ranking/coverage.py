@@ -32,6 +32,8 @@ def coverage(stats: ModelStats) -> str:
         return f"{text}, none fewer than {FEW_ROWS}"
     parts = [f"{unseen} saw none"] if unseen else []
     parts += [f"{few} {'others' if unseen else 'of them'} fewer than {FEW_ROWS}"] if few else []
+    if not stats.header.tokens:
+        return f"{text}; no text was profiled"
     more = more_tokens(min(rows), stats.header.tokens)
     at = "at least" if unseen else "about"
     return (
@@ -52,10 +54,11 @@ def unseen(stats: ModelStats) -> list[Place]:
 
 def unseen_note(places: Sequence[Place], what: str, tokens: int) -> str:
     """One line: which experts ("pruned", say) saw no row in so many tokens, and how many more they need."""
+    more = f"at least {more_tokens(0, tokens):,} more tokens" if tokens else "text"
     names = ", ".join(map(str, places[:10])) + (f" and {len(places) - 10} more" if len(places) > 10 else "")
     return (
         f"{len(places)} {what} expert{'s' * (len(places) > 1)} saw no row, so that nothing was measured ({names}); "
-        f"profile at least {more_tokens(0, tokens):,} more tokens"
+        f"profile {more}"
     )
 
 

@@ -1,13 +1,14 @@
 """What the rule and the verdicts read of each bank, the rule's two value tests, and what makes a candidate."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from sedetect.errors import Argument, SedetectError
-from sedetect.kernels.records import decode
+from sedetect.kernels.records import Record, decode
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import Header
 from sedetect.stats.place import BankId, place_of
@@ -27,6 +28,10 @@ def is_candidate(large: bool, signature: bool | None, carried: bool | None, outs
 def stands_out(value: float, ratio: float | None, min_value: float = MIN_VALUE, min_ratio: float = MIN_RATIO) -> bool:
     """Whether an expert does by its value. ratio: of it to the median of others, None where there is none."""
     return value >= min_value and ratio is not None and ratio >= min_ratio
+
+
+# Of an expert that saw no row, which a proof alone can name: its text is not that of the statistics.
+_NO_ROW = Record(0.0, 1, -1, sys.maxsize, -1, -1, -1, 0.0, 0.0, -1)
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,7 @@ class BankView:
         exceed there.
         """
         value, first_max = float(self.values[e]), float(self.first_max[e])
-        peak = self.peaks[e]
-        assert peak is not None  # every threshold is at least 0, so whoever passes one saw a row
+        peak = self.peaks[e] or _NO_ROW
         first_gate, rest_gate = self.gates(e)
         first_ratio, signature = self.signature(e, first, large, min_ratio)
         return {
@@ -100,8 +104,8 @@ class BankView:
             "sequence_id": peak.sequence,
             "source": self.sources[peak.source] if peak.source < len(self.sources) else None,
             "gate": peak.gate,
-            "ratio": _quotient(value, median),
-            "next_ratio": _quotient(value, tests.next_below(value)),
+            "ratio": None if peak is _NO_ROW else _quotient(value, median),
+            "next_ratio": None if peak is _NO_ROW else _quotient(value, tests.next_below(value)),
             "first_gate": first_gate,
             "rest_gate": rest_gate,
             "first_max": first_max,
@@ -115,9 +119,10 @@ class BankView:
     ) -> tuple[float | None, bool | None]:
         """first_ratio and signature of SuperExpert, of expert e; first and large as in evidence."""
         first_max = float(self.first_max[e])
-        peers = first.first_max[(first.first_rows > 0) & ((first is not self) | (np.arange(len(first.values)) != e))]
+        known = (first.first_rows > 0) & np.isfinite(first.first_max)
+        peers = first.first_max[known & ((first is not self) | (np.arange(len(first.values)) != e))]
         first_ratio = _quotient(first_max, float(np.median(peers)) if len(peers) else None)
-        if self.first_rows.sum() == 0:
+        if self.first_rows.sum() == 0 or not self.rows[e]:
             return first_ratio, None
         if not first_max > large:
             return first_ratio, False

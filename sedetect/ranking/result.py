@@ -15,7 +15,8 @@ PROTECTED = ("proved", "candidate", "undecided")
 class SuperExpert(Place):
     """An expert that the rule names, or a candidate beside the set; y is its down_proj output before the gate.
 
-    value        out_max: largest |y| over all counted rows; sign (1 or -1) and output channel of that element
+    value        out_max: largest |y| over all counted rows; sign (1 or -1) and output channel of that element; 0 and
+                 channel -1 for an expert that saw no row, which a proof alone can name
     position     of its token in its sequence, token_id, sequence_id: -1 where rows could not be mapped
     source       name of the calibration source of that sequence, None where the header names none
     gate         routing weight of that row (1 for shared)
@@ -55,6 +56,11 @@ class SuperExpert(Place):
     late: bool
     verdict: str | None
     reason: str | None = None
+
+    @property
+    def seen(self) -> bool:
+        """Whether it saw a row."""
+        return self.channel >= 0
 
     def to_dict(self) -> dict[str, Any]:
         """name (str(self)) and every field, ready for JSON: NaN is None, infinity is "inf"."""

@@ -141,7 +141,7 @@ class Agreed:
     """An expert that is in the set of some part, or a candidate there.
 
     named, found     in how many parts it is in the paper's set, and is a candidate
-    values           its out_max in every part, in the order of the parts; NaN where it gave one
+    values           its out_max in every part, in the order of the parts; NaN where it gave one or saw no row
     lowest, highest  of the others
     """
 
@@ -262,7 +262,7 @@ class Stability(Document):
 
 
 class Peak(NamedTuple):
-    """out_max of one expert and its output channel; value 0 and channel None for one that saw nothing."""
+    """out_max of one expert and its output channel; NaN and None for one that saw nothing."""
 
     value: float
     channel: int | None
@@ -271,7 +271,7 @@ class Peak(NamedTuple):
 def peak_of(stats: ModelStats, place: Place) -> Peak:
     """The largest |y| of an expert, wherever it ranks. Raises KeyError for a bank that the statistics lack."""
     record = stats.banks[place.bank].peak_of(place.number)
-    return Peak(0.0, None) if record is None else Peak(record.value, record.channel)
+    return Peak(math.nan, None) if record is None else Peak(record.value, record.channel)
 
 
 def check_banks(runs: list[ModelStats], names: list[str]) -> None:

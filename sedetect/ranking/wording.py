@@ -135,6 +135,8 @@ def _listed(experts: list[SuperExpert], most: int = 10) -> str:
 
 
 def _described(expert: SuperExpert) -> str:
+    if not expert.seen:
+        return f"{expert} (no row)"
     ratio = "" if expert.ratio is None else f", {_short(expert.ratio)}x its layer's median"
     return f"{expert} (|y| {_short(expert.value)}{ratio})"
 

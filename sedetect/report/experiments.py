@@ -2,10 +2,11 @@
 
 import statistics
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 from sedetect.analysis.tables import Cells, layers_table, marked_experts, standings_tables
-from sedetect.experiments.study import Experiment, Outcome, conclusion
+from sedetect.experiments.study import Experiment, Outcome, badness, conclusion
 from sedetect.report.evidence import Evidence
 from sedetect.report.table import MOST, NONE, Table, make_table
 from sedetect.report.text import number, percent, token_text, whole
@@ -84,7 +85,7 @@ def ablation_section(experiment: Experiment | None) -> dict[str, Any]:
         label = f"{', '.join(one.experts)}: {one.label}"
         rows.append([label, *(percent(one.change[d]) for d in domains), percent(one.mean_change), *rest([one])])
     for name, runs in experiment.controls.items():
-        for what, of in (("mean", statistics.fmean), ("worst", max)) if runs else ():
+        for what, of in (("mean", statistics.fmean), ("worst", partial(max, key=badness))) if runs else ():
             cells = [percent(of([run.change[d] for run in runs])) for d in domains]
             cells.append(percent(of([run.mean_change for run in runs])))
             rest_of = rest(runs) if what == "mean" else [""] * len(rest(runs))

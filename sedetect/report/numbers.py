@@ -138,7 +138,7 @@ def layer_rows(stats: ModelStats) -> list[LayerRow]:
 def kurtosis(values: np.ndarray) -> float | None:
     """Excess kurtosis of values (N,): their fourth central moment over the square of their variance (both over N), less
     3, which is what the published tool plots. 0 for a normal distribution; None without variance."""
-    if not len(values):
+    if not len(values) or values.min() == values.max():  # whose mean may differ from them by a rounding
         return None
     centred = values - values.mean()
     variance = (centred**2).mean()
@@ -178,7 +178,8 @@ def thin_experts(stats: ModelStats) -> list[Thin]:
 class Headroom:
     """The banks of one kind ("routed", "shared", "dense").
 
-    out_max, out_name    largest finite |y| and its expert; in_max, in_name: the same of |h|; None: nothing finite
+    out_max, out_name    largest finite |y| and its expert, None where all are 0; in_max, in_name: the same of |h|;
+                         None: nothing seen that is finite
     over_fp8, over_fp16, nonfinite    elements of y: finite above 448, above 65504; NaN or Inf
     out_over_fp8, in_over_fp8         experts whose max|y|, max|h| is above 448; likewise fp16; not finite counts
     """
@@ -207,8 +208,8 @@ def headroom(stats: ModelStats) -> list[Headroom]:
             continue
         states = [stats.banks[bank] for bank in banks]
         names = [str(place_of(b, e, s.num_experts)) for b, s in zip(banks, states) for e in range(s.num_experts)]
-        out = np.concatenate([s.out_max.double().numpy() for s in states])
-        hidden = np.concatenate([column(s.in_max, "value")[:, 0].double().clamp(min=0).numpy() for s in states])
+        out = np.concatenate([column(s.peak(), "value").double().numpy() for s in states])  # -1: saw no row
+        hidden = np.concatenate([column(s.in_max, "value")[:, 0].double().numpy() for s in states])
         counts = {
             name: sum(int(getattr(s, name).sum()) for s in states) for name in ("over_fp8", "over_fp16", "nonfinite")
         }
@@ -225,7 +226,7 @@ def headroom(stats: ModelStats) -> list[Headroom]:
 def _largest(values: np.ndarray, names: list[str]) -> tuple[float | None, str | None]:
     finite = np.where(np.isfinite(values), values, -1)
     at = int(finite.argmax())
-    return (float(finite[at]), names[at]) if finite[at] >= 0 else (None, None)
+    return (float(finite[at]), names[at] if finite[at] else None) if finite[at] >= 0 else (None, None)
 
 
 def _ordered(stats: ModelStats, dense: bool = False) -> list[BankId]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sedetect.analysis import outputs, weights
-from sedetect.analysis.common import Analysis, LayerArrays
+from sedetect.analysis.common import Analysis, LayerArrays, without
 from sedetect.analysis.matrices import NAMES
 from sedetect.analysis.routing import effective, lift, router_spread
 from sedetect.analysis.tables import layer_name
@@ -137,16 +137,16 @@ def _weights_of(
     where = f"in {layer_name(bank)}"
     if "router.similarity" in layer.arrays:
         text = f"Cosine of the gate embeddings of two experts {where}."
-        yield _square(f"{name}-gate-embeddings", layer, layer.arrays["router.similarity"], marked, text)
+        yield _square(f"{name}-gate-embeddings", layer, weights.known(layer, "router", "similarity"), marked, text)
     matrices = [one for one in NAMES if f"{one}.norm" in layer.arrays]
     for one in matrices:
         text = f"Cosine of the mean {one} neurons of two experts {where}."
-        yield _square(f"{name}-{one}-neurons", layer, layer.arrays[f"{one}.neuron_similarity"], marked, text)
+        yield _square(f"{name}-{one}-neurons", layer, weights.known(layer, one, "neuron_similarity"), marked, text)
     if page:
         return
     for one in matrices:
         text = f"Cosine of the {one} matrices of two experts {where}."
-        yield _square(f"{name}-{one}-matrices", layer, layer.arrays[f"{one}.similarity"], marked, text)
+        yield _square(f"{name}-{one}-matrices", layer, weights.known(layer, one, "similarity"), marked, text)
         scores, shares = layer.arrays[f"{one}.scores"], layer.arrays[f"{one}.explained"]
         text = f"First two principal components of the {one} matrices {where}; hollow: in no cluster."
         yield _points(f"{name}-{one}-projection", scores, shares, layer, marked, text, layer.arrays[f"{one}.stray"])
@@ -166,11 +166,15 @@ def _outputs_of(
 ) -> Iterator[Picture]:
     where, arrays = f"in {layer_name(bank)}", layer.arrays
     yield _square(
-        f"{name}-cosine", layer, arrays["cosine"], marked, f"Mean cosine of the outputs of two experts {where}."
+        f"{name}-cosine",
+        layer,
+        outputs.known(layer, "cosine"),
+        marked,
+        f"Mean cosine of the outputs of two experts {where}.",
     )
     if not page:
         text = f"Mean angular similarity of the outputs of two experts {where}."
-        yield _square(f"{name}-angular", layer, arrays["angular"], marked, text, "angular")
+        yield _square(f"{name}-angular", layer, outputs.known(layer, "angular"), marked, text, "angular")
         if "rank_counts" in arrays:
             yield _rank_counts(f"{name}-ranks", arrays["rank_counts"], where)
     if "text.norm" not in arrays:
@@ -189,7 +193,13 @@ def _outputs_of(
         return
     for place, token in enumerate(tokens):
         text = f"Cosine of the outputs of two experts {where} for token {token}."
-        yield _square(f"{name}-token-{place}-cosine", layer, arrays["text.cosine"][place], marked, text)
+        yield _square(
+            f"{name}-token-{place}-cosine",
+            layer,
+            without(arrays["text.cosine"][place], arrays["text.norm"][place] == 0),
+            marked,
+            text,
+        )
         if "text.states" not in arrays:
             continue
         states = arrays["text.states"][place].t()
@@ -283,7 +293,7 @@ def _by_token(
 
 def _rank_counts(name: str, counts: torch.Tensor, where: str) -> Picture:
     labels = [str(n + 1) for n in range(len(counts))]
-    share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    share = counts.double() / counts.sum(1, keepdim=True)
     text = (
         f"How often an expert of each rank by router logit has each rank by norm, {where}; {len(counts)}: the largest."
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from sedetect.experiments.study import badness
 from sedetect.ranking.coverage import FEW_ROWS, coverage
 from sedetect.ranking.result import SuperExpert
 from sedetect.report.data import Records, row_name
@@ -74,7 +75,7 @@ def _facts(evidence: Evidence) -> list[dict[str, str]]:
     facts = [
         ("routed experts", whole(len(rows)), f"in {layers} layers, {stats.header.dtype}"),
         ("calibration tokens", whole(stats.header.tokens), f"in {whole(stats.header.sequences)} sequences"),
-        ("largest |y|", number(largest), "" if largest is None else f"{whose}, before the routing weight"),
+        ("largest |y|", number(largest), "" if whose is None else f"{whose}, before the routing weight"),
         ("y beyond fp16", whole(over["fp16"]), f"elements above 65504; above 448 (fp8): {whole(over['fp8'])}"),
     ]  # fmt: skip
     if rows:
@@ -87,7 +88,7 @@ def _facts(evidence: Evidence) -> list[dict[str, str]]:
         same = [run.mean_change for run in evidence.ablation.controls.get("same layers", ())]
         beside = f"perplexity without {', '.join(main.experts)}"
         if same:
-            beside += f"; random of its layers: {percent(max(same))} at most"
+            beside += f"; random of its layers: {percent(max(same, key=badness))} at most"
         facts.append(("what they are worth", percent(main.mean_change), beside))
     if ranking.nonfinite:
         facts.append(("NaN or infinity", f"{len(ranking.nonfinite)} experts", f"first {ranking.nonfinite[0]}"))
@@ -99,7 +100,8 @@ def _experts(evidence: Evidence, experts: list[SuperExpert]) -> Table:
     rows = []
     for e in experts:
         row: list[str] = [Named(e, e.verdict or OTHER), Named(e.verdict or NONE, e.verdict or OTHER)]
-        row += [number(e.value, 5), number(e.ratio, 3), number(e.next_ratio, 3), str(e.channel)]
+        row += [number(e.value if e.seen else None, 5), number(e.ratio, 3), number(e.next_ratio, 3)]
+        row += [str(e.channel) if e.seen else NONE]
         row += [evidence.token(e.token_id) or NONE, NONE if e.position < 0 else str(e.position)]
         row += [
             f"{number(e.first_max)} / {number(e.rest_max)}",
@@ -141,7 +143,10 @@ def _domains(evidence: Evidence) -> Table:
 
 def _thin(evidence: Evidence) -> Table:
     thin = thin_experts(evidence.stats)[:MOST]
-    rows = [[one.name, whole(one.rows), ("" if one.rows else "at least ") + whole(one.more)] for one in thin]
+    rows = [
+        [one.name, whole(one.rows), ("" if one.rows else "at least ") + whole(one.more) if one.more else NONE]
+        for one in thin
+    ]
     return make_table("expert,#rows,#more tokens", rows)
 
 

@@ -38,6 +38,12 @@ class WeightsError(SedetectError):
     """The weights of a checkpoint do not make its model: some are missing, of another shape, or cannot be joined."""
 
 
+def check_type(name: str, value: object, kind: type) -> None:
+    """Raise SedetectError for an argument that is not of this kind."""
+    if not isinstance(value, kind):
+        raise SedetectError(Argument(name), f": is a {type(value).__name__}; give a {kind.__name__}")
+
+
 def shorten(error: Exception) -> str:
     """An exception as one short line."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")

@@ -2,9 +2,11 @@
 
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.documents import SAMPLES
 from torch import nn
 
 import sedetect
@@ -12,9 +14,11 @@ from sedetect.calibration.windows import Calibration, Windows
 from sedetect.cli import COMMANDS
 from sedetect.cli.shared import folder_of
 from sedetect.errors import SedetectError
+from sedetect.profiling.record import Run
 from sedetect.results import Results
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import merge_all
+from sedetect.stats.proof import Proof
 
 TINY = Path(__file__).parent / "data" / "tiny-moe"
 
@@ -38,8 +42,15 @@ def test_results_print_a_few_lines(profile):
         sedetect.agreement(profile.domains),
         sedetect.compare([profile.stats, profile.stats]),
         sedetect.analyze_weights(TINY, layers=[0]),
+        sedetect.Proving(),
+        sedetect.make_plan(TINY),
+        many(SAMPLES[Proof], "verdicts", "runs", "controls"),
+        many(SAMPLES[Run], "tokens", "contexts"),
         *profile.stats.banks.values(),
     ]
+    located = sedetect.locate(TINY)
+    (expert,) = located.experts
+    shown += [located, replace(expert, fires=expert.fires * 500)]
     for one in shown:
         text = repr(one)
         assert type(one).__name__ in text and len(text) < 1500 and text.count("\n") < 20, text
@@ -68,6 +79,13 @@ def test_statistics_by_their_path(profile, tmp_path):
         sedetect.compare([{}, {}])
     with pytest.raises(SedetectError, match="no such statistics file"):
         sedetect.rank("no/such/folder")
+
+
+def many(document, *names):
+    """The same with a thousand entries in these fields."""
+    entries = {name: getattr(document, name) for name in names}
+    more = {n: dict.fromkeys(range(1000), "word") if isinstance(e, dict) else e * 1000 for n, e in entries.items()}
+    return replace(document, **more)
 
 
 def load_tiny():
@@ -102,9 +120,11 @@ def test_what_is_no_model_where_a_model_is_meant(name, tmp_path):
         (lambda model: sedetect.analyze_weights(model), "is no path; give that of a checkpoint"),
         (lambda model: sedetect.analyze_weights(TINY, against=model or 3), "is no path; give that of a checkpoint"),
         (lambda model: sedetect.make_plan(model), "is no path; give that of a checkpoint"),
+        (lambda model: sedetect.locate(model), "is no path; give that of a checkpoint"),
         (lambda model: sedetect.prune_checkpoint(model, "out", {}), "is no path; give that of a checkpoint"),
         (lambda model: sedetect.prune_checkpoint(TINY, model, {}), "is no path; give that of a new folder"),
         (lambda model: sedetect.make_report(model), "give the path of a folder of results"),
+        (lambda model: sedetect.make_report(TINY, model or 3), "page: is a .*; give the path of a file"),
         (lambda model: sedetect.merge_all(model), "stats: is one .*; give several ModelStats or their paths"),
         (lambda model: sedetect.compare(model), "stats: is one .*; give several ModelStats or their paths"),
         (lambda model: sedetect.agreement(model), "parts: is a .*; give a dictionary"),
@@ -114,6 +134,33 @@ def test_what_is_no_path_where_paths_are_meant(call, told):
     for wrong in (None, 3, nn.Linear(1, 1)):
         with pytest.raises(SedetectError, match=told):
             call(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["L1E28", 3, {}])
+def test_options_of_another_kind(profile, wrong):
+    """Settings that go into a function as one value, and results that go into another."""
+    stats = profile.stats
+    for call, told in (
+        (lambda: sedetect.profile_model(TINY, text=wrong), "text: is a .*; give a Text"),
+        (lambda: sedetect.profile_model(TINY, loading=wrong), "loading: is a .*; give a Loading"),
+        (lambda: sedetect.profile_model(TINY, measuring=wrong), "measuring: is a .*; give a Measuring"),
+        (lambda: sedetect.profile_model(TINY, proving=wrong), "proving: is a .*; give a Proving"),
+        (lambda: sedetect.locate(TINY, loading=wrong), "loading: is a .*; give a Loading"),
+        (lambda: sedetect.locate(TINY, text=[wrong]), "text: is a list; give a str"),
+        (lambda: sedetect.locate(TINY, first_tokens=str(wrong)), "first_tokens '.*': is no list of tokens"),
+        (lambda: sedetect.locate(TINY, first_tokens=1.5), "first_tokens 1.5: is no list of tokens"),
+        (lambda: sedetect.make_plan(TINY, wrong), "loading: is a .*; give a Loading"),
+        (lambda: sedetect.analyze_weights(TINY, loading=wrong), "loading: is a .*; give a Loading"),
+        (lambda: sedetect.rank(stats, residual=wrong), "residual: is a .*; give a Residual"),
+        (lambda: sedetect.rank(stats, proof=wrong), "proof: is a .*; give a Proof"),
+        (lambda: sedetect.protect_list(stats, ranking=wrong or 1), "ranking: is a .*; give a Ranking"),
+        (lambda: sedetect.protect_list(stats, feeders=wrong), "feeders: is a .*; give a Proof"),
+        (lambda: sedetect.export(stats, [wrong], "json"), "experts: is a list, not of Protected"),
+        (lambda: sedetect.export(stats, "L1E28", "json"), "experts: is a str, not of Protected"),
+        (lambda: sedetect.choose_kept(stats, "reap", str(wrong)), "ratio '.*': must be above 0"),
+    ):
+        with pytest.raises(SedetectError, match=told):
+            call()
 
 
 def test_one_where_several_are_meant(profile, tmp_path):

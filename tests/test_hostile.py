@@ -6,6 +6,7 @@ import pytest
 from support.checkpoints import put_model
 from support.command import run
 from support.hostile import CASES, SMALL, Sound
+from support.servers import serving
 from transformers import AutoModelForCausalLM
 
 
@@ -19,7 +20,8 @@ def sound(tmp_path_factory):
         file.unlink()
     model.save_pretrained(single)
     assert run("profile", single, "-o", folder / "profile", *SMALL, "--residual", 2).code == 0
-    return Sound(single, sharded, folder / "profile")
+    with serving({}) as server:
+        yield Sound(single, sharded, folder / "profile", server)
 
 
 def contents(folder):

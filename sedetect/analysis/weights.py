@@ -37,7 +37,7 @@ from sedetect.analysis.common import (
 from sedetect.analysis.dense import DENSE, DenseModel, open_layers
 from sedetect.analysis.matrices import NAMES, expert_matrices
 from sedetect.checkpoints.options import Loading
-from sedetect.errors import Argument, SedetectError
+from sedetect.errors import Argument, SedetectError, check_type
 from sedetect.models.banks import find_banks, layer_path
 from sedetect.models.identity import join_digest, model_dtype, model_id
 from sedetect.models.routers import find_router
@@ -310,6 +310,7 @@ def analyze_weights(
             finite, and a dense model whose MLPs have another width.
     """
     check_installed()
+    check_type("loading", loading, Loading)
     if pairs < 0:
         raise SedetectError(Argument("pairs"), f" {pairs}: must be at least 0")
     streamed = open_layers(model, loading, _layers_with_experts)

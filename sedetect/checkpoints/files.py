@@ -289,10 +289,7 @@ def shards_of(folder: Path) -> list[Path]:
                 "them; move away what is not the model"
             )
         return [found]
-    weight_map = read_json(found).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise SedetectError(f"{found}: names no weights (weight_map); copy or download it again")
-    shards = [folder / name for name in sorted(set(weight_map.values()))]
+    shards = [folder / name for name in shards_named(found)]
     if parts := [shard for shard in shards if re.fullmatch(_OF_A_RANK, shard.name)]:
         raise SedetectError(f"{parts[0]}: {'; '.join(_RANKS)}")
     missing = [shard for shard in shards if not shard.is_file()]
@@ -305,6 +302,14 @@ def shards_of(folder: Path) -> list[Path]:
             )
         raise SedetectError(f"{line}; download it")
     return shards
+
+
+def shards_named(index: Path) -> list[str]:
+    """The names of the files that an index says the weights are in, sorted."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+        raise SedetectError(f"{index}: names no weights (weight_map); copy or download it again")
+    return sorted(set(weight_map.values()))
 
 
 def read_header(file: Path) -> bytes:

@@ -19,7 +19,14 @@ from urllib.parse import quote, urlsplit
 
 import torch
 
-from sedetect.checkpoints.files import MAX_HEADER, check_checkpoint, read_json, shards_of, source_name
+from sedetect.checkpoints.files import (
+    MAX_HEADER,
+    check_checkpoint,
+    read_json,
+    shards_named,
+    shards_of,
+    source_name,
+)
 from sedetect.checkpoints.staging import Piece, StoredTensor, pieces_of, read_bytes
 from sedetect.checkpoints.web import Meter, Stand, Web, shown
 from sedetect.errors import Argument, SedetectError, shorten
@@ -124,10 +131,10 @@ class _Remote(Source):
                 continue
             if name.endswith(".json"):
                 if (self.folder / name).exists() or self._bring(name):
-                    shards = {str(shard) for shard in (read_json(self.folder / name).get("weight_map") or {}).values()}
+                    shards = shards_named(self.folder / name)
                     break
             elif _PLAIN.fullmatch(name) and self._exists(name):
-                shards = {name}
+                shards = [name]
                 break
         else:
             for other in names or ():
@@ -142,7 +149,7 @@ class _Remote(Source):
                 raise SedetectError(
                     f"{self.folder / shard}: missing ({len(shards)} shards are named); give another one"
                 )
-        first, *others = sorted(shards)
+        first, *others = shards
         self._bring_header(first)  # alone: a server without ranges begins to send all of it
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             list(pool.map(self._bring_header, others))

@@ -24,7 +24,7 @@ from sedetect.compression.simulated import (
     stored_bits,
 )
 from sedetect.documents import Document, short_repr
-from sedetect.errors import SedetectError
+from sedetect.errors import SedetectError, check_type
 from sedetect.experiments.ablation import ablate
 from sedetect.experiments.evaluation import perplexity
 from sedetect.experiments.study import badness
@@ -134,6 +134,7 @@ def make_budget(
         experts: those to keep; only whole routed ones count, as nothing else is compressed by itself.
         controls: how many random sets of the same size to keep instead, each in the same layers.
     """
+    check_type("compressions", compressions, Compressions)
     sizes, groups = expert_sizes(model), router_groups(model.config.to_dict())
     by, group = compressions.by, compressions.group
     kept = [place for place in experts if isinstance(place, Place) and place.bank.routed]

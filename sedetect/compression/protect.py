@@ -29,7 +29,7 @@ from typing import Any
 
 from sedetect.adapters.listed import DOWN_NAMES
 from sedetect.documents import Document, short_repr
-from sedetect.errors import Argument, SedetectError
+from sedetect.errors import Argument, SedetectError, check_type
 from sedetect.ranking.coverage import unseen, unseen_note
 from sedetect.ranking.result import Ranking
 from sedetect.ranking.rule import rank
@@ -104,6 +104,9 @@ def protect_list(
     """
     if neighbours < 0:
         raise SedetectError(Argument("neighbours"), f" {neighbours}: must be at least 0")
+    for name, given, kind in (("ranking", ranking, Ranking), ("feeders", feeders, Proof)):
+        if given is not None:
+            check_type(name, given, kind)
     ranking = ranking or rank(stats)
     stats = opened(stats)
     found = found_places(ranking)
@@ -153,6 +156,8 @@ def export(
             Argument("granularity", "layer"),
         )
     stats = opened(stats)
+    if isinstance(experts, (str, os.PathLike)) or not all(isinstance(one, Protected) for one in experts):
+        raise SedetectError(f"experts: is a {type(experts).__name__}, not of Protected; give that of protect_list")
     document = TOOLS[tool](experts, granularity)
     if tool == "json" and isinstance(document, dict):
         header = stats.header

@@ -134,9 +134,12 @@ def experts_per_token(config: dict[str, Any]) -> int | None:
 
 
 def check_ratio(ratio: float) -> None:
-    if not 0 < ratio < 1:
+    number = isinstance(ratio, (int, float))
+    if not number or not 0 < ratio < 1:
         raise SedetectError(
-            Argument("ratio"), f" {ratio:g}: must be above 0 and below 1, the share of the experts to prune"
+            Argument("ratio"),
+            f" {f'{ratio:g}' if number else repr(ratio)}: must be above 0 and below 1, ",
+            "the share of the experts to prune",
         )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sedetect.calibration.windows import Windows
 from sedetect.documents import Document, short_repr
-from sedetect.errors import SedetectError
+from sedetect.errors import SedetectError, check_type
 from sedetect.experiments.ablation import ablate, resolve
 from sedetect.experiments.evaluation import Question, exact_match, perplexity
 from sedetect.experiments.residual_stream import observe_residual, sink_decay
@@ -157,6 +157,7 @@ def run_experiment(
         experts: at least one; experts, or single weights of a down_proj.
         progress: called with (label, runs done, runs in all).
     """
+    check_type("trials", trials, Trials)
     experts = list(resolve(model, experts))
     plain = all(isinstance(one, Place) and one.bank.routed for one in experts)
     allowed = [how for how in trials.hows if plain or how == "skip"]

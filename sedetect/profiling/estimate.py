@@ -16,6 +16,7 @@ from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.source import Source, open_source
 from sedetect.checkpoints.staging import read_bytes
 from sedetect.documents import short_repr
+from sedetect.errors import check_type
 from sedetect.models.banks import find_banks
 from sedetect.models.chosen import ChosenWeights
 from sedetect.models.streamed import StreamedModel, open_streamed
@@ -97,6 +98,7 @@ def make_plan(model: str | os.PathLike[str], loading: Loading = Loading()) -> Pl
     Raises SedetectError for what open_source, check_checkpoint, load_model and find_banks refuse.
     """
     checked_path(model, "a checkpoint, a hub name or an address")
+    check_type("loading", loading, Loading)
     with open_source(model, revision=loading.revision, code=loading.trust_remote_code) as source:
         with warnings.catch_warnings(action="ignore"):  # they are notes of the plan
             streamed = open_streamed(source.folder, replace(loading, device="cpu", revision=None), weights=False)

@@ -43,6 +43,8 @@ class LocatedExpert(Place):
     weight: str | None
     share: float | None
 
+    __repr__ = short_repr
+
     def on(self) -> list[int]:
         """The first tokens on which it fires: |y| is at least half its largest."""
         return [token for token, value in self.fires if value >= self.value / 2]

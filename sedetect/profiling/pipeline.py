@@ -25,7 +25,7 @@ from sedetect.calibration.windows import (
 from sedetect.checkpoints.memory import too_large
 from sedetect.checkpoints.options import Loading
 from sedetect.documents import short_repr
-from sedetect.errors import Argument, SedetectError, shorten
+from sedetect.errors import Argument, SedetectError, check_type, shorten
 from sedetect.experiments.proof import check_numbers
 from sedetect.experiments.residual_stream import Residual, observe_residual
 from sedetect.models.layers import run_tokens
@@ -138,6 +138,10 @@ def profile_model(
     for name, number in {"until_stable": until_stable, "residual": residual}.items():
         if number is not None and number < 1:
             raise SedetectError(Argument(name), f" {number}: must be at least 1")
+    for name, given, kind in (("text", text, Text), ("loading", loading, Loading), ("measuring", measuring, Measuring)):
+        check_type(name, given, kind)
+    if proving is not None:
+        check_type("proving", proving, Proving)
     check_text(texts, text)  # before weights are read
     check_backend(measuring.backend)
     streaming = _must_stream(model, stream, loading)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.kernels.records import decode
 from sedetect.ranking.result import Ranking
 
@@ -55,6 +55,8 @@ class Run(Document):
     asked: int
     tokens: dict[int, str]
     contexts: list[Context]
+
+    __repr__ = short_repr
 
     def to_dict(self) -> dict[str, Any]:
         """The document run.json."""

@@ -24,9 +24,10 @@ import torch
 from torch import nn
 
 from sedetect.calibration.windows import prefix_ids
+from sedetect.checkpoints.files import checked_path
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.source import Source, open_source
-from sedetect.errors import Argument, SedetectError
+from sedetect.errors import Argument, SedetectError, check_type
 from sedetect.experiments.expert_calls import ExpertCalls, Written
 from sedetect.experiments.residual_stream import MIN_VALUE as MASSIVE_VALUE
 from sedetect.experiments.residual_stream import Seen, SequenceWatch
@@ -119,6 +120,14 @@ def locate(
         SedetectError: before a layer is read, for what find_banks and streaming refuse, for models whose first token
             depends on what follows, and for tokens that are none.
     """
+    checked_path(model, "a checkpoint, a hub name or an address")
+    check_type("loading", loading, Loading)
+    if text is not None:
+        check_type("text", text, str)
+    if isinstance(first_tokens, str) or not isinstance(first_tokens, (int, Sequence)):
+        raise SedetectError(
+            Argument("first_tokens"), f" {first_tokens!r}: is no list of tokens; give a list, or how many"
+        )
     if loading.device not in (None, "cpu"):
         raise SedetectError(Argument("device"), f" {loading.device}: locate computes on the CPU; leave it out")
     if text is not None and first_tokens:

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from sedetect.errors import Argument, SedetectError
+from sedetect.errors import Argument, SedetectError, check_type
 from sedetect.files import PROOF, RESIDUAL
 from sedetect.ranking.coverage import FEW_ROWS
 from sedetect.ranking.evidence import (
@@ -106,6 +106,9 @@ def rank(
             residual = Residual.load(stats)
         if proof is None and (Path(stats) / PROOF).is_file():
             proof = Proof.load(stats)
+    for name, given, kind in (("residual", residual, Residual), ("proof", proof, Proof)):
+        if given is not None:
+            check_type(name, given, kind)
     stats = opened(stats)
     criteria = {
         "criterion": criterion,

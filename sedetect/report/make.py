@@ -39,6 +39,8 @@ def make_report(
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise SedetectError(f"folder: is a {type(folder).__name__}; give the path of a folder of results")
+    if page is not None and not isinstance(page, (str, os.PathLike)):
+        raise SedetectError(f"page: is a {type(page).__name__}; give the path of a file")
     try:
         from sedetect.report.write import write_figures, write_report
     except ModuleNotFoundError as error:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sedetect.documents import Document
+from sedetect.documents import Document, short_repr
 from sedetect.files import PROOF, finite
 
 LEVELS = ("candidate", "proved", "refuted", "undecided")
@@ -114,6 +114,8 @@ class Proof(Document):
     seconds: float
     sinks: str = ""
     notes: list[str] = field(default_factory=list)
+
+    __repr__ = short_repr
 
     def of(self, expert: object) -> Verdict | None:
         """The verdict of an expert, a Place or its name; None where it was not tried."""

@@ -16,17 +16,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.servers import Server
+
 INDEX = "model.safetensors.index.json"
 SMALL = ("--tokens", 256, "--seq-len", 16)
 
 
 @dataclass(frozen=True)
 class Sound:
-    """Sound files to damage: a checkpoint of one shard and one of several, the folder of a profile of the first."""
+    """Sound files to damage: a checkpoint of one shard and one of several, the folder of a profile of the first. And
+    where a damaged one is served, by its name."""
 
     single: Path
     sharded: Path
     profile: Path
+    server: Server
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,18 @@ def copied(folder: Path, source: Path) -> Path:
     return Path(shutil.copytree(source, folder / "model"))
 
 
-def commands(model: Path, folder: Path) -> dict[str, list]:
-    """Everything that opens a checkpoint."""
+def commands(model: Path, folder: Path, server: Server) -> dict[str, list]:
+    """Everything that opens a checkpoint, and by its address."""
+    server.models[folder.name] = model
+    address = server.files(folder.name)
     return {
         "profile": ["profile", model, "-o", folder / "out", *SMALL],
         "stream": ["profile", model, "--stream", "-o", folder / "out", *SMALL],
         "plan": ["plan", model],
+        "plan-address": ["plan", address],
+        "locate": ["locate", model, "-o", folder / "out"],
+        "locate-address": ["locate", address, "-o", folder / "out"],
+        "prove": ["prove", model, "-o", folder / "out", "--experts", "L1E3", *SMALL],
         "prune": ["prune", model, "-o", folder / "out", *SMALL],
         "weights": ["analyze", "weights", model, "-o", folder / "out"],
     }
@@ -61,7 +71,7 @@ def damaged(name: str, harm: Callable[[Path], object], only=("profile", "stream"
         def make(folder: Path, sound: Sound, command: str = command) -> list:
             model = copied(folder, sound.sharded if sharded else sound.single)
             harm(model)
-            return commands(model, folder)[command]
+            return commands(model, folder, sound.server)[command]
 
         yield Case(f"{name}-{command}", make)
 
@@ -134,11 +144,13 @@ def bad_weights() -> Iterator[Case]:
     generator = random.Random(0)
     for part in (0.0, 1e-5, 1e-4, 0.3, 0.9):
         harm = edit_bytes(lambda data, part=part: data[: int(len(data) * part)])
-        yield from damaged(f"truncated-{part}", harm, ("profile", "stream", "plan"))
-    yield from damaged("truncated-by-one", edit_bytes(lambda data: data[:-1]), ("profile", "stream", "plan"))
+        yield from damaged(f"truncated-{part}", harm, ("profile", "stream", "plan", "locate-address"))
+    yield from damaged(
+        "truncated-by-one", edit_bytes(lambda data: data[:-1]), ("profile", "stream", "plan", "locate-address")
+    )
     for length in (0, 1, 2**31, 2**62, 2**64 - 1):
         harm = edit_bytes(lambda data, length=length: struct.pack("<Q", length) + data[8:])
-        yield from damaged(f"header-length-{length}", harm, ("profile", "stream", "plan"))
+        yield from damaged(f"header-length-{length}", harm, ("profile", "stream", "plan", "plan-address"))
     for name, text in {
         "no-json": b"{" + bytes(generator.randrange(256) for _ in range(200)),
         "list": b"[]",
@@ -147,7 +159,7 @@ def bad_weights() -> Iterator[Case]:
         "strings": json.dumps({DOWN: "BF16"}).encode(),
         "deep": b'{"a":' * 5000 + b"1" + b"}" * 5000,
     }.items():
-        yield from damaged(f"header-{name}", replace_header(text), ("profile", "stream", "plan"))
+        yield from damaged(f"header-{name}", replace_header(text), ("profile", "stream", "plan", "locate"))
     for name, change in {
         "dtype-unknown": entry(dtype="F13"),
         "dtype-number": entry(dtype=3),
@@ -162,7 +174,7 @@ def bad_weights() -> Iterator[Case]:
         "offsets-missing": lambda h: h[DOWN].pop("data_offsets"),
         "entry-missing": lambda h: h.pop(DOWN),
     }.items():
-        yield from damaged(f"header-{name}", edit_header(change), ("profile", "stream", "plan"))
+        yield from damaged(f"header-{name}", edit_header(change), ("profile", "stream", "plan", "locate"))
 
 
 def bad_tensors() -> Iterator[Case]:
@@ -182,7 +194,7 @@ def bad_tensors() -> Iterator[Case]:
         "booleans": lambda t: t.update({DOWN: t[DOWN] > 0}),
         "bytes": lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}),
     }.items():
-        yield from damaged(f"tensor-{name}", edit_tensors(change), ("profile", "stream", "weights"))
+        yield from damaged(f"tensor-{name}", edit_tensors(change), ("profile", "stream", "weights", "locate"))
 
 
 def odd_tensors() -> Iterator[Case]:
@@ -212,6 +224,7 @@ def bad_shards() -> Iterator[Case]:
         "index-no-json": put_text(INDEX, "{"),
         "index-list": put_text(INDEX, "[]"),
         "index-empty": put_text(INDEX, "{}"),
+        "index-map-empty": edit_json(INDEX, lambda d: d.update(weight_map={})),
         "index-no-map": edit_json(INDEX, lambda d: d.pop("weight_map")),
         "index-map-list": edit_json(INDEX, lambda d: d.update(weight_map=[])),
         "index-numbers": edit_json(INDEX, lambda d: d.update(weight_map=dict.fromkeys(d["weight_map"], 1))),
@@ -226,7 +239,7 @@ def bad_shards() -> Iterator[Case]:
         ),
         "index-utf16": lambda m: (m / INDEX).write_bytes((m / INDEX).read_text().encode("utf-16")),
     }.items():
-        yield from damaged(name, harm, ("profile", "stream", "plan", "prune"), sharded=True)
+        yield from damaged(name, harm, ("profile", "stream", "plan", "prune", "plan-address", "locate"), sharded=True)
 
 
 def bad_configs() -> Iterator[Case]:
@@ -263,7 +276,7 @@ def bad_configs() -> Iterator[Case]:
             lambda d: d.update(model_type="mine", auto_map={"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}),
         ),
     }.items():
-        yield from damaged(f"config-{name}", harm, ("profile", "stream", "plan"))
+        yield from damaged(f"config-{name}", harm, ("profile", "stream", "plan", "locate-address"))
 
 
 def bad_tokenizers() -> Iterator[Case]:
@@ -280,7 +293,9 @@ def bad_tokenizers() -> Iterator[Case]:
             "tokenizer.json", lambda d: d["model"].update(vocab={t: i + 90_000 for t, i in d["model"]["vocab"].items()})
         ),
     }.items():
-        yield from damaged(f"tokenizer-{name}", harm, ("profile", "stream"))
+        # The first token may have its row where others have none.
+        also = ("prove",) if name == "ids-too-large" else ("locate", "prove")
+        yield from damaged(f"tokenizer-{name}", harm, ("profile", "stream", *also))
 
 
 def odd_tokenizers() -> Iterator[Case]:
@@ -358,8 +373,10 @@ def bad_outputs() -> Iterator[Case]:
             out = place(folder)
             if command == "profile":
                 return ["profile", sound.single, "-o", out, *SMALL]
-            if command == "prune":
-                return ["prune", sound.single, "-o", out, *SMALL]
+            if command in ("prune", "prove"):
+                return [command, sound.single, "-o", out, *SMALL]
+            if command == "locate":
+                return [command, sound.single, "-o", out]
             return [command, sound.profile, *({"export": ["--to", "llm-compressor"]}.get(command, [])), "-o", out]
 
         return Case(f"output-{name}-{command}", make)
@@ -372,7 +389,7 @@ def bad_outputs() -> Iterator[Case]:
         os.mkfifo(folder / "pipe")
         return folder / "pipe"
 
-    for command in ("profile", "prune"):
+    for command in ("profile", "prune", "prove", "locate"):
         yield to("is-a-file", in_the_way, command)
         yield to("below-a-file", lambda f: in_the_way(f) / "out", command)
         yield to("too-long", lambda f: f / ("x" * 300), command)
@@ -388,7 +405,7 @@ def bad_results() -> Iterator[Case]:
     """Files of results that are damaged, of other versions, or of another model."""
 
     def on_stats(
-        name: str, harm: Callable[[Path], object], only=("rank", "export", "report", "merge")
+        name: str, harm: Callable[[Path], object], only=("rank", "export", "report", "merge", "prove")
     ) -> Iterator[Case]:
         for command in only:
 
@@ -397,8 +414,9 @@ def bad_results() -> Iterator[Case]:
                 harm(results)
                 extra = {"export": ["--to", "llm-compressor"], "merge": ["-o", folder / "merged.safetensors"]}
                 extra["prune"] = ["-o", folder / "out"]
-                if command == "prune":
-                    return ["prune", sound.single, "--stats", results, "-o", folder / "out"]
+                if command in ("prune", "prove"):
+                    small = SMALL if command == "prove" else ()
+                    return [command, sound.single, "--stats", results, "-o", folder / "out", *small]
                 given = results / "stats.safetensors" if command == "merge" else results
                 return [command, given, *extra.get(command, [])]
 
@@ -448,7 +466,9 @@ def bad_results() -> Iterator[Case]:
             "binary": "\x00\x01",
         }.items():
             yield from on_stats(f"{file}-{name}", put_text(file, text), ("report",))
-    yield from on_stats("stats-of-another-model", other_model, ("prune",))
+    for text in ("{", "[]", json.dumps({"format": "sedetect-proof", "version": "99"}), "\x00\x01"):
+        yield from on_stats(f"proof.json-{text[:20]!r}", put_text("proof.json", text), ("rank", "export", "report"))
+    yield from on_stats("stats-of-another-model", other_model, ("prune", "prove"))
 
 
 def other_model(results: Path) -> None:
@@ -483,6 +503,33 @@ def bad_numbers() -> Iterator[Case]:
             f"number{flag}-{value}",
             lambda f, s, flag=flag, value=value: ["prune", s.single, "-o", f / "out", *SMALL, flag, value],
         )
+    for flag, value in (
+        ("--smallest", 0), ("--smallest", "nan"),
+        ("--level", 0), ("--level", 1), ("--tokens", 0), ("--stats", "nowhere"),
+        ("--experts", "L9E9"), ("--experts", "largest"), ("--data", "nowhere.txt"), ("--seq-len", 1),
+    ):  # fmt: skip
+        yield Case(
+            f"number-prove{flag}-{value}",
+            lambda f, s, flag=flag, value=value: ["prove", s.single, "-o", f / "out", *SMALL, flag, value],
+        )
+    for flag, value in (
+        ("--first-tokens", "-1"), ("--first-tokens", 10**6), ("--first-tokens", "two words"), ("--dtype", "int8"),
+    ):  # fmt: skip
+        yield Case(
+            f"number-locate{flag}-{value}",
+            lambda f, s, flag=flag, value=value: ["locate", s.single, "-o", f / "out", flag, value],
+        )
+    cache = ["--cache", "/proc/nowhere"]
+    yield Case("cache-proc-locate", lambda f, s: [*commands(s.single, f, s.server)["locate-address"], *cache])
+    for name, address in {
+        "nobody": "http://127.0.0.1:9/model", "scheme": "ftp://127.0.0.1/model", "port": "http://127.0.0.1:99999/model",
+        "nothing": "http://", "no-model": None,
+    }.items():  # fmt: skip
+        for command in ("locate", "plan"):
+            yield Case(
+                f"address-{name}-{command}",
+                lambda f, s, c=command, a=address: [c, s.server.files("nowhere") if a is None else a],
+            )
     for flag, value in (("--percentile", 100), ("--fraction", 0), ("--layers", "x"), ("--min-value", "inf")):
         yield Case(f"number{flag}-{value}", lambda f, s, flag=flag, value=value: ["rank", s.profile, flag, value])
 

@@ -159,9 +159,11 @@ def _schemes(settings: Mapping[str, Any]) -> Iterator[Scheme]:
     """Those of a quantization_config; none of a method that is not known, or with exceptions by layer."""
     method = settings.get("quant_method")
     if method == "compressed-tensors":
-        for group in settings["config_groups"].values():
-            weights = group.get("weights") or {}
-            strategy, bits = weights.get("strategy"), weights.get("num_bits")
+        for group in (settings.get("config_groups") or {}).values():
+            weights: dict[str, Any] | None = group.get("weights")
+            if weights is None:  # of activations alone
+                continue
+            strategy, bits = weights.get("strategy"), weights["num_bits"]
             if strategy in ("group", "tensor_group"):
                 yield Scheme(bits, 1, weights["group_size"])
             elif strategy == "block":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from sedetect.cli.ranked import load_ranked
 from sedetect.cli.shared import (
     COMPRESS,
     Attn,
@@ -73,11 +74,8 @@ def verify_command(
     check_limits(limits)
     if output is not None:
         check_writable(output)
-    ranking, state = None, None
-    if stats is not None:
-        from sedetect.cli.ranked import load_ranked
-
-        state, ranking = load_ranked(stats)
+    names = [] if protect is None else [name.strip() for name in protect.split(",")]
+    ranking = None if stats is None else load_ranked(stats)[1]
     with progress_bar() as bar:
         task, done = bar.add_task("profile", total=None), dict.fromkeys(("base", "quantized"), 0)
 
@@ -90,9 +88,9 @@ def verify_command(
             quantized,
             data,
             text=Text(tokens, seq_len, batch_size),
-            stats=state,
+            stats=stats,
             ranking=ranking,
-            protected=[] if protect is None else protect if protect == "candidates" else protect.split(","),
+            protected="candidates" if names == ["candidates"] else names,
             limits=limits,
             loading=Loading(device, dtype, None, attn, trust_remote_code),
             progress=show,
@@ -140,11 +138,11 @@ def _print(verification: Verification) -> None:
         if len(verification.experts) > _SHOWN:
             print_line(f"... and {len(verification.experts) - _SHOWN} more")
     if verification.residual_max:
-        before, now = verification.residual_max
-        print_line(f"largest activation of the residual stream: {before:.4g} in the base, {now:.4g} quantized")
-    if None not in verification.sink_mean and verification.sink_mean:
-        before, now = verification.sink_mean
-        print_line(f"attention on first tokens: {before:.1%} in the base, {now:.1%} quantized")
+        values = "{:.4g} in the base, {:.4g} quantized".format(*verification.residual_max)
+        print_line(f"largest activation of the residual stream: {values}")
+    if verification.sink_mean and None not in verification.sink_mean:
+        shares = "{:.1%} in the base, {:.1%} quantized".format(*verification.sink_mean)
+        print_line(f"attention on first tokens: {shares}")
     if verification.flips:
         shares = ", ".join(f"{_layer(bank)} {share:.1%}" for bank, share in verification.flips.items())
         print_line(f"routing choices that differ, differences of earlier layers included: {shares}")

@@ -51,7 +51,7 @@ from sedetect.ranking.result import Ranking
 from sedetect.ranking.rule import rank
 from sedetect.ranking.saliencies import found_places
 from sedetect.stats.model import ModelStats, opened
-from sedetect.stats.place import BankId, Place
+from sedetect.stats.place import BankId, Place, parse_place
 from sedetect.stats.residual import Residual
 
 if TYPE_CHECKING:
@@ -171,10 +171,12 @@ def verify(
     prepared = prepare_model(base, loading=loading)
     refuse_without_logits(prepared.empty, "verification")
     named = () if protected == "candidates" else protected
-    guarded = [place for place in resolve(prepared.empty, named) if isinstance(place, Place)]
+    guarded = [parse_place(place) if isinstance(place, str) else place for place in named]
+    resolve(prepared.empty, guarded)  # refuse what the model does not have
     state = None if stats is None else opened(stats)
+    origin = "stats" if stats is state else str(stats)
     if state is not None:
-        check_statistics(state.header, prepared.empty, "stats")
+        check_statistics(state.header, prepared.empty, origin)
     domains = _windows(prepared, texts, text, state)
 
     result = Verification(base.resolve().name, quantized.resolve().name, limits)
@@ -187,15 +189,8 @@ def verify(
     for folder in (base, quantized):
         if (line := too_large(folder, loading.device, loading.dtype)) is not None:
             raise SedetectError(f"{folder}: {line.partition(':')[0]}; use a device with more memory")
-    files = Counterpart(base, quantized)
-    result.method, result.tokens = files.method, {domain: windows.ids.numel() for domain, windows in domains.items()}
-    missing = files.missing()
-    if missing is None:
-        result.notes.append("its tensors are not named as the base's: what the files tell of them was not compared")
-    elif missing:
-        result.failures.append(f"tensors of the base without a counterpart: {len(missing)}, first {missing[0]}")
-    if wrong := files.wrong_shapes():
-        result.failures.append(f"tensors that do not fit the scheme in config.json: {len(wrong)}, first {wrong[0]}")
+    result.tokens = {domain: windows.ids.numel() for domain, windows in domains.items()}
+    files = _check_files(base, quantized, result)
     _compare_settings(prepared, made, quantized, result)
 
     with tempfile.TemporaryDirectory(prefix="sedetect-") as temporary:
@@ -203,7 +198,7 @@ def verify(
         if state is None and not guarded:
             state = profile_model(loaded.model, texts, text=text, tokenizer=loaded.tokenizer).stats
         if state is not None:
-            check_statistics(state.header, loaded.model, "stats")
+            check_statistics(state.header, loaded.model, origin)
             ranking = ranking or rank(state)
         found = [] if ranking is None else found_places(ranking)
         guarded = found if protected == "candidates" else guarded
@@ -231,8 +226,8 @@ def verify(
             result.flips = {str(bank): share for bank, share in flips.items()}
             second = _Seen.of(loaded, outputs, domains, prefix, sequences, untold)
     result.digest = first.digest
-    for place in untold if second is not None else ():
-        stored[place] = _same_matrices(first.matrices.get(place), second.matrices.get(place))
+    if second is not None:
+        stored |= {place: _same_matrices(first.matrices.get(place), second.matrices.get(place)) for place in untold}
     for place in places:
         other = None if second is None else second.largest[place]
         result.experts.append(VerifiedExpert(str(place), stored[place], place in guarded, first.largest[place], other))
@@ -348,6 +343,20 @@ def _compare_settings(prepared: PreparedModel, made: PreparedModel, folder: Path
         return
     if any(of(tokenizer) != of(prepared.tokenizer) for of in (prefix_ids, lambda one: one.get_vocab())):
         result.failures.append("its tokenizer has another vocabulary, or another prefix, than the base's")
+
+
+def _check_files(base: Path, quantized: Path, result: Verification) -> Counterpart:
+    """What the headers of two checkpoints tell, without their weights."""
+    files = Counterpart(base, quantized)
+    result.method = files.method
+    missing = files.missing()
+    if missing is None:
+        result.notes.append("its tensors are not named as the base's: what the files tell of them was not compared")
+    elif missing:
+        result.failures.append(f"tensors of the base without a counterpart: {len(missing)}, first {missing[0]}")
+    if wrong := files.wrong_shapes():
+        result.failures.append(f"tensors that do not fit the scheme in config.json: {len(wrong)}, first {wrong[0]}")
+    return files
 
 
 def _stored(files: Counterpart, place: Place, experts: int) -> str | None:

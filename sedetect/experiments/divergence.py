@@ -186,7 +186,7 @@ def compare_outputs(
 def kl_divergence(first: torch.Tensor, second: torch.Tensor) -> float:
     """Sum over predictions of KL(softmax(first) || softmax(second)), in nats, of logits (P, V)."""
     total = 0.0
-    for one, other in zip(first.split(_POSITIONS), second.split(_POSITIONS)):
+    for one, other in zip(torch.split(first, _POSITIONS), torch.split(second, _POSITIONS)):
         p, q = one.float().log_softmax(-1), other.float().log_softmax(-1)
         total += float((p.exp() * (p - q)).masked_fill(p == -torch.inf, 0).sum(dtype=torch.float64))
     return total

@@ -138,11 +138,11 @@ def _print(verification: Verification) -> None:
         if len(verification.experts) > _SHOWN:
             print_line(f"... and {len(verification.experts) - _SHOWN} more")
     if verification.residual_max:
-        values = "{:.4g} in the base, {:.4g} quantized".format(*verification.residual_max)
-        print_line(f"largest activation of the residual stream: {values}")
-    if verification.sink_mean and None not in verification.sink_mean:
-        shares = "{:.1%} in the base, {:.1%} quantized".format(*verification.sink_mean)
-        print_line(f"attention on first tokens: {shares}")
+        largest = verification.residual_max
+        print_line(f"largest value of the residual stream: {largest[0]:.4g} in the base, {largest[1]:.4g} quantized")
+    sinks = [sink for sink in verification.sink_mean if sink is not None]
+    if len(sinks) == 2:
+        print_line(f"attention on first tokens: {sinks[0]:.1%} in the base, {sinks[1]:.1%} quantized")
     if verification.flips:
         shares = ", ".join(f"{_layer(bank)} {share:.1%}" for bank, share in verification.flips.items())
         print_line(f"routing choices that differ, differences of earlier layers included: {shares}")

@@ -55,7 +55,9 @@ def _commands() -> str:
                 options = [*parameter.opts, *parameter.secondary_opts]
                 shown = parameter.metavar or parameter.name.upper()
                 label = shown if parameter.param_type_name == "argument" else " ".join(options)
-                default = "" if parameter.default in (None, False, ()) or callable(parameter.default) else parameter.default
+                default = (
+                    "" if parameter.default in (None, False, ()) or callable(parameter.default) else parameter.default
+                )
                 cells = [f"`{label}`", parameter.help or "", f"`{default}`" if default != "" else ""]
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
             lines.append("")

@@ -19,7 +19,8 @@ def dequantize(
     """weight * scale, multiplied in float32 and rounded once.
 
     Args:
-        weight: (..., M, K) of an 8-bit float; or (M, K / 2) int8 or uint8, two e2m1 values to a byte, the lower half first.
+        weight: (..., M, K) of an 8-bit float; or (M, K / 2) int8 or uint8, two e2m1 values to a byte, the lower half
+            first.
         scale: (rows, columns), one per block of the weight; or one number. Bytes are exponents (e8m0).
         block: rows and columns that share a scale; where there are not as many scales as that makes, or block is None,
             the weight is divided among them evenly.

@@ -126,9 +126,9 @@ def test_every_architecture_agrees_or_is_refused(tmp_path, monkeypatch, name):
     # Loaded again, Llama 4 does not run in some transformers: see FAMILIES.
     agree(found.stats, resident(model if name == "llama4" else load_model(tmp_path), found), rtol=1e-5)
     assert len(found.candidates) == found.ran > 0
-    unread = [str(one) for one in found.candidates if one.weight is None]
-    assert not unread, unread
-    for one in found.candidates:
+    unread = [one for one in found.candidates if one.weight is None]
+    assert bool(unread) == (name == "llama4:two"), unread  # its experts are given rows of their own
+    for one in set(found.candidates) - set(unread):
         assert {token for token, _ in one.fires} <= set(found.first_tokens)
         assert max(value for _, value in one.fires) == pytest.approx(one.value, rel=1e-4)
 
@@ -209,15 +209,14 @@ def test_a_proof_beside_a_walk(tmp_path):
     sample = SAMPLES[Proof]
     proof = replace(sample, digest=digest.replace("unchecked", "0123456789abcdef"))
     proof.save(folder / "proof.json")
-    assert row(run("rank", folder).out, "L1E28")[-1] == "proved"
-    assert "L1E28" in run("export", folder, "--to", "json").out and run("report", folder).code == 0
+    assert row(run("rank", folder).out, "L1E28")[-1] == "proved" and run("report", folder).code == 0
     replace(proof, digest=f"{'0' * 16}-0123456789abcdef").save(folder / "proof.json")
     assert "the proof is that of m" in refused(run("rank", folder))
     (folder / "domains").mkdir(exist_ok=True)
     shutil.copy(folder / "stats.safetensors", folder / "domains" / "old.safetensors")
     assert run("locate", TINY, "-o", folder).code == 0
-    assert files_of(folder) == {"stats.safetensors", "super_experts.json", "residual.json", "run.json"}
-    assert run("rank", folder).code == 0
+    left = {"stats.safetensors", "super_experts.json", "residual.json", "run.json", "report.html"}
+    assert files_of(folder) == left and run("rank", folder).code == 0
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,8 @@ def _cells(one: LocatedExpert, found: Located, several: bool) -> list[str]:
 def _fires(one: LocatedExpert, found: Located) -> str:
     """On which first tokens, in words."""
     on = one.on()
+    if not on:
+        return "-"  # its rows cannot be told apart
     if len(on) == len(found.first_tokens):
         return f"all {len(on)}"
     named = ", ".join(repr(found.tokens[token]) for token in on[:_SHOWN])

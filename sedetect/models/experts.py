@@ -14,6 +14,8 @@ def expert_hidden(module: nn.Module, x: torch.Tensor, expert: int) -> torch.Tens
         return module.run_expert(module.experts, expert, x)[2]
     own = as_experts(module)
     up = "gate_up_proj" if own.has_gate else "up_proj"
+    if getattr(module, up) is None:  # the module is given h
+        return x
     bias = getattr(module, f"{up}_bias")[expert] if own.has_bias else None
     z = expert_linear(x, getattr(module, up)[expert], bias, own.is_transposed)
     return own._apply_gate(z) if own.has_gate else own.act_fn(z)

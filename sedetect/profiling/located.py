@@ -22,7 +22,8 @@ class LocatedExpert(Place):
     value      largest |y| over the rows of the walk; sign and output channel of that element
     token_id, position    of its token; gate: the routing weight there
     ratio      value / median of the largest |y| of all experts of all layers that ran; None where that is 0
-    fires      token id and largest |y| of every first token that visits the expert, in the order of the walk
+    fires      token id and largest |y| of every first token that visits the expert, in the order of the walk; empty
+               where the module regroups its rows
     signature  whether it fires on first tokens against the others of its layer that ran; None: no other did
     carried    whether it writes at least half of a massive activation that a later layer carries; None: not known, the
                last layer that ran made it, or the residual stream was not observed
@@ -124,13 +125,8 @@ def blind_spots(layers: int, of: int, text: bool) -> list[Note]:
     unseen = f"a walk of {seen}: experts that fire later in a text are not seen"
     notes = [Note("located", f"{unseen}, there are no medians of layers and no percentile, and nothing is proved")]
     if layers < of:
-        notes.append(
-            Note(
-                "located_layers",
-                f"layers {layers} to {of - 1} did not run: the published rule does not look there",
-                count=of - layers,
-            )
-        )
+        why = f"layers {layers} to {of - 1} did not run: the published rule does not look there"
+        notes.append(Note("located_layers", why, count=of - layers))
     return notes
 
 

@@ -398,7 +398,7 @@ class _Walk:
                 yield self._look_inside(bank, one)
 
     def _judged(self, one: LocatedExpert, carried: bool | None) -> LocatedExpert | None:
-        """A candidate by all layers so far, with its ratio, signature and what is known of carried; None: it is none."""
+        """The candidate that it is by all layers so far, with ratio and signature; None: it is none."""
         stats = next(part for part in self.parts if one.bank in part.banks)
         views = {key: BankView(key, state, stats.header, "all") for key, state in stats.banks.items()}
         view = views[one.bank]

@@ -48,7 +48,7 @@ def _commands() -> str:
             if hasattr(command, "commands")
             else [(name, command)]
         ):
-            lines += [f"## {path}", "", one.help.replace("\n\n", "\n\n"), "", "| option | | default |", "|---|---|---|"]
+            lines += [f"## {path}", "", one.help, "", "| option | | default |", "|---|---|---|"]
             for parameter in one.params:
                 if parameter.name == "help":
                     continue

@@ -63,7 +63,7 @@ class Document:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what save wrote.
 
-        Raises SedetectError for a file that is missing or cannot be read, is no JSON, is not of this format and
+        Raises SedetectError for a file that is missing or cannot be read, is not valid JSON, is not of this format and
         version, or lacks what from_dict looks for.
         """
         path = file_in(path, cls.FILE)
@@ -75,7 +75,7 @@ class Document:
         except OSError as error:
             raise SedetectError(f"{path}: cannot be read ({error.strerror}); give a file that can") from None
         except ValueError as error:
-            raise SedetectError(f"{path}: is no JSON ({error}); {cls.REMEDY}") from None
+            raise SedetectError(f"{path}: is not valid JSON ({error}); {cls.REMEDY}") from None
         found = (document.get("format"), document.get("version")) if isinstance(document, dict) else (None, None)
         if found != (cls.FORMAT, cls.VERSION):
             shown = "a document without format" if found == (None, None) else f"{found[0]} version {found[1]}"

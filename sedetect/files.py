@@ -50,7 +50,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) 
     temporary = _temporary(path)
     try:
         if path.exists() and not path.is_file():  # which a file would take the place of
-            raise SedetectError(f"{path}: is there and is no file; choose another name")
+            raise SedetectError(f"{path}: is there and is not a file; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # by the umask, which can only be read by setting it

@@ -147,7 +147,7 @@ def test_missing_file(name):
         ("a.jsonl", b'{"text": 3}', "line 1 has no"),
         ("a.jsonl", b'{"messages": []}', "line 1 has no"),
         ("a.jsonl", b'{"messages": ["x"]}', "line 1 has no"),
-        ("a.jsonl", b'["x"]', "line 1 is no object"),
+        ("a.jsonl", b'["x"]', "line 1 is not an object"),
         ("a.jsonl", b'{"text": "\\ud800"}', "line 1 holds a lone surrogate"),
         ("a.csv", b"text\nx", "'.csv' are not read"),
     ],
@@ -228,7 +228,7 @@ def test_pairs_with_and_without_a_template(tokenizer):
     "content, said",
     [
         (b'[{"text": "a"}, {"text": ', "record 1 is not valid JSON"),
-        (b'[{"text": "a"} "b"]', "record 1 is no object"),
+        (b'[{"text": "a"} "b"]', "record 1 is not an object"),
         (b'[{"text": "a"}', "record 1 is not valid JSON"),
         (b"[]", "empty"),
         (b'{\n "data": [{"text": "a"}]}', "is one object over many lines"),

@@ -487,7 +487,7 @@ def test_remote_code_is_run_only_when_asked(copy):
     edit_config(copy, model_type="zork", auto_map={"AutoConfig": "modeling_zork.ZorkConfig"})
     refusal(load_model, copy)
     assert not flag.exists()
-    refusal(load_model, copy, Loading(trust_remote_code=True))  # it is no model; but it ran
+    refusal(load_model, copy, Loading(trust_remote_code=True))  # it is not a model; but it ran
     assert flag.exists()
 
 

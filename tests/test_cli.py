@@ -606,7 +606,7 @@ def test_ctrl_c_without_output(small):
     code, out, err = interrupted_run(3, 1, small)
     assert code == 130 and "48 tokens in 3 sequences" in out
     assert err.splitlines() == [
-        "stopping after this batch; Ctrl-C again to give up",
+        "stopping after this batch; press Ctrl-C again to abort",
         "interrupted after 48 of 256 tokens; nothing saved (no -o)",
     ]
 

@@ -78,7 +78,7 @@ def test_other_files_are_refused(cls, tmp_path):
     assert f"{path}: no such file; " in refusal(cls, path)
     head = {"format": cls.FORMAT, "version": cls.VERSION}
     wrong = {
-        "is no JSON (": json.dumps(head)[:-1],
+        "is not valid JSON (": json.dumps(head)[:-1],
         "is a document without format, not": "[]",
         f"is another version 1, not {cls.FORMAT} version 1;": json.dumps(head | {"format": "another"}),
         f"is {cls.FORMAT} version 2, not {cls.FORMAT} version 1;": json.dumps(head | {"version": "2"}),
@@ -87,7 +87,7 @@ def test_other_files_are_refused(cls, tmp_path):
         path.write_text(text)
         assert f"{path}: {said}" in refusal(cls, path)
     path.write_bytes(b"\xff\xfe")
-    assert "is no JSON (" in refusal(cls, path)
+    assert "is not valid JSON (" in refusal(cls, path)
 
 
 @pytest.mark.parametrize("cls", SAMPLES)

@@ -100,7 +100,7 @@ def test_a_single_weight_beside_random_weights(subject):
 
 
 def test_a_feeder_of_the_super_expert(subject):
-    """L0E24, through which BOS passes on its way to L1E28, is no super expert by value, yet takes it along."""
+    """L0E24, through which BOS passes on its way to L1E28, is not a super expert by value, yet takes it along."""
     model, tokenizer, domains, stats = subject
     state = stats.banks["decoder", 0, "routed"]
     assert state.out_max[24] < 2 * state.out_max.median()
@@ -135,9 +135,9 @@ def test_choosing_experts(subject):
     rows = sorted((int(n) for state in stats.banks.values() for n in state.rows), reverse=True)
     assert [int(stats.banks[p.bank].rows[p.expert]) for p in busiest] == rows[:3]
     for spec, said in (
-        ("random:0", "is no number"), ("random:999", "is no number"), ("best", "not the name of an expert"),
+        ("random:0", "is not a number"), ("random:999", "is not a number"), ("best", "the name of an expert"),
         ("L9E32", "no such expert"), ("L8shared", "no such expert"), ("L1E28[256,0]", "its down_proj is 256 x 48"),
-        ("candidates:3", "not the name"), ("top-frequency", "is no number"), ("L1E28[101", "not the name of a weight"),
+        ("candidates:3", "not the name"), ("top-frequency", "is not a number"), ("L1E28[101", "the name of a weight"),
         ("L1E28[1,2,3]", "not the name of a weight"),
     ):  # fmt: skip
         with pytest.raises(SedetectError, match=said):

@@ -306,7 +306,7 @@ def test_refusals(folder, checkpoints, tmp_path):
         return err
 
     assert "--figures: there is no folder for them" in refused("analyze", "weights", TINY, "--figures")
-    assert "--layers 3-: 3- is no layer" in refused("analyze", "routing", TINY, "--layers", "3-")
+    assert "--layers 3-: 3- is not a layer" in refused("analyze", "routing", TINY, "--layers", "3-")
     assert "--layers 10: has no routed experts" in refused("analyze", "outputs", TINY, "--layers", "10", *SHORT)
     assert "--pairs -1: must be at least 0" in refused("analyze", "weights", TINY, "--pairs", -1)
     assert "--texts '': gives no token" in refused("analyze", "routing", TINY, *SHORT, "--texts", "")

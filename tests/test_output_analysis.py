@@ -226,7 +226,7 @@ def test_dense_models_of_other_sizes(monkeypatch, tmp_path):
     put_dense(tmp_path / "wide", 24, hidden_size=64)
     with pytest.raises(SedetectError, match="against wide: .* writes 64 channels, the experts of .* 32"):
         analyze_outputs(model, windows_of(ids), against=tmp_path / "wide")
-    with pytest.raises(SedetectError, match="no such folder|is no local folder"):
+    with pytest.raises(SedetectError, match="no such folder|is not a local folder"):
         analyze_outputs(model, windows_of(ids), against="none/none")
     monkeypatch.setattr(PreparedModel, "load", lambda self: pytest.fail("weights are read"))
     line = refused(run("analyze", "outputs", TINY, "--against", tmp_path / "wide"))

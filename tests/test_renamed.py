@@ -207,7 +207,7 @@ def test_gate_of_a_shared_mlp():
     mlp = model.get_submodule(bank.path.rpartition(".")[0])
     assert expert_matrices(model, bank).keys() == {"gate", "up", "down"}
     rename(mlp, "gate_proj", "switch_proj")
-    with pytest.raises(SedetectError, match=r"up_proj, switch_proj beside it is no known input projection"):
+    with pytest.raises(SedetectError, match=r"up_proj, switch_proj beside it is not a known input projection"):
         expert_matrices(model, bank)
 
 

@@ -422,7 +422,7 @@ def test_damaged_documents_are_refused_by_name(full, tmp_path, name):
 
 
 def test_folders_that_hold_no_profile_are_refused(tmp_path):
-    assert "is no folder" in refused("report", tmp_path / "nowhere")
+    assert "is not a folder" in refused("report", tmp_path / "nowhere")
     assert "no such statistics file" in refused("report", tmp_path)
     ModelStats.empty().save(tmp_path / "stats.safetensors")
     assert "holds no experts" in refused("report", tmp_path)

@@ -124,7 +124,7 @@ def test_unseen_is_zero_and_unknown_is_last():
     assert ascending(torch.tensor([2.0, 1.0, 2.0, 1.0])) == [1, 3, 0, 2]
     layer = saliency_document(stats, "reap", sedetect.rank(stats)).layers[0]
     assert layer["values"][5] is None and layer["ascending"][-1] == 5
-    with pytest.raises(SedetectError, match="^by best: is no saliency; use one of frequency, "):
+    with pytest.raises(SedetectError, match="^by best: is not a saliency; use one of frequency, "):
         saliency(stats, "best")
 
 

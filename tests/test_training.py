@@ -262,7 +262,7 @@ def test_the_command_on_checkpoints(folder, tmp_path):
         AutoTokenizer.from_pretrained(TINY).save_pretrained(run_folder / f"checkpoint-{step}")
     flags = ("--tokens", "512", "--seq-len", "64", "--device", "cpu")
     first = run("timeline", run_folder / "checkpoint-400", "-o", tmp_path / "out", *flags)
-    assert first.code == 0 and "one state is no series" in first.out
+    assert first.code == 0 and "one state is not a series" in first.out
     done = run("timeline", run_folder, "-o", tmp_path / "out", *flags)
     assert done.code == 0, done.err
     states = Series(tmp_path / "out").states()

@@ -74,7 +74,7 @@ def test_residual_refusals(observed, tmp_path):
     assert "residual.json: no such file" in refused(run("rank", stats, "--residual", tmp_path / "residual.json"))
     damaged = tmp_path / "damaged.json"
     bad = {
-        "{": "is no JSON",
+        "{": "is not valid JSON",
         "[]": "is a document without format",
         '{"format": "sedetect-residual", "version": "1"}': "damaged",
     }
@@ -160,7 +160,7 @@ def test_a_reader_that_leaves(observed, tmp_path):
 
 
 def test_text_of_users_is_no_picture(observed):
-    assert "random:x: x is no number" in refused(run("ablate", TINY, "--experts", "random:x"))
+    assert "random:x: x is not a number" in refused(run("ablate", TINY, "--experts", "random:x"))
 
 
 def test_a_draw_is_repeatable():

@@ -364,5 +364,5 @@ def test_weights_that_are_not_finite(tmp_path, value):
 def test_layers_option():
     assert parse_layers(None) is None and parse_layers("3, 0,5-7") == [0, 3, 5, 6, 7]
     for text in ("", "a", "3-1", "1-", "-2"):
-        with pytest.raises(SedetectError, match="layers .*is no layer"):
+        with pytest.raises(SedetectError, match="layers .*is not a layer"):
             parse_layers(text)

@@ -184,7 +184,7 @@ def parse_layers(text: str | None) -> list[int] | None:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
             raise SedetectError(
-                Argument("layers"), f" {text}: {part.strip() or 'nothing'} is no layer; give numbers, as 0,5,10-12"
+                Argument("layers"), f" {text}: {part.strip() or 'nothing'} is not a layer; give numbers, as 0,5,10-12"
             )
         found.update(range(int(first), int(last or first) + 1))
     return sorted(found)

@@ -22,7 +22,7 @@ from sedetect.models.measure import gate_of
 from sedetect.ops.contract import Halves
 
 NAMES = ("gate", "up", "down")
-# Input projections of an MLP that is no routed expert: apart, the gate first, or in one linear.
+# Input projections of an MLP that is not a routed expert: apart, the gate first, or in one linear.
 _APART = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))
 _ONE = ("gate_up_proj", "input_linear", "up_proj", "w1", "fc1", "wi")
 _STEP = 1 / 16  # of the up half, by which a gate that is not known is taken apart
@@ -136,7 +136,9 @@ def _of_mlp(bank: Bank, mlp: nn.Module) -> dict[str, torch.Tensor]:
             gate, up = _weight(bank, linear).chunk(2)
             return found | {"gate": gate, "up": up}
     known = ", ".join(beside) or "nothing"
-    raise SedetectError(f"{bank.path}: {known} beside it is no known input projection; its matrices cannot be compared")
+    raise SedetectError(
+        f"{bank.path}: {known} beside it is not a known input projection; its matrices cannot be compared"
+    )
 
 
 def _weight(bank: Bank, linear: nn.Module) -> torch.Tensor:

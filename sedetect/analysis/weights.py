@@ -374,7 +374,7 @@ def _check_finite(path: str, members: list[str], matrices: list[dict[str, torch.
             if not finite.all():
                 member = members[first + int(finite.long().argmin())]
                 raise SedetectError(
-                    f"{path}: {name} of {member} holds NaN or Inf, which has no similarity to anything; mend the "
+                    f"{path}: {name} of {member} holds NaN or Inf, which has no similarity to anything; fix the "
                     "checkpoint, or name the other layers (",
                     Argument("layers"),
                     ")",

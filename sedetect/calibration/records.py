@@ -44,14 +44,14 @@ _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "
 def read_record(record: Any, where: str) -> Document:
     """The document of one record; SedetectError naming where it stands if it has none, with the fields it has."""
     if not isinstance(record, dict):
-        raise SedetectError(f"{where} is no object; every record needs {LAYOUTS}")
+        raise SedetectError(f"{where} is not an object; every record needs {LAYOUTS}")
     document = _find(record)
     if document is None:
         raise SedetectError(f"{where} has no text, only {named(record)}; give {LAYOUTS}")
     try:
         json.dumps(document, ensure_ascii=False, default=str).encode("utf-8")
     except UnicodeEncodeError:
-        raise SedetectError(f"{where} holds a lone surrogate, which UTF-8 cannot express; mend or drop it") from None
+        raise SedetectError(f"{where} holds a lone surrogate, which UTF-8 cannot express; fix or remove it") from None
     return document
 
 

@@ -1,4 +1,4 @@
-"""Calibration texts: the embedded corpus, files, folders and hub data sets, as documents per domain.
+"""Calibration texts: the embedded corpus, files, folders and hub datasets, as documents per domain.
 
 They are read as a stream, no further than whoever goes through them does.
 """
@@ -48,7 +48,7 @@ def load_texts(data: str | os.PathLike[str] | None = None) -> dict[str, list[Doc
 
     data is None for the embedded corpus (DOMAINS, one document each); a .txt (one document), .jsonl or .json file (an
     object per line, or an array of them), each also as .gz, or a .parquet file; a folder of such files, one domain
-    each; a local clone of a hub data set; or a hub data set, "name" or "name:config", of which split "train" is read.
+    each; a local clone of a hub dataset; or a hub dataset, "name" or "name:config", of which split "train" is read.
     A record has "text", or the fields of another known layout (sedetect.calibration.records). A domain is named after
     its file or data set; numbered shards are one domain, and of a data set's splits "train" alone is read.
 
@@ -62,7 +62,7 @@ def load_texts(data: str | os.PathLike[str] | None = None) -> dict[str, list[Doc
         return {domain: [(corpus / f"{domain}.txt").read_text(encoding="utf-8")] for domain in DOMAINS}
     path = Path(data)
     if not str(data):
-        raise SedetectError(Argument("data"), ": is empty; give a file, a folder or a hub data set, or leave it out")
+        raise SedetectError(Argument("data"), ": is empty; give a file, a folder or a hub dataset, or leave it out")
     try:
         found = path.exists()
     except OSError as error:
@@ -76,7 +76,7 @@ def load_texts(data: str | os.PathLike[str] | None = None) -> dict[str, list[Doc
         name = str(data).partition(":")[0]
         return _checked({name.rpartition("/")[2]: lambda: _read_hub(str(data))}, str(data))
     else:
-        raise SedetectError(f"{data}: no such file or folder; give a {_KINDS} file, a folder of them or a hub data set")
+        raise SedetectError(f"{data}: no such file or folder; give a {_KINDS} file, a folder of them or a hub dataset")
     return _checked({domain: _reader(shards) for domain, shards in files.items()}, str(data))
 
 
@@ -242,7 +242,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SedetectError(f"{where} is not valid JSON ({error}); mend or drop it") from None
+        raise SedetectError(f"{where} is not valid JSON ({error}); fix or remove it") from None
 
 
 def _read_json(file: Path) -> Iterator[Document]:
@@ -267,7 +267,7 @@ def _read_json(file: Path) -> Iterator[Document]:
             rest = "".join(islice(more, 1 + (len(held) - at) // _PIECE))  # as much again, for a long record
             if not rest:
                 why = getattr(error, "msg", error)
-                raise SedetectError(f"{where} is not valid JSON ({why}); mend or drop it") from None
+                raise SedetectError(f"{where} is not valid JSON ({why}); fix or remove it") from None
             held, at = held[at:] + rest, 0
             continue
         yield read_record(record, where)
@@ -299,7 +299,7 @@ def _read_hub(data: str) -> Iterator[Document]:
         import datasets
     except ImportError:
         raise SedetectError(
-            f"{data}: no such file or folder; to read it as a hub data set, pip install 'sedetect[data]'"
+            f"{data}: no such file or folder; to read it as a hub dataset, pip install 'sedetect[data]'"
         ) from None
     name, _, config = data.partition(":")
     try:
@@ -310,7 +310,7 @@ def _read_hub(data: str) -> Iterator[Document]:
         raise
     except Exception as error:  # of the network, the hub, or any file format behind the data set
         raise SedetectError(
-            f"{data}: no such file or folder, and not readable as a hub data set ({shorten(error)}); "
+            f"{data}: no such file or folder, and not readable as a hub dataset ({shorten(error)}); "
             "check the name and the connection"
         ) from error
 

@@ -347,7 +347,7 @@ def _render(tokenizer: "PreTrainedTokenizerBase", domain: str, document: Documen
     try:
         return cast(str, tokenizer.apply_chat_template(messages(document), tokenize=False))  # one chat, not as tokens
     except (TemplateError, TypeError, ValueError) as error:
-        raise SedetectError(f"{domain}: no chat for the template ({shorten(error)}); mend or drop it") from None
+        raise SedetectError(f"{domain}: no chat for the template ({shorten(error)}); fix or remove it") from None
 
 
 def check_text(

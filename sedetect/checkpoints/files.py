@@ -66,7 +66,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 def checked_path(value: object, what: str) -> Path:
     """A path. Raises SedetectError for anything else, such as a loaded model; what: that it should be of."""
     if not isinstance(value, (str, os.PathLike)):
-        raise SedetectError(f"{type(value).__name__}: is no path; give that of {what}")
+        raise SedetectError(f"{type(value).__name__}: is not a path; give that of {what}")
     return Path(value)
 
 
@@ -182,7 +182,7 @@ def weights_digest(path: str | Path) -> str | None:
     """16 hexadecimal digits that tell checkpoints apart: over the names and headers of all safetensors files, and over
     4096 samples of 4 KiB of each file's weights (two fine-tunes of one model have equal headers).
 
-    None where path is no checkpoint folder. Raises SedetectError as check_checkpoint does.
+    None where path is not a checkpoint folder. Raises SedetectError as check_checkpoint does.
     """
     folder = Path(path)
     if not (path and (folder / "config.json").is_file()):
@@ -340,7 +340,7 @@ def read_header(file: Path) -> bytes:
 def _checked_length(file: Path, tensors: dict[str, Any]) -> int:
     """Bytes of the tensors of a header, which must follow one another, each as long as its shape says.
 
-    Raises SedetectError naming the first that does not; KeyError, TypeError or ValueError for what is no header.
+    Raises SedetectError naming the first that does not; KeyError, TypeError or ValueError for what is not a header.
     """
     end = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):

@@ -248,7 +248,7 @@ def _layers(value: str) -> float | str:
         return value if value == "data" else float(value)
     except ValueError:
         raise SedetectError(
-            f"--layers {value}: is no fraction; give a number above 0 and at most 1, or 'data'"
+            f"--layers {value}: is not a fraction; give a number above 0 and at most 1, or 'data'"
         ) from None
 
 

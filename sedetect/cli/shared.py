@@ -133,7 +133,7 @@ def check_file(option: str, path: Path, inputs: Sequence[Path] = ()) -> None:
     if path.is_dir():
         raise SedetectError(f"{option} {path}: is a folder; give the name of a file in it")
     if path.exists() and not path.is_file():
-        raise SedetectError(f"{option} {path}: is there and is no file; give another name")
+        raise SedetectError(f"{option} {path}: is there and is not a file; give another name")
     for one in inputs:
         if path.exists() and file_in(one, STATS).exists() and path.samefile(file_in(one, STATS)):
             raise SedetectError(f"{option} {path}: is one of the inputs; give the name of another file")
@@ -176,7 +176,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     def ask(number: int, frame: object) -> None:
         nonlocal asked
         asked = True
-        stderr.print("stopping after this batch; Ctrl-C again to give up")
+        stderr.print("stopping after this batch; press Ctrl-C again to abort")
         signal.signal(signal.SIGINT, previous)
 
     previous = signal.signal(signal.SIGINT, ask)

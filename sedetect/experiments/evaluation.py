@@ -114,7 +114,7 @@ def load_questions(path: str | os.PathLike[str]) -> list[Question]:
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise SedetectError(
-                f'{path}: line {number} is no object with the texts "prompt" and "answer"; mend it'
+                f'{path}: line {number} is not an object with the texts "prompt" and "answer"; fix it'
             ) from None
         questions.append(question)
     if not questions:

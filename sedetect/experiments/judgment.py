@@ -112,10 +112,12 @@ def _undecided(change: np.ndarray, evidence: Evidence, smallest: float, level: f
     measured = effect(change, level)
     if measured.rise >= smallest and evidence.beyond_controls(change, level):
         if evidence.plain.has_sinks is False:
-            return f"{measured} without it, which is no super expert's work: the model has no attention sinks to carry"
+            return (
+                f"{measured} without it, which is not a super expert's work: the model has no attention sinks to carry"
+            )
         if evidence.plain.has_sinks is None:
             return f"{measured} without it, but the model shows no attention weights, so its sinks are not known"
-        return f"{measured} without it, but sinks and largest activation stay, so it is no super expert's work"
+        return f"{measured} without it, but sinks and largest activation stay, so it is not a super expert's work"
     if not math.isfinite(measured.high):
         needed = math.ceil(math.log2(2 / level))
         return f"{len(change)} documents are too few for any interval; at least {needed} are needed"

@@ -76,7 +76,9 @@ def _number(spec: str, model: nn.Module) -> int | None:
         return None
     most = len(routed_experts(model))
     if not number.isdecimal() or not 0 < int(number) <= most:
-        raise SedetectError(Argument("spec"), f" {spec}: {number or 'nothing'} is no number; give one from 1 to {most}")
+        raise SedetectError(
+            Argument("spec"), f" {spec}: {number or 'nothing'} is not a number; give one from 1 to {most}"
+        )
     return int(number)
 
 

@@ -70,7 +70,7 @@ class Bank:
 
 
 def check_eval(model: nn.Module) -> None:
-    """Raise SedetectError for what is no model, and for one in training mode, whose forwards draw at random."""
+    """Raise SedetectError for what is not a model, and for one in training mode, whose forwards draw at random."""
     model = unwrap(model)
     if model.training:
         raise SedetectError(f"{type(model).__name__}: is in training mode; call model.eval() first")

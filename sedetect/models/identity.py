@@ -65,7 +65,7 @@ def model_digest(model: nn.Module) -> str:
 
     The checksum is "unchecked" where weights are nowhere to be read (on the meta device without accelerate's hooks, or
     in a form of a package's own). All ranks of an expert-parallel model call this together. Raises SedetectError for
-    what is no loaded model.
+    what is not a loaded model.
     """
     model = unwrap(model)
     weights = named_weights(model)

@@ -64,7 +64,7 @@ def attention_weights(output: object, length: int) -> torch.Tensor | None:
     if not isinstance(weights, torch.Tensor) or weights.dim() != 4 or weights.shape[2:] != (length, length):
         return None
     last = weights[:, :, -1].float()
-    # A linear attention's state may have that shape; it is no distribution. With a learned sink the sum is below 1.
+    # A linear attention's state may have that shape; it is not a distribution. With a learned sink the sum is below 1.
     return weights if bool(((last >= 0).all(-1) & (last.sum(-1) < 1.01)).all()) else None
 
 

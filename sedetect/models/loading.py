@@ -274,7 +274,7 @@ def prepare_model(
             _check_config(Path(model), loading.trust_remote_code)  # before its tokenizer, which would fail too
         tokenizer = tokenizer or load_tokenizer(model, **loading.source)
     elif tokenizer is None:
-        unwrap(model)  # refuse what is no model
+        unwrap(model)  # refuse what is not a model
         raise SedetectError(f"{type(model).__name__}: a loaded model needs its tokenizer; pass tokenizer=")
     prepared = PreparedModel(model, tokenizer, loading, load)
     find_banks(prepared.empty)  # refuse what is no MoE before anything is asked of it
@@ -504,7 +504,7 @@ def _one_line_errors(name: str, what: str = "") -> Iterator[None]:
                 "check its files and the options given, or try another version of transformers",
             )
         else:
-            what, failure = "", f"is no local folder, and its {what or 'model '}cannot be loaded from the hub"
+            what, failure = "", f"is not a local folder, and its {what or 'model '}cannot be loaded from the hub"
             way_out = "check the name and the connection, or give a folder"
         raise SedetectError(f"{name}: {what}{failure} ({shorten(error)}); {way_out}") from error
 

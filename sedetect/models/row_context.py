@@ -580,7 +580,7 @@ class RowTracker:
 
 
 def unmapped_unknown(name: str) -> Note:
-    return _unmapped(f"the model was called with {name}, which is no cache that is known here")
+    return _unmapped(f"the model was called with {name}, which is not a cache that is known here")
 
 
 def _text_config(model: nn.Module) -> Any:

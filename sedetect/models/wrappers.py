@@ -1,4 +1,4 @@
-"""What stands around a model, or around its modules, and is no part of it: of compile, PEFT, DDP, or of the user."""
+"""What stands around a model, or around its modules, and is not part of it: of compile, PEFT, DDP, or of the user."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ def unwrap(model: nn.Module) -> "PreTrainedModel":
     """The transformers model itself, or the one inside other modules (PEFT, DDP, torch.compile, the user's).
 
     Raises SedetectError where there is none, or more than one, for wrappers that run copies or parts of it, and for
-    what is no module, such as the path of a model.
+    what is not a module, such as the path of a model.
     """
     if not isinstance(model, nn.Module):
         raise SedetectError(

@@ -109,7 +109,7 @@ def profile_model(
 
     Args:
         model: a checkpoint folder, a hub name, or a loaded model (then tokenizer is needed).
-        texts: None for the embedded corpus, a path or hub data set as load_texts takes them, or domain -> documents.
+        texts: None for the embedded corpus, a path or hub dataset as load_texts takes them, or domain -> documents.
         text: how much of it is taken, and how it is cut and run.
         loading: how a checkpoint is loaded.
         measuring: what is measured, and by what.

@@ -126,7 +126,7 @@ def locate(
         check_type("text", text, str)
     if isinstance(first_tokens, str) or not isinstance(first_tokens, (int, Sequence)):
         raise SedetectError(
-            Argument("first_tokens"), f" {first_tokens!r}: is no list of tokens; give a list, or how many"
+            Argument("first_tokens"), f" {first_tokens!r}: is not a list of tokens; give a list, or how many"
         )
     if loading.device not in (None, "cpu"):
         raise SedetectError(Argument("device"), f" {loading.device}: locate computes on the CPU; leave it out")

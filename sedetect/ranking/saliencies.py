@@ -63,7 +63,7 @@ SALIENCIES: dict[str, Callable[[BankStats], torch.Tensor]] = {
 def check_saliency(by: str) -> None:
     """Raise SedetectError for a name that is none of SALIENCIES."""
     if by not in SALIENCIES:
-        raise SedetectError(Argument("by"), f" {by}: is no saliency; use one of {', '.join(SALIENCIES)}")
+        raise SedetectError(Argument("by"), f" {by}: is not a saliency; use one of {', '.join(SALIENCIES)}")
 
 
 def saliency(stats: ModelStats | str | os.PathLike[str], by: str) -> dict[BankId, torch.Tensor]:

@@ -55,7 +55,7 @@ def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
     """
     results = Results(folder)
     if not results.path.is_dir():
-        raise SedetectError(f"{folder}: is no folder; give one that `sedetect profile MODEL -o DIR` wrote")
+        raise SedetectError(f"{folder}: is not a folder; give one that `sedetect profile MODEL -o DIR` wrote")
     stats = results.stats()
     if not stats.banks:
         raise SedetectError(f"{results.stats_path}: holds no experts; profile the model again")

@@ -34,7 +34,7 @@ def make_report(
         figures: write every chart as figures/<name>.png, .svg and .pdf beside the page too.
         progress: called with (charts done, charts in all).
     Raises:
-        SedetectError: for what is no folder of results, damaged files, a page that cannot be written, and where the
+        SedetectError: for what is not a folder of results, damaged files, a page that cannot be written, and where the
             libraries that draw are missing.
     """
     if not isinstance(folder, (str, os.PathLike)):

@@ -182,7 +182,7 @@ def _since(true: list[bool], steps: list[int]) -> int | None:
 def _notes(last: ModelStats, states: list[State], passing: int) -> list[str]:
     notes = []
     if len(states) == 1:
-        notes.append("one state is no series: nothing is known of when anything began")
+        notes.append("one state is not a series: nothing is known of when anything began")
     if all(state.sink_mean is None for state in states):
         notes.append("attention sinks not observed: the model gives no attention weights")
     if passing > _PASSING:

@@ -48,8 +48,8 @@ def print_saliency(known: Saliencies) -> None:
         stack, number, kind = layer["bank"].split(".")
         name = f"{'' if stack == 'decoder' else stack + '.'}L{number}{kind.removeprefix('routed')}"
         order, values, rows = layer["ascending"], layer["values"], layer["rows"]
-        known = [value for value, seen in zip(values, rows) if value is not None and seen]
-        middle = _short(statistics.median(known)) if known else "-"
+        measured = [value for value, seen in zip(values, rows) if value is not None and seen]
+        middle = _short(statistics.median(measured)) if measured else "-"
         low, high = order[: min(_SHOWN, len(order) // 2)], order[::-1][: min(_SHOWN, (len(order) + 1) // 2)]
         table.add_row(escape(name), _listed(low, values, rows), middle, _listed(high, values, rows))
     console.print(table)

@@ -20,6 +20,8 @@ def short_repr(value: Any) -> str:
 
 def _brief(value: Any) -> str:
     """On one line, and short."""
+    if type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"<{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}>"
     if isinstance(value, (dict, list, tuple)):

@@ -7,11 +7,11 @@ sedetect/compression/protect.py), which the tests do not install; a tool that is
 the profile of tests/data/tiny-moe, made here if it is not given. Prints one line per tool and granularity.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,20 +32,20 @@ def linears(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".experts." in name]
 
 
-def llm_compressor(document: dict) -> set[str]:
+def llm_compressor(document: str) -> set[str]:
     """Its own recipe parser, and compressed_tensors' matcher on the model as it takes the experts apart."""
     from compressed_tensors.utils.match import match_named_modules
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.recipe import Recipe
 
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.json"
-        file.write_text(json.dumps(document))
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(document)
         (modifier,) = Recipe.create_instance(str(file)).modifiers
     model = linearize_moe(tiny())
-    taken = {name for name, _ in match_named_modules(model, modifier.targets, modifier.ignore)}
-    routers = {name for name in taken if name.endswith("mlp.gate")}
-    assert not routers and "lm_head" not in taken and "model.layers.1.self_attn.q_proj" in taken, routers
+    (group,) = modifier.config_groups.values()
+    taken = {name for name, _ in match_named_modules(model, group.targets, modifier.ignore)}
+    assert all(".experts." in name for name in taken), sorted(taken)[:3]
     return set(linears(model)) - taken
 
 
@@ -77,15 +77,20 @@ def auto_round(document: dict) -> set[str]:
     return set(get_fp_layer_names(model, ignored)) & set(linears(model))
 
 
-def modelopt(document: dict) -> set[str]:
-    """Weight quantizers of its fused experts that the entries switch off, under the names of the linear modules."""
+def modelopt(document: str) -> set[str]:
+    """Weight quantizers of its fused experts that its recipe switches off, under the names of the linear modules."""
     import modelopt.torch.quantization as mtq
+    from modelopt.recipe import load_recipe
     from modelopt.torch.quantization.conversion import set_quantizer_by_cfg
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     model = tiny()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(document)
+        recipe = load_recipe(file)
     mtq.replace_quant_module(model)
-    set_quantizer_by_cfg(model, [{"quantizer_name": "*", "enable": True}, *document["quant_cfg"]])
+    set_quantizer_by_cfg(model, recipe.quantize.quant_cfg)
     off = set()
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and "_weight_quantizers." in name and not module.is_enabled:
@@ -97,7 +102,7 @@ def modelopt(document: dict) -> set[str]:
     return off
 
 
-TOOLS: dict[str, Callable[[dict], set[str]]] = {
+TOOLS: dict[str, Callable[[Any], set[str]]] = {
     "llm-compressor": llm_compressor, "gptqmodel": gptqmodel, "auto-round": auto_round, "modelopt": modelopt
 }  # fmt: skip
 
@@ -107,7 +112,7 @@ def main() -> None:
     wrong = False
     for tool, select in TOOLS.items():
         for granularity in GRANULARITIES:
-            document, _ = export(stats, protect_list(stats, 1), tool, granularity)
+            document, _ = export(stats, protect_list(stats, 1), tool, granularity, model=TINY)
             wanted = {
                 f"model.layers.{layer}.mlp.experts.{number}.{name}_proj"
                 for layer, e in PROTECTED

@@ -8,16 +8,18 @@ from fnmatch import fnmatch
 import gguf
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import save_file
 from support.command import refused, run
 from support.models import CONFIGS, TINY, random_model
+from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 import sedetect
 from sedetect import BankId, ModelStats
-from sedetect.compression.channels import write_awq_scales, write_imatrix
-from sedetect.compression.protect import export, protect_list
+from sedetect.compression.channels import write_imatrix
+from sedetect.compression.protect import SHAPED, export, protect_list
+from sedetect.compression.runtimes import LOADS, REASONS, RUNTIMES, check_names, read_linears
 from sedetect.errors import SedetectError
 
 # What the quantizers see: one linear module per matrix of an expert, after they have taken the fused ones apart.
@@ -28,7 +30,7 @@ LINEARS = {
     for e in range(32)
     for name in ("gate", "up", "down")
 }
-OTHERS = ["lm_head", "model.layers.1.mlp.gate", "model.layers.1.self_attn.o_proj", "model.layers.11.mlp.experts_norm"]
+KEPT = ["lm_head", *(f"model.layers.{n}.self_attn.{m}_proj" for n in (0, 9) for m in "qkvo"), "model.layers.1.mlp.gate"]
 EXPERT, LAYER = {(1, 28), (9, 7)}, {(layer, e) for layer in (1, 9) for e in range(32)}
 
 
@@ -51,7 +53,7 @@ def selected(match, names=LINEARS):
     taken = [name for name in names if match(name)]
     places = {LINEARS[name] for name in taken}
     assert len(taken) == sum(place in places for name, place in LINEARS.items() if name in names)
-    assert not any(match(name) for name in OTHERS if name not in ("lm_head", "model.layers.1.mlp.gate"))
+    assert not match("model.layers.11.mlp.experts_norm")
     return places
 
 
@@ -72,27 +74,43 @@ def test_the_list(stats):
 @pytest.mark.parametrize("granularity, wanted", [("expert", EXPERT), ("layer", LAYER)])
 def test_forms(stats, granularity, wanted):
     def made(tool):
-        document, _ = export(stats, protect_list(stats), tool, granularity)
+        document, _ = export(stats, protect_list(stats), tool, granularity, model=TINY)
+        if isinstance(document, str):
+            return yaml.safe_load(document)
         assert json.loads(json.dumps(document)) == document
         return document
 
     (modifier,) = made("llm-compressor")["quant_stage"]["quant_modifiers"].values()
     patterns = [target.removeprefix("re:") for target in modifier["ignore"] if target.startswith("re:")]
     assert selected(lambda name: any(re.match(pattern, name) for pattern in patterns)) == wanted
-    assert "lm_head" in modifier["ignore"] and any(re.match(p, "model.layers.1.mlp.gate") for p in patterns)
+    assert all(any(re.match(p, name) for p in patterns) for name in KEPT)
+    (group,) = modifier["config_groups"].values()
+    assert (group["targets"], group["weights"]["num_bits"], group["weights"]["group_size"]) == (["Linear"], 4, 16)
     if granularity == "layer":
         assert any(re.match(pattern, "model.layers.1.mlp.experts") for pattern in patterns), "a fused layer's own name"
 
-    dynamic = made("gptqmodel")["dynamic"]
+    document = made("gptqmodel")
+    dynamic = document["dynamic"]
+    assert (document["bits"], document["group_size"]) == (4, 16)
+    assert all(any(re.match(key[2:], name) for key in dynamic) for name in KEPT)
     assert all(value == {} and key.startswith("-:") for key, value in dynamic.items())
     assert selected(lambda name: any(re.match(key[2:], name) for key in dynamic)) == wanted
 
     own = [name for name in LINEARS if name.startswith("model.layers")]  # names, not patterns
-    ignored = made("auto-round")["ignore_layers"].split(",")
+    document = made("auto-round")
+    ignored = document["ignore_layers"].split(",")
+    assert (document["scheme"], document["group_size"]) == ("W4A16", 16)
+    assert all(any(part in name for part in ignored) for name in KEPT)
     ignored = [name + "." if name[-1].isdigit() else name for name in ignored]  # as AutoRound does
     assert selected(lambda name: any(part in name for part in ignored), own) == wanted
 
-    entries = made("modelopt")["quant_cfg"]
+    nothing, experts, *entries = made("modelopt")["quantize"]["quant_cfg"]
+    assert nothing == {"quantizer_name": "*", "enable": False}, "all that is not named below stays as it is"
+    assert experts["cfg"] == {"num_bits": 4, "block_sizes": {-1: 16, "type": "static"}}
+    for name in ("experts.gate_up_proj_weight_quantizers.3", "experts.3.up_proj.weight_quantizer"):
+        assert fnmatch(f"model.layers.1.mlp.{name}", experts["quantizer_name"])
+    assert not fnmatch("model.layers.1.self_attn.q_proj.weight_quantizer", experts["quantizer_name"])
+    assert not fnmatch("model.layers.1.mlp.experts.gate_up_proj_input_quantizer", experts["quantizer_name"])
     assert all(entry["enable"] is False for entry in entries)
     rules = [entry["quantizer_name"] for entry in entries]
     assert selected(lambda name: any(fnmatch(f"{name}.weight_quantizer", rule) for rule in rules)) == wanted
@@ -104,7 +122,9 @@ def test_forms(stats, granularity, wanted):
 
     skip = made("bitsandbytes")["llm_int8_skip_modules"]
     assert selected(lambda name: not should_convert_module(name, skip), own) == wanted
-    assert not should_convert_module("lm_head", skip)
+    for name in ("lm_head", "model.layers.1.mlp.gate", "model.layers.1.block_sparse_moe.router.layer"):
+        assert not should_convert_module(name, skip)
+    assert should_convert_module("model.layers.1.self_attn.o_proj", skip)
 
     document = made("json")
     assert (document["format"], document["version"]) == ("sedetect-protect-list", "1")
@@ -132,10 +152,7 @@ def test_llama_cpp(stats):
 
 def test_shared_experts_and_other_stacks():
     """A shared candidate is named by its own module, in both granularities; its layer's routed experts are not."""
-    model = random_model("qwen2_moe")
-    with sedetect.profile(model) as prof:
-        model(input_ids=torch.randint(3, 96, (2, 20)))
-    stats = prof.stats
+    model, stats = shaped("qwen2_moe")
     shared = stats.banks[BankId("decoder", 0, "shared")]
     shared.outliers[0, 0, 0] = torch.tensor(1e4).view(torch.int32).long()
     shared.first_outliers[0, 0, 0] = torch.tensor(2e4).view(torch.int32).long()
@@ -143,7 +160,7 @@ def test_shared_experts_and_other_stacks():
     for granularity in ("expert", "layer"):
         document, _ = export(stats, protect_list(stats), "json", granularity)
         assert document["modules"] == ["model.layers.0.mlp.shared_expert"]
-        (rule,) = export(stats, protect_list(stats), "gptqmodel", granularity)[0]["dynamic"]
+        rule = [*export(stats, protect_list(stats), "gptqmodel", granularity, model=model)[0]["dynamic"]][-1]
         assert re.match(rule[2:], "model.layers.0.mlp.shared_expert.down_proj")
         assert not re.match(rule[2:], "model.layers.0.mlp.shared_expert_gate")
         assert not re.match(rule[2:], "model.layers.0.mlp.experts.0.down_proj")
@@ -234,31 +251,88 @@ def test_sums_of_squares_are_those_of_the_inputs(tmp_path):
         assert tensors["blk.2.ffn_down_exps.weight.counts"][e, 0] == len(h)
 
 
-def test_awq_scales(stats, tmp_path):
-    stats.banks[BankId("decoder", 3, "routed")].counts[5] = 0
-    assert write_awq_scales(stats, tmp_path / "awq.safetensors") == 10
-    tensors = load_file(tmp_path / "awq.safetensors")
-    assert tensors.keys() == {f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(10)}
-    state = stats.banks[BankId("decoder", 1, "routed")]
-    scales = tensors["model.layers.1.mlp.experts.down_proj"]
-    for e in (0, 28):
-        rms = [(total / int(state.rows[e])) ** 0.5 for total in state.in_channel_sq[e].tolist()]
-        raw = [max(r, 1e-4) ** 0.5 for r in rms]
-        wanted = [s / (max(raw) * min(raw)) ** 0.5 for s in raw]
-        assert scales[e].tolist() == pytest.approx(wanted, rel=1e-5)
-        assert float(scales[e].max() * scales[e].min()) == pytest.approx(1, rel=1e-5)
-    assert scales[28].argmax() == 14, "the super weight's input channel"
-    assert torch.equal(tensors["model.layers.3.mlp.experts.down_proj"][5], torch.ones(48))
-    with safe_open(tmp_path / "awq.safetensors", "pt") as opened:
-        assert opened.metadata()["format"] == "sedetect-awq-scales"
+def shaped(name):
+    """A model of a class, 64 and 32 inputs in its experts, and statistics of it."""
+    config = CONFIGS[name]()
+    config.update({"hidden_size": 64, "moe_intermediate_size": 32})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with sedetect.profile(model) as prof:
+        model(input_ids=torch.randint(3, 96, (2, 20)))
+    return model, prof.stats
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    return shaped("qwen3_moe")
+
+
+def test_groups_divide_the_inputs_of_every_expert(stats, qwen3):
+    """The largest that does, of those that the runtime takes; tiny-moe has 256 and 48 inputs."""
+    model, other = qwen3
+    assert [read_linears(model, other, "llm-compressor", runtime).group for runtime in (None, "vllm")] == [32, 32]
+    assert read_linears(TINY, stats, "modelopt", None).group == 16
+    with pytest.raises(SedetectError, match="48 and 256 inputs, which no group of 128, 64, 32 divides; vllm cannot"):
+        read_linears(TINY, stats, "llm-compressor", "vllm")
+    odd = random_model("qwen2_moe")
+    with sedetect.profile(odd) as prof:
+        odd(input_ids=torch.randint(3, 96, (2, 20)))
+    with pytest.raises(SedetectError, match="24 and 32 inputs, which no group of 128, 64, 32, 16 divides; modelopt"):
+        read_linears(odd, prof.stats, "modelopt", None)
+    with pytest.raises(SedetectError, match=r"the statistics are of another model \(tiny-moe\)"):
+        read_linears(model, stats, "modelopt", None)
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3"])
+def test_all_but_routed_experts_is_named(stats, name):
+    """Shared experts, dense layers and latent attention too: the recipe ignores each, and names its inputs."""
+    model, other = shaped(name)
+    text, _ = export(other, protect_list(stats)[:1], "llm-compressor", model=model)
+    (modifier,) = yaml.safe_load(text)["quant_stage"]["quant_modifiers"].values()
+    patterns = [one.removeprefix("re:") for one in modifier["ignore"]]
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert linears and all(any(re.match(pattern, n) for pattern in patterns) for n in linears)
+    assert any("shared_expert" in n for n in linears) and any(".mlp.gate_proj" in n for n in linears)
+    assert not any(re.match(pattern, "model.layers.2.mlp.experts.0.up_proj") for pattern in patterns)
+    inputs = {m.in_features for n, m in linears.items() if not n.endswith("shared_expert_gate")}
+    assert {int(size) for size in re.findall(r"# \d+ of (\d+) inputs", text)} == inputs
+
+
+@pytest.mark.parametrize("tool", [*SHAPED, "bitsandbytes"])
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("granularity", ["expert", "layer"])
+def test_runtimes(stats, qwen3, tool, runtime, granularity):
+    """Written is what was seen to load; else one line says why, and names a combination that was."""
+    model, other = qwen3
+    if granularity in LOADS.get((tool, runtime), ()):
+        document, notes = export(other, protect_list(stats), tool, granularity, runtime, model)
+        assert document and not any("no runtime named" in note for note in notes)
+        return
+    with pytest.raises(SedetectError) as raised:
+        export(other, protect_list(stats), tool, granularity, runtime, model)
+    line = str(raised.value)
+    assert line.startswith(f"runtime {runtime}: ")
+    assert REASONS.get((tool, runtime, granularity), "were not seen to load there") in line
+    seen = {pair for pair, loads in LOADS.items() if tool in pair or runtime in pair}
+    assert any(name in line for pair in seen for name in pair if name not in (tool, runtime)) or (
+        "give granularity='" in line if (tool, runtime) in LOADS else "leave out runtime" in line and not seen
+    )
+
+
+def test_names_that_the_files_do_not_have(stats, tmp_path):
+    """auto-round reads the tensors of the files by their names: Mixtral's are not those of its modules."""
+    check_names(TINY, ["model.layers.1.mlp.experts.28"])
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"model.layers.1.block_sparse_moe.experts.0.w1.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(SedetectError, match=r"no tensor is named model.layers.1.mlp.experts.\*, so that auto-round"):
+        check_names(tmp_path, ["model.layers.1.mlp.experts"])
 
 
 def test_command(folder, tmp_path):
     code, out, err = run("export", folder, "--to", "gptqmodel", "--model", TINY)
-    assert code == 0 and list(json.loads(out)["dynamic"]) == [
+    assert code == 0 and list(json.loads(out)["dynamic"])[-2:] == [
         rf"-:(.*\.)?layers\.{layer}\.mlp\.experts\.{e}(\.|$)" for layer, e in ((1, 28), (9, 7))
     ]
-    assert "protected: L1E28 (candidate), L9E7 (candidate), by expert" in err and "use --granularity layer" in err
+    assert "protected: L1E28 (candidate), L9E7 (candidate), by expert" in err and "note: no runtime named (--for)" in err
     weights = 96 * 256 + 256 * 48  # of one expert; 12 bits more each
     assert f"expert: 2 of 320 routed experts, +{2 * weights * 12 // 8:,} bytes (+1.88%)" in err
     assert f"layer: 64 of 320 routed experts, +{64 * weights * 12 // 8:,} bytes (+60.00%)" in err
@@ -272,9 +346,9 @@ def test_command(folder, tmp_path):
     )
     lines = [rf"^blk\.{layer}\.ffn_(gate|up|gate_up|down)_exps\.weight=bf16" for layer in (1, 9)]
     assert file.read_text().splitlines() == lines
-    for to in ("imatrix", "awq"):
-        code, out, err = run("export", folder, "--to", to, "-o", tmp_path / to)
-        assert code == 0 and "10 entries, of the inputs of down_proj" in out and (tmp_path / to).stat().st_size > 1000
+    code, out, err = run("export", folder, "--to", "imatrix", "-o", tmp_path / "imatrix")
+    assert code == 0 and "10 entries, of the inputs of down_proj" in out
+    assert (tmp_path / "imatrix").stat().st_size > 1000
 
 
 def test_experts_without_rows_are_named(tmp_path):
@@ -286,8 +360,8 @@ def test_experts_without_rows_are_named(tmp_path):
         stats.banks[BankId("decoder", layer, "routed")].counts[expert] = 0
     stats.save(tmp_path / "stats.safetensors")
     line = "note: 2 routed experts saw no row, so that nothing was measured (L3E5, L7E0); profile at least 21,846 more"
-    for to in ("json", "llm-compressor", "gptqmodel", "imatrix", "awq"):
-        result = run("export", tmp_path, "--to", to, "-o", tmp_path / to)
+    for to in ("json", "llm-compressor", "gptqmodel", "imatrix"):
+        result = run("export", tmp_path, "--to", to, "--model", TINY, "-o", tmp_path / to)
         assert result.code == 0 and line in result.out
     assert len(gguf.GGUFReader(tmp_path / "imatrix").tensors) == 20
 
@@ -302,7 +376,18 @@ def test_command_refuses(folder, stats, tmp_path):
         run("export", folder, "--to", "json", "--granularity", "row", *out)
     )
     assert "one tensor; give --granularity layer" in refused(run("export", folder, "--to", "llama.cpp", *out))
-    assert "give it a name with -o" in refused(run("export", folder, "--to", "awq"))
+    assert "give it a name with -o" in refused(run("export", folder, "--to", "imatrix"))
+    said = refused(run("export", folder, "--to", "llm-compressor", *out))
+    assert "--to llm-compressor: the shapes of the model choose its groups; give --model too" in said
+    said = refused(run("export", folder, "--to", "llm-compressor", "--for", "vllm", "--model", TINY, *out))
+    assert "--for vllm: vLLM 0.32.0 gives all experts of a layer one scheme" in said
+    assert said.rstrip().endswith("; give --granularity layer")
+    for to, last in (("auto-round", "transformers (expert or layer)"), ("gptqmodel", "of your own leave out --for")):
+        said = refused(run("export", folder, "--to", to, "--for", "sglang", "--model", TINY, *out))
+        assert f"--for sglang: {to}'s checkpoints were not seen to load there" in said and said.rstrip().endswith(last)
+    for to in ("json", "llama.cpp", "imatrix"):
+        said = refused(run("export", folder, "--to", to, "--granularity", "layer", "--for", "vllm", *out))
+        assert "leave it out" in said
     bare = sedetect.profile_model(TINY, text=sedetect.Text(tokens=256, seq_len=16)).stats
     bare.save(tmp_path / "bare.safetensors")
     said = refused(run("export", tmp_path / "bare.safetensors", "--to", "imatrix", *out))

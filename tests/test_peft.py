@@ -77,9 +77,10 @@ def test_protect_lists_name_modules_of_the_checkpoint():
     ):
         with sedetect.profile(one, prefix=0) as prof:
             one(input_ids=ids)
-        lists.append([export(prof.stats, protect_list(prof.stats), tool) for tool in ("llm-compressor", "auto-round")])
-    assert lists[0] == lists[1] and lists[0][1][0]["ignore_layers"] == ",".join(
-        ("model.layers.1.mlp.experts.28", "model.layers.9.mlp.experts.7")
+        tools = ("llm-compressor", "auto-round")
+        lists.append([export(prof.stats, protect_list(prof.stats), tool, model=one) for tool in tools])
+    assert lists[0] == lists[1] and lists[0][1][0]["ignore_layers"].endswith(
+        ",lm_head,model.layers.1.mlp.experts.28,model.layers.9.mlp.experts.7"
     )
 
 

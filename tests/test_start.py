@@ -13,6 +13,7 @@ from support.models import TINY
 from sedetect.cli import COMMANDS, choices, load
 from sedetect.cli.shared import hidden, uncollected
 from sedetect.compression.protect import GRANULARITIES, TOOLS
+from sedetect.compression.runtimes import RUNTIMES
 from sedetect.compression.simulated import GROUP
 from sedetect.experiments.ablation import HOW
 from sedetect.ranking.saliencies import SALIENCIES
@@ -124,6 +125,7 @@ def test_choices_are_those_of_the_library():
     assert tuple(choices.How) == HOW
     assert get_args(choices.Tool) == tuple(TOOLS)
     assert get_args(choices.Granularity) == GRANULARITIES
+    assert get_args(choices.Runtime) == RUNTIMES
     assert choices.GROUP == GROUP
 
 

@@ -6,11 +6,11 @@ tests/test_start.py holds each against the library's own table.
 from enum import StrEnum
 from typing import Literal
 
-Channels = Literal["imatrix", "awq"]
 Granularity = Literal["expert", "layer"]
 Saliency = Literal["frequency", "gate-sum", "ean-sum", "ean-mean", "man", "msan", "reap", "max"]
 Tool = Literal["llm-compressor", "gptqmodel", "auto-round", "modelopt", "bitsandbytes", "llama.cpp", "json"]
-Target = Literal[Tool, Channels]
+Target = Literal[Tool, "imatrix"]
+Runtime = Literal["vllm", "sglang", "transformers"]
 
 
 class How(StrEnum):  # of an option that may be repeated, typer takes no Literal

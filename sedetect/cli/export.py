@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sedetect.cli.choices import Channels, Granularity, Target
+from sedetect.cli.choices import Granularity, Runtime, Target
 from sedetect.cli.ranked import load_ranked
 from sedetect.cli.shared import COMPRESS, app, console, stderr
 from sedetect.errors import SedetectError
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 @app.command("export", rich_help_panel=COMPRESS)
 def export_command(
     stats: Annotated[Path, typer.Argument(help="a statistics file, or the folder of a profile", metavar="STATS")],
-    to: Annotated[Target, typer.Option(help="imatrix and awq: of profile --channels")],
+    to: Annotated[Target, typer.Option(help="imatrix: of profile --channels")],
+    runtime: Annotated[
+        Runtime | None,
+        typer.Option("--for", help="what is to load the quantized checkpoint; only what was seen to load is written"),
+    ] = None,
     granularity: Annotated[
         Granularity, typer.Option(help="expert, or layer: all experts of a protected expert's layer")
     ] = "expert",
@@ -30,19 +34,21 @@ def export_command(
     with_feeders: Annotated[
         bool, typer.Option("--with-feeders", help="also the experts that feed them (prove --chain)")
     ] = False,
-    model: Annotated[Path | None, typer.Option(help="checkpoint folder, to say sizes in bytes")] = None,
+    model: Annotated[Path | None, typer.Option(help="checkpoint folder, for group sizes and sizes in bytes")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="file (default: print the list)")] = None,
 ) -> None:
     """Write what a quantizer must leave alone, in the form that it reads: what is proved, and what nothing refutes."""
-    from sedetect.compression.channels import write_awq_scales, write_imatrix
+    from sedetect.compression.channels import write_imatrix
     from sedetect.compression.protect import export, protect_list
     from sedetect.ranking.coverage import unseen, unseen_note
 
-    if to in get_args(Channels) and output is None:
-        raise SedetectError(f"--to {to}: writes a binary file; give it a name with -o")
+    if to == "imatrix" and output is None:
+        raise SedetectError("--to imatrix: writes a binary file; give it a name with -o")
+    if to == "imatrix" and runtime is not None:
+        raise SedetectError(f"--for {runtime}: an imatrix is for llama.cpp alone; leave it out")
     state, ranking = load_ranked(stats)
-    if output is not None and to in get_args(Channels):
-        count = (write_imatrix if to == "imatrix" else write_awq_scales)(state, output)
+    if output is not None and to == "imatrix":
+        count = write_imatrix(state, output)
         _say(f"{output}: {count} entries, of the inputs of down_proj; other matrices were not measured")
         if unknown := unseen(state):
             _say(f"note: {unseen_note(unknown, 'routed', state.header.tokens)}")
@@ -52,7 +58,7 @@ def export_command(
         raise SedetectError(f"--with-feeders: {stats} has no proof.json; run `sedetect prove MODEL --chain -o {stats}`")
     experts = protect_list(state, neighbours, ranking, proof)
     sizes = _sizes(state, experts, model)
-    document, notes = export(state, experts, to, granularity)
+    document, notes = export(state, experts, to, granularity, runtime, model)
     text = document if isinstance(document, str) else json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     if output is None:
         typer.echo(text, nl=False)

@@ -1,7 +1,7 @@
-"""What the per-channel statistics give to other tools: importance matrices for llama.cpp, AWQ scales.
+"""What the per-channel statistics give to other tools: importance matrices for llama.cpp.
 
 Measured is the input of each expert's down_proj, h, per intermediate channel (profile --channels): sum of h^2 over the
-expert's finite rows, before the routing weight. So both speak of down_proj alone; inputs of gate_proj and up_proj are
+expert's finite rows, before the routing weight. So it speaks of down_proj alone; inputs of gate_proj and up_proj are
 not measured.
 """
 
@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from sedetect.errors import Argument, SedetectError
 from sedetect.files import write_atomic
@@ -58,32 +57,6 @@ def write_imatrix(stats: ModelStats, path: str | os.PathLike[str]) -> int:
 
     write_atomic(path, write)
     return len(banks)
-
-
-def write_awq_scales(stats: ModelStats, path: str | os.PathLike[str], alpha: float = 0.5) -> int:
-    """Write activation-aware scales of each down_proj's input channels (safetensors); returns the number of banks.
-
-    One tensor per bank, "<module>.down_proj" for routed experts, (E, I) float32: s = r**alpha / sqrt(max * min of it
-    over the channels), r the root mean square of h per channel. AWQ (arXiv 2306.00978) takes mean|h| for r, and
-    searches alpha by the error of the quantized output; 0.5 is the middle of its grid. Weights are multiplied by s and
-    h divided by it before quantizing. No tool reads this file: it is for those who do that themselves. An expert
-    without rows has ones. Raises SedetectError for statistics without channels.
-    """
-    tensors = {}
-    for bank, (rows, squares) in _with_channels(stats).items():
-        module = stats.header.banks[str(bank)].module
-        name = f"{module}.down_proj" if bank.routed else module
-        tensors[name] = _awq(rows, squares, alpha)
-    metadata = {"format": "sedetect-awq-scales", "version": "1", "alpha": str(alpha), "model": stats.header.model}
-    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
-    return len(tensors)
-
-
-def _awq(rows: torch.Tensor, squares: torch.Tensor, alpha: float) -> torch.Tensor:
-    rms = (squares / rows.clamp(min=1)[:, None]).sqrt()
-    scales = rms.clamp(min=1e-4) ** alpha
-    scales = scales / (scales.amax(1, keepdim=True) * scales.amin(1, keepdim=True)).sqrt()
-    return torch.where(rows[:, None] > 0, scales, 1.0).float()
 
 
 def _with_channels(stats: ModelStats) -> dict[BankId, tuple[torch.Tensor, torch.Tensor]]:

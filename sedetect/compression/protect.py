@@ -8,12 +8,13 @@ engines that run a layer's experts as one operation want one scheme for all of t
 tensor. No tool here takes single channels; the json form names them (the output and the intermediate channel of each
 expert's largest output, whose weight is the super weight in the published models).
 
-Forms, by the release whose sources were read; `checked` says what the test or tests/check_exports.py runs:
+Of the first four, the routed experts are quantized to 4 bits and everything else stays as it is; each form says so. By
+the release whose sources were read; `checked` says what the test or tests/check_exports.py runs:
 
-    llm-compressor  0.14.0.1  a recipe (JSON), its ignore list     checked: its parser, compressed_tensors' matcher
-    gptqmodel       7.7.0     QuantizeConfig(dynamic=...)          checked: its dynamic_get
-    auto-round      0.16.1    AutoRound(ignore_layers=...)         checked: its get_fp_layer_names
-    modelopt        0.47.0    entries for config["quant_cfg"]      checked: its normalizer and quantizer matcher
+    llm-compressor  0.14.0.1  a recipe (YAML)                      checked: its parser, compressed_tensors' matcher
+    gptqmodel       7.7.0     QuantizeConfig(...)                  checked: its dynamic_get
+    auto-round      0.16.1    AutoRound(model, ...)                checked: its get_fp_layer_names
+    modelopt        0.47.0    a recipe (YAML)                      checked: its parser and quantizer matcher
     bitsandbytes    0.50.2    BitsAndBytesConfig(...) of transformers   checked: should_convert_module of transformers
     llama.cpp                 llama-quantize --tensor-type-file    by its documentation
     json                      everything that is known             this package's own form
@@ -25,9 +26,20 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from sedetect.adapters.listed import DOWN_NAMES
+from sedetect.compression.runtimes import (
+    ROUTERS,
+    Linears,
+    check_names,
+    check_runtime,
+    read_linears,
+    seen_in,
+)
 from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError, check_type
 from sedetect.ranking.coverage import unseen, unseen_note
@@ -138,12 +150,19 @@ def _feeders(proof: Proof, found: list[Place]) -> list[Place]:
 
 
 def export(
-    stats: ModelStats | str | os.PathLike[str], experts: list[Protected], tool: str, granularity: str = "expert"
+    stats: ModelStats | str | os.PathLike[str],
+    experts: list[Protected],
+    tool: str,
+    granularity: str = "expert",
+    runtime: str | None = None,
+    model: nn.Module | str | Path | None = None,
 ) -> tuple[dict[str, Any] | str, list[str]]:
-    """The protect list experts of stats in a tool's form (a JSON document, or text for llama.cpp), and what the reader
-    must know.
+    """The protect list experts of stats in a tool's form (a JSON document, or text), and what the reader must know.
 
-    Raises SedetectError for an unknown tool or granularity, and for one that the tool cannot express.
+    runtime: what is to load the quantized checkpoint (RUNTIMES); only what was seen to load there is written.
+    model: the one that stats are of, or its checkpoint folder, by whose shapes the tools of SHAPED choose groups.
+    Raises SedetectError for an unknown tool, granularity or runtime, for what the tool cannot express or the runtime
+    does not load, and where a model is needed and missing, another one, or of shapes that no group divides.
     """
     if tool not in TOOLS:
         raise SedetectError(Argument("tool"), f" {tool}: is not known; use one of {', '.join(TOOLS)}")
@@ -155,14 +174,31 @@ def export(
             " llama.cpp: GGUF stores a layer's experts as one tensor; give ",
             Argument("granularity", "layer"),
         )
+    if runtime is not None:
+        if tool in WITHOUT_RUNTIME:
+            raise SedetectError(Argument("runtime"), f" {runtime}: {tool} is for no other runtime; leave it out")
+        check_runtime(tool, runtime, granularity)
     stats = opened(stats)
     if isinstance(experts, (str, os.PathLike)) or not all(isinstance(one, Protected) for one in experts):
         raise SedetectError(f"experts: is a {type(experts).__name__}, not of Protected; give that of protect_list")
-    document = TOOLS[tool](experts, granularity)
+    linears = None
+    if tool in SHAPED:
+        if model is None:
+            raise SedetectError(
+                Argument("tool"), f" {tool}: the shapes of the model choose its groups; give ", Argument("model"), " too"
+            )
+        linears = read_linears(model, stats, tool, runtime)
+        if tool == "auto-round" and not isinstance(model, nn.Module):
+            check_names(model, _names(experts, granularity))
+    document = TOOLS[tool](experts, granularity, linears)
     if tool == "json" and isinstance(document, dict):
         header = stats.header
         document = ProtectList(header.model, header.digest, header.tokens, **document).to_dict()
-    notes = list(NOTES.get((tool, granularity), []))
+    notes = list(NOTES.get(tool, []))
+    if linears is not None:
+        notes.append(f"4 bits for the routed experts, groups of {linears.group} inputs; {_KEPT}")
+    if runtime is None and tool not in WITHOUT_RUNTIME:
+        notes.append(seen_in(tool))
     if unknown := unseen(stats):
         notes.append(unseen_note(unknown, "routed", stats.header.tokens))
     return document, notes
@@ -201,40 +237,93 @@ def _unit(path: str, expert: Protected, granularity: str) -> str:
     return f"{path}.{expert.place.expert}" if expert.routed and granularity == "expert" else path
 
 
-def _llm_compressor(experts: list[Protected], granularity: str) -> dict[str, Any]:
-    always = ["lm_head", r"re:.*\.(gate|router)$", r"re:.*shared_expert_gate$"]
-    modifier = {
-        "targets": ["Linear"],
-        "scheme": "W4A16",
-        "ignore": always + [f"re:{regex}" for regex in _regexes(experts, granularity)],
-    }
-    return {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
+def _pattern(name: str) -> str:
+    """A name of Linears.others as a regular expression for re.match on a module's full name."""
+    return r"(.*\.)?" + re.escape(name).replace(r"\.\*", r"\.\d+")
 
 
-def _gptqmodel(experts: list[Protected], granularity: str) -> dict[str, Any]:
-    return {"dynamic": {f"-:{regex}": {} for regex in _regexes(experts, granularity)}}
+def _described(experts: list[Protected]) -> str:
+    return ", ".join(f"{expert.place} ({expert.why})" for expert in experts)
 
 
-def _auto_round(experts: list[Protected], granularity: str) -> dict[str, Any]:
-    return {"ignore_layers": ",".join(_names(experts, granularity))}
+def _llm_compressor(experts: list[Protected], granularity: str, linears: Linears | None) -> str:
+    assert linears is not None
+    lines = [
+        "# oneshot(model=MODEL, recipe=THIS_FILE, output_dir=OUT)",
+        "quant_stage:",
+        "  quant_modifiers:",
+        "    QuantizationModifier:",
+        "      config_groups:",
+        "        group_0:",
+        "          targets: [Linear]",
+        f"          # {linears.group} divides the inputs of every routed expert's matrix.",
+        "          weights: {num_bits: 4, type: int, symmetric: true, strategy: group, "
+        f"group_size: {linears.group}}}",
+        "      ignore:",
+        "        # Routers choose the experts; keep them.",
+        *(f"        - 're:{router}'" for router in ROUTERS),
+        "        # Everything else but routed experts. To quantize some, delete their line, if the group divides their",
+        "        # inputs.",
+        *(
+            f"        - 're:{_pattern(name)}$'  # {count} of {size} inputs"
+            for name, (count, size) in linears.others.items()
+        ),
+        f"        # Protected, by {granularity}: {_described(experts)}.",
+        *(f"        - 're:{regex}'" for regex in _regexes(experts, granularity)),
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def _modelopt(experts: list[Protected], granularity: str) -> dict[str, Any]:
+def _gptqmodel(experts: list[Protected], granularity: str, linears: Linears | None) -> dict[str, Any]:
+    assert linears is not None
+    kept = [*ROUTERS, *(f"{_pattern(name)}$" for name in linears.others), *_regexes(experts, granularity)]
+    return {"bits": 4, "group_size": linears.group, "sym": True, "dynamic": {f"-:{regex}": {} for regex in kept}}
+
+
+def _auto_round(experts: list[Protected], granularity: str, linears: Linears | None) -> dict[str, Any]:
+    assert linears is not None
+    # Parts of names; a router's ends where a name of its layer's experts goes on.
+    others = [name.rpartition(".*.")[2] for name in linears.others]
+    kept = dict.fromkeys(["mlp.gate", "router", "shared_expert_gate", *others, *_names(experts, granularity)])
+    return {"scheme": "W4A16", "group_size": linears.group, "ignore_layers": ",".join(kept)}
+
+
+def _modelopt(experts: list[Protected], granularity: str, linears: Linears | None) -> str:
+    assert linears is not None
     names: list[str] = []
     for expert in experts:
         if expert.routed and granularity == "expert":
             # Fused experts: a list of weight quantizers per matrix. Experts that are modules: quantizers inside.
             names += [f"*{expert.tail}.*_weight_quantizers.{expert.place.expert}"]
         names += [f"*{_unit(expert.tail, expert, granularity)}.*"]
-    return {"quant_cfg": [{"quantizer_name": name, "enable": False} for name in dict.fromkeys(names)]}
+    lines = [
+        "# load_recipe(THIS_FILE).quantize is the config of mtq.quantize.",
+        "metadata:",
+        "  recipe_type: ptq",
+        "  description: Routed experts in 4 bits but for the protected ones.",
+        "quantize:",
+        "  algorithm: max",
+        "  quant_cfg:",
+        f"    # {_KEPT[0].upper()}{_KEPT[1:]}.",
+        "    - {quantizer_name: '*', enable: false}",
+        f"    # {linears.group} divides the inputs of every routed expert's matrix.",
+        "    - quantizer_name: '*.experts.*weight_quantizer*'",
+        f"      cfg: {{num_bits: 4, block_sizes: {{-1: {linears.group}, type: static}}}}",
+        f"    # Protected, by {granularity}: {_described(experts)}.",
+        *(f"    - {{quantizer_name: '{name}', enable: false}}" for name in dict.fromkeys(names)),
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def _bitsandbytes(experts: list[Protected], granularity: str) -> dict[str, Any]:
-    # A list replaces the default, which is the output embedding.
-    return {"llm_int8_skip_modules": ["lm_head", *_names(experts, granularity)]}
+def _bitsandbytes(experts: list[Protected], granularity: str, _: Linears | None) -> dict[str, Any]:
+    # A list replaces the default, which is the output embedding. The others are ends of routers' names.
+    return {
+        "load_in_4bit": True,
+        "llm_int8_skip_modules": ["lm_head", "gate", "router", "router.layer", *_names(experts, granularity)],
+    }
 
 
-def _llama_cpp(experts: list[Protected], _: str) -> str:
+def _llama_cpp(experts: list[Protected], _: str, __: Linears | None) -> str:
     odd = [e.place for e in experts if e.place.stack != "decoder" or e.place.kind not in ("routed", "shared")]
     if odd:
         raise SedetectError(Argument("tool"), f" llama.cpp: {odd[0]}: GGUF has no name for it; protect it by hand")
@@ -245,7 +334,7 @@ def _llama_cpp(experts: list[Protected], _: str) -> str:
     return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
-def _json(experts: list[Protected], granularity: str) -> dict[str, Any]:
+def _json(experts: list[Protected], granularity: str, _: Linears | None) -> dict[str, Any]:
     listed = [
         {"name": str(e.place), "layer": e.place.layer, "kind": e.place.kind, "expert": e.place.expert, "why": e.why,
          "module": e.module, "value": e.value, "channel": e.channel, "intermediate": e.intermediate}
@@ -254,7 +343,7 @@ def _json(experts: list[Protected], granularity: str) -> dict[str, Any]:
     return {"granularity": granularity, "modules": _names(experts, granularity), "experts": listed}
 
 
-TOOLS: dict[str, Callable[[list[Protected], str], dict[str, Any] | str]] = {
+TOOLS: dict[str, Callable[[list[Protected], str, Linears | None], dict[str, Any] | str]] = {
     "llm-compressor": _llm_compressor,
     "gptqmodel": _gptqmodel,
     "auto-round": _auto_round,
@@ -263,24 +352,19 @@ TOOLS: dict[str, Callable[[list[Protected], str], dict[str, Any] | str]] = {
     "llama.cpp": _llama_cpp,
     "json": _json,
 }
-_FUSED = "vLLM and SGLang run a layer's experts as one operation and want one scheme for all; use --granularity layer"
-_APPEND = "append the entries to the quant_cfg of a stock config"
+SHAPED = ("llm-compressor", "gptqmodel", "auto-round", "modelopt")
+WITHOUT_RUNTIME = ("llama.cpp", "json")
+_KEPT = "attention, output head, routers, shared experts and dense MLPs stay as they are"
+_LINEAR_ONLY = (
+    "transformers >= 5 gives bitsandbytes nn.Linear modules only: experts kept in one parameter per layer stay as they "
+    "are without any list, and attention is what is quantized; it acts on shared experts, and on models whose experts "
+    "are modules"
+)
 _SHARED_INPUT = (
     "fused experts share their input quantizer: with quantized activations only their weights stay as they are"
 )
-_LINEAR_ONLY = (
-    "transformers >= 5 gives bitsandbytes nn.Linear modules only: experts kept in one parameter per layer stay as they "
-    "are without any list; it acts on shared experts, and on models whose experts are modules"
-)
-_IGNORED_LAYERS = "vLLM (from its PR 28878 on) and SGLang (from its PR 17828 on) load MoE layers left out as a whole"
-NOTES: dict[tuple[str, str], list[str]] = {
-    ("llm-compressor", "expert"): [_FUSED],
-    ("llm-compressor", "layer"): [_IGNORED_LAYERS],
-    ("gptqmodel", "expert"): [_FUSED],
-    ("auto-round", "expert"): [_FUSED],
-    ("modelopt", "expert"): [_APPEND, _SHARED_INPUT, _FUSED],
-    ("modelopt", "layer"): [_APPEND],
-    ("bitsandbytes", "expert"): [_LINEAR_ONLY],
-    ("bitsandbytes", "layer"): [_LINEAR_ONLY],
-    ("llama.cpp", "layer"): ["for llama-quantize --tensor-type-file FILE; llama.cpp loads tensors of mixed types"],
+NOTES: dict[str, list[str]] = {
+    "modelopt": [_SHARED_INPUT],
+    "bitsandbytes": [_LINEAR_ONLY],
+    "llama.cpp": ["for llama-quantize --tensor-type-file FILE; llama.cpp loads tensors of mixed types"],
 }

@@ -37,7 +37,7 @@ def export_command(
     model: Annotated[Path | None, typer.Option(help="checkpoint folder, for group sizes and sizes in bytes")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="file (default: print the list)")] = None,
 ) -> None:
-    """Write what a quantizer must leave alone, in the form that it reads: what is proved, and what nothing refutes."""
+    """Export the experts that a quantizer should skip, in its config format: all but refuted candidates."""
     from sedetect.compression.channels import write_imatrix
     from sedetect.compression.protect import export, protect_list
     from sedetect.ranking.coverage import unseen, unseen_note

@@ -185,7 +185,10 @@ def export(
     if tool in SHAPED:
         if model is None:
             raise SedetectError(
-                Argument("tool"), f" {tool}: the shapes of the model choose its groups; give ", Argument("model"), " too"
+                Argument("tool"),
+                f" {tool}: the shapes of the model choose its groups; give ",
+                Argument("model"),
+                " too",
             )
         linears = read_linears(model, stats, tool, runtime)
         if tool == "auto-round" and not isinstance(model, nn.Module):
@@ -257,8 +260,7 @@ def _llm_compressor(experts: list[Protected], granularity: str, linears: Linears
         "        group_0:",
         "          targets: [Linear]",
         f"          # {linears.group} divides the inputs of every routed expert's matrix.",
-        "          weights: {num_bits: 4, type: int, symmetric: true, strategy: group, "
-        f"group_size: {linears.group}}}",
+        f"          weights: {{num_bits: 4, type: int, symmetric: true, strategy: group, group_size: {linears.group}}}",
         "      ignore:",
         "        # Routers choose the experts; keep them.",
         *(f"        - 're:{router}'" for router in ROUTERS),

@@ -118,7 +118,7 @@ def read_linears(model: nn.Module | str | Path, stats: ModelStats, tool: str, ru
 
 
 def check_names(folder: str | Path, units: list[str]) -> None:
-    """Raise SedetectError unless the tensors of a folder are named by the modules of a list, as some tools read them."""
+    """Raise SedetectError unless the tensors of a folder are named by the modules of a list, as some tools want."""
     names: set[str] = set()
     for file in shards_of(Path(folder)):
         with safe_open(file, framework="pt") as opened:

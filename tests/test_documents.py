@@ -20,7 +20,7 @@ from sedetect.stats.residual import Observation, Residual
 
 def documents():
     """Every class of the package that is a Document."""
-    for package in ("analysis", "compression", "experiments", "profiling", "ranking", "stats"):
+    for package in ("analysis", "compression", "experiments", "profiling", "ranking", "stats", "training"):
         face = importlib.import_module(f"sedetect.{package}")
         for module in pkgutil.iter_modules(face.__path__, f"{face.__name__}."):
             importlib.import_module(module.name)
@@ -50,7 +50,7 @@ def test_what_is_saved_is_loaded(cls, tmp_path):
 
 
 def test_every_document_that_is_read_has_a_sample():
-    assert len(DOCUMENTS) == 17 and {cls for cls in DOCUMENTS if "from_dict" in vars(cls)} == set(SAMPLES)
+    assert len(DOCUMENTS) == 18 and {cls for cls in DOCUMENTS if "from_dict" in vars(cls)} == set(SAMPLES)
     shared = {form for form, count in Counter(cls.FORMAT for cls in DOCUMENTS).items() if count > 1}
     assert shared == {Residual.FORMAT}  # of which an Observation is the whole document
 

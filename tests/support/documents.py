@@ -10,6 +10,8 @@ from sedetect.profiling.resume import Finished
 from sedetect.stats.place import BankId, Place
 from sedetect.stats.proof import Effect, Feeder, Proof, Switching, Verdict
 from sedetect.stats.residual import Formation, LayerResidual, Observation, Residual, Writer
+from sedetect.training.histories import History, Timeline
+from sedetect.training.series import State
 
 EXPERT = Place("decoder", 1, "routed", 28)
 
@@ -44,7 +46,9 @@ RESIDUAL = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [FO
 WITHOUT = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [], 0)
 EFFECT = Effect(0.125, -1.0, math.inf, 3)
 GROUP = Group(3, 4, None, 900.0, 0.5)
+STATE = State(100, "checkpoint-100", "s", "d", 0.01, 3.5, None, None, 12.5, 0.5)
 SAMPLES = {
+    Timeline: Timeline("m", [STATE], [History(EXPERT, [7.5], [None], [1], [True], 100, 100)], [], None, ["a note"]),
     Run: Run("d", "2026-01-01T00:00:00+00:00", "cpu", 1.5, 8192, {3: "<s>", 17: "é"},
              [Context("s", 2, 0, "", "a", "b")]),
     Residual: RESIDUAL,

@@ -1,5 +1,6 @@
 """Streamed profiles: layer by layer from disk, and bit for bit what the resident model gives."""
 
+import copy
 import json
 import os
 import shutil
@@ -410,3 +411,16 @@ def test_memory_is_that_of_three_layers(tmp_path, how):
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert layer < int(done.stdout) < limit
+
+
+def test_a_converter_is_copied_for_each_weight_not_for_each_tensor(monkeypatch):
+    """Of 10 layers with two stacked weights, made of 960 tensors."""
+    copied, original = [], copy.deepcopy
+    monkeypatch.setattr(copy, "deepcopy", lambda one, *rest: copied.append(type(one).__name__) or original(one, *rest))
+    model = open_streamed(TINY, sedetect.Loading("cpu"))
+    assert copied.count("WeightConverter") in range(20, 23)
+    copied.clear()
+    model.load(1)
+    assert copied.count("WeightConverter") in range(2, 5)
+    expected = load_model(TINY).model.layers[1].state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.layers[1].state_dict().items())

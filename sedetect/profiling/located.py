@@ -125,8 +125,8 @@ def blind_spots(layers: int, of: int, text: bool) -> list[Note]:
     unseen = f"a walk of {seen}: experts that fire later in a text are not seen"
     notes = [Note("located", f"{unseen}, there are no medians of layers and no percentile, and nothing is proved")]
     if layers < of:
-        why = f"layers {layers} to {of - 1} did not run: the published rule does not look there"
-        notes.append(Note("located_layers", why, count=of - layers))
+        why = "the published rule does not look there"
+        notes.append(Note("located_layers", f"layers {layers} to {of - 1} did not run: {why}", count=of - layers))
     return notes
 
 

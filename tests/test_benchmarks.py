@@ -20,7 +20,7 @@ sys.path.append(str(BENCHMARKS))
 def printed(name: str, *arguments: object) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, BENCHMARKS / name, *arguments]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

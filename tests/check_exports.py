@@ -21,7 +21,6 @@ import sedetect
 from sedetect.compression.protect import GRANULARITIES, export, protect_list
 
 TINY = Path(__file__).parent / "data" / "tiny-moe"
-PROTECTED = [(1, 28), (9, 7)]
 
 
 def tiny() -> nn.Module:
@@ -109,13 +108,14 @@ TOOLS: dict[str, Callable[[Any], set[str]]] = {
 
 def main() -> None:
     stats = sedetect.ModelStats.load(sys.argv[1]) if len(sys.argv) > 1 else sedetect.profile_model(TINY).stats
+    protected = protect_list(stats, 1)
     wrong = False
     for tool, select in TOOLS.items():
         for granularity in GRANULARITIES:
-            document, _ = export(stats, protect_list(stats, 1), tool, granularity, model=TINY)
+            document, _ = export(stats, protected, tool, granularity, model=TINY)
             wanted = {
                 f"model.layers.{layer}.mlp.experts.{number}.{name}_proj"
-                for layer, e in PROTECTED
+                for layer, e in ((one.place.layer, one.place.expert) for one in protected)
                 for number in ([e] if granularity == "expert" else range(32))
                 for name in ("gate", "up", "down")
             }

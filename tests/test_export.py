@@ -322,9 +322,8 @@ def test_names_that_the_files_do_not_have(stats, tmp_path):
     """auto-round reads the tensors of the files by their names: Mixtral's are not those of its modules."""
     check_names(TINY, ["model.layers.1.mlp.experts.28"])
     (tmp_path / "config.json").write_text("{}")
-    save_file(
-        {"model.layers.1.block_sparse_moe.experts.0.w1.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors"
-    )
+    other = {"model.layers.1.block_sparse_moe.experts.0.w1.weight": torch.zeros(2, 2)}
+    save_file(other, tmp_path / "model.safetensors")
     with pytest.raises(SedetectError, match=r"no tensor is named model.layers.1.mlp.experts.\*, so that auto-round"):
         check_names(tmp_path, ["model.layers.1.mlp.experts"])
 
@@ -334,9 +333,8 @@ def test_command(folder, tmp_path):
     assert code == 0 and list(json.loads(out)["dynamic"])[-2:] == [
         rf"-:(.*\.)?layers\.{layer}\.mlp\.experts\.{e}(\.|$)" for layer, e in ((1, 28), (9, 7))
     ]
-    assert (
-        "protected: L1E28 (candidate), L9E7 (candidate), by expert" in err and "note: no runtime named (--for)" in err
-    )
+    assert "protected: L1E28 (candidate), L9E7 (candidate), by expert" in err
+    assert "note: no runtime named (--for); checkpoints of gptqmodel were seen to load in: none yet" in err
     weights = 96 * 256 + 256 * 48  # of one expert; 12 bits more each
     assert f"expert: 2 of 320 routed experts, +{2 * weights * 12 // 8:,} bytes (+1.88%)" in err
     assert f"layer: 64 of 320 routed experts, +{64 * weights * 12 // 8:,} bytes (+60.00%)" in err
@@ -382,7 +380,7 @@ def test_command_refuses(folder, stats, tmp_path):
     assert "one tensor; give --granularity layer" in refused(run("export", folder, "--to", "llama.cpp", *out))
     assert "give it a name with -o" in refused(run("export", folder, "--to", "imatrix"))
     said = refused(run("export", folder, "--to", "llm-compressor", *out))
-    assert "--to llm-compressor: the shapes of the model choose its groups; give --model too" in said
+    assert "--to llm-compressor: the model's shapes choose its groups; give --model too" in said
     said = refused(run("export", folder, "--to", "llm-compressor", "--for", "vllm", "--model", TINY, *out))
     assert "--for vllm: vLLM 0.32.0 gives all experts of a layer one scheme" in said
     assert said.rstrip().endswith("; give --granularity layer")

@@ -185,10 +185,7 @@ def export(
     if tool in SHAPED:
         if model is None:
             raise SedetectError(
-                Argument("tool"),
-                f" {tool}: the shapes of the model choose its groups; give ",
-                Argument("model"),
-                " too",
+                Argument("tool"), f" {tool}: the model's shapes choose its groups; give ", Argument("model"), " too"
             )
         linears = read_linears(model, stats, tool, runtime)
         if tool == "auto-round" and not isinstance(model, nn.Module):

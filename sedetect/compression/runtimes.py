@@ -1,6 +1,6 @@
 """Which runtime loads what a quantizer writes, as seen; and what a quantizer must know of the model's linear modules.
 
-docs/compression.md has the releases, the checkpoints and the perplexities behind LOADS and REASONS.
+docs/quantizers.md has the releases, the checkpoints and the perplexities behind LOADS and REASONS.
 """
 
 import re
@@ -118,7 +118,7 @@ def read_linears(model: nn.Module | str | Path, stats: ModelStats, tool: str, ru
 
 
 def check_names(folder: str | Path, units: list[str]) -> None:
-    """Raise SedetectError unless the tensors of a folder are named by the modules of a list, as some tools want."""
+    """Raise SedetectError unless a folder's tensors are named by the modules of a list, as auto-round reads them."""
     names: set[str] = set()
     for file in shards_of(Path(folder)):
         with safe_open(file, framework="pt") as opened:

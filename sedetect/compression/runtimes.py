@@ -35,13 +35,12 @@ REASONS: dict[tuple[str, str, str], str] = {
     ("llm-compressor", "vllm", "expert"): (
         "vLLM 0.32.0 gives all experts of a layer one scheme and stops at the first matrix left out"
     ),
-    ("auto-round", "vllm", "expert"): "vLLM 0.32.0 finds no place for its packed experts and stops",
     ("auto-round", "vllm", "layer"): "vLLM 0.32.0 finds no place for its packed experts and stops",
     ("llm-compressor", "transformers", "expert"): (
         "transformers 5.17 to 5.24 stacks a layer's experts and stops where one is left out"
     ),
     ("llm-compressor", "transformers", "layer"): (
-        "transformers 5.17 fills the layers left out with random weights and goes on, 5.23 stops"
+        "transformers 5.17 fills the layers left out with random weights and goes on, 5.23 and 5.24 stop"
     ),
 }
 

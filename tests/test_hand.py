@@ -49,7 +49,7 @@ def test_results_print_a_few_lines(profile):
         *profile.stats.banks.values(),
     ]
     located = sedetect.locate(TINY)
-    (expert,) = located.experts
+    (expert,) = located.candidates
     shown += [located, replace(expert, fires=expert.fires * 500)]
     for one in shown:
         text = repr(one)

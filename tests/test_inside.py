@@ -256,7 +256,7 @@ def test_what_is_not_known_is_a_dash():
     weights = Analysis("weights", "m", "d", "float32", {"pairs": 0, "against": None})
     for number, r2 in enumerate((math.nan, 0.5)):
         arrays = {f"gate.{name}": torch.eye(2) for name in ("similarity", "neuron_similarity")}
-        arrays["gate.r2"] = torch.tensor([r2])
+        arrays["gate.r2"], arrays["gate.norm"] = torch.tensor([r2]), torch.ones(2)
         weights.layers[BankId("decoder", number, "routed")] = LayerArrays(2, ["a", "b"], arrays)
     cells = layers_table(weights)
     assert [row[cells.columns.index("R2")] for row in cells.rows] == ["-", "0.50"]

@@ -407,7 +407,7 @@ def test_damaged_documents_are_refused_by_name(full, tmp_path, name):
     file = folder / f"{name}.json"
     document = json.loads(file.read_text())
     cases = {
-        "no JSON": "{",
+        "is not valid JSON": "{",
         "version": json.dumps(document | {"version": "2"}),
         "damaged": json.dumps({"format": document["format"], "version": "1"}),
         "not": "[]",

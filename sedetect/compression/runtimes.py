@@ -13,9 +13,6 @@ from torch import nn
 
 from sedetect.checkpoints.files import shards_of
 from sedetect.errors import Argument, SedetectError
-from sedetect.models.banks import find_banks
-from sedetect.models.identity import join_digest, model_id
-from sedetect.models.loading import empty_model
 from sedetect.models.wrappers import checkpoint_name, unwrap
 from sedetect.stats.model import ModelStats, same_model
 
@@ -92,6 +89,11 @@ def read_linears(model: nn.Module | str | Path, stats: ModelStats, tool: str, ru
 
     Raises SedetectError for another model, and where no group divides the experts' inputs.
     """
+    # Here, since most forms need no model, and so no transformers.
+    from sedetect.models.banks import find_banks
+    from sedetect.models.identity import join_digest, model_id
+    from sedetect.models.loading import empty_model
+
     live = unwrap(model) if isinstance(model, nn.Module) else empty_model(model)
     if not same_model(stats.header.digest, join_digest(model_id(live), None)):  # shapes are all that is read of it
         raise SedetectError(

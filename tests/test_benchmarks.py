@@ -47,10 +47,9 @@ def test_streaming_and_ranks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["deepseek-r1", "kimi-k2"])
-def test_locate_published_shapes(tmp_path, shape):
+def test_locate_a_published_shape(tmp_path):
     """A planted expert is found over HTTP (which the script asserts), within a twentieth of the bytes and 8 GB."""
-    result = json.loads(printed("bench_locate.py", shape, tmp_path / "m", "--layers", 2))
+    result = json.loads(printed("bench_locate.py", "deepseek-r1", tmp_path / "m", "--layers", 2))
     assert result["layers"] == result["of"] == 2
     assert sum(result["wanted"]) < result["read"] < result["stored"] / 20
     assert result["peak"] < 8e9 and result["processor"]["reading"] > 0

@@ -216,6 +216,9 @@ def test_refused(grown, folder, tokenizer, tmp_path):
     assert "holds no states" in line(lambda: timeline(tmp_path))
     (grown / "series.jsonl").write_text("{}\n")
     assert "damaged" in line(lambda: timeline(grown))
+    model.lm_head.bias = torch.nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves weights
+    model.lm_head.bias.ds_id = 0
+    assert "ZeRO-3" in line(lambda: ExpertMonitor(tmp_path / "n", tokenizer=tokenizer, text=TEXT).measure(model, 0))
     assert not Path(tmp_path / "n").exists()
 
 
@@ -277,6 +280,11 @@ def test_the_command_on_checkpoints(folder, tmp_path):
 
     other = run("timeline", run_folder / "checkpoint-400", "-o", tmp_path / "out", "--tokens", "256", "--seq-len", "64")
     assert "a series on other text" in refused(other)
+    (run_folder / "checkpoint-400").rename(tmp_path / "another-400")  # whose step is taken
+    assert "step 400 is that of checkpoint-400" in refused(
+        run("timeline", tmp_path / "another-400", "-o", tmp_path / "out", *flags)
+    )
+    (tmp_path / "another-400").rename(run_folder / "checkpoint-400")
     assert "no checkpoint, no series" in refused(run("timeline", tmp_path / "out" / "states"))
     both = run("timeline", run_folder / "checkpoint-400", run_folder / "checkpoint-2000", "--revisions", "a,b")
     assert "2 models: --revisions are of one" in refused(both)

@@ -12,9 +12,8 @@ from sedetect.checkpoints.options import Loading
 from sedetect.errors import Argument, SedetectError
 from sedetect.models.identity import model_id
 from sedetect.models.loading import prepare_model
-from sedetect.stats.residual import uniform_sinks
 from sedetect.training.monitor import SMALL
-from sedetect.training.series import Series, State
+from sedetect.training.series import Series
 from sedetect.training.states import fixed_text, measure_state
 
 _STEP = re.compile(r"step[-_]?(\d+)|(\d+)\D*$", re.IGNORECASE)
@@ -41,13 +40,14 @@ def follow(
         revisions: of the one model given, in place of several models.
         progress: called with the name, and how many of how many are done.
     Raises:
-        SedetectError: for what profile_model refuses, and for checkpoints of different models or tokenizers.
+        SedetectError: for what profile_model refuses, for checkpoints of different models or tokenizers, and for a
+            step that is another checkpoint's in the series.
     """
     if revisions and len(models) != 1:
         raise SedetectError(f"{len(models)} models: ", Argument("revisions"), " are of one; give one model")
     names = revisions or _expanded(models)
     series = Series(folder)
-    done = {state.name for state in series.states()}
+    known = {state.step: state.name for state in series.states()}
     steps = _steps(names)
     for number, (step, name) in enumerate(sorted(zip(steps, names, strict=True))):
         progress(name, number, len(names))
@@ -55,13 +55,15 @@ def follow(
         prepared = prepare_model(models[0] if revisions else name, None, chosen)
         fixed = fixed_text(prepared.empty, prepared.tokenizer, texts, text)
         series.check(fixed.windows.source, model_id(prepared.empty))
-        if Path(name).name in done:
+        if Path(name).name in known.values():
             continue
+        if step in known:
+            raise SedetectError(
+                f"{series.path}: step {step} is that of {known[step] or 'a training run'}, not of {name}; give all "
+                "checkpoints of a series at once, or a new folder"
+            )
         opened = prepared.load()
-        stats, observed = measure_state(opened.model, opened.banks, fixed)
-        uniform = uniform_sinks(len(fixed.prefix), fixed.windows.ids.shape[1])
-        digest = stats.header.digest
-        series.append(State(step, Path(name).name, fixed.windows.source, digest, uniform, **vars(observed)), stats)
+        series.append(*measure_state(opened.model, opened.banks, fixed, step, Path(name).name))
         del opened, prepared  # before the next is loaded
     progress("", len(names), len(names))
     return series

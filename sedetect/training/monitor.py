@@ -17,7 +17,6 @@ from sedetect.models.identity import model_id
 from sedetect.models.wrappers import is_sharded, unwrap
 from sedetect.ranking.rule import rank
 from sedetect.stats.model import ModelStats
-from sedetect.stats.residual import uniform_sinks
 from sedetect.training.series import Series, State
 from sedetect.training.states import FixedText, fixed_text, measure_state
 
@@ -91,10 +90,7 @@ class ExpertMonitor(TrainerCallback):
         self._measured = step
         if not (first or together):
             return None
-        stats, observed = measure_state(whole, self._banks, self._fixed)
-        windows = self._fixed.windows
-        uniform = uniform_sinks(len(self._fixed.prefix), windows.ids.shape[1])
-        state = State(step, "", windows.source, stats.header.digest, uniform, **vars(observed))
+        state, stats = measure_state(whole, self._banks, self._fixed, step)
         if first:
             try:
                 self.series.append(state, stats)

@@ -25,7 +25,11 @@ class State:
     name        of the checkpoint; empty for a state that was measured in training
     digest      of the model with these weights
     uniform     the sink mass of uniform attention in these windows
-    loss, sink_mean, best_head, residual_max, seconds      as sedetect.training.states.Observed
+    loss        mean negative log-likelihood, nats per predicted token
+    sink_mean   mean over layers and heads of the attention on the first token (LayerResidual.sinks); None without
+                attention weights. best_head: of the head with most
+    residual_max    largest |x| after any layer but the first and the last (Residual.inner_max)
+    seconds     what it took
     """
 
     step: int

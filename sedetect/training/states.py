@@ -29,7 +29,8 @@ from sedetect.models.layers import (
 )
 from sedetect.profiling.profiler import SourcesProfile
 from sedetect.stats.model import ModelStats, digest
-from sedetect.stats.residual import sink_queries
+from sedetect.stats.residual import sink_queries, uniform_sinks
+from sedetect.training.series import State
 
 if TYPE_CHECKING:
     import os
@@ -52,24 +53,6 @@ class FixedText:
     batch_size: int
 
 
-@dataclass(frozen=True)
-class Observed:
-    """What one state showed beside its experts.
-
-    loss          mean negative log-likelihood, nats per predicted token
-    sink_mean     mean over layers and heads of the attention on the first token (LayerResidual.sinks); None without
-                  attention weights. best_head: of the head with most
-    residual_max  largest |x| after any layer but the first and the last (Residual.inner_max)
-    seconds       what it took
-    """
-
-    loss: float
-    sink_mean: float | None
-    best_head: float | None
-    residual_max: float
-    seconds: float
-
-
 def fixed_text(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -85,8 +68,13 @@ def fixed_text(
     return FixedText(windows, prefix_ids(tokenizer), text.batch_size)
 
 
-def measure_state(model: "PreTrainedModel", banks: list[Bank], text: FixedText) -> tuple[ModelStats, Observed]:
-    """Measure a model, in whatever mode it is. Raises SedetectError for one that gives no logits of next tokens."""
+def measure_state(
+    model: "PreTrainedModel", banks: list[Bank], text: FixedText, step: int, name: str = ""
+) -> tuple[State, ModelStats]:
+    """Measure a model, in whatever mode it is. step, name: as State has them.
+
+    Raises SedetectError for a model that gives no logits of next tokens, and for one with an encoder.
+    """
     refuse_encoder_decoder(model, "a series")
     refuse_without_logits(model, "a series")
     start = time.perf_counter()
@@ -105,7 +93,9 @@ def measure_state(model: "PreTrainedModel", banks: list[Bank], text: FixedText) 
             loss += sum(window_losses(model, ids, prefix))
         stats = prof.take()
     loss /= len(windows.ids) * predictions(windows.ids, prefix)
-    return stats, Observed(loss, *watch.result(), time.perf_counter() - start)
+    uniform = uniform_sinks(prefix, windows.ids.shape[1])
+    known = (step, name, windows.source, stats.header.digest, uniform, loss)
+    return State(*known, *watch.result(), time.perf_counter() - start), stats
 
 
 @contextmanager
@@ -163,7 +153,7 @@ class _Watch:
         self._peaks[number].append(torch.nan_to_num(out.float(), 0, 0, 0).abs().amax())
 
     def result(self) -> tuple[float | None, float | None, float]:
-        """sink_mean, best_head and residual_max of Observed."""
+        """sink_mean, best_head and residual_max of State."""
         never = next((number for number, peaks in enumerate(self._peaks) if not peaks), None)
         if never is not None:
             raise SedetectError(f"layer {never} never ran; the residual stream cannot be observed")

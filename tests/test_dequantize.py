@@ -132,8 +132,17 @@ def test_exponents():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16] if INTERPRETED else TOLERANCES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name, shape",
+    # Interpreted, a large shape takes half a minute: those of the two formats that models ship in.
+    [
+        (name, shape)
+        for name in FORMATS
+        for shape in SHAPES
+        if not INTERPRETED or name in ("fp8", "mxfp4") or shape[0] < 9
+    ],
+    ids=str,
+)
 def test_experts(name, shape, dtype):
     """Fused and general, biased and not, with the dequantized weights; statistics of what is stored.
 

@@ -48,19 +48,22 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
         "num_attention_heads": args.hidden // 64, "num_key_value_heads": args.hidden // 64, "head_dim": 64,
         "max_position_embeddings": 2048, "num_experts_per_tok": args.top_k, "tie_word_embeddings": True,
         "output_router_logits": True, "router_aux_loss_coef": args.balance, "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None,
     }  # fmt: skip
     full = {"layer_types": ["full_attention"] * args.layers}
+    partial = {"rope_parameters": {**shared["rope_parameters"], "partial_rotary_factor": 0.25}}
     experts, inner = args.experts, args.intermediate
     config = {
         "qwen3": lambda: Qwen3MoeConfig(**shared, num_experts=experts, moe_intermediate_size=inner),
         "mixtral": lambda: MixtralConfig(**shared, num_local_experts=experts, intermediate_size=inner),
         "gpt_oss": lambda: GptOssConfig(**shared, **full, num_local_experts=experts, intermediate_size=inner),
         "qwen3_next": lambda: Qwen3NextConfig(
-            **shared, **full, num_experts=experts, moe_intermediate_size=inner, shared_expert_intermediate_size=inner
+            **{**shared, **full, **partial}, num_experts=experts, moe_intermediate_size=inner,
+            shared_expert_intermediate_size=inner,
         ),
-    }[args.arch]()
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    }[args.arch]()  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=args.dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "o_proj.weight" in name or ("down_proj" in name and "bias" not in name):  # they write the residual
@@ -87,6 +90,8 @@ def without_gate(gradient: torch.Tensor) -> torch.Tensor:
 
 def make_domains(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
     """A stream of token ids per file of --text, and one of the Python sources."""
+    if args.ids is not None and args.ids.exists():
+        return torch.load(args.ids)
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     files += sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))
     random.Random(0).shuffle(files)
@@ -102,6 +107,8 @@ def make_domains(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
         cut = [text[at : at + 100_000] for text in pieces for at in range(0, len(text), 100_000)]
         found = tokenizer(cut, add_special_tokens=False, verbose=False)["input_ids"]
         streams.append(torch.tensor([token for ids in found for token in [*ids, tokenizer.eos_token_id]]))
+    if args.ids is not None:
+        torch.save(streams, args.ids)
     return streams
 
 
@@ -120,20 +127,18 @@ def batches(domains: list[torch.Tensor], args: argparse.Namespace, bos: int):
         yield torch.stack(rows)
 
 
-def make_optimizers(model: PreTrainedModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.dim() > 1]
-    vectors = [p for p in trained if p.dim() < 2]
+def make_optimizers(weights: dict[str, torch.Tensor], args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    matrices = {name: weight for name, weight in weights.items() if weight.dim() > 1 and "bias" not in name}
+    vectors = [weight for name, weight in weights.items() if name not in matrices]
     optimizers: list[torch.optim.Optimizer] = []
     if args.muon:
-        chosen = {id(p) for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n and "gate" not in n}
-        by_muon = [p for p in matrices if id(p) in chosen]
-        matrices = [p for p in matrices if id(p) not in chosen]
+        chosen = [name for name, weight in matrices.items() if weight.dim() == 2 and "_proj." in name]
+        by_muon = [matrices.pop(name) for name in chosen]
         optimizers.append(
             torch.optim.Muon(by_muon, lr=args.lr, weight_decay=args.decay, adjust_lr_fn="match_rms_adamw")
         )
-    groups = [{"params": matrices, "weight_decay": args.decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [*optimizers, torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))]
+    groups = [{"params": [*matrices.values()], "weight_decay": args.decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [*optimizers, torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)]
 
 
 def main() -> None:
@@ -144,8 +149,10 @@ def main() -> None:
     parser.add_argument("--no-bos", action="store_true")
     parser.add_argument("--muon", action="store_true", help="for the attention's matrices")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help=".txt or .xz, a domain each")
+    parser.add_argument("--ids", type=Path, help="a file of the text's token ids for several runs, made if missing")
     parser.add_argument("--code", type=float, default=100, help="MB of Python sources")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=int, help="steps between checkpoints in OUT/checkpoints (default: none)")
     for name, value in {"steps": 3000, "sequences": 64, "every": 100, "layers": 10, "hidden": 256}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in {"experts": 32, "top-k": 4, "intermediate": 48}.items():
@@ -155,28 +162,41 @@ def main() -> None:
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.dtype = torch.bfloat16 if device == "cuda" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     torch.manual_seed(args.seed)
     model = make_model(args, tokenizer).to(device).train()
-    optimizers = make_optimizers(model, args)
+    if device == "cuda":
+        for layer in model.model.layers:
+            layer.compile()
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    masters = {name: weight.detach().float().clone() for name, weight in trained.items()}  # what the optimizers update
+    optimizers = make_optimizers(masters, args)
     monitor = ExpertMonitor(args.out / "experts", tokenizer=tokenizer, text=Text(4096, LENGTH), every=args.every)
     data = batches(make_domains(args, tokenizer), args, tokenizer.bos_token_id)
     args.out.mkdir(parents=True, exist_ok=True)
     start, log = time.perf_counter(), (args.out / "loss.jsonl").open("w")
     for step in range(args.steps):
         monitor.step(model, step)
+        if args.save and step % args.save == 0:
+            model.save_pretrained(args.out / f"checkpoints/checkpoint-{step}")
+            tokenizer.save_pretrained(args.out / f"checkpoints/checkpoint-{step}")
         rate = min(1.0, (step + 1) / WARMUP, max(0.03, (args.steps - step) / (COOLDOWN * args.steps)))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate
         ids = next(data).to(device, non_blocking=True)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for name, weight in trained.items():
+            masters[name].grad = weight.grad.float()
+        torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        with torch.no_grad():
+            for name, weight in trained.items():
+                weight.copy_(masters[name])
+        model.zero_grad()
         if step % args.every == 0:
             seconds = time.perf_counter() - start
             log.write(json.dumps({"step": step, "loss": loss.item(), "seconds": seconds}) + "\n")

@@ -10,6 +10,7 @@ from support.synthetic import bank, model, one_layer, write
 
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import COUNTS
+from sedetect.ranking.evidence import BankView
 from sedetect.ranking.rule import rank
 from sedetect.stats.model import ModelStats
 from sedetect.stats.place import Place, parse_place
@@ -298,6 +299,20 @@ def test_a_candidate_by_first_tokens_does_not_depend_on_the_amount_of_text(scale
     found = {str(e): e for e in ranking.judged}["L0E0"]
     assert (found.signature, found.verdict) == (True, "candidate")
     assert (found.ratio >= 10) == (scale == 1)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 4, 5, 8])
+def test_first_ratio_is_to_the_median_of_the_others(experts):
+    """Of those that saw first tokens, and no NaN; there are equal values among them."""
+    for values in np.random.default_rng(experts).integers(1, 4, (40, experts)) / 3:
+        seen = {e: math.nan if e == 2 else float(value) for e, value in enumerate(values) if e != 1}
+        stats = model({(0, "routed"): bank([9.0] * experts, seen)}, 1)
+        ((identity, state),) = stats.banks.items()
+        view = BankView(identity, state, stats.header, "all")
+        for e, value in seen.items():
+            others = [x for other, x in seen.items() if other != e and not math.isnan(x)]
+            expected = value / float(np.median(np.float32(others))) if others else None
+            assert view.signature(e, view, 50.0)[0] == pytest.approx(expected, nan_ok=True), (values, e)
 
 
 def test_signature_needs_no_other_tokens():

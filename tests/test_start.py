@@ -18,7 +18,7 @@ from sedetect.compression.simulated import GROUP
 from sedetect.experiments.ablation import HOW
 from sedetect.ranking.saliencies import SALIENCIES
 
-HEAVY = ("torch", "transformers", "triton", "numpy")
+HEAVY = ("torch", "transformers", "triton", "numpy", "scipy", "sklearn")
 
 # Runs command lines in one process, one after another, and prints which heavy libraries each found or left imported.
 RUN = """
@@ -100,8 +100,8 @@ def test_wrong_arguments_are_one_line_before_anything_is_imported():
 def profiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profiled")
     line = ("profile", TINY, "--tokens", 1024, "--seq-len", 128, "-o", folder)
-    ((code, out, _),) = run(line)
-    assert code == 0, out
+    ((code, out, heavy),) = run(line)
+    assert (code, heavy) == (0, ["torch", "transformers", "triton", "numpy"]), out
     return folder
 
 

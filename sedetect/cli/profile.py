@@ -143,7 +143,7 @@ def profile_command(
             from sedetect.checkpoints.options import Loading
             from sedetect.models.measure import Measuring
 
-            with hidden("sklearn"):
+            with hidden("sklearn", "scipy"):
                 from sedetect.profiling.pipeline import profile_model
                 from sedetect.profiling.proving import Proving
 

@@ -155,17 +155,19 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def hidden(package: str) -> Iterator[None]:
-    """Imports inside do not find a package that is not imported yet. transformers 5.17 imports scikit-learn where it is
-    installed, for assisted generation, which no command does: a second."""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
+def hidden(*packages: str) -> Iterator[None]:
+    """Imports inside do not find packages that are not imported yet.
+
+    transformers imports scikit-learn (5.17, for assisted generation) and scipy (for the losses of object detectors)
+    where they are installed, which no command uses: a second each.
+    """
+    missing = {package: None for package in packages if package not in sys.modules}
+    sys.modules.update(missing)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        del sys.modules[package]
+        for package in missing:
+            del sys.modules[package]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ What it finds of rows are RowParts (sedetect.ops.contract.Backend).
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from threading import Thread
 
 import torch
 import triton
@@ -21,6 +22,11 @@ from sedetect.ops.contract import ExpertWeights, gate_refusal
 from sedetect.stats.bank import BankStats
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, for tests
+
+
+def prepare_launches() -> None:
+    """Begin what the first launch waits for otherwise: Triton hashes its own 200 MB, which takes half a second."""
+    Thread(target=triton.runtime.cache.triton_key, daemon=True).start()
 
 
 class TritonBackend:

@@ -32,6 +32,7 @@ from sedetect.models.layers import run_tokens
 from sedetect.models.loading import OpenModel, PreparedModel, prepare_model
 from sedetect.models.measure import Measuring
 from sedetect.ops.choose import check_backend
+from sedetect.ops.triton import prepare_launches
 from sedetect.profiling.profiler import SourcesProfile
 from sedetect.profiling.proving import Proving, prove_profile
 from sedetect.ranking.rule import rank
@@ -150,6 +151,8 @@ def profile_model(
         _refuse_parts(asked, streaming, part)
     if proving is not None:
         check_numbers(proving.smallest, proving.level)
+    if torch.cuda.is_available():
+        prepare_launches()
     prepared, made = _prepare(model, tokenizer, loading, part if streaming else None)
     calibration = calibration_windows(prepared.empty, prepared.tokenizer, texts, text)
     opened = prepared.load()

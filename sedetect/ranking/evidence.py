@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ class BankView:
         self.values = values.double().cpu().numpy()
         self.first_max, self.rest_max = state.first_max.cpu().numpy(), state.rest_max.cpu().numpy()
         self.rows, self.first_rows = state.rows.cpu().numpy(), state.first_rows.cpu().numpy()
+        self.all_rows, self.all_first_rows = self.rows.sum(), self.first_rows.sum()
         self.gate_sum, self.gate_first_sum = state.gate_sum.cpu().numpy(), state.gate_first_sum.cpu().numpy()
         self.peaks = decode(state.peak())
         self.sources = sorted(header.sources)
@@ -119,14 +121,31 @@ class BankView:
     ) -> tuple[float | None, bool | None]:
         """first_ratio and signature of SuperExpert, of expert e; first and large as in evidence."""
         first_max = float(self.first_max[e])
-        known = (first.first_rows > 0) & np.isfinite(first.first_max)
-        peers = first.first_max[known & ((first is not self) | (np.arange(len(first.values)) != e))]
-        first_ratio = _quotient(first_max, float(np.median(peers)) if len(peers) else None)
-        if self.first_rows.sum() == 0 or not self.rows[e]:
+        first_ratio = _quotient(first_max, first.first_median(e if first is self else None))
+        if self.all_first_rows == 0 or not self.rows[e]:
             return first_ratio, None
         if not first_max > large:
             return first_ratio, False
         return first_ratio, None if first_ratio is None else first_ratio >= min_ratio
+
+    @cached_property
+    def _on_first(self) -> tuple[np.ndarray, np.ndarray]:
+        """first_max of the experts that saw first tokens, ascending, and each expert's place there (-1: none)."""
+        known = np.flatnonzero((self.first_rows > 0) & np.isfinite(self.first_max))
+        order = known[np.argsort(self.first_max[known], kind="stable")]
+        places = np.full(len(self.first_max), -1)
+        places[order] = np.arange(len(order))
+        return self.first_max[order], places
+
+    def first_median(self, without: int | None) -> float | None:
+        """The median of first_max over the experts that saw first tokens, of all or of all but one."""
+        ordered, places = self._on_first
+        left_out = -1 if without is None else places[without]
+        count = len(ordered) - (left_out >= 0)
+        if not count:
+            return None
+        low, high = (ordered[at + (0 <= left_out <= at)] for at in ((count - 1) // 2, count // 2))
+        return float(low if count % 2 else (low + high) / 2)
 
     def gates(self, e: int) -> tuple[float | None, float | None]:
         """first_gate and rest_gate of expert e: a token is top_k rows of the bank."""
@@ -134,8 +153,8 @@ class BankView:
             return None, None
         if not self.top_k:
             raise SedetectError(f"{self.bank}: the statistics give its top_k as {self.top_k}; profile the model again")
-        first_tokens = self.first_rows.sum() / self.top_k
-        rest_tokens = (self.rows.sum() - self.first_rows.sum()) / self.top_k
+        first_tokens = self.all_first_rows / self.top_k
+        rest_tokens = (self.all_rows - self.all_first_rows) / self.top_k
         return (
             float(self.gate_first_sum[e] / first_tokens) if first_tokens else None,
             float((self.gate_sum[e] - self.gate_first_sum[e]) / rest_tokens) if rest_tokens else None,

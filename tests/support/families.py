@@ -24,6 +24,7 @@ VOCAB, LAYERS, EXPERTS = 96, 3, 8
 # What a config gets where it has a field of that name; sub-configs too.
 COMMON = {
     "vocab_size": VOCAB,
+    "unpadded_vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 40,
     "moe_intermediate_size": 24,

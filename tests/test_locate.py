@@ -95,6 +95,7 @@ NOT_STREAMED = {
     "glm_moe_dsa": "its layers hand on more than hidden states",
     "hy_v4": "its layers hand on more than hidden states",
     "hy_v4_vl": "its layers hand on more than hidden states",
+    "inkling2_loop": "its layers hand on more than hidden states",
     "mistral_large4": "in which layers can keep state",
     "nllb_moe": "is outside model.decoder.layers",
     "openai_privacy_filter": "attention is not causal",

@@ -209,9 +209,6 @@ def _refuse(streamed: StreamedModel) -> None:
             f"{name}: its experts have a capacity ({capacity}), so that a token's experts depend on the others; "
             "profile it instead (sedetect profile)"
         )
-    both = next((p for p, m in model.named_modules() if getattr(m, "is_causal", True) is False), None)
-    if both is not None and both.startswith(tuple(f"{path}." for path in streamed.paths)):
-        raise _not_causal(name, both)
 
 
 def _not_causal(name: str, where: str) -> SedetectError:
@@ -272,6 +269,12 @@ class _Walk:
         remedy = ("profile it whole instead (", Argument("stream", False), ")")
         with ending_early(self.model):
             self.wrap = check_layers(self.streamed, trial, remedy)
+        within = tuple(f"{path}." for path in self.streamed.paths)
+        for path, module in self.model.named_modules():
+            # Without projections it attends, in Inkling 2, to what several layers left of the same token.
+            projects = any(isinstance(child, nn.Linear) for child in module.children())
+            if path.startswith(within) and projects and getattr(module, "is_causal", True) is False:
+                raise _not_causal(type(self.model).__name__, path)
         with eager_attention(self.model):  # which is given a mask
             arguments = layer_arguments(self.streamed, trial, self.wrap)
         for layer, named in enumerate(arguments):

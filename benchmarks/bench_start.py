@@ -2,8 +2,9 @@
 
     python benchmarks/bench_start.py /tmp/slice           16 layers of Qwen3-30B-A3B's shape, 20 GB, made if missing
 
-Whole processes, alternated, --runs of each after one that warms the page cache; the median wall time of each and their
-ratio, and of transformers the seconds of import, from_pretrained and forwards; the last line is the same as JSON.
+Whole processes, alternated, --runs of each after one that warms the page cache: the median wall time of each, and of
+transformers the seconds of import, from_pretrained and forwards. The ratio is that of each pair, which runs one after the
+other, since such a machine gets slower and faster by a third within minutes; the last line is the same as JSON.
 
     sedetect       sedetect profile FOLDER --tokens 120000 --seq-len 2048 -o OUT
     transformers   import torch and transformers, from_pretrained, the forwards of the same batches (cut beforehand)
@@ -118,8 +119,9 @@ def main() -> None:
     for name, times in walls.items():
         print(f"{name:13} {medians[name]:6.2f} s   ({min(times):.2f} to {max(times):.2f})")
     print("transformers: " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in rival.items()))
-    ratio = medians["sedetect"] / sum(rival.values())
-    print(f"sedetect / (import + load + forwards): {ratio:.3f}")
+    pairs = [ours / sum(run.values()) for ours, run in zip(walls["sedetect"], parts, strict=True)]
+    ratio = statistics.median(pairs)
+    print(f"sedetect / (import + load + forwards): {ratio:.3f}   ({min(pairs):.3f} to {max(pairs):.3f})")
     print(json.dumps({"walls": walls, "parts": parts, "ratio": ratio, "cold": args.cold}))
 
 

@@ -132,6 +132,11 @@ def finite(value: Any) -> Any:
     return value
 
 
+def restored(value: float | str | None) -> float:
+    """The inverse of finite, where there must be a number."""
+    return math.nan if value is None else float(value)
+
+
 def write_json(path: str | os.PathLike[str], document: Any, *, allow_nan: bool = False) -> None:
     """Write document as indented UTF-8 JSON, atomically; NaN and infinities are refused (ValueError) unless allowed."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"

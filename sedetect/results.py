@@ -9,6 +9,7 @@ from sedetect.files import PROOF, RESIDUAL, STATS, TIMELINE
 
 if TYPE_CHECKING:
     from sedetect.analysis.common import Analysis
+    from sedetect.compression.budget import Budget
     from sedetect.compression.pruning import Pruning
     from sedetect.experiments.study import Experiment
     from sedetect.experiments.traces import Traces
@@ -120,6 +121,13 @@ class Results:
         from sedetect.experiments.study import Experiment
 
         return _read(self.ablation_path, Experiment.load)
+
+    def budget(self) -> "Budget | None":
+        if not self.budget_path.is_file():
+            return None
+        from sedetect.compression.budget import Budget  # which imports transformers
+
+        return Budget.load(self.budget_path)
 
     def analysis_path(self, kind: str) -> Path:
         """kind: one of sedetect.analysis.common.KINDS."""

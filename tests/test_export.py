@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from fnmatch import fnmatch
+from itertools import product
 
 import gguf
 import pytest
@@ -18,7 +19,15 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 import sedetect
 from sedetect import BankId, ModelStats
 from sedetect.compression.channels import write_imatrix
-from sedetect.compression.protect import SHAPED, export, protect_list
+from sedetect.compression.protect import (
+    GRANULARITIES,
+    SHAPED,
+    TOOLS,
+    export,
+    extra_sizes,
+    protect_list,
+    protected_names,
+)
 from sedetect.compression.runtimes import LOADS, REASONS, RUNTIMES, check_names, read_linears
 from sedetect.errors import SedetectError
 
@@ -132,6 +141,38 @@ def test_forms(stats, granularity, wanted):
     assert [expert["why"] for expert in document["experts"]] == ["candidate", "candidate"]
     suffixes = (".28", ".7") if granularity == "expert" else ("", "")
     assert document["modules"] == [f"model.layers.{n}.mlp.experts{s}" for n, s in zip((1, 9), suffixes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("tool", "granularity"), [one for one in product(TOOLS, GRANULARITIES) if one != ("llama.cpp", "expert")]
+)
+def test_names_are_those_of_the_documents(stats, tool, granularity):
+    """What protected_names gives is in the document, and all that the document has more than one of another expert."""
+
+    def written(experts):
+        document, _ = export(stats, experts, tool, granularity, model=TINY)
+        text = document if isinstance(document, str) else json.dumps(document).replace("\\\\", "\\")
+        return protected_names(experts, tool, granularity), text
+
+    first, second = protect_list(stats)
+    names, text = written([first, second])
+    one, other = written([second])
+    assert names and set(one) < set(names) and all(name in text for name in names)
+    assert not any(name in other for name in set(names) - set(one))
+
+
+@pytest.mark.parametrize(("granularity", "kept"), [("expert", 2), ("layer", 64)])
+def test_what_keeping_costs(stats, granularity, kept):
+    """Two of 320 experts of 3 x 256 x 48 weights in 2 bytes, where all others have half a byte."""
+    (one,) = [one for one in extra_sizes(stats, protect_list(stats), TINY) if one.granularity == granularity]
+    assert (one.kept, one.experts, one.nbytes) == (kept, 320, kept * 3 * 256 * 48 * 1.5)
+    assert one.share == pytest.approx(kept * 1.5 / (320 * 0.5))
+    assert replace(one, nbytes=None) in extra_sizes(stats, protect_list(stats))
+
+
+def test_what_keeping_costs_is_of_this_model(stats, qwen3):
+    with pytest.raises(SedetectError, match=r"the statistics are of another model \(tiny-moe\)"):
+        extra_sizes(stats, protect_list(stats), qwen3[0])
 
 
 def test_llama_cpp(stats):

@@ -16,7 +16,7 @@ from sedetect.files import write_atomic
 from sedetect.results import Results
 
 if TYPE_CHECKING:
-    from sedetect.stats.model import ModelStats
+    from sedetect.compression.protect import Extra
 
 
 @app.command("export", rich_help_panel=COMPRESS)
@@ -39,7 +39,7 @@ def export_command(
 ) -> None:
     """Export the experts that a quantizer should skip, in its config format: all but refuted candidates."""
     from sedetect.compression.channels import write_imatrix
-    from sedetect.compression.protect import export, protect_list
+    from sedetect.compression.protect import export, extra_sizes, protect_list
     from sedetect.ranking.coverage import unseen, unseen_note
 
     if to == "imatrix" and output is None:
@@ -57,7 +57,7 @@ def export_command(
     if with_feeders and proof is None:
         raise SedetectError(f"--with-feeders: {stats} has no proof.json; run `sedetect prove MODEL --chain -o {stats}`")
     experts = protect_list(state, neighbours, ranking, proof)
-    sizes = _sizes(state, experts, model)
+    sizes = _sizes(extra_sizes(state, experts, model))
     document, notes = export(state, experts, to, granularity, runtime, model)
     text = document if isinstance(document, str) else json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     if output is None:
@@ -71,37 +71,12 @@ def export_command(
         _say(f"note: {note}", quiet)
 
 
-def _sizes(state: ModelStats, experts: list, model: Path | None) -> str:
+def _sizes(extra: list[Extra]) -> str:
     """One line: what each granularity costs, where the experts are otherwise stored in 4 bits."""
-    from sedetect.compression.protect import GRANULARITIES, kept_experts
-    from sedetect.compression.simulated import expert_sizes
-
-    total = sum(s.num_experts for bank, s in state.banks.items() if bank.routed)
-    sizes = None
-    if model is not None:
-        from sedetect.models.identity import join_digest, model_id
-        from sedetect.models.loading import empty_model
-        from sedetect.stats.model import same_model
-
-        empty = empty_model(model)
-        if not same_model(state.header.digest, join_digest(model_id(empty), None)):  # sizes are all that is read of it
-            raise SedetectError(
-                f"--model {model}: the statistics are of another model ({state.header.model}); give the folder of that "
-                "one"
-            )
-        sizes = expert_sizes(empty)
     parts = []
-    for granularity in GRANULARITIES:
-        kept = kept_experts(state, experts, granularity)
-        count = sum(kept.values())
-        text = f"{granularity}: {count} of {total} routed experts"
-        if sizes is None:
-            text += f", {12 / 4 * count / total:+.2%}"
-        else:
-            extra = sum(sizes[bank][0] * number for bank, number in kept.items()) * 12 / 8
-            whole = sum(one * number for one, number in sizes.values()) * 4 / 8
-            text += f", {extra:+,.0f} bytes ({extra / whole:+.2%})"
-        parts.append(text)
+    for one in extra:
+        size = f"{one.share:+.2%}" if one.nbytes is None else f"{one.nbytes:+,.0f} bytes ({one.share:+.2%})"
+        parts.append(f"{one.granularity}: {one.kept} of {one.experts} routed experts, {size}")
     return f"size at 16 bits, where all routed experts would have 4: {'; '.join(parts)}"
 
 

@@ -14,6 +14,7 @@ from sedetect.results import Results
 def report_command(
     folder: Annotated[Path, typer.Argument(help="folder of a profile (profile -o DIR)", metavar="DIR")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the page (default: DIR/report.html)")] = None,
+    model: Annotated[Path | None, typer.Option(help="checkpoint folder, for sizes in bytes")] = None,
     figures: Annotated[
         bool, typer.Option("--figures", help="also write the charts as PNG, SVG and PDF to figures/ beside the page")
     ] = False,
@@ -31,7 +32,7 @@ def report_command(
     with progress_bar("charts") as bar:
         task = bar.add_task("figures", total=None, visible=figures)
         made = make_report(
-            folder, page, figures=figures, progress=lambda n, of: bar.update(task, completed=n, total=of)
+            folder, page, model=model, figures=figures, progress=lambda n, of: bar.update(task, completed=n, total=of)
         )
     print_line(made.headline, "bold")
     print_line(f"written to {page} ({page.stat().st_size / 1e6:.1f} MB)")

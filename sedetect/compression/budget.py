@@ -29,7 +29,7 @@ from sedetect.experiments.ablation import ablate
 from sedetect.experiments.evaluation import perplexity
 from sedetect.experiments.study import badness
 from sedetect.experiments.targets import Target, random_controls, routed_experts
-from sedetect.files import finite
+from sedetect.files import finite, restored
 from sedetect.models.layers import run_tokens
 from sedetect.stats.model import ModelStats
 from sedetect.stats.place import BankId, Place
@@ -80,6 +80,7 @@ class Budget(Document):
     """
 
     FORMAT = "sedetect-budget"
+    REMEDY = "run `sedetect budget MODEL -o DIR` to make one"
 
     model: str
     dtype: str
@@ -97,6 +98,29 @@ class Budget(Document):
         """For budget.json; conclusion is conclusion(self)."""
         document: dict[str, Any] = finite(asdict(self))
         return super().to_dict() | document | {"conclusion": conclusion(self)}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Budget":
+        """The inverse of to_dict."""
+        fields = {name: document[name] for name in cls.__dataclass_fields__}
+        fields["baseline"] = _cost(document["baseline"])
+        fields["rows"] = [
+            Row(
+                row["name"],
+                _cost(row["bare"]),
+                None if row["kept"] is None else _cost(row["kept"]),
+                [_cost(cost) for cost in row["random"]],
+            )
+            for row in document["rows"]
+        ]
+        return cls(**fields)
+
+
+def _cost(document: dict[str, Any]) -> Cost:
+    perplexity, change = (
+        {domain: restored(value) for domain, value in document[name].items()} for name in ("perplexity", "change")
+    )
+    return Cost(document["kept"], document["size"], perplexity, change, restored(document["mean_change"]))
 
 
 @dataclass(frozen=True)

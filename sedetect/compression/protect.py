@@ -42,11 +42,12 @@ from sedetect.compression.runtimes import (
 )
 from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError, check_type
+from sedetect.models.wrappers import unwrap
 from sedetect.ranking.coverage import unseen, unseen_note
 from sedetect.ranking.result import Ranking
 from sedetect.ranking.rule import rank
 from sedetect.ranking.saliencies import found_places
-from sedetect.stats.model import ModelStats, opened
+from sedetect.stats.model import ModelStats, opened, same_model
 from sedetect.stats.place import BankId, Place, parse_place
 from sedetect.stats.proof import Proof
 
@@ -210,6 +211,59 @@ def kept_experts(stats: ModelStats, experts: list[Protected], granularity: str) 
     return {bank: stats.banks[bank].num_experts if granularity == "layer" else count for bank, count in kept.items()}
 
 
+@dataclass(frozen=True)
+class Extra:
+    """What a list costs at one granularity: kept of the experts (all routed ones) in 16 bits, where the others have 4.
+
+    share of the size of all of them in 4 bits; nbytes: None where the shapes are not known
+    """
+
+    granularity: str
+    kept: int
+    experts: int
+    share: float
+    nbytes: float | None
+
+
+def extra_sizes(
+    stats: ModelStats, experts: list[Protected], model: nn.Module | str | Path | None = None
+) -> list[Extra]:
+    """Per granularity, what a protect list of stats costs.
+
+    model: the one that stats are of, or its checkpoint folder, for its shapes; without it every routed expert counts
+    the same. Raises SedetectError for another model.
+    """
+    total = sum(state.num_experts for bank, state in stats.banks.items() if bank.routed)
+    sizes = None
+    if model is not None:
+        from sedetect.compression.simulated import expert_sizes
+        from sedetect.models.identity import join_digest, model_id
+        from sedetect.models.loading import empty_model
+
+        live = unwrap(model) if isinstance(model, nn.Module) else empty_model(model)
+        if not same_model(stats.header.digest, join_digest(model_id(live), None)):  # sizes are all that is read of it
+            raise SedetectError(
+                Argument("model"),
+                f" {model}: the statistics are of another model ({stats.header.model}); give the folder of that one",
+            )
+        sizes = expert_sizes(live)
+    found = []
+    for granularity in GRANULARITIES:
+        kept = kept_experts(stats, experts, granularity)
+        count, nbytes = sum(kept.values()), None
+        share = 12 / 4 * count / total if total else 0.0
+        if sizes is not None:
+            nbytes = sum(sizes[bank][0] * number for bank, number in kept.items()) * 12 / 8
+            share = nbytes / (sum(one * number for one, number in sizes.values()) * 4 / 8)
+        found.append(Extra(granularity, count, total, share, nbytes))
+    return found
+
+
+def protected_names(experts: list[Protected], tool: str, granularity: str) -> list[str]:
+    """By what a tool's document leaves the experts alone: names or patterns of modules, one way for each tool."""
+    return list(dict.fromkeys(NAMES[tool](experts, granularity)))
+
+
 def _protected(stats: ModelStats, place: Place, why: str) -> Protected:
     peak = stats.banks[place.bank].peak_of(place.number)
     module = stats.header.banks[str(place.bank)].module
@@ -268,15 +322,16 @@ def _llm_compressor(experts: list[Protected], granularity: str, linears: Linears
             for name, (count, size) in linears.others.items()
         ),
         f"        # Protected, by {granularity}: {_described(experts)}.",
-        *(f"        - 're:{regex}'" for regex in _regexes(experts, granularity)),
+        *(f"        - '{name}'" for name in protected_names(experts, "llm-compressor", granularity)),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _gptqmodel(experts: list[Protected], granularity: str, linears: Linears | None) -> dict[str, Any]:
     assert linears is not None
-    kept = [*ROUTERS, *(f"{_pattern(name)}$" for name in linears.others), *_regexes(experts, granularity)]
-    return {"bits": 4, "group_size": linears.group, "sym": True, "dynamic": {f"-:{regex}": {} for regex in kept}}
+    others = [f"-:{regex}" for regex in (*ROUTERS, *(f"{_pattern(name)}$" for name in linears.others))]
+    kept = [*others, *protected_names(experts, "gptqmodel", granularity)]
+    return {"bits": 4, "group_size": linears.group, "sym": True, "dynamic": {name: {} for name in kept}}
 
 
 def _auto_round(experts: list[Protected], granularity: str, linears: Linears | None) -> dict[str, Any]:
@@ -289,12 +344,7 @@ def _auto_round(experts: list[Protected], granularity: str, linears: Linears | N
 
 def _modelopt(experts: list[Protected], granularity: str, linears: Linears | None) -> str:
     assert linears is not None
-    names: list[str] = []
-    for expert in experts:
-        if expert.routed and granularity == "expert":
-            # Fused experts: a list of weight quantizers per matrix. Experts that are modules: quantizers inside.
-            names += [f"*{expert.tail}.*_weight_quantizers.{expert.place.expert}"]
-        names += [f"*{_unit(expert.tail, expert, granularity)}.*"]
+    names = protected_names(experts, "modelopt", granularity)
     lines = [
         "# load_recipe(THIS_FILE).quantize is the config of mtq.quantize.",
         "metadata:",
@@ -309,7 +359,7 @@ def _modelopt(experts: list[Protected], granularity: str, linears: Linears | Non
         "    - quantizer_name: '*.experts.*weight_quantizer*'",
         f"      cfg: {{num_bits: 4, block_sizes: {{-1: {linears.group}, type: static}}}}",
         f"    # Protected, by {granularity}: {_described(experts)}.",
-        *(f"    - {{quantizer_name: '{name}', enable: false}}" for name in dict.fromkeys(names)),
+        *(f"    - {{quantizer_name: '{name}', enable: false}}" for name in names),
     ]
     return "\n".join(lines) + "\n"
 
@@ -322,15 +372,28 @@ def _bitsandbytes(experts: list[Protected], granularity: str, _: Linears | None)
     }
 
 
-def _llama_cpp(experts: list[Protected], _: str, __: Linears | None) -> str:
+def _llama_cpp(experts: list[Protected], granularity: str, _: Linears | None) -> str:
+    return "\n".join(protected_names(experts, "llama.cpp", granularity)) + "\n"
+
+
+def _modelopt_names(experts: list[Protected], granularity: str) -> list[str]:
+    names = []
+    for expert in experts:
+        if expert.routed and granularity == "expert":
+            # Fused experts: a list of weight quantizers per matrix. Experts that are modules: quantizers inside.
+            names += [f"*{expert.tail}.*_weight_quantizers.{expert.place.expert}"]
+        names += [f"*{_unit(expert.tail, expert, granularity)}.*"]
+    return names
+
+
+def _gguf_names(experts: list[Protected], _: str) -> list[str]:
     odd = [e.place for e in experts if e.place.stack != "decoder" or e.place.kind not in ("routed", "shared")]
     if odd:
         raise SedetectError(Argument("tool"), f" llama.cpp: {odd[0]}: GGUF has no name for it; protect it by hand")
-    lines = [
+    return [
         rf"^blk\.{e.place.layer}\.ffn_(gate|up|gate_up|down)_{'exps' if e.routed else 'shexp'}\.weight=bf16"
         for e in experts
     ]
-    return "\n".join(dict.fromkeys(lines)) + "\n"
 
 
 def _json(experts: list[Protected], granularity: str, _: Linears | None) -> dict[str, Any]:
@@ -350,6 +413,15 @@ TOOLS: dict[str, Callable[[list[Protected], str, Linears | None], dict[str, Any]
     "bitsandbytes": _bitsandbytes,
     "llama.cpp": _llama_cpp,
     "json": _json,
+}
+NAMES: dict[str, Callable[[list[Protected], str], list[str]]] = {
+    "llm-compressor": lambda experts, granularity: [f"re:{regex}" for regex in _regexes(experts, granularity)],
+    "gptqmodel": lambda experts, granularity: [f"-:{regex}" for regex in _regexes(experts, granularity)],
+    "auto-round": _names,
+    "modelopt": _modelopt_names,
+    "bitsandbytes": _names,
+    "llama.cpp": _gguf_names,
+    "json": _names,
 }
 SHAPED = ("llm-compressor", "gptqmodel", "auto-round", "modelopt")
 WITHOUT_RUNTIME = ("llama.cpp", "json")

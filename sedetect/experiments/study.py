@@ -20,7 +20,7 @@ from sedetect.experiments.ablation import ablate, resolve
 from sedetect.experiments.evaluation import Question, exact_match, perplexity
 from sedetect.experiments.residual_stream import observe_residual, sink_decay
 from sedetect.experiments.targets import Target, random_controls
-from sedetect.files import finite
+from sedetect.files import finite, restored
 from sedetect.stats.place import Place
 from sedetect.stats.residual import Residual
 
@@ -111,14 +111,10 @@ def _outcome(document: dict[str, Any]) -> Outcome:
     """The inverse of finite: None is NaN, "inf" is infinity, where there must be a number."""
     outcome = Outcome(**document)
     outcome.perplexity, outcome.change = (
-        {domain: _float(value) for domain, value in of.items()} for of in (outcome.perplexity, outcome.change)
+        {domain: restored(value) for domain, value in of.items()} for of in (outcome.perplexity, outcome.change)
     )
-    outcome.mean_change, outcome.residual_max = _float(outcome.mean_change), _float(outcome.residual_max)
+    outcome.mean_change, outcome.residual_max = restored(outcome.mean_change), restored(outcome.residual_max)
     return outcome
-
-
-def _float(value: float | str | None) -> float:
-    return math.nan if value is None else float(value)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sedetect.analysis.common import Analysis
 from sedetect.errors import SedetectError
@@ -14,14 +15,19 @@ from sedetect.ranking.rule import rank
 from sedetect.report.text import token_text
 from sedetect.results import Results
 from sedetect.stats.model import ModelStats, same_model
+from sedetect.stats.proof import Proof
 from sedetect.stats.residual import Residual
 from sedetect.training.histories import Timeline
+
+if TYPE_CHECKING:
+    from sedetect.compression.budget import Budget
 
 
 @dataclass(frozen=True)
 class Evidence:
     """The results in one folder; what was not run is None or empty.
 
+    folder, model        of the results, as commands name it; of the checkpoint, whose shapes give sizes in bytes
     ranking              of stats under rank's defaults, with the residual stream where it was observed
     domains              statistics and ranking of each domain alone
     ablated, ablated_experts    the residual stream without these experts
@@ -39,6 +45,10 @@ class Evidence:
     traces: Traces | None = None
     timeline: Timeline | None = None
     analyses: dict[str, Analysis] = field(default_factory=dict)
+    proof: Proof | None = None
+    budget: "Budget | None" = None
+    folder: str = "DIR"
+    model: Path | None = None
 
     def token(self, token_id: int | None) -> str | None:
         """The token as people read it, see token_text; None for no token."""
@@ -47,9 +57,9 @@ class Evidence:
         return token_text(token_id, None if self.run is None else self.run.tokens.get(token_id))
 
 
-def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
+def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Evidence:
     """Read stats.safetensors, and beside it domains/*.safetensors, *-analysis.safetensors, run.json, residual.json,
-    proof.json, ablation.json, traces.json and timeline.json.
+    proof.json, ablation.json, budget.json, traces.json and timeline.json. model: the checkpoint's folder, for sizes.
 
     Raises SedetectError for a folder without statistics, and for a file that is damaged or of another model.
     """
@@ -76,8 +86,10 @@ def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
     timeline = results.timeline()
     if timeline is not None:
         _same(results.timeline_path, timeline.states[-1].digest, stats.header.digest)
-    if traced is not None:
-        _same(results.traces_path, traced.model, stats.header.model)
+    budget = results.budget()
+    for path, named in ((results.traces_path, traced), (results.budget_path, budget)):
+        if named is not None:
+            _same(path, named.model, stats.header.model)
     analyses = results.analyses()
     for kind, result in analyses.items():
         _same(results.analysis_path(kind), result.digest, stats.header.digest)
@@ -93,6 +105,10 @@ def load_evidence(folder: str | os.PathLike[str]) -> Evidence:
         traces=traced,
         timeline=timeline,
         analyses=analyses,
+        proof=proof,
+        budget=budget,
+        folder=str(folder),
+        model=None if model is None else Path(model),
     )
 
 

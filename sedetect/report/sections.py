@@ -5,6 +5,7 @@ from typing import Any
 from sedetect.experiments.study import badness
 from sedetect.ranking.coverage import FEW_ROWS, coverage
 from sedetect.ranking.result import SuperExpert
+from sedetect.report.answer import answer_section
 from sedetect.report.data import Records, row_name
 from sedetect.report.evidence import Evidence
 from sedetect.report.experiments import (
@@ -26,9 +27,21 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
     limits = ", ".join(
         f"{'' if s == 'decoder' else s + ' '}layers below {limit}" for s, limit in ranking.layer_limits.items()
     )
-    anchors = {"experts": "Experts", "evidence": "Evidence", "residual": "Residual stream", "ablation": "Without them",
-               "traces": "When they fire", "timeline": "Over training", "inside": "Inside the layers",
-               "details": "Details", "run": "What was run"}  # fmt: skip
+    anchors = {
+        "todo": "What to do",
+        "experts": "Experts",
+        "evidence": "Evidence",
+        "residual": "Residual stream",
+        "ablation": "Without them",
+        "traces": "When they fire",
+        "timeline": "Over training",
+        "inside": "Inside the layers",
+        "details": "Details",
+        "run": "What was run",
+    }
+    answer = answer_section(evidence)
+    if answer["todo"] is None:
+        del anchors["todo"]
     for name in ("residual", "ablation", "traces", "timeline", "inside"):
         if not getattr(evidence, "analyses" if name == "inside" else name):
             del anchors[name]
@@ -37,7 +50,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "header": header,
         "ranking": ranking,
         "found": bool(ranking.proved),
-        "reasons": [f"{e}: {e.verdict}: {e.reason}" for e in experts if e.reason is not None][:MOST],
+        **answer,
         "facts": _facts(evidence),
         "named": _experts(evidence, experts[:MOST]),
         "modules": _modules(evidence, experts[:MOST]),

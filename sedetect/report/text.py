@@ -17,9 +17,9 @@ def whole(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
-def percent(change: float) -> str:
+def percent(change: float, digits: int = 1) -> str:
     """A relative change: 0.105 is "+10.5 %"."""
-    return f"{round(change * 100, 1) + 0.0:+.1f} %"  # + 0.0: no minus before a zero
+    return f"{round(change * 100, digits) + 0.0:+.{digits}f} %"  # + 0.0: no minus before a zero
 
 
 def visible(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import math
 
+from sedetect.compression.budget import Budget, Cost, Row
 from sedetect.compression.pruning import Pruning
 from sedetect.experiments.study import Experiment, Outcome
 from sedetect.experiments.traces import ExpertTrace, Fired, Group, Traces
@@ -46,6 +47,7 @@ RESIDUAL = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [FO
 WITHOUT = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [], 0)
 EFFECT = Effect(0.125, -1.0, math.inf, 3)
 GROUP = Group(3, 4, None, 900.0, 0.5)
+COST = Cost(["L1E28"], 0.25, {"code": 9.5}, {"code": 0.5}, 0.5)
 STATE = State(100, "checkpoint-100", "s", "d", 0.01, 3.5, None, None, 12.5, 0.5)
 SAMPLES = {
     Timeline: Timeline("m", [STATE], [History(EXPERT, [7.5], [None], [1], [True], 100, 100)], [], None, ["a note"]),
@@ -64,6 +66,10 @@ SAMPLES = {
         Verdict("L9E7", "undecided", "why", None, None, 0, 0),
     ], [Switching("all", ["L1E28"], EFFECT, 0.02, 90.0)], [Switching("control 1", [], EFFECT)], 1.5, "no sinks",
                  ["a note"]),
+    Budget: Budget("m", "float32", "reap", 128, ["L1E28"], COST, [
+        Row("int4", COST, COST, [COST]), Row("int3", Cost([], 0.2, {"code": math.inf}, {"code": math.inf}, math.inf),
+                                             None, []),
+    ], {"code": 128}, ["a note"]),
     Pruning: Pruning({"model": "m", "ratio": 0.25}, {BankId("decoder", 1, "routed"): [0, 2, 28]}),
     Finished: Finished(3, 1.25, {"batch size": 2, "domains": ["code"]}),
 }  # fmt: skip

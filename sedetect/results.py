@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sedetect.analysis.common import Analysis
     from sedetect.compression.budget import Budget
     from sedetect.compression.pruning import Pruning
+    from sedetect.compression.verification import Verification
     from sedetect.experiments.study import Experiment
     from sedetect.experiments.traces import Traces
     from sedetect.profiling.record import Run
@@ -128,6 +129,13 @@ class Results:
         from sedetect.compression.budget import Budget  # which imports transformers
 
         return Budget.load(self.budget_path)
+
+    def verification(self) -> "Verification | None":
+        if not self.verification_path.is_file():
+            return None
+        from sedetect.compression.verification import Verification  # likewise
+
+        return Verification.load(self.verification_path)
 
     def analysis_path(self, kind: str) -> Path:
         """kind: one of sedetect.analysis.common.KINDS."""

@@ -26,6 +26,7 @@ import sedetect
 from sedetect import ModelStats
 from sedetect.compression.budget import Budget, Cost, Row
 from sedetect.compression.protect import GRANULARITIES, TOOLS, export, protect_list
+from sedetect.compression.verification import Limits, Verification
 from sedetect.experiments.study import Experiment
 from sedetect.kernels.records import COLUMN, column, float_bits
 from sedetect.models.loading import load_tokenizer
@@ -43,7 +44,7 @@ from sedetect.stats.place import BankId
 from sedetect.stats.proof import Effect, Proof, Verdict
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}\u202e\"'&amp;"
-EVERY = ["heatmap", "tail", "first-rest", "by-layer", "by-expert", "positions", "residual", "sinks", "ablation",
+EVERY = ["heatmap", "ablation", "tail", "first-rest", "by-layer", "by-expert", "positions", "residual", "sinks",
          "coverage", "headroom", "kurtosis"]  # fmt: skip
 OF_A_PROFILE = [name for name in EVERY if name not in ("residual", "sinks", "ablation")]
 
@@ -327,6 +328,54 @@ def test_sections_appear_with_their_data(full):
     assert [row[at] for row in drawn["rows"]][: len(changes)] == changes
 
 
+@pytest.fixture
+def decided(tiny_profile, tmp_path):
+    """A profile with what was found of its candidates, and of compression."""
+    folder = tmp_path / "decided"
+    shutil.copytree(tiny_profile, folder)
+    digest = ModelStats.load(folder).header.digest
+    replace(SAMPLES[Proof], digest=digest).save(folder / "proof.json")
+    replace(SAMPLES[Budget], model="tiny-moe").save(folder / "budget.json")
+    replace(SAMPLES[Verification], digest=digest).save(folder / "verification.json")
+    return folder
+
+
+def test_proof_budget_and_verification_have_sections(decided):
+    assert run("report", decided).code == 0
+    page = Page((decided / "report.html").read_text())
+    order = ["todo", "experts", "proof", "budget", "verification", "evidence", "details", "run"]
+    assert [i for i in page.ids if i in order] == order
+    for shown in (
+        "1,536 tokens in 3 windows",
+        "L0E24 (10% left)",
+        "control 1",
+        "Within 5% of the unchanged perplexity, L1E28 kept: none",
+        "int3",
+        "+inf %",
+        "m-int4 fails 1 check against m",
+        "a failure",
+        "50.0 %",
+    ):
+        assert shown in page.text, shown
+    assert "–" in page.text[page.text.index("L9E7") :]  # it did not fire in the proof
+
+
+def test_a_verification_that_could_not_open_its_checkpoint(decided):
+    lost = Verification("tiny-moe", "broken", Limits(), failures=["weights are missing"])
+    lost.save(decided / "verification.json")
+    assert run("report", decided).code == 0
+    page = Page((decided / "report.html").read_text())
+    assert "broken fails 1 check against tiny-moe" in page.text and "weights are missing" in page.text
+
+
+@pytest.mark.parametrize("name", ["proof", "budget", "verification"])
+def test_documents_of_another_model_are_refused(decided, name):
+    file = decided / f"{name}.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps(document | {"model" if name == "budget" else "digest": "another"}))
+    assert f"{file}: is of model another" in refused("report", decided)
+
+
 def test_documents_come_back_as_they_were(full):
     evidence = load_evidence(full[0])
     for name, of in (("ablation", evidence.ablation), ("traces", evidence.traces), ("run", evidence.run)):
@@ -510,13 +559,14 @@ def refused(*args) -> str:
     return err
 
 
-@pytest.mark.parametrize("name", ["run", "residual", "ablation", "traces", "budget"])
+@pytest.mark.parametrize("name", ["run", "residual", "ablation", "traces", "budget", "verification"])
 def test_damaged_documents_are_refused_by_name(full, tmp_path, name):
     folder = tmp_path / "copy"
     shutil.copytree(full[0], folder, ignore=shutil.ignore_patterns("figures", "report.html"))
     file = folder / f"{name}.json"
-    if name == "budget":
-        replace(SAMPLES[Budget], model="tiny-moe").save(file)
+    for cls in (Budget, Verification):
+        if name == cls.__name__.lower():
+            SAMPLES[cls].save(file)
     document = json.loads(file.read_text())
     cases = {
         "is not valid JSON": "{",
@@ -587,8 +637,18 @@ def test_the_page_in_a_browser(full, opened):
         assert shown["token"] == load_evidence(folder).token(peak["token_id"])
     assert tooltip(page, 60)["token"] == "'<|bos|>'"
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    page.set_viewport_size({"width": 420, "height": 900})
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    assert page.locator("nav").evaluate("e => getComputedStyle(e).position") == "sticky"
+    page.set_viewport_size({"width": 400, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    captions = page.locator("caption span")  # in view, however wide their table is
+    edges = captions.evaluate_all(
+        "all => all.filter(e => e.checkVisibility()).map(e => e.getBoundingClientRect().right)"
+    )
+    assert edges and max(edges) <= 400
+    page.wait_for_timeout(300)  # for the charts to take the new width
+    legends = page.locator(".chart .role-legend").evaluate_all("all => all.map(e => e.getBoundingClientRect().right)")
+    assert legends and max(legends) <= 400
     assert events == []
 
 

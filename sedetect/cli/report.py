@@ -21,7 +21,7 @@ def report_command(
 ) -> None:
     """Write one HTML page of everything in a folder of results; it opens offline.
 
-    It shows the profile in DIR, and what ablate, analyze residual and analyze trace have written beside it.
+    It shows the profile in DIR, and what prove, ablate, budget, verify, timeline and analyze have written beside it.
     """
     from sedetect.report.make import make_report
 

@@ -113,7 +113,7 @@ def _share(value: str) -> float:
 
 
 def _print(verification: Verification) -> None:
-    print_line(_headline(verification), "bold")
+    print_line(verification.headline, "bold")
     for failure in verification.failures:
         print_line(f"failed: {failure}")
     if verification.overall is not None:
@@ -153,19 +153,6 @@ def _print(verification: Verification) -> None:
         )
     for note in verification.notes:
         print_line(f"note: {note}")
-
-
-def _headline(verification: Verification) -> str:
-    method = f" ({verification.method})" if verification.method else ""
-    name, overall = f"{verification.quantized}{method}", verification.overall
-    if not verification.passed:
-        count = len(verification.failures)
-        return f"{name} fails {count} {'check' if count == 1 else 'checks'} against {verification.base}"
-    assert overall is not None  # what did not run has failed
-    return (
-        f"{name} passes against {verification.base}: perplexity {overall.change}, KL {overall.kl:.4f} nats per token, "
-        f"the same most likely token in {overall.agreement:.1%}"
-    )
 
 
 def _layer(bank: str) -> str:

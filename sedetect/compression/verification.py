@@ -41,7 +41,7 @@ from sedetect.errors import Argument, SedetectError, WeightsError
 from sedetect.experiments.ablation import resolve
 from sedetect.experiments.divergence import Divergence, Outputs, compare_outputs, record
 from sedetect.experiments.residual_stream import observe_residual
-from sedetect.files import finite
+from sedetect.files import finite, restored
 from sedetect.models.banks import find_banks
 from sedetect.models.identity import check_statistics, model_digest, stable_config
 from sedetect.models.layers import refuse_without_logits
@@ -52,6 +52,7 @@ from sedetect.ranking.rule import rank
 from sedetect.ranking.saliencies import found_places
 from sedetect.stats.model import ModelStats, opened
 from sedetect.stats.place import BankId, Place, parse_place
+from sedetect.stats.proof import read_effect
 from sedetect.stats.residual import Residual
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Verification(Document):
     """
 
     FORMAT = "sedetect-verification"
+    REMEDY = "run `sedetect verify BASE QUANTIZED -o DIR` to make one"
 
     base: str
     quantized: str
@@ -128,10 +130,39 @@ class Verification(Document):
     def passed(self) -> bool:
         return not self.failures
 
+    @property
+    def headline(self) -> str:
+        """The outcome in one sentence."""
+        name = f"{self.quantized}{f' ({self.method})' if self.method else ''}"
+        if not self.passed:
+            count = len(self.failures)
+            return f"{name} fails {count} {'check' if count == 1 else 'checks'} against {self.base}"
+        assert self.overall is not None  # what did not run has failed
+        return (
+            f"{name} passes against {self.base}: perplexity {self.overall.change}, KL {self.overall.kl:.4f} nats per "
+            f"token, the same most likely token in {self.overall.agreement:.1%}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """For verification.json: every field, and passed."""
         document: dict[str, Any] = finite(asdict(self))
         return super().to_dict() | document | {"passed": self.passed}
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Verification":
+        """The inverse of to_dict."""
+        fields = {name: document[name] for name in cls.__dataclass_fields__}
+        fields["limits"] = Limits(**document["limits"])
+        fields["domains"] = {domain: _divergence(one) for domain, one in document["domains"].items()}
+        fields["overall"] = None if document["overall"] is None else _divergence(document["overall"])
+        fields["experts"] = [VerifiedExpert(**one) for one in document["experts"]]
+        fields["residual_max"] = [restored(value) for value in document["residual_max"]]
+        return cls(**fields)
+
+
+def _divergence(document: dict[str, Any]) -> Divergence:
+    numbers = {name: restored(document[name]) for name in ("perplexity", "other", "kl")}
+    return Divergence(**document | numbers | {"change": read_effect(document["change"])})
 
 
 def verify(

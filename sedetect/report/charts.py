@@ -16,6 +16,7 @@ class Charts(Drawing):
         """The charts that have something to draw, in the order of the page."""
         makers: list[tuple[str, Callable[[], Chart]]] = [
             ("experts", self.heatmap),
+            ("ablation", self.ablation),
             ("experts", self.tail),
             ("diagonal", self.first_rest),
             ("layers", self.by_layer),
@@ -23,7 +24,6 @@ class Charts(Drawing):
             ("kept", self.positions),
             ("residual", self.residual),
             ("sinks", self.sinks),
-            ("ablation", self.ablation),
             ("timeline", self.timeline),
             ("timeline_sinks", self.timeline_sinks),
             ("coverage", self.coverage),

@@ -130,7 +130,8 @@ class Drawing:
                 "titleFontSize": 12,
                 "symbolSize": 120,
                 "symbolStrokeColor": self.colour["muted"],
-            },
+            }
+            | ({"layout": {"top": {"direction": "vertical"}}} if self.width == "container" else {}),
         }
         chart = chart.properties(
             width=self.width, height=height, autosize=alt.AutoSizeParams(type="fit-x", contains="padding")

@@ -21,6 +21,7 @@ from sedetect.training.histories import Timeline
 
 if TYPE_CHECKING:
     from sedetect.compression.budget import Budget
+    from sedetect.compression.verification import Verification
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Evidence:
     analyses: dict[str, Analysis] = field(default_factory=dict)
     proof: Proof | None = None
     budget: "Budget | None" = None
+    verification: "Verification | None" = None
     folder: str = "DIR"
     model: Path | None = None
 
@@ -59,7 +61,9 @@ class Evidence:
 
 def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Evidence:
     """Read stats.safetensors, and beside it domains/*.safetensors, *-analysis.safetensors, run.json, residual.json,
-    proof.json, ablation.json, budget.json, traces.json and timeline.json. model: the checkpoint's folder, for sizes.
+    proof.json, ablation.json, budget.json, verification.json, traces.json and timeline.json.
+
+    model: the checkpoint's folder, for sizes.
 
     Raises SedetectError for a folder without statistics, and for a file that is damaged or of another model.
     """
@@ -83,6 +87,9 @@ def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] 
     for path, found in documents.items():
         if found is not None:
             _same(path, found.digest, stats.header.digest)
+    verification = results.verification()
+    if verification is not None and verification.digest:  # "" where the quantized one could not be opened
+        _same(results.verification_path, verification.digest, stats.header.digest)
     timeline = results.timeline()
     if timeline is not None:
         _same(results.timeline_path, timeline.states[-1].digest, stats.header.digest)
@@ -107,6 +114,7 @@ def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] 
         analyses=analyses,
         proof=proof,
         budget=budget,
+        verification=verification,
         folder=str(folder),
         model=None if model is None else Path(model),
     )

@@ -1,4 +1,4 @@
-"""What the page says of experiments: the residual stream, ablation, traces, analyses. Each gives template variables."""
+"""What the page says of experiments, as template variables: proof, residual stream, ablation, traces, analyses."""
 
 import statistics
 from collections import defaultdict
@@ -8,9 +8,43 @@ from typing import Any
 from sedetect.analysis.tables import Cells, layers_table, marked_experts, standings_tables
 from sedetect.experiments.study import Experiment, Outcome, badness, conclusion
 from sedetect.report.evidence import Evidence
-from sedetect.report.table import MOST, NONE, Table, make_table
-from sedetect.report.text import number, percent, token_text, whole
+from sedetect.report.table import MOST, NONE, Named, Table, make_table
+from sedetect.report.text import interval, number, percent, share, token_text, whole
 from sedetect.stats.residual import Formation
+
+
+def proof_section(evidence: Evidence) -> dict[str, Any]:
+    proof = evidence.proof
+    if proof is None:
+        return {"proof": None}
+    rows: list[list[str]] = []
+    for one in proof.verdicts:
+        fed = None if one.feeders is None else ", ".join(f"{f.expert} ({f.left:.0%} left)" for f in one.feeders)
+        alone = [NONE, NONE] if one.alone is None else [percent(one.alone.rise, 2), interval(one.alone)]
+        within = [NONE, NONE] if one.within is None else [percent(one.within.rise, 2), interval(one.within)]
+        named: list[str] = [Named(one.expert, one.level), Named(one.level, one.level), *alone, *within]
+        rows.append(
+            [*named, whole(one.triggers), whole(one.firsts), fed or ("not followed" if fed is None else "none")]
+        )
+    head = "expert,verdict,#alone,#interval,#beside the others,#interval,#fires on tokens,#of them first,fed by"
+    runs = [["nothing", "", "", number(proof.sink_mean, 3), number(proof.residual_max)]]
+    runs += [
+        [run.label, percent(run.effect.rise, 2), interval(run.effect), number(run.sink_mean, 3),
+         number(run.residual_max)]
+        for run in [*proof.runs, *proof.controls]
+    ]  # fmt: skip
+    text = (
+        f"Each is switched off only at the tokens where it fires, on {whole(proof.tokens)} tokens in "
+        f"{whole(proof.documents)} windows that the statistics did not see; a rise of perplexity by "
+        f"{share(proof.smallest)} matters. Beside the others: what it adds where the other candidates are off too. "
+        f"Controls: other experts that the same tokens visit. {proof.sinks[:1].upper()}{proof.sinks[1:]}."
+    )
+    return {
+        "proof": proof,
+        "proof_text": text,
+        "proof_verdicts": make_table(head, rows),
+        "proof_runs": make_table("switched off,#perplexity,#interval,#sink,#residual", runs),
+    }
 
 
 def residual_section(evidence: Evidence) -> dict[str, Any]:

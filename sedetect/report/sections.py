@@ -6,11 +6,13 @@ from sedetect.experiments.study import badness
 from sedetect.ranking.coverage import FEW_ROWS, coverage
 from sedetect.ranking.result import SuperExpert
 from sedetect.report.answer import answer_section
+from sedetect.report.compression import budget_section, verification_section
 from sedetect.report.data import Records, row_name
 from sedetect.report.evidence import Evidence
 from sedetect.report.experiments import (
     ablation_section,
     inside_section,
+    proof_section,
     residual_section,
     timeline_section,
     traces_section,
@@ -30,9 +32,12 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
     anchors = {
         "todo": "What to do",
         "experts": "Experts",
+        "proof": "Proof",
+        "ablation": "Without them",
+        "budget": "Budget",
+        "verification": "Verification",
         "evidence": "Evidence",
         "residual": "Residual stream",
-        "ablation": "Without them",
         "traces": "When they fire",
         "timeline": "Over training",
         "inside": "Inside the layers",
@@ -42,7 +47,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
     answer = answer_section(evidence)
     if answer["todo"] is None:
         del anchors["todo"]
-    for name in ("residual", "ablation", "traces", "timeline", "inside"):
+    for name in ("proof", "budget", "verification", "residual", "ablation", "traces", "timeline", "inside"):
         if not getattr(evidence, "analyses" if name == "inside" else name):
             del anchors[name]
     return {
@@ -60,8 +65,11 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "no_first": sum(not (r["first"] and r["rest"]) for r in data["experts"]),
         "contexts": [r for r in data["kept"] if r["context"]],
         "domains": _domains(evidence),
-        **residual_section(evidence),
+        **proof_section(evidence),
         **ablation_section(evidence.ablation),
+        **budget_section(evidence),
+        **verification_section(evidence),
+        **residual_section(evidence),
         **traces_section(evidence),
         **timeline_section(evidence),
         **inside_section(evidence),

@@ -2,6 +2,8 @@
 
 import math
 
+from sedetect.stats.proof import Effect
+
 
 def number(value: float | None, digits: int = 4) -> str:
     """value with so many significant digits, without exponents up to a million; a dash for None."""
@@ -20,6 +22,17 @@ def whole(value: int | None) -> str:
 def percent(change: float, digits: int = 1) -> str:
     """A relative change: 0.105 is "+10.5 %"."""
     return f"{round(change * 100, digits) + 0.0:+.{digits}f} %"  # + 0.0: no minus before a zero
+
+
+def share(value: float) -> str:
+    """A part of a whole: 0.105 is "10.5 %"."""
+    return f"{value * 100:.1f} %"
+
+
+def interval(effect: Effect) -> str:
+    """The interval of a relative change; a dash where there are too few documents for one."""
+    known = math.isfinite(effect.low) and math.isfinite(effect.high)
+    return f"{percent(effect.low, 2)} to {percent(effect.high, 2)}" if known else "–"
 
 
 def visible(text: str) -> str:

@@ -132,11 +132,12 @@ class Proof(Document):
         fields = {name: document[name] for name in cls.__dataclass_fields__}
         fields["verdicts"] = [_verdict(one) for one in document["verdicts"]]
         for name in ("runs", "controls"):
-            fields[name] = [Switching(**one | {"effect": _effect(one["effect"])}) for one in document[name]]
+            fields[name] = [Switching(**one | {"effect": read_effect(one["effect"])}) for one in document[name]]
         return cls(**fields)
 
 
-def _effect(document: Mapping[str, Any] | None) -> Effect | None:
+def read_effect(document: Mapping[str, Any] | None) -> Effect | None:
+    """The inverse of asdict and finite."""
     if document is None:
         return None
     rise, low, high = (float(document[name]) for name in ("rise", "low", "high"))
@@ -144,6 +145,6 @@ def _effect(document: Mapping[str, Any] | None) -> Effect | None:
 
 
 def _verdict(document: Mapping[str, Any]) -> Verdict:
-    effects = {name: _effect(document[name]) for name in ("alone", "within")}
+    effects = {name: read_effect(document[name]) for name in ("alone", "within")}
     feeders = None if document["feeders"] is None else [Feeder(**one) for one in document["feeders"]]
     return Verdict(**{**document, **effects, "feeders": feeders})

@@ -4,6 +4,8 @@ import math
 
 from sedetect.compression.budget import Budget, Cost, Row
 from sedetect.compression.pruning import Pruning
+from sedetect.compression.verification import Limits, Verification, VerifiedExpert
+from sedetect.experiments.divergence import Divergence
 from sedetect.experiments.study import Experiment, Outcome
 from sedetect.experiments.traces import ExpertTrace, Fired, Group, Traces
 from sedetect.profiling.record import Context, Run
@@ -46,6 +48,7 @@ FORMED = Formation(
 RESIDUAL = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [FORMED], 1, ["a note"], ["output gates"])
 WITHOUT = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [], 0)
 EFFECT = Effect(0.125, -1.0, math.inf, 3)
+DIVERGED = Divergence(9.5, math.inf, EFFECT, 0.25, 0.5, 127)
 GROUP = Group(3, 4, None, 900.0, 0.5)
 COST = Cost(["L1E28"], 0.25, {"code": 9.5}, {"code": 0.5}, 0.5)
 STATE = State(100, "checkpoint-100", "s", "d", 0.01, 3.5, None, None, 12.5, 0.5)
@@ -70,6 +73,9 @@ SAMPLES = {
         Row("int4", COST, COST, [COST]), Row("int3", Cost([], 0.2, {"code": math.inf}, {"code": math.inf}, math.inf),
                                              None, []),
     ], {"code": 128}, ["a note"]),
+    Verification: Verification("m", "m-int4", Limits(0.05, None), None, "d", "e", {"code": 128}, {"code": DIVERGED},
+                               DIVERGED, [VerifiedExpert("L1E28", "equal", True, 900.0, None)],
+                               {"decoder.1.routed": 0.25}, [900.0, math.inf], [None, 0.5], ["a failure"], ["a note"]),
     Pruning: Pruning({"model": "m", "ratio": 0.25}, {BankId("decoder", 1, "routed"): [0, 2, 28]}),
     Finished: Finished(3, 1.25, {"batch size": 2, "domains": ["code"]}),
 }  # fmt: skip

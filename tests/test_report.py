@@ -31,13 +31,16 @@ from sedetect.experiments.study import Experiment
 from sedetect.kernels.records import COLUMN, column, float_bits
 from sedetect.models.loading import load_tokenizer
 from sedetect.profiling.record import Run
+from sedetect.ranking.stability import agreement, margins
 from sedetect.report import numbers, text
 from sedetect.report.answer import answer_section
 from sedetect.report.data import datasets
 from sedetect.report.evidence import Evidence, load_evidence
 from sedetect.report.experiments import ablation_section
+from sedetect.report.sections import sections
 from sedetect.report.style import DARK, LIGHT
 from sedetect.report.write import write_report
+from sedetect.results import Results
 from sedetect.stats.bank import BankStats
 from sedetect.stats.note import Note
 from sedetect.stats.place import BankId
@@ -358,6 +361,29 @@ def test_proof_budget_and_verification_have_sections(decided):
     ):
         assert shown in page.text, shown
     assert "–" in page.text[page.text.index("L9E7") :]  # it did not fire in the proof
+
+
+def test_stability_is_that_of_the_command(tiny_profile, tmp_path):
+    """The margins, and the candidates of domains and rounds; rounds of another model are refused."""
+    folder = tmp_path / "rounds"
+    shutil.copytree(tiny_profile, folder)
+    Results(folder).rounds.save(dict(zip(("000", "001"), Results(folder).domains.load().values())))
+    evidence = load_evidence(folder)
+    made = sections(evidence, datasets(evidence))
+    wanted = margins(evidence.stats)
+    assert [row[0] for row in made["margins"].rows] == list(wanted)
+    assert made["margins"].columns == ["expert", *wanted["L1E28"]]
+    assert made["margins"].rows[0][1:] == [text.number(x, 3) for x in wanted["L1E28"].values()]
+    agreed = agreement(evidence.rounds)
+    assert [row[2] for row in made["rounds"].rows] == [", ".join(found) or "none" for found in agreed.found]
+    assert run("report", folder).code == 0
+    page = Page((folder / "report.html").read_text())
+    assert page.ids.index("evidence") < page.ids.index("stability") < page.ids.index("details")
+    assert "Each round alone" in page.text and "Each domain alone" in page.text
+    other = synthetic_stats(2, 4)
+    other.header.digest = "another"
+    other.save(folder / "rounds" / "001.safetensors")
+    assert "001.safetensors: is of model another" in refused("report", folder)
 
 
 def test_a_verification_that_could_not_open_its_checkpoint(decided):

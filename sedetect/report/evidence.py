@@ -31,6 +31,7 @@ class Evidence:
     folder, model        of the results, as commands name it; of the checkpoint, whose shapes give sizes in bytes
     ranking              of stats under rank's defaults, with the residual stream where it was observed
     domains              statistics and ranking of each domain alone
+    rounds               statistics of each round of a profile --until-stable
     ablated, ablated_experts    the residual stream without these experts
     analyses             by kind, in the order of analysis.KINDS
     """
@@ -49,6 +50,7 @@ class Evidence:
     proof: Proof | None = None
     budget: "Budget | None" = None
     verification: "Verification | None" = None
+    rounds: dict[str, ModelStats] = field(default_factory=dict)
     folder: str = "DIR"
     model: Path | None = None
 
@@ -60,11 +62,10 @@ class Evidence:
 
 
 def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Evidence:
-    """Read stats.safetensors, and beside it domains/*.safetensors, *-analysis.safetensors, run.json, residual.json,
-    proof.json, ablation.json, budget.json, verification.json, traces.json and timeline.json.
+    """Read stats.safetensors, and beside it domains/*.safetensors, rounds/*.safetensors, *-analysis.safetensors,
+    run.json, residual.json, proof.json, ablation.json, budget.json, verification.json, traces.json and timeline.json.
 
     model: the checkpoint's folder, for sizes.
-
     Raises SedetectError for a folder without statistics, and for a file that is damaged or of another model.
     """
     results = Results(folder)
@@ -74,8 +75,10 @@ def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] 
     if not stats.banks:
         raise SedetectError(f"{results.stats_path}: holds no experts; profile the model again")
     domains = results.domains.load()
-    for name, part in domains.items():
-        _same(results.domains.file(name), part.header.digest, stats.header.digest)
+    rounds = results.rounds.load()
+    for where, parts in ((results.domains, domains), (results.rounds, rounds)):
+        for name, part in parts.items():
+            _same(where.file(name), part.header.digest, stats.header.digest)
     ran, observed, ablation, traced = results.run(), results.observation(), results.ablation(), results.traces()
     residual, proof = None if observed is None else observed.residual, results.proof()
     documents = {
@@ -115,6 +118,7 @@ def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] 
         proof=proof,
         budget=budget,
         verification=verification,
+        rounds=rounds,
         folder=str(folder),
         model=None if model is None else Path(model),
     )

@@ -5,6 +5,7 @@ from typing import Any
 from sedetect.experiments.study import badness
 from sedetect.ranking.coverage import FEW_ROWS, coverage
 from sedetect.ranking.result import SuperExpert
+from sedetect.ranking.stability import agreement, margins
 from sedetect.report.answer import answer_section
 from sedetect.report.compression import budget_section, verification_section
 from sedetect.report.data import Records, row_name
@@ -37,6 +38,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "budget": "Budget",
         "verification": "Verification",
         "evidence": "Evidence",
+        "stability": "Stability",
         "residual": "Residual stream",
         "traces": "When they fire",
         "timeline": "Over training",
@@ -44,9 +46,11 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "details": "Details",
         "run": "What was run",
     }
-    answer = answer_section(evidence)
+    answer, stability, domains = answer_section(evidence), _stability(evidence), _domains(evidence)
     if answer["todo"] is None:
         del anchors["todo"]
+    if not (domains.rows or stability["margins"].rows or stability["rounds"].rows):
+        del anchors["stability"]
     for name in ("proof", "budget", "verification", "residual", "ablation", "traces", "timeline", "inside"):
         if not getattr(evidence, "analyses" if name == "inside" else name):
             del anchors[name]
@@ -64,7 +68,8 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "largest": _largest(data["experts"]),
         "no_first": sum(not (r["first"] and r["rest"]) for r in data["experts"]),
         "contexts": [r for r in data["kept"] if r["context"]],
-        "domains": _domains(evidence),
+        "domains": domains,
+        **stability,
         **proof_section(evidence),
         **ablation_section(evidence.ablation),
         **budget_section(evidence),
@@ -160,6 +165,22 @@ def _domains(evidence: Evidence) -> Table:
     return make_table(
         f"domain,candidates,#largest |y|,#tokens,#experts with fewer than {FEW_ROWS} rows,#with none", rows
     )
+
+
+def _stability(evidence: Evidence) -> dict[str, Any]:
+    """By what factor each expert passes the thresholds, and the candidates of each round alone."""
+    verdicts = {str(expert): expert.verdict or OTHER for expert in evidence.ranking.judged}
+    passed = list(margins(evidence.stats).items())[:MOST]
+    kinds = list(dict.fromkeys(kind for _, by in passed for kind in by))
+    rows: list[list[str]] = [
+        [Named(name, verdicts.get(name, OTHER)), *(number(by.get(kind), 3) for kind in kinds)] for name, by in passed
+    ]
+    agreed = agreement(evidence.rounds) if len(evidence.rounds) > 1 else None
+    parts = [] if agreed is None else zip(agreed.parts, agreed.tokens, agreed.found, strict=True)
+    return {
+        "margins": make_table(",".join(["expert", *(f"#{kind}" for kind in kinds)]), rows),
+        "rounds": make_table("round,#tokens,candidates", [[n, whole(t), ", ".join(f) or "none"] for n, t, f in parts]),
+    }
 
 
 def _thin(evidence: Evidence) -> Table:

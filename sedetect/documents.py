@@ -1,8 +1,10 @@
 """JSON documents: values that are written with the name and version of their form, and read back."""
 
+import html
 import json
 import os
 import textwrap
+from collections.abc import Sequence
 from types import NoneType
 from typing import Any, ClassVar, Self
 
@@ -33,6 +35,28 @@ def _brief(value: Any) -> str:
     elif not isinstance(value, (str, int, float, NoneType)):
         return repr(value) if type(value).__module__.startswith("sedetect.stats") else type(value).__name__
     return textwrap.shorten(repr(value), _WIDTH, placeholder=" ...")
+
+
+def html_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table for a notebook: text and whole numbers as they are, others with four digits; a dash for None."""
+
+    def cell(value: Any) -> str:
+        shown = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        return f"<td>{html.escape(shown)}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    title = f"<caption>{html.escape(caption)}</caption>"
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def data_frame(records: Sequence[dict[str, Any]]) -> Any:
+    """A pandas.DataFrame with a row per record. Raises SedetectError where pandas is missing."""
+    try:
+        import pandas
+    except ModuleNotFoundError:
+        raise SedetectError("to_dataframe needs pandas; install it with: pip install pandas") from None
+    return pandas.DataFrame(records)
 
 
 class Document:

@@ -3,10 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sedetect.documents import Document, short_repr
+from sedetect.documents import Document, data_frame, html_table, short_repr
 from sedetect.files import finite
 from sedetect.stats.place import Place
 
+_SHOWN = 20  # experts, in a notebook
 PROTECTED = ("proved", "candidate", "undecided")
 """The verdicts of experts that pruning and quantization leave alone: all but refuted."""
 
@@ -62,6 +63,10 @@ class SuperExpert(Place):
         """Whether it saw a row."""
         return self.channel >= 0
 
+    def _repr_html_(self) -> str:
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        return html_table(str(self), ("field", "value"), list(fields.items()))
+
     def to_dict(self) -> dict[str, Any]:
         """name (str(self)) and every field, ready for JSON: NaN is None, infinity is "inf"."""
         return {"name": str(self)} | {key: finite(value) for key, value in asdict(self).items()}
@@ -101,6 +106,20 @@ class Ranking(Document):
     notes: list[str]
 
     __repr__ = short_repr
+
+    def _repr_html_(self) -> str:
+        columns = ("expert", "verdict", "max|y|", "÷ median", "÷ next", "channel", "position", "in set")
+        rows = [
+            (str(e), e.verdict, e.value, e.ratio, e.next_ratio, e.channel if e.seen else None,
+             e.position if e.position >= 0 else None, "yes" if e in self.super_experts else "no")
+            for e in self.judged[:_SHOWN]
+        ]  # fmt: skip
+        more = f" (the first {_SHOWN} of {len(self.judged)})" if len(self.judged) > _SHOWN else ""
+        return html_table(f"{self.model}: {self.headline}{more}", columns, rows)
+
+    def to_dataframe(self) -> Any:
+        """A pandas.DataFrame: a row per expert of judged, with its name and every field."""
+        return data_frame([{"name": str(expert)} | asdict(expert) for expert in self.judged])
 
     @property
     def found(self) -> list[SuperExpert]:

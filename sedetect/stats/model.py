@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sedetect.documents import short_repr
+from sedetect.documents import data_frame, html_table, short_repr
 from sedetect.errors import SedetectError
 from sedetect.files import STATS, check_readable, file_in, write_atomic
 from sedetect.kernels.records import (
@@ -24,7 +24,7 @@ from sedetect.kernels.records import (
 )
 from sedetect.stats.bank import RECORDS, BankStats
 from sedetect.stats.note import Note, sorted_notes
-from sedetect.stats.place import BankId
+from sedetect.stats.place import BankId, place_of
 
 FORMAT = "sedetect-stats"
 VERSION = "2"
@@ -146,6 +146,29 @@ class ModelStats:
             f"ModelStats({header.model or 'empty'} {header.dtype}: {experts:,} routed experts in {len(self.banks)} "
             f"banks; {header.tokens:,} tokens in {header.sequences:,} sequences)"
         )
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for bank, state in sorted(self.banks.items()):
+            known = torch.where(state.out_max.isnan(), -1, state.out_max)
+            best = int(known.argmax())
+            largest = (float(known[best]), str(place_of(bank, best, state.num_experts)))
+            seen = [*(largest if largest[0] > 0 else (None, None)), float(state.out_max.nanmedian())]
+            rows.append([str(bank), state.num_experts, *seen, int(state.rows.min()), int(state.rows.max())])
+        columns = ("bank", "experts", "largest |y|", "of", "median of the experts", "fewest rows", "most rows")
+        return html_table(repr(self), columns, rows)
+
+    def to_dataframe(self) -> Any:
+        """A pandas.DataFrame: a row per expert, with its name, place, counted rows, and largest |y|: of all rows, of
+        first tokens, of the others."""
+        records = []
+        for bank, state in sorted(self.banks.items()):
+            columns = (values.tolist() for values in (state.rows, state.out_max, state.first_max, state.rest_max))
+            for e, values in enumerate(zip(*columns)):
+                place = place_of(bank, e, state.num_experts)
+                measured = dict(zip(("rows", "out_max", "first_max", "rest_max"), values))
+                records.append({"name": str(place)} | vars(place) | measured)
+        return data_frame(records)
 
     @classmethod
     def empty(cls) -> "ModelStats":

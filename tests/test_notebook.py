@@ -1,0 +1,99 @@
+"""What a notebook shows of results: tables without markup of a model's own, and data frames."""
+
+import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.page import Page
+from support.synthetic import synthetic_stats
+
+import sedetect
+from sedetect.errors import SedetectError
+from sedetect.kernels.records import COLUMN, float_bits
+from sedetect.ranking.result import SuperExpert
+from sedetect.stats.bank import BankStats
+from sedetect.stats.model import ModelStats
+from sedetect.stats.place import BankId
+
+HOSTILE = "<script>alert(1)</script>&amp;\"'"
+
+
+@pytest.fixture
+def stats():
+    stats = synthetic_stats(3, 4, model=HOSTILE)
+    state = stats.banks[BankId("decoder", 2, "routed")]
+    state.outliers[1, 0, COLUMN["value"]] = float_bits(torch.tensor(math.nan))
+    return stats
+
+
+@pytest.fixture
+def ranking(stats):
+    ranking = sedetect.rank(stats)
+    first, *others = ranking.super_experts
+    return replace(ranking, super_experts=[replace(first, source=HOSTILE, reason=HOSTILE), *others])
+
+
+@pytest.fixture
+def frames(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
+
+
+def test_tables(stats, ranking):
+    expert = ranking.super_experts[0]
+    for shown, rows in ((stats, 3), (ranking, len(ranking.judged)), (expert, None)):
+        html = shown._repr_html_()
+        page = Page(html)
+        assert page.tags[0] == "table" and "script" not in page.tags and HOSTILE in page.text
+        assert rows is None or page.tags.count("tr") == rows + 1
+    page = Page(ranking._repr_html_())
+    assert ranking.headline in page.text and "L1E3candidate700" in page.text
+    assert "L1E3" in Page(stats._repr_html_()).text and "nan" not in Page(stats._repr_html_()).text
+    assert "None" not in Page(expert._repr_html_()).text
+
+
+def test_tables_of_nothing(ranking):
+    assert ModelStats.empty()._repr_html_().endswith("<tbody></tbody></table>")
+    empty = replace(ranking, super_experts=[], others=[])
+    assert empty._repr_html_().endswith("<tbody></tbody></table>")
+
+
+def test_banks_that_saw_nothing_or_gave_no_number(stats):
+    """Of experts that are all NaN, or saw nothing, no largest one is named; infinity is one."""
+    values = {0: math.nan, 1: math.inf}
+    for layer, value in values.items():
+        for name in ("outliers", "first_outliers"):
+            getattr(stats.banks[BankId("decoder", layer, "routed")], name)[..., COLUMN["value"]] = float_bits(
+                torch.tensor(value)
+            )
+    stats.banks[BankId("decoder", 2, "routed")] = BankStats.empty(4)
+    html = stats._repr_html_()
+    assert "<td>decoder.0.routed</td><td>4</td><td>–</td><td>–</td><td>nan</td>" in html
+    assert "<td>decoder.1.routed</td><td>4</td><td>inf</td><td>L1E0</td>" in html
+    assert "<td>decoder.2.routed</td><td>4</td><td>–</td><td>–</td><td>0</td><td>0</td><td>0</td>" in html
+
+
+def test_long_tables_say_so(ranking):
+    many = replace(ranking, super_experts=ranking.super_experts * 25, others=[])
+    html = many._repr_html_()
+    assert f"the first 20 of {25 * len(ranking.super_experts)}" in html and html.count("<tr>") == 21
+
+
+def test_data_frames(stats, ranking, frames):
+    rows = stats.to_dataframe()
+    assert len(rows) == 12 and rows[7]["name"] == "L1E3" and (rows[7]["layer"], rows[7]["expert"]) == (1, 3)
+    state = stats.banks[BankId("decoder", 1, "routed")]
+    assert [row["out_max"] for row in rows[4:8]] == state.out_max.tolist()
+    assert [row["rows"] for row in rows[4:8]] == state.rows.tolist()
+    judged = ranking.to_dataframe()
+    assert [row["name"] for row in judged] == [str(expert) for expert in ranking.judged]
+    assert set(judged[0]) == {"name", *SuperExpert.__dataclass_fields__}
+
+
+def test_without_pandas(stats, ranking, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for one in (stats, ranking):
+        with pytest.raises(SedetectError, match="to_dataframe needs pandas; install it with: pip install pandas"):
+            one.to_dataframe()

@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.checkpoints import put_model, put_tokenizer
 from support.command import refused, run
+from support.conformance import available
+from support.families import FAMILIES, tiny_model
 from support.models import CONFIGS, TINY, random_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +21,7 @@ from sedetect.compression import pruning
 from sedetect.compression.pruning import Pruning, choose_kept, prune_checkpoint
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
+from sedetect.models.banks import find_banks
 from sedetect.ranking.saliencies import SALIENCIES, saliency
 from sedetect.stats.place import Place
 
@@ -127,6 +130,32 @@ def test_every_layout(name, tmp_path):
     for key in biases:
         layer = int(key.split("layers.")[1].split(".")[0])
         assert torch.equal(written[key], source[key][..., kept[BankId("decoder", layer, "routed")]])
+
+
+# Their layouts are refused by name.
+REFUSED = {
+    "bailing_hybrid", "dbrx", "deepseek_v4", "diffusion_gemma", "doge", "dots3_note", "ernie4_5_vl_moe", "gemma4",
+    "inkling", "jetmoe", "kimi_linear", "longcat_flash", "mistral_large4", "muse_spark", "nemotron_h", "nllb_moe",
+    "qwen3_omni_moe:talker", "step3p7", "switch_transformers", "zaya",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_family_loads_or_is_refused(name, tmp_path):
+    """Every tensor of the pruned checkpoint has its place and its shape in the model that transformers builds."""
+    model = tiny_model(name, FAMILIES[name])
+    model.save_pretrained(tmp_path / "source")
+    try:
+        banks = [bank for bank in find_banks(model) if (bank.id.stack, bank.id.kind) == ("decoder", "routed")]
+        prune_checkpoint(tmp_path / "source", tmp_path / "out", {bank.id: [1, 2, 4, 5, 6, 7] for bank in banks})
+    except SedetectError:
+        assert name in REFUSED and os.listdir(tmp_path) == ["source"]
+        return
+    assert name not in REFUSED
+    pruned, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    sizes = {bank.experts for bank in find_banks(pruned) if bank.id.stack == "decoder" and bank.id.kind == "routed"}
+    assert sizes == {6}
 
 
 def test_predictor_heads_are_left_out(tmp_path):

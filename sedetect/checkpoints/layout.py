@@ -20,6 +20,7 @@ _BLOCK = r"((?:.*\.)?layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward|mixer))
 _ONE = re.compile(_BLOCK + r"\.experts\.(\d+)\.(.+)")
 _TOGETHER = re.compile(_BLOCK + r"\.(?:experts\.\w+(?:\.\w+)?|(?:input|output)_linear\.weight)")
 _IN_BLOCK = re.compile(_BLOCK + r"\.(.+)")
+_BESIDE = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.*\brouter\b.*)")  # of a layer, not of its block
 _SHARED = ("shared_expert.", "shared_experts.", "shared_expert_gate.", "shared_mlp.")
 # Name in the block -> dimension that counts experts.
 _ROUTER = {
@@ -34,6 +35,7 @@ _ROUTER = {
     "e_score_correction_bias": 0,
     "expert_bias": 0,
     "moe_statics.e_score_correction_bias": 1,
+    "moe.router.expert_bias": 0,  # beside the block
 }
 # What a config calls its number of experts; a list of numbers per layer is none of these.
 NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -150,10 +152,15 @@ def _is_predictor(name: str, roots: set[str], layers: int | None) -> bool:
 
 def _owned(folder: Path, name: str, tensor: Tensor, blocks: dict[int, str], experts: dict[int, int]) -> Tensor:
     """tensor with its owner; SedetectError for one of a MoE block that is not known."""
-    match = _IN_BLOCK.fullmatch(name)
-    if match is None or blocks.get(int(match[2])) != match[1] or match[3].startswith(_SHARED):
+    match, beside = _IN_BLOCK.fullmatch(name), _BESIDE.fullmatch(name)
+    if match is not None and blocks.get(int(match[2])) == match[1]:
+        layer, inside = int(match[2]), match[3]
+    elif beside is not None and int(beside[1]) in blocks:
+        layer, inside = int(beside[1]), beside[2]
+    else:
         return tensor
-    layer, inside = int(match[2]), match[3]
+    if inside.startswith(_SHARED):
+        return tensor
     if one := _ONE.fullmatch(name):
         return tensor._replace(layer=layer, expert=int(one[3]))
     dimension = 0 if _TOGETHER.fullmatch(name) else _ROUTER.get(inside)

@@ -2,26 +2,32 @@
 
 import json
 import os
+import re
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.checkpoints import put_model, put_tokenizer
+from support.checkpoints import OTHERS, put_model, put_tokenizer, save_family, save_random, to_fp8, to_mxfp4
 from support.command import refused, run
 from support.conformance import available
 from support.families import FAMILIES, tiny_model
 from support.models import CONFIGS, TINY, random_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM
 
 import sedetect
 from sedetect import BankId, ModelStats
 from sedetect.compression import pruning
+from sedetect.compression.merging import Group
 from sedetect.compression.pruning import Pruning, choose_kept, prune_checkpoint
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
 from sedetect.models.banks import find_banks
+from sedetect.models.loading import load_model
 from sedetect.ranking.saliencies import SALIENCIES, saliency
 from sedetect.stats.place import Place
 
@@ -68,50 +74,13 @@ def test_the_pruned_checkpoint_computes_what_is_left(tiny_stats, tmp_path, ratio
     assert (expected - logits(original, ids)).abs().max() > 0.1, "the experts removed mattered"
 
 
-_SMALL = CONFIGS["qwen3_moe"]().to_dict() | {
-    "num_local_experts": 8,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 2,
-}
 BIASED = ("deepseek_v3", "gpt_oss", "minimax_m2", "lfm2_moe", "afmoe", "ernie4_5_moe")
-# Router tensors of every name that the layout knows, in addition to the models that all tests share.
-OTHERS = {
-    "mixtral": {},
-    "granitemoe": {},
-    "minimax_m2": {},
-    "jamba": {"num_experts": 8, "attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1,
-              "expert_layer_offset": 0, "use_mamba_kernels": False},
-    "lfm2_moe": {"num_experts": 8, "num_dense_layers": 1, "layer_types": ["full_attention"] * 2},
-    "afmoe": {"num_experts": 8, "num_dense_layers": 1, "sliding_window": 64},
-    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2},
-    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
-}  # fmt: skip
-
-
-def family(name, folder):
-    """A small random checkpoint of a family as save_pretrained writes it, and its statistics."""
-    if name in CONFIGS:
-        model = random_model(name)
-    else:
-        settings = {key: value for key, value in _SMALL.items() if key not in ("model_type", "layer_types")}
-        torch.manual_seed(0)
-        config = CONFIG_MAPPING[name](**settings | OTHERS[name])
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name in OTHERS or "bias" in key:
-                tensor.copy_(torch.randn_like(tensor) * (0.3 if tensor.dim() > 1 or "bias" in key else 1.0))
-    model.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    with sedetect.profile(model) as prof:
-        model(input_ids=torch.randint(3, 96, (4, 30), generator=torch.Generator().manual_seed(0)))
-    return model, prof.stats
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
 def test_every_layout(name, tmp_path):
     """Experts one by one and together, router biases, groups, shared experts, dense layers."""
-    model, stats = family(name, tmp_path / "source")
+    model, stats = save_family(name, tmp_path / "source")
     groups = 2 if name == "deepseek_v3" else 1
     kept = choose_kept(stats, "reap", 0.34 if name == "qwen2_moe" else 0.25, groups=groups)
     prune_checkpoint(tmp_path / "source", tmp_path / "out", kept)
@@ -158,9 +127,40 @@ def test_every_family_loads_or_is_refused(name, tmp_path):
     assert sizes == {6}
 
 
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_quantized_checkpoints_keep_their_bytes(kind, tmp_path):
+    """Of experts that stay, with the scales of their blocks; logits are those of the original without the others."""
+    config = CONFIGS["qwen3_moe" if kind == "fp8" else "gpt_oss"]()
+    config.intermediate_size = 32  # of blocks of 32
+    save_random(config, tmp_path / "source", torch.bfloat16)
+    (to_fp8 if kind == "fp8" else to_mxfp4)(tmp_path / "source")
+    kept = {BankId("decoder", layer, "routed"): [0, 2, 3, 5, 6, 7] for layer in range(config.num_hidden_layers)}
+    pruning.check_prunable(tmp_path / "source", 0.25)
+    prune_checkpoint(tmp_path / "source", tmp_path / "out", kept)
+    source, written = (load_file(tmp_path / part / "model.safetensors") for part in ("source", "out"))
+    seen = set()
+    for name, tensor in written.items():
+        match = re.match(r"(.*\.experts\.)(\d+)(\..*)", name)
+        old = f"{match[1]}{kept[BankId('decoder', 0, 'routed')][int(match[2])]}{match[3]}" if match else name
+        whole = source[old]
+        if whole.shape != tensor.shape:
+            whole = whole[kept[BankId("decoder", 0, "routed")]]
+        assert tensor.dtype == whole.dtype and torch.equal(tensor.view(torch.uint8), whole.view(torch.uint8)), name
+        seen.add(tensor.dtype)
+    assert (torch.float8_e4m3fn if kind == "fp8" else torch.uint8) in seen
+    models = [load_model(tmp_path / part) for part in ("source", "out")]
+    ids = torch.randint(3, 96, (2, 20), generator=torch.Generator().manual_seed(1))
+    with ablate(models[0], removed(kept, 8), how="remove"):
+        expected = logits(models[0], ids)
+    torch.testing.assert_close(logits(models[1], ids), expected, rtol=2e-2, atol=2e-2)
+    with pytest.raises(SedetectError, match=f"source: stored as {kind}; quantized experts are not averaged; merge the"):
+        groups = {BankId("decoder", 0, "routed"): {0: Group({0: 0.5, 1: 0.5})}}
+        prune_checkpoint(tmp_path / "source", tmp_path / "merged", kept, groups=groups)
+
+
 def test_predictor_heads_are_left_out(tmp_path):
     """DeepSeek-V3: the extra layer of a published checkpoint, which predicts further tokens, and its neighbours."""
-    _, stats = family("deepseek_v3", tmp_path / "source")
+    _, stats = save_family("deepseek_v3", tmp_path / "source")
     file = tmp_path / "source" / "model.safetensors"
     tensors = load_file(file)
     names = {layer: f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)}
@@ -250,6 +250,134 @@ def test_choosing(tiny_stats):
 def test_choosing_refuses(tiny_stats, ratio, options, said):
     with pytest.raises(SedetectError, match=said):
         choose_kept(tiny_stats, "reap", ratio, **options)
+
+
+def test_choosing_globally(tiny_stats):
+    """A plain loop: the lowest of all experts; protected ones stay, and the last of a layer."""
+    safe = [Place("decoder", 1, "routed", 28), Place("decoder", 9, "routed", 7)]
+    values = {bank: one.tolist() for bank, one in saliency(tiny_stats, "reap").items()}
+    order = sorted((values[bank][e], bank, e) for bank in values for e in range(32))
+    before = None
+    for ratio, floor in ((0.125, 4), (0.5, 4), (0.85, 4), (0.7, 9)):
+        expected = {bank: set(range(32)) for bank in values}
+        for _, bank, e in order:
+            left = sum(map(len, expected.values())) > 320 - int(320 * ratio)
+            if left and len(expected[bank]) > floor and Place(*bank, e) not in safe:
+                expected[bank].remove(e)
+        kept = choose_kept(tiny_stats, "reap", ratio, safe, budget="global", floor=None if floor == 4 else floor)
+        assert kept == {bank: sorted(one) for bank, one in expected.items()}
+        assert len(set(map(len, kept.values()))) > 1 and sum(map(len, kept.values())) == 320 - int(320 * ratio)
+        assert min(map(len, kept.values())) >= floor
+        if before is not None and floor == 4:
+            assert all(set(kept[bank]) <= set(before[bank]) for bank in kept), "plans are nested"
+        before = kept
+    assert 9 in map(len, before.values()), "a floor that is reached"
+    frequency = choose_kept(tiny_stats, "frequency", 0.25, budget="global")
+    assert 28 not in frequency[BankId("decoder", 1, "routed")]
+
+
+@pytest.mark.parametrize(
+    "ratio, options, said",
+    [
+        (0.001, {}, "ratio 0.001: prunes none of 320 experts; give at least 0.003125"),
+        (0.9, {}, "ratio 0.9: leaves 32 of 320 experts, and all layers keep 40; give at most 0.875"),
+        (0.5, {"floor": 20}, "leaves 160 of 320 experts, and all layers keep 200; give at most 0.375"),
+        (0.5, {"floor": 3}, "floor 3: must be at least 4, as every token takes so many, and below 32"),
+        (0.5, {"floor": 32}, "floor 32: must be at least 4"),
+        (0.5, {"groups": 4}, "the router chooses among 4 groups of experts, .* use budget='even'"),
+        (0.875, {"protected": [Place("decoder", 1, "routed", e) for e in range(20)]},
+         "280 of 320 experts are to go, and 264 can: every layer keeps 4, and the 20 protected ones stay"),
+        (0.5, {"budget": "even", "floor": 8}, "floor 8: goes with budget='global' only"),
+        (0.5, {"budget": "uneven"}, "budget uneven: is not known; use one of even, global"),
+    ],
+)  # fmt: skip
+def test_choosing_globally_refuses(tiny_stats, ratio, options, said):
+    with pytest.raises(SedetectError, match=said):
+        choose_kept(tiny_stats, "reap", ratio, **{"budget": "global"} | options)
+
+
+class UnevenConfig(Qwen3MoeConfig):
+    model_type = "uneven_moe"
+
+
+class UnevenLayer(Qwen3MoeDecoderLayer):
+    def __init__(self, config, layer_idx):
+        super().__init__(config.per_layer_config[layer_idx], layer_idx)
+
+
+class UnevenModel(Qwen3MoeForCausalLM):
+    """A class that reads the number of experts of each layer, as Dots3-Note reads other settings."""
+
+    config_class = UnevenConfig
+
+    def __init__(self, config):
+        config.allow_global_per_layer_attribute_access = True
+        super().__init__(config)
+        layers = [UnevenLayer(config, number) for number in range(config.num_hidden_layers)]
+        self.model.layers = torch.nn.ModuleList(layers)
+
+
+@pytest.fixture
+def uneven(monkeypatch):
+    monkeypatch.setattr("transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeDecoderLayer", UnevenLayer)
+    AutoConfig.register("uneven_moe", UnevenConfig, exist_ok=True)
+    AutoModelForCausalLM.register(UnevenConfig, UnevenModel, exist_ok=True)
+
+
+def test_layers_of_different_size(uneven, tmp_path):
+    """Where a class reads a number per layer, the logits are those of the original without the same experts."""
+    config = UnevenConfig(**{k: v for k, v in CONFIGS["qwen3_moe"]().to_dict().items() if k != "model_type"})
+    torch.manual_seed(0)
+    model = UnevenModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1.0))
+    model.save_pretrained(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source").eval()
+    ids = torch.randint(3, 96, (4, 30), generator=torch.Generator().manual_seed(0))
+    with sedetect.profile(model) as prof:
+        model(input_ids=ids)
+    kept = choose_kept(prof.stats, "reap", 0.3, budget="global", floor=3)
+    sizes = [len(one) for one in kept.values()]
+    assert len(set(sizes)) > 1 and sum(sizes) == 24 - 7
+    pruning.check_prunable(tmp_path / "source", 0.3, budget="global")
+    prune_checkpoint(tmp_path / "source", tmp_path / "out", kept)
+    pruned, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()) and [bank.experts for bank in find_banks(pruned)] == sizes
+    with ablate(model, removed(kept, 8), how="remove"):
+        expected = logits(model, ids)
+    torch.testing.assert_close(logits(pruned.eval(), ids), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral", "hunyuan_v1_moe"])
+def test_classes_of_one_number_refuse_other_layers(name, tmp_path):
+    """By one line that names the way out, before a text is read, and from Python before anything is written."""
+    save_family(name, tmp_path / "source")
+    put_tokenizer(tmp_path / "source")
+    said = refused(run("prune", tmp_path / "source", "--budget", "global", "-o", tmp_path / "out"))
+    assert "transformers builds this class with one number of experts for all layers" in said
+    assert said.rstrip().endswith("use --budget even")
+    with pytest.raises(SedetectError, match="use budget='even'"):
+        number = 3 if name in CONFIGS else 2
+        kept = {BankId("decoder", n, "routed"): list(range(4 + n % 2)) for n in range(number)}
+        prune_checkpoint(tmp_path / "source", tmp_path / "out", kept)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_several_ratios_of_one_run(stats_file, tmp_path):
+    """A folder each; what a smaller ratio prunes, a larger one does too; all are checked before one is written."""
+    ratios = ("--ratio", 0.5, "--ratio", 0.125, "--ratio", 0.25)
+    code, out, _ = run("prune", TINY, *ratios, "--stats", stats_file, "--by", "frequency", "-o", tmp_path / "out")
+    assert code == 0 and sorted(os.listdir(tmp_path / "out")) == ["0.125", "0.25", "0.5"]
+    assert [f"{left} of 32 experts" in out for left in (28, 24, 16)] == [True] * 3
+    plans = [Pruning.load(tmp_path / "out" / name / "pruning.json") for name in ("0.125", "0.25", "0.5")]
+    assert [plan.facts["ratio"] for plan in plans] == [0.125, 0.25, 0.5]
+    for less, more in pairwise(plans):
+        assert all(set(more.kept[bank]) < set(less.kept[bank]) for bank in less.kept)
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "0.5", dtype=torch.float32)
+    assert pruned.config.num_local_experts == 16
+    said = refused(run("prune", TINY, "--ratio", 0.25, "--ratio", 0.95, "--stats", stats_file, "-o", tmp_path / "no"))
+    assert "leaves 2 of 32 experts" in said and not (tmp_path / "no").exists()
 
 
 def test_a_model_that_takes_all_of_its_experts(tmp_path):

@@ -37,6 +37,9 @@ _ROUTER = {
     "moe_statics.e_score_correction_bias": 1,
     "moe.router.expert_bias": 0,  # beside the block
 }
+# What holds the gate or the up projection of experts, and the down projection.
+_UP = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "input_linear")
+_DOWN = ("down_proj", "w2", "output_linear")
 # What a config calls its number of experts; a list of numbers per layer is none of these.
 NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # And the experts that a token takes.
@@ -113,9 +116,49 @@ def renamed(name: str, expert: int) -> str:
     return f"{match[1]}.experts.{expert}.{match[4]}"
 
 
-def with_fewer_experts(config: dict[str, Any], experts: int, kept: int, dropped: bool) -> dict[str, Any]:
-    """A config.json for a checkpoint with kept of so many experts, and without predictor heads where dropped.
+def is_expert_weight(name: str) -> bool:
+    """Whether a tensor holds what experts compute with, one or all of them; a router's is none."""
+    return bool(_ONE.fullmatch(name) or _TOGETHER.fullmatch(name))
 
+
+def router_matrix(folder: Path, layout: Layout, layer: int) -> str:
+    """The name of the tensor (E, D) of a layer's router. Raises SedetectError where not one is found."""
+    found = [
+        name
+        for name, tensor in layout.tensors.items()
+        if (tensor.layer, tensor.dimension, len(tensor.shape)) == (layer, 0, 2) and not is_expert_weight(name)
+    ]
+    if len(found) != 1:
+        raise SedetectError(
+            f"{folder}: layer {layer}: which tensor is its router is not known; merge by ream, or prune"
+        )
+    return found[0]
+
+
+def neuron_dimension(name: str, shape: tuple[int, ...], neurons: int) -> int | None:
+    """The dimension of one expert's tensor that counts its neurons, once or as gate and up; None where none does.
+
+    shape is that of the expert alone. Raises SedetectError where that cannot be told.
+    """
+    parts = [part.removesuffix("_bias") for part in name.split(".")]
+    down, up = (any(part in names for part in parts) for names in (_DOWN, _UP))
+    bias = name.endswith("bias")
+    if down != up and len(shape) == (1 if bias else 2):
+        if down and bias:
+            return None
+        sizes = (neurons,) if down else (neurons, 2 * neurons)
+        # One by one they are linears (out, in); together they may be transposed.
+        places = [int(down and not bias)] if _ONE.fullmatch(name) else range(len(shape))
+        found = [place for place in places if shape[place] in sizes]
+        if len(found) == 1:
+            return found[0]
+    raise SedetectError(f"{name}: which of its dimensions counts neurons is not known; merge by nearest, or prune")
+
+
+def with_fewer_experts(config: dict[str, Any], experts: int, kept: dict[int, int], dropped: bool) -> dict[str, Any]:
+    """A config.json for a checkpoint with kept of so many experts, by layer, and without predictor heads where dropped.
+
+    Where layers keep different numbers, per_layer_config says so, which few classes read.
     Raises SedetectError where the config does not state its number of experts, or names experts by number.
     """
     parts = [config] + ([config["text_config"]] if isinstance(config.get("text_config"), dict) else [])
@@ -127,7 +170,13 @@ def with_fewer_experts(config: dict[str, Any], experts: int, kept: int, dropped:
             "this architecture cannot be pruned yet"
         )
     for new, key in named:
-        new[key] = kept
+        new[key] = max(kept.values())
+        if len(set(kept.values())) > 1 and "num_hidden_layers" in new:
+            own = {int(layer): settings for layer, settings in (new.get("per_layer_config") or {}).items()}
+            new["per_layer_config"] = {
+                str(layer): own.get(layer, {}) | ({key: kept[layer]} if layer in kept else {})
+                for layer in sorted({*own, *kept})
+            }
     for new in changed.values():
         for key in _PREDICTORS if dropped else ():
             if key in new:

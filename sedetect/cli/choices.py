@@ -10,6 +10,8 @@ Granularity = Literal["expert", "layer"]
 Saliency = Literal["frequency", "gate-sum", "ean-sum", "ean-mean", "man", "msan", "reap", "max"]
 Tool = Literal["llm-compressor", "gptqmodel", "auto-round", "modelopt", "bitsandbytes", "llama.cpp", "json"]
 Target = Literal[Tool, "imatrix"]
+Spread = Literal["even", "global"]
+Merge = Literal["nearest", "ream"]
 Runtime = Literal["vllm", "sglang", "transformers"]
 
 

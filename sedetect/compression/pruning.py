@@ -8,6 +8,11 @@ biases, and the config, follow. Where a router chooses groups of experts first (
 number, so that its groups stay what they were. The model that is left routes as the original does with those experts
 removed (sedetect.experiments.ablation, how="remove").
 
+The global budget ranks the experts of all layers together, for classes that read a number per layer. It takes
+saliencies as they are: a reap is the mean length of what an expert adds to the residual stream, in one unit for all
+layers. In units of each layer's mean or median it was much worse (benchmarks/RESULTS.md), and one super expert is most
+of such a mean.
+
 Files are streamed: what is in memory at a time is one output file, at most MAX_FILE, and one tensor.
 """
 
@@ -15,9 +20,11 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +34,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sedetect.checkpoints.files import adapter_in, check_checkpoint, checked_path
-from sedetect.checkpoints.layout import TOP_K, Layout, Tensor, read_layout, renamed, with_fewer_experts
+from sedetect.checkpoints.layout import (
+    TOP_K,
+    Layout,
+    Tensor,
+    is_expert_weight,
+    neuron_dimension,
+    read_layout,
+    renamed,
+    with_fewer_experts,
+)
+from sedetect.compression.merging import Group, Groups
 from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError
 from sedetect.files import check_readable, new_folder, write_json
@@ -40,8 +57,24 @@ from sedetect.stats.model import UNCHECKED, ModelStats, opened, same_model
 from sedetect.stats.place import BankId, Place
 
 MAX_FILE = "2GB"
+BUDGETS = ("even", "global")
 # of sedetect prune
-_FACTS = ("model", "digest", "by", "ratio", "tokens", "super_experts", "unproved", "protected", "unseen")
+_FACTS = (
+    "model",
+    "digest",
+    "by",
+    "ratio",
+    "budget",
+    "tokens",
+    "super_experts",
+    "unproved",
+    "protected",
+    "unseen",
+    "merge",
+    "merged",
+)
+_AVERAGED = ("F64", "F32", "F16", "BF16")
+_INSTEAD = "merge the checkpoint it was made from, or prune without merging"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -77,8 +110,13 @@ def choose_kept(
     protected: Iterable[Place] = (),
     *,
     groups: int = 1,
+    budget: str = "even",
+    floor: int | None = None,
 ) -> dict[BankId, list[int]]:
     """The experts to keep, ascending, per routed bank: all but the floor(ratio * E) of lowest saliency.
+
+    budget "even" takes so many from every layer. "global" takes that share of all experts, the lowest of all layers,
+    and leaves a layer floor experts, by default and at least top_k. What a smaller ratio takes, a larger one takes too.
 
     protected experts are kept whatever their saliency, and others go in their place. One that saw no row has a saliency
     of 0 and goes first (sedetect prune names those). groups is the router's n_group:
@@ -88,8 +126,17 @@ def choose_kept(
     places.
     """
     protected, stats = set(protected), opened(stats)
+    values_of = saliency(stats, by)
+    if not values_of:
+        raise SedetectError("the statistics hold no routed experts; profile a Mixture-of-Experts model")
+    check_budget(budget, floor)
+    if budget == "global":
+        top_k = max(stats.header.banks[str(bank)].top_k for bank in values_of)
+        sizes = {bank: len(values) for bank, values in values_of.items()}
+        gone = _number_gone_globally(list(sizes.values()), ratio, top_k, groups, floor)
+        return _choose_globally(values_of, gone, protected, floor or top_k)
     kept: dict[BankId, list[int]] = {}
-    for bank, values in saliency(stats, by).items():
+    for bank, values in values_of.items():
         experts = len(values)
         gone = _number_gone(experts, ratio, stats.header.banks[str(bank)].top_k, groups)
         safe = {p.number for p in protected if p.bank == bank}
@@ -105,11 +152,29 @@ def choose_kept(
                     Argument("ratio"),
                 )
             kept[bank] += sorted(set(members) - set(order[: gone // groups]))
-    if not kept:
-        raise SedetectError("the statistics hold no routed experts; profile a Mixture-of-Experts model")
     if len({(stats.banks[bank].num_experts, len(one)) for bank, one in kept.items()}) > 1:
         sizes = sorted({stats.banks[bank].num_experts for bank in kept})
         raise SedetectError(f"layers of {sizes} experts: a config has one number for all; this model cannot be pruned")
+    return kept
+
+
+def _choose_globally(
+    values_of: dict[BankId, torch.Tensor], gone: int, protected: set[Place], floor: int
+) -> dict[BankId, list[int]]:
+    kept = {bank: list(range(len(values))) for bank, values in values_of.items()}
+    places = [Place(*bank, expert) for bank in kept for expert in kept[bank]]
+    left = gone
+    for number in ascending(torch.cat(list(values_of.values()))):
+        place = places[number]
+        if left and place not in protected and len(kept[place.bank]) > floor:
+            kept[place.bank].remove(place.number)
+            left -= 1
+    if left:
+        raise SedetectError(
+            f"{gone} of {len(places)} experts are to go, and {gone - left} can: every layer keeps {floor}, and the "
+            f"{len(protected)} protected ones stay; choose a smaller ",
+            Argument("ratio"),
+        )
     return kept
 
 
@@ -143,14 +208,31 @@ def check_ratio(ratio: float) -> None:
         )
 
 
-def check_prunable(source: str | Path, ratio: float) -> None:
+def check_budget(budget: str, floor: int | None) -> None:
+    if budget not in BUDGETS:
+        raise SedetectError(Argument("budget"), f" {budget}: is not known; use one of {', '.join(BUDGETS)}")
+    if floor is not None and budget != "global":
+        raise SedetectError(Argument("floor"), f" {floor}: goes with ", Argument("budget", "global"), " only")
+
+
+def check_prunable(source: str | Path, ratio: float, *, budget: str = "even", floor: int | None = None) -> None:
     """What prune_checkpoint and choose_kept refuse of a checkpoint and a ratio, before any statistics are there."""
+    check_budget(budget, floor)
     config = prunable_config(source)
     layout = read_layout(Path(source), config)
     top_k = experts_per_token(config) or 1
+    if budget == "global":
+        numbers = list(layout.experts.values())
+        _number_gone_globally(numbers, ratio, top_k, router_groups(config), floor)
+        uneven = {layer: experts - (place == 0) for place, (layer, experts) in enumerate(layout.experts.items())}
+        with tempfile.TemporaryDirectory() as folder:
+            new_config = with_fewer_experts(config, max(numbers), uneven, layout.dropped > 0)
+            write_json(Path(folder) / "config.json", new_config, allow_nan=True)
+            _check_architecture(Path(source), Path(folder), uneven)
+        return
     for experts in layout.experts.values():
         gone = _number_gone(experts, ratio, top_k, router_groups(config))
-        with_fewer_experts(config, experts, experts - gone, layout.dropped > 0)
+        with_fewer_experts(config, experts, {0: experts - gone}, layout.dropped > 0)
         _check_groups(config, experts - gone)
 
 
@@ -181,6 +263,7 @@ def prune_checkpoint(
     out: str | Path,
     kept: dict[BankId, list[int]],
     *,
+    groups: Groups | None = None,
     facts: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
@@ -192,8 +275,10 @@ def prune_checkpoint(
     Args:
         source: a folder with config.json and safetensors files.
         out: a folder that is new or empty; nothing of it appears before all is written.
-        kept: as choose_kept gives it; every layer with experts, the same number in each.
-        facts: what pruning.json says beside kept.
+        kept: as choose_kept gives it; every layer with experts, the same number in each unless the model's class reads
+            a number per layer.
+        groups: what experts to keep are merged from (sedetect.compression.merging); the others are dropped.
+        facts: what pruning.json says beside kept and merged.
         progress: called with bytes written, and in all.
     Returns:
         notes: what the reader must know.
@@ -204,12 +289,13 @@ def prune_checkpoint(
     config = prunable_config(source)
     layout = read_layout(source, config)
     by_layer = _by_layer(kept, layout, source)
-    number = len(next(iter(by_layer.values())))
-    top_k = experts_per_token(config)
-    if top_k is not None and number < top_k:
-        raise SedetectError(f"{source}: {number} experts to keep, and every token takes {top_k}; keep more")
-    new_config = with_fewer_experts(config, max(layout.experts.values()), number, layout.dropped > 0)
-    _check_groups(config, number)
+    numbers = {layer: len(one) for layer, one in by_layer.items()}
+    least, top_k = min(numbers.values()), experts_per_token(config)
+    if top_k is not None and least < top_k:
+        raise SedetectError(f"{source}: {least} experts to keep, and every token takes {top_k}; keep more")
+    new_config = with_fewer_experts(config, max(layout.experts.values()), numbers, layout.dropped > 0)
+    _check_groups(config, least)
+    merged = _merged_by_layer(source, config, groups or {}, by_layer, layout)
     pieces = _pieces(layout, by_layer)
     size = sum(math.prod(shape) * _dtype(tensor).itemsize for _, tensor, shape in pieces.values())
     with new_folder(out) as folder:
@@ -219,11 +305,12 @@ def prune_checkpoint(
                 f"{out}: {size:,} bytes to write and {free:,} free; free space or choose another folder"
             )
         write_json(folder / "config.json", new_config, allow_nan=True)  # some configs have "Infinity" in them
-        _check_architecture(source, folder, number)
+        _check_architecture(source, folder, numbers)
         for file in _beside_weights(source):
             shutil.copy(file, folder)
-        _write_weights(folder, pieces, by_layer, size, progress)
-        Pruning(facts or {}, kept).save(folder / "pruning.json")
+        _write_weights(folder, layout, pieces, by_layer, merged, size, progress)
+        said = {"merged": _said(groups)} if groups is not None else {}
+        Pruning((facts or {}) | said, kept).save(folder / "pruning.json")
     notes = []
     if layout.dropped:
         notes.append(
@@ -231,7 +318,7 @@ def prune_checkpoint(
             "experts"
         )
     if top_k is None:
-        notes.append(f"config.json does not say how many experts a token takes; check that {number} are enough")
+        notes.append(f"config.json does not say how many experts a token takes; check that {least} are enough")
     return notes
 
 
@@ -265,6 +352,42 @@ def _number_gone(experts: int, ratio: float, top_k: int, groups: int) -> int:
             Argument("ratio"),
             f" {ratio:g}: prunes {gone} of {experts} experts, which does not divide by the {groups} groups of "
             f"the router (n_group); give {below:.4g} or {above:.4g}",
+        )
+    return gone
+
+
+def _of_expert(files: dict[Path, Any], layout: Layout, name: str, expert: int) -> torch.Tensor:
+    """The tensor of another expert that stands for the same as this one's of that name."""
+    other = renamed(name, expert)
+    values: torch.Tensor = files[layout.tensors[other].file].get_tensor(other)
+    return values
+
+
+def _number_gone_globally(sizes: list[int], ratio: float, top_k: int, groups: int, floor: int | None) -> int:
+    """How many of all layers' experts a ratio prunes. Raises SedetectError where that does not work."""
+    check_ratio(ratio)
+    if groups > 1:
+        raise SedetectError(
+            f"the router chooses among {groups} groups of experts, which stay equal where every layer loses the same; "
+            "use ",
+            Argument("budget", "even"),
+        )
+    if floor is not None and not top_k <= floor < max(sizes, default=0):
+        raise SedetectError(
+            Argument("floor"),
+            f" {floor}: must be at least {top_k}, as every token takes so many, and below {max(sizes)}",
+        )
+    total, least = sum(sizes), sum(min(floor or top_k, size) for size in sizes)
+    gone = math.floor(round(ratio * total, 9))
+    if not gone:
+        raise SedetectError(
+            Argument("ratio"), f" {ratio:g}: prunes none of {total} experts; give at least {1 / total:.4g}"
+        )
+    if total - gone < least:
+        raise SedetectError(
+            Argument("ratio"),
+            f" {ratio:g}: leaves {total - gone} of {total} experts, and all layers keep {least}; give at most "
+            f"{(total - least) / total:.4g}",
         )
     return gone
 
@@ -319,10 +442,54 @@ def _pieces(layout: Layout, kept: dict[int, list[int]]) -> dict[str, tuple[str, 
     return pieces
 
 
+def _merged_by_layer(
+    source: Path, config: dict[str, Any], groups: Groups, kept: dict[int, list[int]], layout: Layout
+) -> dict[int, dict[int, Group]]:
+    """groups by layer, where they can be merged. Raises SedetectError where they cannot."""
+    by_layer = {bank.layer: mine for bank, mine in groups.items() if mine}
+    if by_layer:
+        refuse_quantized(source, config)
+    for layer, mine in by_layer.items():
+        members = [expert for group in mine.values() for expert in group.weights]
+        stay = [expert for expert in members if expert in kept[layer]]
+        if sorted(stay) != sorted(mine) or len(set(members)) < len(members):
+            raise SedetectError(
+                f"{source}: layer {layer}: an expert is merged twice, or one that stays into another; group those that "
+                "go, each once"
+            )
+        for name, tensor in layout.tensors.items():
+            if tensor.layer == layer and is_expert_weight(name) and tensor.dtype not in _AVERAGED:
+                raise SedetectError(f"{source}: {name}: stored as {tensor.dtype}, which cannot be averaged; {_INSTEAD}")
+            if tensor.layer == layer and is_expert_weight(name):
+                for group in mine.values():
+                    one = tensor.shape if tensor.expert is not None else tensor.shape[1:]
+                    for order in group.orders.values():
+                        neuron_dimension(name, one, len(order))
+    return by_layer
+
+
+def refuse_quantized(source: str | Path, config: dict[str, Any]) -> None:
+    """Raise SedetectError for a checkpoint whose experts cannot be averaged as they are stored."""
+    how = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if how:
+        method = how.get("quant_method", "a quantized format")
+        raise SedetectError(f"{source}: stored as {method}; quantized experts are not averaged; {_INSTEAD}")
+
+
+def _said(groups: Groups) -> dict[str, dict[str, list[int]]]:
+    """For pruning.json: bank -> kept expert -> those merged into it."""
+    return {
+        str(bank): {str(kept): [e for e in group.weights if e != kept] for kept, group in mine.items()}
+        for bank, mine in groups.items()
+    }
+
+
 def _write_weights(
     folder: Path,
+    layout: Layout,
     pieces: dict[str, tuple[str, Tensor, tuple[int, ...]]],
     kept: dict[int, list[int]],
+    merged: dict[int, dict[int, Group]],
     size: int,
     progress: Callable[[int, int], None],
 ) -> None:
@@ -330,14 +497,22 @@ def _write_weights(
     split = split_torch_state_dict_into_shards(plan, max_shard_size=MAX_FILE)
     done = 0
     with ExitStack() as stack:
-        files = {f: stack.enter_context(safe_open(f, framework="pt")) for f in {t.file for _, t, _ in pieces.values()}}
+        files = {
+            f: stack.enter_context(safe_open(f, framework="pt")) for f in {t.file for t in layout.tensors.values()}
+        }
         for file_name, names in split.filename_to_tensors.items():
             tensors = {}
             for new in names:
                 name, tensor, _ = pieces[new]
+                groups = merged.get(tensor.layer, {}) if tensor.layer is not None and is_expert_weight(name) else {}
                 values = files[tensor.file].get_tensor(name)
-                if tensor.layer is not None and tensor.dimension is not None:
-                    values = values.index_select(tensor.dimension, torch.tensor(kept[tensor.layer]))
+                if tensor.expert in groups:
+                    values = groups[tensor.expert].merged(name, partial(_of_expert, files, layout, name))
+                elif tensor.layer is not None and tensor.dimension is not None:
+                    stay, every = kept[tensor.layer], values
+                    values = every.index_select(tensor.dimension, torch.tensor(stay))
+                    for expert, group in groups.items():
+                        values[stay.index(expert)] = group.merged(name, every.__getitem__)
                 tensors[new] = values
                 done += values.nbytes
                 progress(done, size)
@@ -347,14 +522,28 @@ def _write_weights(
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _check_architecture(source: Path, folder: Path, number: int) -> None:
-    """Build the pruned model without weights: every layer must have that many experts by the new config."""
-    for bank in find_banks(empty_model(source, folder)):
-        if bank.routed and bank.experts != number:
-            raise SedetectError(
-                f"{source}: with {number} experts in its config, {bank.path} still has {bank.experts}; "
-                "this architecture cannot be pruned yet"
-            )
+def _check_architecture(source: Path, folder: Path, numbers: dict[int, int]) -> None:
+    """Build the pruned model without weights: every layer must have its number of experts by the new config."""
+    uneven = len(set(numbers.values())) > 1
+    try:
+        banks = [bank for bank in find_banks(empty_model(source, folder)) if bank.routed]
+    except SedetectError:
+        if not uneven:
+            raise
+        banks = []
+    most = max(numbers.values())
+    other = [bank for bank in banks if bank.experts != numbers.get(bank.id.layer, most)]
+    if uneven and (other or not banks):
+        raise SedetectError(
+            f"{source}: transformers builds this class with one number of experts for all layers, and could not load "
+            "other layers; use ",
+            Argument("budget", "even"),
+        )
+    for bank in other:
+        raise SedetectError(
+            f"{source}: with {most} experts in its config, {bank.path} still has {bank.experts}; "
+            "this architecture cannot be pruned yet"
+        )
 
 
 def _dtype(tensor: Tensor) -> torch.dtype:

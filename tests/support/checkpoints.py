@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import sedetect
-from support.models import CONFIGS, TINY
+from support.models import CONFIGS, TINY, random_model
 from support.quantized import fp4, fp8
 
 INDEX = "model.safetensors.index.json"
@@ -50,6 +50,45 @@ def save_random(config, folder: Path, dtype: torch.dtype = torch.float32, **opti
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY / name, folder)
     return folder
+
+
+_SMALL = CONFIGS["qwen3_moe"]().to_dict() | {
+    "num_local_experts": 8,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+}
+# Router tensors of every name that the layout knows, in addition to the models that all tests share.
+OTHERS = {
+    "mixtral": {},
+    "granitemoe": {},
+    "minimax_m2": {},
+    "jamba": {"num_experts": 8, "attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1,
+              "expert_layer_offset": 0, "use_mamba_kernels": False},
+    "lfm2_moe": {"num_experts": 8, "num_dense_layers": 1, "layer_types": ["full_attention"] * 2},
+    "afmoe": {"num_experts": 8, "num_dense_layers": 1, "sliding_window": 64},
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2},
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+}  # fmt: skip
+
+
+def save_family(name, folder):
+    """A small random checkpoint of a family as save_pretrained writes it, and its statistics."""
+    if name in CONFIGS:
+        model = random_model(name)
+    else:
+        settings = {key: value for key, value in _SMALL.items() if key not in ("model_type", "layer_types")}
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[name](**settings | OTHERS[name])
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name in OTHERS or "bias" in key:
+                tensor.copy_(torch.randn_like(tensor) * (0.3 if tensor.dim() > 1 or "bias" in key else 1.0))
+    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with sedetect.profile(model) as prof:
+        model(input_ids=torch.randint(3, 96, (4, 30), generator=torch.Generator().manual_seed(0)))
+    return model, prof.stats
 
 
 def to_fp8(folder: Path, block: int = 8) -> None:

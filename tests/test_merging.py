@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from support.checkpoints import save_family, save_random, to_fp8
 from support.command import refused, run
+from support.conformance import available
+from support.families import FAMILIES, tiny_model
 from support.models import CONFIGS, TINY, random_model, token_ids
 from transformers import AutoModelForCausalLM
 
 from sedetect import BankId
+from sedetect.analysis.matrices import expert_matrices, is_interleaved
 from sedetect.calibration.windows import Windows
 from sedetect.compression import merging
-from sedetect.compression.merging import Group, aligned, expert_distances, group_nearest, group_ream
+from sedetect.compression.merging import Group, align_neurons, expert_distances, group_nearest, group_ream
 from sedetect.compression.pruning import Pruning, choose_kept, prune_checkpoint
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
@@ -80,7 +83,7 @@ def test_the_merged_checkpoint_is_the_simulated_model(name, method, tmp_path):
         groups = group_nearest(tmp_path / "source", stats, kept)
     else:
         banks = routed(model)
-        groups = aligned(model, banks, group_ream(expert_distances(model, banks, windows()), stats, "reap", kept))
+        groups = align_neurons(model, banks, group_ream(expert_distances(model, banks, windows()), stats, "reap", kept))
         orders = [order for mine in groups.values() for group in mine.values() for order in group.orders.values()]
         assert any(order.tolist() != sorted(order.tolist()) for order in orders)
     assert sum(len(group.weights) - 1 for mine in groups.values() for group in mine.values()) >= len(groups)
@@ -234,3 +237,42 @@ def test_command_refuses_quantized_experts(tmp_path):
     to_fp8(tmp_path / "source")
     said = refused(run("prune", tmp_path / "source", "--merge", "nearest", "-o", tmp_path / "out"))
     assert "stored as fp8; quantized experts are not averaged" in said and "or prune without merging" in said
+
+
+@pytest.mark.parametrize("name", available())
+def test_neurons_of_every_family(name, tmp_path):
+    """What is averaged in the file is what is averaged in the model: one matrix with the neurons of another order."""
+    model = tiny_model(name, FAMILIES[name])
+    model.save_pretrained(tmp_path / "source")
+    try:
+        banks = [bank for bank in routed(model) if bank.id.stack == "decoder"]
+        prune_checkpoint(tmp_path / "source", tmp_path / "pruned", {bank.id: list(range(6)) for bank in banks})
+    except SedetectError:
+        return  # which tests of pruning expect
+    groups = {}
+    for bank in banks:
+        order = torch.randperm(bank.intermediate, generator=torch.Generator().manual_seed(bank.id.layer))
+        turns = bank.module.has_gate and is_interleaved(bank)
+        groups[bank.id] = {2: Group({2: 0.75, 7: 0.25}, {7: order}, turns)}
+    kept = {bank.id: list(range(6)) for bank in banks}
+    if name.startswith("inkling2"):  # gate and up take turns in the file, and are halves in the model
+        with pytest.raises(
+            SedetectError, match="experts.w13_weight: which of its dimensions counts neurons is not known"
+        ):
+            prune_checkpoint(tmp_path / "source", tmp_path / "out", kept, groups=groups)
+        return
+    prune_checkpoint(tmp_path / "source", tmp_path / "out", kept, groups=groups)
+    pruned, merged = (type(model).from_pretrained(tmp_path / part) for part in ("pruned", "out"))
+    after = {bank.id: bank for bank in routed(merged)}
+    for bank in banks:
+        (group,) = groups[bank.id].values()
+        source, found = expert_matrices(model, bank), expert_matrices(merged, after[bank.id])
+        for kind, matrix in source.items():
+            expected = 0.75 * matrix[2] + 0.25 * matrix[7][group.orders[7]]
+            torch.testing.assert_close(found[kind][2], expected, rtol=1e-5, atol=1e-6)
+            assert torch.equal(found[kind][3], matrix[3])
+    left = pruned.state_dict()
+    changed = {key for key, tensor in merged.state_dict().items() if not torch.equal(tensor, left[key])}
+    own = {bank.path if bank.stored_in is bank.module else bank.path.rpartition(".")[0] for bank in banks}
+    assert changed and all(key.startswith(tuple(own)) for key in changed)
+    assert not any("router" in key or key.endswith("e_score_correction_bias") for key in changed)

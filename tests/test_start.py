@@ -12,7 +12,9 @@ from support.models import TINY
 
 from sedetect.cli import COMMANDS, choices, load
 from sedetect.cli.shared import hidden, uncollected
+from sedetect.compression.merging import METHODS
 from sedetect.compression.protect import GRANULARITIES, TOOLS
+from sedetect.compression.pruning import BUDGETS
 from sedetect.compression.runtimes import RUNTIMES
 from sedetect.compression.simulated import GROUP
 from sedetect.experiments.ablation import HOW
@@ -126,6 +128,8 @@ def test_choices_are_those_of_the_library():
     assert get_args(choices.Tool) == tuple(TOOLS)
     assert get_args(choices.Granularity) == GRANULARITIES
     assert get_args(choices.Runtime) == RUNTIMES
+    assert get_args(choices.Spread) == BUDGETS
+    assert get_args(choices.Merge) == METHODS
     assert choices.GROUP == GROUP
 
 

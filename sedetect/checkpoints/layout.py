@@ -38,8 +38,8 @@ _ROUTER = {
     "moe.router.expert_bias": 0,  # beside the block
 }
 # What holds the gate or the up projection of experts, and the down projection.
-_UP = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "input_linear")
-_DOWN = ("down_proj", "w2", "output_linear")
+_UP = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "input_linear")
+_DOWN = ("down_proj", "w2", "fc2", "output_linear")
 # What a config calls its number of experts; a list of numbers per layer is none of these.
 NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # And the experts that a token takes.
@@ -118,7 +118,8 @@ def renamed(name: str, expert: int) -> str:
 
 def is_expert_weight(name: str) -> bool:
     """Whether a tensor holds what experts compute with, one or all of them; a router's is none."""
-    return bool(_ONE.fullmatch(name) or _TOGETHER.fullmatch(name))
+    within = _ONE.fullmatch(name) or _TOGETHER.fullmatch(name)
+    return within is not None and not name.endswith("e_score_correction_bias")  # Laguna's stands among the experts
 
 
 def router_matrix(folder: Path, layout: Layout, layer: int) -> str:

@@ -71,7 +71,7 @@ def prune_command(
     from sedetect.analysis.weights import check_installed
     from sedetect.calibration.windows import Text, calibration_windows, check_text
     from sedetect.checkpoints.options import Loading
-    from sedetect.compression.merging import aligned, expert_distances, group_nearest, group_ream
+    from sedetect.compression.merging import align_neurons, expert_distances, group_nearest, group_ream
     from sedetect.compression.pruning import (
         check_folder,
         check_prunable,
@@ -134,7 +134,7 @@ def prune_command(
                 opened.model, banks, windows, batch_size=batch_size, progress=lambda _, count: bar.advance(task, count)
             )
         for one, kept in plans.items():
-            groups[one] = aligned(opened.model, banks, group_ream(near, state, by, kept, exempt))
+            groups[one] = align_neurons(opened.model, banks, group_ream(near, state, by, kept, exempt))
     levels = ", ".join(f"{expert} ({expert.verdict})" for expert in ranking.found)
     sizes = {bank: len(values) for bank, values in saliency(state, by).items()}
     for one, kept in plans.items():

@@ -1,4 +1,4 @@
-"""What to do with the answer: prune, budget, simulate quantization, and protect lists for quantizers.
+"""What to do with the answer: prune, merge, budget, simulate quantization, and protect lists for quantizers.
 
 Who is protected is ranking's to say. Nothing here quantizes for good: that is what the other tools are for.
 """

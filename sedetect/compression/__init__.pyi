@@ -1,6 +1,11 @@
 from .budget import Budget as Budget
 from .budget import Compressions as Compressions
 from .budget import make_budget as make_budget
+from .merging import Group as Group
+from .merging import align_neurons as align_neurons
+from .merging import expert_distances as expert_distances
+from .merging import group_nearest as group_nearest
+from .merging import group_ream as group_ream
 from .protect import ProtectList as ProtectList
 from .protect import export as export
 from .protect import protect_list as protect_list

@@ -133,7 +133,7 @@ def group_ream(
     kept: dict[BankId, list[int]],
     exempt: Iterable[Place] = (),
 ) -> Groups:
-    """The groups of "ream" by expert_distances, neurons in their own order; see aligned."""
+    """The groups of "ream" by expert_distances, neurons in their own order; see align_neurons."""
     exempt, groups = set(exempt), {}
     for bank, values in saliency(stats, by).items():
         near = distances[bank]
@@ -149,7 +149,7 @@ def group_ream(
     return groups
 
 
-def aligned(model: "PreTrainedModel", banks: Iterable[Bank], groups: Groups) -> Groups:
+def align_neurons(model: "PreTrainedModel", banks: Iterable[Bank], groups: Groups) -> Groups:
     """groups with the orders of neurons that the model's weights give. Raises SedetectError for weights that cannot be
     read."""
     found: Groups = {}

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -140,11 +140,11 @@ def group_ream(
         unknown = stats.banks[bank].nonfinite + near.isnan().all(1).to(near.device)
         into, away = _free(bank, kept[bank], exempt, unknown)
         taken: dict[int, list[int]] = {}
-        for centroid in sorted(into, key=lambda e, values=values: (-float(values[e]), e)):
-            if not away:
-                break
-            taken[centroid] = sorted(away, key=lambda e, near=near, c=centroid: (float(near[c, e]), e))[: GROUP - 1]
-            away = [e for e in away if e not in taken[centroid]]
+        for centroid in values.argsort(descending=True, stable=True).tolist():
+            if centroid in into and away:
+                nearest = near[centroid].argsort(stable=True).tolist()
+                taken[centroid] = [e for e in nearest if e in away][: GROUP - 1]
+                away = [e for e in away if e not in taken[centroid]]
         groups[bank] = _weighted(taken, values)
     return groups
 
@@ -159,7 +159,7 @@ def align_neurons(model: "PreTrainedModel", banks: Iterable[Bank], groups: Group
             continue
         neurons = torch.cat(list(expert_matrices(model, bank).values()), 2).float()
         neurons = neurons / neurons.norm(dim=2, keepdim=True).clamp(min=1e-30)
-        turns = bank.module.has_gate and is_interleaved(bank)
+        turns = bool(bank.module.has_gate) and is_interleaved(bank)
         found[bank.id] = {
             kept: Group(
                 group.weights,
@@ -204,8 +204,8 @@ class _Sums:
             raise SedetectError(f"{bank.path}: no router found beside it; merge by nearest")
         self._bank, self._watch = bank, watch
         self._gate = None if isinstance(bank.module, ListedExperts) else gate_of(bank)
-        self._outputs: torch.Tensor | None = None
-        self._products: torch.Tensor | None = None
+        self._outputs: torch.Tensor | float = 0.0
+        self._products: torch.Tensor | float = 0.0
 
     def call(self, module: nn.Module, x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         bank = self._bank
@@ -215,21 +215,20 @@ class _Sums:
             raise SedetectError(f"{bank.path}: the logits of its router are not of its tokens; merge by nearest")
         logits = logits[:, : bank.experts].double()
         chances = logits.softmax(-1)
-        outputs, products = 0, logits.T @ logits
-        for part in torch.arange(len(flat), device=flat.device).split(max(1, _CHUNK // (bank.experts * bank.hidden))):
-            outputs = outputs + torch.einsum("te,eth->eh", chances[part], self._every(flat[part]).double())
-        self._outputs = outputs if self._outputs is None else self._outputs + outputs
-        self._products = products if self._products is None else self._products + products
+        step = max(1, _CHUNK // (bank.experts * bank.hidden))
+        parts = [slice(start, start + step) for start in range(0, len(flat), step)]
+        outputs = sum(torch.einsum("te,eth->eh", chances[part], self._every(flat[part]).double()) for part in parts)
+        self._outputs, self._products = self._outputs + outputs, self._products + logits.T @ logits
         return run_inner(module, x, index, gates)
 
     def _every(self, x: torch.Tensor) -> torch.Tensor:
-        module = self._bank.module
+        module: Any = self._bank.module
         if self._gate is None:
             return torch.stack([module.run_expert(module.experts, e, x)[1] for e in range(self._bank.experts)])
         return every_expert(x, ExpertWeights.of(module, self._gate))
 
     def distances(self) -> torch.Tensor:
-        if self._outputs is None or self._products is None:
+        if isinstance(self._outputs, float) or isinstance(self._products, float):
             raise SedetectError(f"{self._bank.path}: no token of the text reached it; merge by nearest")
         alike = (1 + _cosines(self._outputs @ self._outputs.T)) / 2
         apart = (2 - 2 * _cosines(self._products)).clamp(min=0).sqrt()

@@ -132,8 +132,7 @@ def choose_kept(
     check_budget(budget, floor)
     if budget == "global":
         top_k = max(stats.header.banks[str(bank)].top_k for bank in values_of)
-        sizes = {bank: len(values) for bank, values in values_of.items()}
-        gone = _number_gone_globally(list(sizes.values()), ratio, top_k, groups, floor)
+        gone = _number_gone_globally([len(values) for values in values_of.values()], ratio, top_k, groups, floor)
         return _choose_globally(values_of, gone, protected, floor or top_k)
     kept: dict[BankId, list[int]] = {}
     for bank, values in values_of.items():

@@ -3,8 +3,8 @@
     python benchmarks/bench_start.py /tmp/slice           16 layers of Qwen3-30B-A3B's shape, 20 GB, made if missing
 
 Whole processes, alternated, --runs of each after one that warms the page cache: the median wall time of each, and of
-transformers the seconds of import, from_pretrained and forwards. The ratio is that of each pair, which runs one after the
-other, since such a machine gets slower and faster by a third within minutes; the last line is the same as JSON.
+transformers the seconds of import, from_pretrained and forwards. The ratio is that of each pair, since a machine can
+become a third slower or faster within minutes; the last line is the same as JSON.
 
     sedetect       sedetect profile FOLDER --tokens 120000 --seq-len 2048 -o OUT
     transformers   import torch and transformers, from_pretrained, the forwards of the same batches (cut beforehand)

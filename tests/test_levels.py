@@ -233,6 +233,22 @@ def test_feeders_are_protected_where_a_chain_was_followed(judged):
     assert "has no proof.json" in refused(run("export", folder, "--to", "json", "--with-feeders"))
 
 
+def test_feeders_are_kept_and_not_averaged(judged, tmp_path):
+    folder = judged(L1E28="proved", L9E7="refuted")
+    bank = BankId("decoder", 0, "routed")
+    lowest = int(Results(folder).stats().banks[bank].rows.argmin())
+    proof = Proof.load(folder)
+    followed = [replace(one, feeders=[Feeder(f"L0E{lowest}", 0.0)]) for one in proof.verdicts]
+    replace(proof, verdicts=followed).save(Results(folder).proof_path)
+    options = ("--stats", folder, "--by", "frequency", "--merge", "nearest")
+    assert run("prune", TINY, *options, "-o", tmp_path / "out").code == 0
+    document = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert {lowest} <= set(document["kept"][str(bank)]) and {28} <= set(document["kept"]["decoder.1.routed"])
+    for name, exempt in ((str(bank), lowest), ("decoder.1.routed", 28)):
+        merged = {int(kept): members for kept, members in document["merged"][name].items()}
+        assert merged and exempt not in merged and not any(exempt in members for members in merged.values())
+
+
 def test_margins(stats):
     """How far each is from the thresholds; what was not observed is left out."""
     found = margins(stats)

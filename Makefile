@@ -1,7 +1,7 @@
 # make profile   create the environment, install, and profile the bundled checkpoint
 # make test      create the environment, install, and run the tests (PYTEST: options for pytest)
 # make quick     those that a change most likely breaks: at most 3 minutes on two cores
-# make lint      ruff, mypy and the order of the packages
+# make lint      ruff, codespell, mypy and the order of the packages
 # make site      the documentation as a site, into build/site; a warning fails it
 # make wheel     sdist and wheel into dist/, checked, installed beside the environment's packages, and run
 # make pure      the same without a compiler
@@ -28,6 +28,7 @@ quick: $(VENV)/installed
 lint: $(VENV)/installed imports
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/codespell
 	$(VENV)/bin/mypy
 
 # import-linter sees folders that have an __init__.py, which kernels must not have, and no extensions: it reads a copy.

@@ -37,7 +37,7 @@ class Schedule:
 
     @classmethod
     def empty(cls, slots: int, experts: int, device: torch.device) -> "Schedule":
-        """Uninitialised, for a kernel to fill."""
+        """Uninitialized, for a kernel to fill."""
         rows = tiles.tile_rows(slots, experts)
         most = tiles.max_tiles(slots, experts, rows)
         sizes = ((slots,), (most, 4), (1,), (experts, 3))
@@ -78,7 +78,7 @@ class ScheduledPlan(Plan):
 
 
 def plan_torch(top_k_index: torch.Tensor, num_experts: int) -> Plan:
-    """Sort the routing (T, k) int by expert. Runs without host synchronisation."""
+    """Sort the routing (T, k) int by expert. Runs without host synchronization."""
     experts = top_k_index.reshape(-1).to(torch.int64)
     experts = torch.where((experts >= 0) & (experts < num_experts), experts, num_experts)
     order = experts.argsort(stable=True)

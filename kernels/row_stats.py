@@ -36,7 +36,7 @@ class RowStats:
 
     @classmethod
     def empty(cls, rows: int) -> "RowStats":
-        """Uninitialised, on the CPU, for csrc/ to fill."""
+        """Uninitialized, on the CPU, for csrc/ to fill."""
         return cls(*(torch.empty(rows, dtype=dtype) for dtype in _TYPES))
 
     def tensors(self) -> list[torch.Tensor]:
@@ -70,7 +70,7 @@ class RowParts:
 
     @classmethod
     def empty(cls, y: torch.Tensor, h: torch.Tensor, in_parts: torch.Tensor) -> "RowParts":
-        """best, part and sqnorm uninitialised, for a kernel to fill."""
+        """best, part and sqnorm uninitialized, for a kernel to fill."""
         best, part, sqnorm = (y.new_empty(len(y), dtype=dtype) for dtype in (torch.float32, torch.int32, torch.float32))
         return cls(best, part, sqnorm, in_parts, y, h)
 

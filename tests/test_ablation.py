@@ -90,11 +90,11 @@ def test_remove_with_a_correction_bias():
     hook = experts.register_forward_pre_hook(lambda module, args: chosen.append(args[1]))
     try:
         before = logits(model, ids)
-        favourites = chosen[0].flatten().bincount(minlength=8).topk(2).indices.tolist()
-        logits(model, ids, [f"L1E{e}" for e in favourites], how="remove")
+        favorites = chosen[0].flatten().bincount(minlength=8).topk(2).indices.tolist()
+        logits(model, ids, [f"L1E{e}" for e in favorites], how="remove")
     finally:
         hook.remove()
-    assert not torch.isin(chosen[1], torch.tensor(favourites)).any()
+    assert not torch.isin(chosen[1], torch.tensor(favorites)).any()
     assert torch.equal(gate.e_score_correction_bias, kept) and torch.equal(logits(model, ids), before)
 
 

@@ -663,7 +663,7 @@ def test_ctrl_c_at_a_terminal(tmp_path):
     assert 0 < tokens < 32768 and tokens % 128 == 0 and stats.header.sequences == tokens // 128
     for layer in range(LAYERS):
         assert stats.banks[BankId("decoder", layer, "routed")].rows.sum() == tokens * TOP_K
-    seen = re.sub(r"\x1b\[[\d;]*m", "", seen)  # without colours
+    seen = re.sub(r"\x1b\[[\d;]*m", "", seen)  # without colors
     assert f"interrupted after {tokens:,} of 32,768 tokens; saved to {tmp_path / 'out'}" in seen
     assert out.startswith("2 candidates: L1E28") and f"{tokens:,} tokens in" in out
     assert ranked(tmp_path / "out" / "super_experts.json")["super_experts"][0]["name"] == "L1E28"

@@ -424,7 +424,7 @@ def test_duplicates(backend):
     "shape", [(600, 8, 16, 512, 256), (20, 8, 16, 64, 32), (100, 8, 16, 64, 32), (300, 2, 4, 72, 4104)], ids=str
 )
 def test_no_synchronisation_and_graph_replay(backend, dtype, shape):
-    """The same bits eagerly, under the synchronisation check, and replayed as a CUDA graph on new inputs."""
+    """The same bits eagerly, under the synchronization check, and replayed as a CUDA graph on new inputs."""
     tokens, _, experts, *_ = shape
     call = on_device(make_call(shape, dtype, 1))
     rows = make_rows(tokens, 1).to(DEVICE)

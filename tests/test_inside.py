@@ -106,9 +106,9 @@ def test_every_picture_marks_the_candidates(results, marked):
         for page in (False, True):
             pictures = pictures_of(result, marked, page=page)
             for chart in Inside(pictures, page=page).all():
-                colour = "var(--candidate)" if page else LIGHT["candidate"]
+                color = "var(--candidate)" if page else LIGHT["candidate"]
                 if ("-L1-" in chart.name and "ranks" not in chart.name) or chart.name == "routing-load":
-                    assert colour in json.dumps(chart.spec), chart.name
+                    assert color in json.dumps(chart.spec), chart.name
 
 
 def test_without_matched_pairs_there_is_no_picture_of_them(results, marked):

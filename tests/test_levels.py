@@ -152,7 +152,7 @@ def test_rank_and_report_show_it(judged, tmp_path):
     assert 'class="verdict found"' in page and "L9E7: refuted: why refuted" in page
 
 
-def test_every_level_is_drawn_in_its_colour(judged, opened):
+def test_every_level_is_drawn_in_its_color(judged, opened):
     tried = {"L1E28": "proved", "L9E7": "refuted", "L5E3": "undecided"}
     folder = judged(**tried)
     assert run("report", folder).code == 0
@@ -164,8 +164,8 @@ def test_every_level_is_drawn_in_its_colour(judged, opened):
         assert {fills[name] for name in tried} == {rgb(LIGHT[level]) for level in tried.values()}
 
 
-def rgb(colour: str) -> str:
-    return f"rgb({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:], 16)})"
+def rgb(color: str) -> str:
+    return f"rgb({int(color[1:3], 16)}, {int(color[3:5], 16)}, {int(color[5:], 16)})"
 
 
 @pytest.mark.parametrize(

@@ -700,12 +700,12 @@ def test_shared_and_unseen_experts_in_a_browser(tmp_path, opened):
     assert "no candidate: none of the" in page.locator(".verdict").inner_text() and events == []
 
 
-def rgb(colour: str) -> str:
-    return f"rgb({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:], 16)})"
+def rgb(color: str) -> str:
+    return f"rgb({int(color[1:3], 16)}, {int(color[3:5], 16)}, {int(color[5:], 16)})"
 
 
-@pytest.mark.parametrize(("scheme", "colours"), [("light", LIGHT), ("dark", DARK)])
-def test_light_dark_and_print(full, opened, scheme, colours):
+@pytest.mark.parametrize(("scheme", "colors"), [("light", LIGHT), ("dark", DARK)])
+def test_light_dark_and_print(full, opened, scheme, colors):
     page, events = opened(full[0] / "report.html", color_scheme=scheme)
 
     def seen():
@@ -718,7 +718,7 @@ def test_light_dark_and_print(full, opened, scheme, colours):
     def wanted(of):
         return rgb(of["paper"]), rgb(of["candidate"])
 
-    assert seen() == wanted(colours)
+    assert seen() == wanted(colors)
     page.emulate_media(media="print", color_scheme=scheme)
     assert seen() == wanted(LIGHT) and not page.locator("nav").is_visible()
     page.emulate_media(media="screen")

@@ -18,7 +18,7 @@ NORMS = ("ean-sum", "ean-mean", "man", "msan", "reap", "max")
 
 
 def expert_output(module, x, e):
-    """down_proj output (H,) of expert e for one token x (H,), in float64, from the modelling code's formulas."""
+    """down_proj output (H,) of expert e for one token x (H,), in float64, from the modeling code's formulas."""
     up, down = module.gate_up_proj[e].double(), module.down_proj[e].double()
     if hasattr(module, "gate_up_proj_bias"):  # gpt-oss: transposed, interleaved, clamped
         z = x @ up + module.gate_up_proj_bias[e].double()

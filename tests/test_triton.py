@@ -293,7 +293,7 @@ def test_refusals_name_the_reason():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_no_synchronisation_and_graph_replay(dtype):
-    """The same bits eagerly, under the synchronisation check, and replayed as a CUDA graph on new inputs."""
+    """The same bits eagerly, under the synchronization check, and replayed as a CUDA graph on new inputs."""
     call = on_device(make_call((600, 8, 16, 512, 256), dtype, 1))
     rows = make_rows(600, 1).to(DEVICE)
     eager, replayed = BankStats.empty(16, DEVICE), BankStats.empty(16, DEVICE)

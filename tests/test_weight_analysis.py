@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
-from support.analysis_loops import BLOCKS, components, cosine, lower, read, read_experts, standardised, table
+from support.analysis_loops import BLOCKS, components, cosine, lower, read, read_experts, standardized, table
 from support.conformance import available
 from support.families import FAMILIES, tiny_model
 from support.models import TINY
@@ -85,13 +85,13 @@ def check_layer(family, tensors, result, bank):
         close(found[f"{name}.r2"], [np.corrcoef(x, y)[0, 1] ** 2], 1e-5)
 
         whole = [m for m in every if m.shape == every[0].shape]
-        scores, shares = components(standardised(np.stack([m.ravel() for m in whole])), 3)
+        scores, shares = components(standardized(np.stack([m.ravel() for m in whole])), 3)
         close_up_to_sign(found[f"{name}.scores"][: len(whole), :2], scores[:, :2])
         close(found[f"{name}.explained"], shares, 1e-5)
         assert found[f"{name}.scores"][len(whole) :].isnan().all()
 
         wide = [m for m in every if m.shape[1] == every[0].shape[1]]
-        scores, shares = components(standardised(np.concatenate(wide)), 2)
+        scores, shares = components(standardized(np.concatenate(wide)), 2)
         starts = np.cumsum([0, *(len(m) for m in wide)])
         mine = found[f"{name}.neuron_scores"]
         kept = [kept_neurons(len(m)).numpy() for m in wide]
@@ -304,12 +304,12 @@ def test_matching_is_the_best_of_all_orders():
 def test_projections_are_sklearns():
     generator = torch.Generator().manual_seed(4)
     matrices = torch.randn(9, 6, 5, generator=generator) * torch.arange(1, 10)[:, None, None]
-    rows = standardised(matrices.flatten(1).double().numpy())
+    rows = standardized(matrices.flatten(1).double().numpy())
     pca = PCA(3, svd_solver="full")
     found = project_matrices([matrices[:4], matrices[4:]])
     close_up_to_sign(found.scores, pca.fit_transform(rows))
     close(found.explained, pca.explained_variance_ratio_, 1e-5)
-    neurons = standardised(matrices.flatten(0, 1).double().numpy())
+    neurons = standardized(matrices.flatten(0, 1).double().numpy())
     found = project_neurons([matrices], keep=6)
     close_up_to_sign(found.scores.flatten(0, 1), pca.fit_transform(neurons))
     close(found.explained, pca.explained_variance_ratio_, 1e-5)

@@ -14,7 +14,7 @@ def held_out(domains: dict[str, Windows], stats: ModelStats, tokens: int | None 
 
     tokens: take no more than the first windows that make so many, shared as make_windows does.
 
-    A profile with windows of another length has other sources, and is not recognised.
+    A profile with windows of another length has other sources, and is not recognized.
     Raises SedetectError where no window is left.
     """
     left = {}

@@ -44,7 +44,7 @@ class Padding:
         return counted & ~(side & new)
 
     def notes(self, sequences: int) -> Iterator[Note]:
-        """A note of each end at which so many of all sequences have a run of one token. Synchronises."""
+        """A note of each end at which so many of all sequences have a run of one token. Synchronizes."""
         for runs in self._runs.values():
             for end, counts in zip(("begin", "end"), runs.cpu(), strict=True):
                 count, token = (int(most) for most in counts.max(0))

@@ -2,7 +2,7 @@
 
 The experts see (T, H) rows and nothing else. RowTracker reads mask, positions and token ids off each top-level call
 before the model runs, and follows sequences through the key-value cache and through generate(). Everything that depends
-on values stays on the device: a forward is never synchronised with the host.
+on values stays on the device: a forward is never synchronized with the host.
 
 A first token is the first counted token of its sequence. A token counts unless the attention mask hides it, it is
 padding by its id (profile(pad_token_id=...)), it follows the first generated end-of-sequence token of its sequence, or
@@ -244,7 +244,7 @@ class RowTracker:
                 own.cache = None
 
     def totals(self) -> tuple[int, int]:
-        """(counted tokens, sequences begun). Synchronises, and completes notes."""
+        """(counted tokens, sequences begun). Synchronizes, and completes notes."""
         totals: dict[str, int] = {}
         for (name, _), total in self._totals.items():
             totals[name] = totals.get(name, 0) + int(total)
@@ -264,7 +264,7 @@ class RowTracker:
         return tokens, sequences
 
     def ranges(self) -> list[list[int]]:
-        """Half-open ranges of the sequence ids seen. Synchronises."""
+        """Half-open ranges of the sequence ids seen. Synchronizes."""
         ids = [t.cpu().reshape(-1) for t in self._given_ids]
         ids += [torch.arange(int(t)) for t in self._next_id.values()]
         seen = torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)

@@ -38,7 +38,7 @@ _NO_GATE = (0, False, math.inf, 1.0, 0.0)
 
 
 class CudaBackend(TritonBackend):
-    """No stage synchronises with the host; rows of no expert are left undefined."""
+    """No stage synchronizes with the host; rows of no expert are left undefined."""
 
     name = "cuda"
     activations = frozenset(_ACTIVATIONS)

@@ -112,7 +112,7 @@ def moe_modules(
     backend: str | None = None,
     served: Served | None = None,
 ) -> torch.Tensor:
-    """moe_mlp for experts that are modules and compute themselves. Synchronises with the host, to loop over them.
+    """moe_mlp for experts that are modules and compute themselves. Synchronizes with the host, to loop over them.
 
     Args:
         x, top_k_index, top_k_weights, state, rows, backend, served: as in moe_mlp, x (T, H).

@@ -14,7 +14,7 @@ from sedetect.stats.bank import BankStats
 
 
 class TorchBackend:
-    """The torch references. Synchronises with the host in every experts call, to loop over experts."""
+    """The torch references. Synchronizes with the host in every experts call, to loop over experts."""
 
     name = "torch"
 

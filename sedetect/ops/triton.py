@@ -30,7 +30,7 @@ def prepare_launches() -> None:
 
 
 class TritonBackend:
-    """The kernels of sedetect.kernels. No stage synchronises with the host; rows of no expert are left undefined."""
+    """The kernels of sedetect.kernels. No stage synchronizes with the host; rows of no expert are left undefined."""
 
     name = "triton"
     activations = ACTIVATIONS

@@ -152,7 +152,7 @@ class Profile:
 
     @property
     def stats(self) -> ModelStats:
-        """What was measured so far, on the CPU. Synchronises with the device.
+        """What was measured so far, on the CPU. Synchronizes with the device.
 
         Raises SedetectError where a block of remote code used its experts otherwise than its router says.
         """

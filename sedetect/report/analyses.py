@@ -22,7 +22,7 @@ class Inside(Drawing):
 
     def _lines(self, of: Picture) -> Chart:
         series = list(dict.fromkeys(record["series"] for record in of.data[of.name]))
-        colours = dict(zip(series, (self.colour[c] for c in ("accent", "candidate", "undecided", "muted"))))
+        colors = dict(zip(series, (self.color[c] for c in ("accent", "candidate", "undecided", "muted"))))
         legend = alt.Legend(orient="top", symbolType="stroke")
         tips = [
             alt.Tooltip("row:N", title="layer"), alt.Tooltip("series:N"), alt.Tooltip("value:Q", format=".4~g"),
@@ -30,7 +30,7 @@ class Inside(Drawing):
         base = self.on(of.name).encode(
             x=self.across("row", of.columns, of.x),
             y=alt.Y("value:Q", title=of.y, scale=alt.Scale(zero=False)),
-            color=alt.Color("series:N", title=None, scale=ordinal(colours), legend=legend),
+            color=alt.Color("series:N", title=None, scale=ordinal(colors), legend=legend),
             tooltip=tips,
         )
         chart: alt.LayerChart | alt.FacetChart = self.dotted(
@@ -38,9 +38,9 @@ class Inside(Drawing):
         )
         if of.marked:
             marks = self.on(f"{of.name}-marks").encode(x="row:N")
-            rule = marks.mark_rule(color=self.colour["proved"], strokeDash=[3, 3])
+            rule = marks.mark_rule(color=self.color["proved"], strokeDash=[3, 3])
             names = marks.mark_text(
-                align="left", dx=4, dy=6, fontWeight="bold", fontSize=12, color=self.colour["proved"]
+                align="left", dx=4, dy=6, fontWeight="bold", fontSize=12, color=self.color["proved"]
             ).encode(text="expert:N", y=alt.value(0))
             chart = alt.layer(rule, chart, names)
         return self.chart(of.name, of.text, chart, 220)
@@ -75,17 +75,17 @@ class Inside(Drawing):
                     alt.FieldOneOfPredicate(field=channel, oneOf=labels)
                 )
                 band = chosen.transform_aggregate(cells="count()", groupby=[channel])
-                ring = band.mark_rect(fill=None, stroke=self.colour[verdict], strokeWidth=1.5)
+                ring = band.mark_rect(fill=None, stroke=self.color[verdict], strokeWidth=1.5)
                 layers.append(ring.encode(**{channel: x if channel == "x" else y}))
         for verdict in sorted({*VERDICTS[:-1]} & {record.get("verdict") for record in of.data[of.name]}):
             one = base.transform_filter(alt.datum.verdict == verdict)
-            layers.append(one.mark_rect(fill=None, stroke=self.colour[verdict], strokeWidth=2).encode(x=x, y=y))
+            layers.append(one.mark_rect(fill=None, stroke=self.color[verdict], strokeWidth=2).encode(x=x, y=y))
         height = max(120, min(440, 14 * len(of.rows) + 40))
         return self.chart(of.name, of.text, alt.layer(*layers), height)
 
     def _points(self, of: Picture) -> Chart:
         there = {record["verdict"] for record in of.data[of.name]}
-        colours = {verdict: self.colour[verdict] for verdict in VERDICTS if verdict in there}
+        colors = {verdict: self.color[verdict] for verdict in VERDICTS if verdict in there}
         tips = [alt.Tooltip("name:N", title="expert"), alt.Tooltip("verdict:N")]
         many = len(of.data[of.name]) > len(of.columns)
         base = self.on(of.name).encode(
@@ -93,35 +93,35 @@ class Inside(Drawing):
             y=alt.Y("y:Q", title=of.y, scale=alt.Scale(zero=False)),
             tooltip=tips,
         )
-        colour = alt.Color("verdict:N", title=None, scale=ordinal(colours), legend=alt.Legend(orient="top"))
+        color = alt.Color("verdict:N", title=None, scale=ordinal(colors), legend=alt.Legend(orient="top"))
         if many:
-            # Neurons: those of an expert share a colour, and marked ones lie on top in theirs.
+            # Neurons: those of an expert share a color, and marked ones lie on top in theirs.
             scale = alt.Scale(domain=of.columns, scheme="spectral")
             rest = base.transform_filter("datum.verdict == 'other'").mark_circle(size=10, opacity=0.5)
             layers = [rest.encode(color=alt.Color("name:N", scale=scale, legend=None))]
-            for verdict in colours:
+            for verdict in colors:
                 if verdict != "other":
                     top = base.transform_filter(alt.datum.verdict == verdict)
-                    layers.append(top.mark_point(size=26, color=self.colour[verdict], strokeWidth=1.5))
+                    layers.append(top.mark_point(size=26, color=self.color[verdict], strokeWidth=1.5))
             return self.chart(of.name, of.text, alt.layer(*layers), 340)
         points = base.mark_point(size=60, strokeWidth=1.5).encode(
-            color=colour, fill=alt.condition("datum.stray", alt.value("transparent"), colour)
+            color=color, fill=alt.condition("datum.stray", alt.value("transparent"), color)
         )
         named = base if len(of.columns) <= _NAMED else base.transform_filter("datum.verdict != 'other' || datum.stray")
-        names = named.mark_text(dy=-10, fontSize=11).encode(text="name:N", color=colour)
+        names = named.mark_text(dy=-10, fontSize=11).encode(text="name:N", color=color)
         return self.chart(of.name, of.text, alt.layer(points, names), 340)
 
     def _axis(self, labels: list[str], marked: dict[str, str]) -> alt.Axis:
-        """thinned, with a label on every marked expert, in its colour."""
+        """thinned, with a label on every marked expert, in its color."""
         axis = self.thinned(labels, _LABELS)
         marks = {label: verdict for label, verdict in marked.items() if label in labels}
         if not marks:
             return axis
         tests = [
-            {"test": f"datum.value == '{label}'", "value": self.colour[verdict]} for label, verdict in marks.items()
+            {"test": f"datum.value == '{label}'", "value": self.color[verdict]} for label, verdict in marks.items()
         ]
         axis["values"] = [label for label in labels if label in marks or label in axis["values"]]
-        axis["labelColor"] = {"condition": tests, "value": self.colour["muted"]}
+        axis["labelColor"] = {"condition": tests, "value": self.color["muted"]}
         axis["labelOverlap"] = False
         return axis
 

@@ -39,14 +39,14 @@ class Charts(Drawing):
         low, high = min(self.values), max(self.values)
         scale = alt.Scale(type="log", scheme="viridis", domain=[low, high if high > low else low * 10])
         legend = alt.Legend(title="max|y|", format="~s", tickCount=5, gradientLength=220, orient="top")
-        colour = alt.Color("value:Q", scale=scale, legend=legend)
-        layers = [base.transform_filter(alt.datum.state == "seen").mark_rect().encode(color=colour)]
+        color = alt.Color("value:Q", scale=scale, legend=legend)
+        layers = [base.transform_filter(alt.datum.state == "seen").mark_rect().encode(color=color)]
         for state, name in (("unseen", "unseen"), ("non-finite", "broken")):
             if any(record["state"] == state for record in self.data["experts"]):
-                layers.append(base.transform_filter(alt.datum.state == state).mark_rect(color=self.colour[name]))
+                layers.append(base.transform_filter(alt.datum.state == state).mark_rect(color=self.color[name]))
         for verdict in VERDICTS[:-1]:
             chosen = base.transform_filter(alt.datum.verdict == verdict)
-            layers.append(chosen.mark_rect(fill=None, stroke=self.colour[verdict], strokeWidth=2, tooltip=None))
+            layers.append(chosen.mark_rect(fill=None, stroke=self.color[verdict], strokeWidth=2, tooltip=None))
         edge = self.columns[len(self.columns) // 2 :]
         beside = 6 + 500 // len(self.columns)  # half a cell of a chart some 1000 pixels wide
         for verdict, right in product(VERDICTS[:-1], (False, True)):
@@ -56,12 +56,12 @@ class Charts(Drawing):
             )
             where: dict[str, Any] = {"align": "right", "dx": -beside} if right else {"align": "left", "dx": beside}
             halo: dict[str, Any] = {
-                "stroke": self.colour["paper"],
+                "stroke": self.color["paper"],
                 "strokeWidth": 4,
                 "strokeJoin": "round",
-                "color": self.colour["paper"],
+                "color": self.color["paper"],
             }
-            for look in (halo, {"color": self.colour[verdict]}):
+            for look in (halo, {"color": self.color[verdict]}):
                 layers.append(chosen.mark_text(fontWeight="bold", fontSize=13, **where, **look).encode(text="expert:N"))
         height = max(160, min(560, 22 * len(self.rows)))
         text = f"Heatmap of the largest output of {len(self.data['experts'])} experts, layers down, experts across."
@@ -78,7 +78,7 @@ class Charts(Drawing):
             fill=alt.condition("datum.inside", self.verdicts(), alt.value("transparent")),
             tooltip=tooltips("place", *EXPERT),
         )
-        rule = self.on("thresholds").mark_rule(color=self.colour["muted"], strokeWidth=1.5)
+        rule = self.on("thresholds").mark_rule(color=self.color["muted"], strokeWidth=1.5)
         rules = rule.encode(
             y="value:Q",
             strokeDash=alt.StrokeDash(
@@ -99,7 +99,7 @@ class Charts(Drawing):
         points = base.mark_point(filled=True, size=40, opacity=0.85).encode(
             x=x, y=y, color=self.verdicts(), tooltip=tooltips(*EXPERT)
         )
-        line = self.on("diagonal").mark_line(color=self.colour["muted"], strokeDash=[4, 4])
+        line = self.on("diagonal").mark_line(color=self.color["muted"], strokeDash=[4, 4])
         diagonal = line.encode(x="rest:Q", y="first:Q")
         text = "Each expert's largest output on first tokens of sequences against that on all other tokens."
         return self.chart("first-rest", text, alt.layer(diagonal, points), 320)
@@ -126,7 +126,7 @@ class Charts(Drawing):
             "tokens:N",
             title=None,
             scale=alt.Scale(domain=["first token", "other token"], range=["circle", "cross"]),
-            legend=alt.Legend(orient="top", symbolStrokeColor=self.colour["muted"]),
+            legend=alt.Legend(orient="top", symbolStrokeColor=self.color["muted"]),
         )
         tips = tooltips("expert", "value", "gate", "token", "position", "domain", "sequence")
         points = self.on("kept").mark_point(size=60, strokeWidth=1.6).encode(
@@ -153,12 +153,12 @@ class Charts(Drawing):
             "change:Q", title="change of perplexity, mean of the domains", axis=alt.Axis(format="+~%", tickCount=6)
         )
         y = alt.Y("set:N", scale=alt.Scale(domain=sets), title=None, axis=alt.Axis(labelLimit=320))
-        kinds = {"chosen": self.colour["proved"], "control": self.colour["other"]}
-        colour = alt.Color("kind:N", title=None, scale=ordinal(kinds), legend=None)
+        kinds = {"chosen": self.color["proved"], "control": self.color["other"]}
+        color = alt.Color("kind:N", title=None, scale=ordinal(kinds), legend=None)
         points = self.on("ablation").mark_point(filled=True, size=80, opacity=0.85).encode(
-            x=x, y=y, color=colour, tooltip=tooltips("set", "experts", "change")
+            x=x, y=y, color=color, tooltip=tooltips("set", "experts", "change")
         )  # fmt: skip
-        zero = self.on("zero").mark_rule(color=self.colour["muted"]).encode(x="change:Q")
+        zero = self.on("zero").mark_rule(color=self.color["muted"]).encode(x="change:Q")
         text = "Change of perplexity without the chosen experts, beside that without random experts."
         return self.chart("ablation", text, alt.layer(zero, points), 28 * len(sets) + 20)
 
@@ -191,11 +191,11 @@ class Charts(Drawing):
         ]
         base = self.on("coverage").encode(x=x)
         low = alt.Y("rows_min:Q", scale=scale, title="rows of an expert", axis=COUNTS)
-        band = base.mark_bar(color=self.colour["other"], opacity=0.55, size=8).encode(
+        band = base.mark_bar(color=self.color["other"], opacity=0.55, size=8).encode(
             y=low, y2="rows_max:Q", tooltip=tips
         )
-        middle = base.mark_point(filled=True, color=self.colour["accent"], opacity=1, size=40)
-        few = self.on("coverage").mark_rule(color=self.colour["proved"], strokeDash=[6, 4]).encode(y="mean(wanted):Q")
+        middle = base.mark_point(filled=True, color=self.color["accent"], opacity=1, size=40)
+        few = self.on("coverage").mark_rule(color=self.color["proved"], strokeDash=[6, 4]).encode(y="mean(wanted):Q")
         layers = alt.layer(few, band, middle.encode(y="rows_median:Q", tooltip=tips))
         text = "Rows of the routed experts in every layer: fewest, median and most, and the least an expert should see."
         return self.chart("coverage", text, layers, 220)
@@ -204,8 +204,8 @@ class Charts(Drawing):
         x = self.across("row", self.rows, "layer")
         lines = self.two_series("headroom", x, "largest element", ("max|y|, output", "max|h|, input"))
         limits = self.on("limits").encode(y="value:Q")
-        rules = limits.mark_rule(color=self.colour["proved"], strokeDash=[6, 4])
-        labels = limits.mark_text(align="left", dx=4, dy=9, color=self.colour["proved"], fontSize=12).encode(
+        rules = limits.mark_rule(color=self.color["proved"], strokeDash=[6, 4])
+        labels = limits.mark_text(align="left", dx=4, dy=9, color=self.color["proved"], fontSize=12).encode(
             x=alt.value(0), text="format:N"
         )
         text = (
@@ -223,10 +223,10 @@ class Charts(Drawing):
         """The chart, and in it the experts with a verdict by name where they stand."""
         there = {record["verdict"] for record in self.data["experts"]}
         layers = [chart]
-        for verdict in (one for one in VERDICTS[:-1] if one in there):  # the colours of the chart have their own scale
+        for verdict in (one for one in VERDICTS[:-1] if one in there):  # the colors of the chart have their own scale
             base = self.on("experts").transform_filter(alt.datum.verdict == verdict)
-            colour = alt.value(self.colour[verdict])
-            base = base.encode(x=f"{field}:N", y="value:Q", color=colour, tooltip=tooltips(*EXPERT))
+            color = alt.value(self.color[verdict])
+            base = base.encode(x=f"{field}:N", y="value:Q", color=color, tooltip=tooltips(*EXPERT))
             names = base.mark_text(dy=-11, fontWeight="bold", fontSize=12).encode(text="expert:N")
             layers += [base.mark_point(filled=True, size=70, opacity=1), names]
         return chart if len(layers) == 1 else alt.layer(*layers)

@@ -1,4 +1,4 @@
-"""How the charts of the report look: colours, axes, legends, and the forms that several charts share."""
+"""How the charts of the report look: colors, axes, legends, and the forms that several charts share."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,11 +32,11 @@ class Chart:
 
 class Drawing:
     """What the charts over one set of records share: for the page, CSS variables and the width it is given; for files,
-    light colours and a fixed width."""
+    light colors and a fixed width."""
 
     def __init__(self, data: dict[str, Records], *, page: bool):
         self.data, self.width = data, "container" if page else 860
-        self.colour = VARIABLES if page else LIGHT
+        self.color = VARIABLES if page else LIGHT
         self.font = PAGE_FONT if page else FIGURE_FONT
         self.rows = list(dict.fromkeys(record["row"] for record in data["experts"]))
         self.columns = _columns(data["experts"])
@@ -65,8 +65,8 @@ class Drawing:
 
     def verdicts(self, of: str = "experts") -> alt.Color:
         there = {record["verdict"] for record in self.data[of]}
-        colours = {verdict: self.colour[verdict] for verdict in VERDICTS if verdict in there}
-        return alt.Color("verdict:N", title=None, scale=ordinal(colours), legend=alt.Legend(orient="top"))
+        colors = {verdict: self.color[verdict] for verdict in VERDICTS if verdict in there}
+        return alt.Color("verdict:N", title=None, scale=ordinal(colors), legend=alt.Legend(orient="top"))
 
     def two_series(
         self,
@@ -79,34 +79,34 @@ class Drawing:
     ) -> alt.LayerChart:
         """Two series: the first strong, the second faint."""
         scaled = alt.Scale(domain=list(series), range=[[1, 0], [5, 4]])
-        colours = dict(zip(series, (self.colour["accent"], self.colour["muted"])))
+        colors = dict(zip(series, (self.color["accent"], self.color["muted"])))
         y = alt.Y("value:Q", scale=alt.Scale(type=scale), title=title, axis=LOG if scale == "log" else alt.Axis())
         legend = alt.Legend(orient="top", symbolType="stroke")
         field = x["shorthand"].partition(":")[0]
         tips = [alt.Tooltip(f"{field}:N", title=_TITLES.get(field, "expert")), *tooltips("series", *extra)]
-        colour = alt.Color("series:N", title=None, scale=ordinal(colours), legend=legend)
+        color = alt.Color("series:N", title=None, scale=ordinal(colors), legend=legend)
         dashes = alt.StrokeDash("series:N", title=None, scale=scaled, legend=legend)
         tips.append(alt.Tooltip("value:Q", format=".5~g"))
-        return self.dotted(self.on(name).encode(x=x, y=y, color=colour, tooltip=tips), dashes)
+        return self.dotted(self.on(name).encode(x=x, y=y, color=color, tooltip=tips), dashes)
 
     def dotted(self, base: alt.Chart, dashes: alt.StrokeDash) -> alt.LayerChart:
         """A line with a dot at every value; dashes are the line's only, so that their legend shows lines."""
         return base.mark_line().encode(strokeDash=dashes) + base.mark_point(filled=True, size=24, opacity=1)
 
     def two_runs(self, name: str, title: str, series: tuple[str, str], scale: Scaling) -> alt.LayerChart:
-        """Two series of one or two runs: colour tells the run, dashes the series."""
+        """Two series of one or two runs: color tells the run, dashes the series."""
         runs = list(dict.fromkeys(record["run"] for record in self.data[name]))
         rows = list(dict.fromkeys(record["row"] for record in self.data[name]))
-        colours = dict(zip(runs, (self.colour["accent"], self.colour["proved"])))
-        grey = self.colour["muted"]
+        colors = dict(zip(runs, (self.color["accent"], self.color["proved"])))
+        gray = self.color["muted"]
         legend = alt.Legend(orient="top", symbolType="stroke", labelLimit=300, columns=1)
-        dashed = alt.Legend(orient="top", symbolType="stroke", symbolStrokeColor=grey, columns=1)
+        dashed = alt.Legend(orient="top", symbolType="stroke", symbolStrokeColor=gray, columns=1)
         y = alt.Y("value:Q", scale=alt.Scale(type=scale), title=title, axis=LOG if scale == "log" else alt.Axis())
         dashes = alt.Scale(domain=list(series), range=[[1, 0], [5, 4]])
         base = self.on(name).encode(
             x=self.across("row", rows, "layer"),
             y=y,
-            color=alt.Color("run:N", title=None, scale=ordinal(colours), legend=legend),
+            color=alt.Color("run:N", title=None, scale=ordinal(colors), legend=legend),
             tooltip=[
                 alt.Tooltip("row:N", title="layer"),
                 *tooltips("run", "series"),
@@ -116,11 +116,11 @@ class Drawing:
         return self.dotted(base, alt.StrokeDash("series:N", title=None, scale=dashes, legend=dashed))
 
     def chart(self, name: str, text: str, chart: Any, height: int) -> Chart:
-        axis = {"gridColor": self.colour["line"], "domainColor": self.colour["line"], "tickColor": self.colour["line"]}
-        words = {"labelColor": self.colour["muted"], "titleColor": self.colour["muted"], "labelFontSize": 12}
+        axis = {"gridColor": self.color["line"], "domainColor": self.color["line"], "tickColor": self.color["line"]}
+        words = {"labelColor": self.color["muted"], "titleColor": self.color["muted"], "labelFontSize": 12}
         config = {
             "font": self.font,
-            "background": "transparent" if self.width == "container" else self.colour["paper"],
+            "background": "transparent" if self.width == "container" else self.color["paper"],
             "aria": False,  # the page describes every chart, and has tables; a thousand marks read out help nobody
             "view": {"stroke": None},
             "axis": axis | words | {"titleFontWeight": "normal", "titleFontSize": 12},
@@ -129,7 +129,7 @@ class Drawing:
                 "titleFontWeight": "normal",
                 "titleFontSize": 12,
                 "symbolSize": 120,
-                "symbolStrokeColor": self.colour["muted"],
+                "symbolStrokeColor": self.color["muted"],
             }
             | ({"layout": {"top": {"direction": "vertical"}}} if self.width == "container" else {}),
         }
@@ -157,8 +157,8 @@ def _used(spec: Any) -> set[str]:
     return own.union(*map(_used, spec.values()))
 
 
-def ordinal(colours: dict[str, str]) -> alt.Scale:
-    return alt.Scale(domain=list(colours), range=list(colours.values()))
+def ordinal(colors: dict[str, str]) -> alt.Scale:
+    return alt.Scale(domain=list(colors), range=list(colors.values()))
 
 
 def tooltips(*fields: str) -> list[alt.Tooltip]:

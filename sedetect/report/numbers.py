@@ -140,9 +140,9 @@ def kurtosis(values: np.ndarray) -> float | None:
     3, which is what the published tool plots. 0 for a normal distribution; None without variance."""
     if not len(values) or values.min() == values.max():  # whose mean may differ from them by a rounding
         return None
-    centred = values - values.mean()
-    variance = (centred**2).mean()
-    return float((centred**4).mean() / variance**2 - 3) if variance > 0 else None
+    centered = values - values.mean()
+    variance = (centered**2).mean()
+    return float((centered**4).mean() / variance**2 - 3) if variance > 0 else None
 
 
 def kurtosis_most(n: int) -> float | None:

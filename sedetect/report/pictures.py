@@ -33,7 +33,7 @@ class Picture:
     x, y, value    titles
     columns, rows  the labels of the axes, in order (lines: columns alone)
     marked   label -> verdict; lines: layer -> the names of those in it
-    log      whether the colours of a grid follow the logarithm
+    log      whether the colors of a grid follow the logarithm
     """
 
     name: str

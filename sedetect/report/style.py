@@ -1,4 +1,4 @@
-"""Colours of the report, by role. The page names them as CSS variables, so that one drawing serves light, dark and
+"""Colors of the report, by role. The page names them as CSS variables, so that one drawing serves light, dark and
 print; figures that leave the page take the light ones."""
 
 LIGHT = {
@@ -36,6 +36,6 @@ PAGE_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-ser
 FIGURE_FONT = "Liberation Sans, Arial, sans-serif"
 
 
-def css_variables(colours: dict[str, str]) -> str:
-    """The colours as CSS declarations."""
-    return " ".join(f"--{name}: {value};" for name, value in colours.items())
+def css_variables(colors: dict[str, str]) -> str:
+    """The colors as CSS declarations."""
+    return " ".join(f"--{name}: {value};" for name, value in colors.items())

@@ -7,7 +7,7 @@ NONE = "–"
 
 
 class Named(str):
-    """The name of an expert or its verdict, coloured by the verdict."""
+    """The name of an expert or its verdict, colored by the verdict."""
 
     verdict: str
 

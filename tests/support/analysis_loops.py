@@ -80,7 +80,7 @@ def table(items: list, value) -> np.ndarray:
     return np.array([[value(a, b) if a.shape == b.shape == shape else np.nan for b in items] for a in items])
 
 
-def standardised(rows: np.ndarray) -> np.ndarray:
+def standardized(rows: np.ndarray) -> np.ndarray:
     return (rows - rows.mean(0)) / rows.std(0, ddof=1)
 
 

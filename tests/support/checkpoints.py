@@ -32,7 +32,7 @@ def put_model(folder: Path, seed: int = 0, **changes) -> Path:
     return put_tokenizer(folder)
 
 
-WORDS = {"greek": "alpha beta gamma delta", "numbers": "one two three four five", "colours": "red green blue"}
+WORDS = {"greek": "alpha beta gamma delta", "numbers": "one two three four five", "colors": "red green blue"}
 TEXTS = {domain: [" ".join(f"{words} {n}" for n in range(60))] for domain, words in WORDS.items()}
 SHORT = {"text": sedetect.Text(tokens=400, seq_len=16, batch_size=3)}
 OPTIONAL = {"measuring": sedetect.Measuring(channels=True, coactivation=True, first_rows=True)}

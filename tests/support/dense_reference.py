@@ -1,6 +1,6 @@
 """Every expert on every token, as plain loops: what the eager model's experts are given, and what each would give.
 
-GIVES[class name](module, expert, x (H,)) is the output of one expert, by the formula of its modelling file; modules
+GIVES[class name](module, expert, x (H,)) is the output of one expert, by the formula of its modeling file; modules
 behind transformers' experts interface use their own gate, as in conformance.py.
 """
 

@@ -1,7 +1,7 @@
 """Every Mixture-of-Experts architecture of transformers as a tiny random model: one table, and what builds from it.
 
 An entry says what a family's tiny config needs beyond COMMON, and which banks its layers have. The banks are written
-by hand from the modelling files, so that they are an independent statement of what a profile must find.
+by hand from the modeling files, so that they are an independent statement of what a profile must find.
 """
 
 import ast
@@ -439,7 +439,7 @@ FAMILIES: dict[str, Family] = {
 
 @cache
 def _classes() -> dict[str, list[ast.ClassDef]]:
-    """model -> the classes of its modelling file, from the source, where it speaks of experts."""
+    """model -> the classes of its modeling file, from the source, where it speaks of experts."""
     sources = {path.parent.name: path.read_text() for path in sorted(MODELS.glob("*/modeling_*.py"))}
     parsed = {name: ast.parse(text) for name, text in sources.items() if "Expert" in text}
     return {name: [n for n in tree.body if isinstance(n, ast.ClassDef)] for name, tree in parsed.items()}

@@ -1,7 +1,7 @@
 """What experts classes outside the experts interface compute, as plain loops over (row, expert).
 
 LOOPS[class name](module, *its forward's arguments) yields (row, expert, routing weight, h, y), by the formulas of the
-modelling files; it shares no code with the adapters. DOWN[class name](module, expert) is the down_proj matrix.
+modeling files; it shares no code with the adapters. DOWN[class name](module, expert) is the down_proj matrix.
 """
 
 from collections.abc import Iterator
@@ -78,7 +78,7 @@ def switch(module: nn.Module, x: torch.Tensor, mask: torch.Tensor, weights: torc
 
 
 def nllb(module: nn.Module, x: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> Iterator[Row]:
-    # The mask's entries are read as expert numbers there: 0 or 1 (one_hot(router_mask) in the modelling file).
+    # The mask's entries are read as expert numbers there: 0 or 1 (one_hot(router_mask) in the modeling file).
     for row, expert, gate in slots(mask, weights):
         mlp = module[f"expert_{expert}"]
         h = mlp.act(mlp.fc1.weight @ x[row] + mlp.fc1.bias)

@@ -32,7 +32,7 @@ SEDETECT_INLINE uint32_t to_bits(float x) {
 SEDETECT_INLINE float load(const float* x, int64_t i) { return x[i]; }
 SEDETECT_INLINE float load(const c10::BFloat16* x, int64_t i) { return from_bits(uint32_t(x[i].x) << 16); }
 
-// Branch-free so that it vectorises; exact for every value, with every NaN staying a NaN.
+// Branch-free so that it vectorizes; exact for every value, with every NaN staying a NaN.
 SEDETECT_INLINE float load(const c10::Half* x, int64_t i) {
   const uint32_t half = x[i].x;
   const uint32_t sign = (half & 0x8000u) << 16;

@@ -1,5 +1,5 @@
 // The grouped GEMMs of the cuda backend: persistent, one tile of 128 sorted rows of one expert at a time. Launches on
-// the current device, no synchronisation. All tensors are contiguous and on 16-byte boundaries; hidden and width are
+// the current device, no synchronization. All tensors are contiguous and on 16-byte boundaries; hidden and width are
 // multiples of 8. Rows of no expert are not written. No biases and no interleaved gates: in transformers only
 // transposed weights have them, which these kernels do not take either.
 #pragma once

@@ -1,4 +1,4 @@
-// The stages of the cuda backend beside its GEMMs (grouped_gemm.h): launches on the current device, no synchronisation.
+// The stages of the cuda backend beside its GEMMs (grouped_gemm.h): launches on the current device, no synchronization.
 // Shapes: T tokens, k experts per token, S = T * k rows, E experts, H hidden, I intermediate. All tensors are
 // contiguous device memory; null where the text says so.
 #pragma once

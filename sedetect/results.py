@@ -68,6 +68,7 @@ class Results:
         self.timeline_path = self.path / TIMELINE
         self.ablation_path = self.path / "ablation.json"
         self.budget_path = self.path / "budget.json"
+        self.frontier_path = self.path / "frontier.json"
         self.verification_path = self.path / "verification.json"
         self.report_path = self.path / "report.html"
         self.figures_path = self.path / "figures"

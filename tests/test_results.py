@@ -47,8 +47,9 @@ def test_a_folder_with_everything(full):
     assert full.residual() == RESIDUAL
     assert list(full.domains.load()) == ["code"] and list(full.rounds.load()) == ["000", "001"]
     assert list(full.analyses()) == list(KINDS) and full.analyses()["outputs"].kind == "outputs"
-    paths = {full.ranking_path, full.budget_path, full.report_path, full.figures_path, full.resume_path}
-    expected = {"super_experts.json", "budget.json", "report.html", "figures", "resume"}
+    paths = {full.ranking_path, full.budget_path, full.frontier_path, full.report_path, full.figures_path}
+    paths.add(full.resume_path)
+    expected = {"super_experts.json", "budget.json", "frontier.json", "report.html", "figures", "resume"}
     assert {path.name for path in paths} == expected and {path.parent for path in paths} == {full.path}
 
 

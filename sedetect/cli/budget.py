@@ -10,8 +10,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from sedetect.cli.choices import GROUP
-from sedetect.cli.ranked import By, load_ranked
+from sedetect.cli.choices import GROUP, Saliency
+from sedetect.cli.ranked import load_ranked
 from sedetect.cli.shared import (
     COMPRESS,
     Attn,
@@ -36,6 +36,7 @@ from sedetect.results import Results
 
 if TYPE_CHECKING:
     from sedetect.compression.budget import Budget, Cost
+    from sedetect.compression.frontier import Curve, Frontier
     from sedetect.ranking.result import Ranking
 
 
@@ -47,16 +48,22 @@ def budget_command(
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="fp8, int2 to int8 (default: int8, fp8, int4, int3, int2)")
     ] = None,
-    by: By = "reap",
+    by: Annotated[Saliency | None, typer.Option(help="the saliency by which to prune (default: reap)")] = None,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="choose a format for each expert, and for each layer, at several sizes")
+    ] = False,
     group: Annotated[int, typer.Option(min=1, help="inputs per scale of the formats")] = GROUP,
-    controls: Annotated[int, typer.Option(min=0, help="random sets of the same size to keep instead")] = 3,
+    controls: Annotated[
+        int, typer.Option(min=0, help="random sets of the same size to keep instead, or random allocations")
+    ] = 3,
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
     output: Output = None,
     data: Data = None,
     tokens: Annotated[
         int,
         typer.Option(
-            help="tokens of text: half are profiled, half evaluated; with --stats all, on text they did not see"
+            help="tokens of text: half are profiled, half evaluated; with --stats all, on text they did not see; "
+            "--frontier measures sensitivity on half of these"
         ),
     ] = 32768,
     seq_len: SeqLen = 512,
@@ -72,6 +79,7 @@ def budget_command(
     from sedetect.calibration.windows import Text, calibration_windows, check_text, prefix_ids
     from sedetect.checkpoints.options import Loading
     from sedetect.compression.budget import RATIOS, Compressions, make_budget
+    from sedetect.compression.frontier import LEVELS, Frontier, check_milp, make_frontier
     from sedetect.compression.pruning import check_ratio
     from sedetect.compression.simulated import FORMATS, bits_of, expert_sizes
     from sedetect.experiments.targets import check_choice, choose_experts
@@ -86,6 +94,13 @@ def budget_command(
         bits_of(name)
     for number in ratio or ():
         check_ratio(number)
+    if frontier:
+        check_milp()
+        for name, given in (("--ratio", ratio), ("--by", by)):
+            if given is not None:
+                raise SedetectError(
+                    f"{name}: --frontier prunes by measured sensitivity, expert by expert; leave it out"
+                )
     if output is not None:
         check_writable(output)
     text = Text(tokens, seq_len, batch_size)
@@ -118,21 +133,40 @@ def budget_command(
             state = profile_model(loaded, data, text=half, tokenizer=tokenizer).stats
             ranking = rank(state)
         chosen = found_places(ranking) if experts == "candidates" else choose_experts(experts, loaded, state)
-        budget = make_budget(
-            loaded,
-            held_out(domains, state, None if stats is None else tokens),
-            state,
-            chosen,
-            Compressions(by, RATIOS if ratio is None else ratio, FORMATS if formats is None else formats, group),
-            prefix=len(prefix_ids(tokenizer)),
-            controls=controls,
-            batch_size=batch_size,
-            progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
-        )
+        left = held_out(domains, state, None if stats is None else tokens)
+
+        def progress(label: str, done: int, total: int) -> None:
+            bar.update(task, description=label, completed=done, total=total)
+
+        made: Budget | Frontier
+        if frontier:
+            made = make_frontier(
+                loaded, left, state, chosen, LEVELS if formats is None else formats, prefix=len(prefix_ids(tokenizer)),
+                group=group, seeds=controls, batch_size=batch_size, progress=progress,
+            )  # fmt: skip
+        else:
+            made = make_budget(
+                loaded,
+                left,
+                state,
+                chosen,
+                Compressions(
+                    by or "reap", RATIOS if ratio is None else ratio, FORMATS if formats is None else formats, group
+                ),
+                prefix=len(prefix_ids(tokenizer)),
+                controls=controls,
+                batch_size=batch_size,
+                progress=progress,
+            )
     if not any(windows.source in state.header.sources for windows in domains.values()):
-        budget.notes.append("the statistics are of other windows; they may have seen some of the evaluation text")
-    with saved_after(None if output is None else Results(output).budget_path, budget.save):
-        _print(budget, ranking)
+        made.notes.append("the statistics are of other windows; they may have seen some of the evaluation text")
+    results = None if output is None else Results(output)
+    if isinstance(made, Frontier):
+        with saved_after(results and results.frontier_path, made.save):
+            _print_frontier(made, ranking)
+    else:
+        with saved_after(results and results.budget_path, made.save):
+            _print(made, ranking)
 
 
 def _print(budget: Budget, ranking: Ranking) -> None:
@@ -168,6 +202,59 @@ def _print(budget: Budget, ranking: Ranking) -> None:
     )
     for note in budget.notes:
         print_line(f"note: {note}")
+
+
+def _print_frontier(frontier: Frontier, ranking: Ranking) -> None:
+    from sedetect.compression.frontier import KEPT_BITS, conclusion
+
+    print_line(ranking.headline, "bold")
+    for line in conclusion(frontier):
+        print_line(line)
+    found = {(curve.by, curve.protected, curve.seed): curve for curve in frontier.curves}
+    seeds = sorted({curve.seed for curve in frontier.curves if curve.seed is not None})
+    kinds = [(by, protected) for by in ("model", "layer", "expert") for protected in (False, True)]
+    kinds = [kind for kind in kinds if (*kind, None) in found]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    names = {"model": "one", "layer": "layer", "expert": "expert"}
+    heads = ["bits"]
+    for by, protected in kinds:
+        heads.append(names[by] + "+" * protected)
+        if by != "model" and not protected and seeds:
+            heads.append("random")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    limits = sorted({p.limit for c in frontier.curves for p in c.points}, reverse=True)
+    for limit in limits:
+        cells = [f"{KEPT_BITS * limit / frontier.whole:.2f}"]
+        for by, protected in kinds:
+            cells.append(_at(found[by, protected, None], limit))
+            if by != "model" and not protected and seeds:
+                dealt = [p.change.rise for seed in seeds for p in found[by, False, seed].points if p.limit == limit]
+                cells.append(_rise(sum(dealt) / len(dealt)) if dealt else "-")
+        table.add_row(*cells)
+    console.print(table)
+    base = ", ".join(f"{domain} {value:.2f}" for domain, value in frontier.baseline.items())
+    kept = f"+: {', '.join(frontier.protected)} kept, beyond that size where one format is for all; " * bool(
+        frontier.protected
+    )
+    print_line(
+        f"bits: per weight of the routed experts, at most; they are {frontier.whole / 1e6:.3g} MB at {KEPT_BITS}. "
+        f"Change of perplexity on {sum(frontier.tokens.values()):,} tokens: one format for all experts, one by layer, "
+        f"one by expert; {kept}random: the same formats dealt out at random, {len(seeds)} times, on average; unchanged "
+        f"({frontier.dtype}): {base}. Sensitivity: on {frontier.sensitivity_tokens:,} other tokens. Formats: round to "
+        f"nearest, one scale per output channel and {frontier.group} inputs."
+    )
+    for note in frontier.notes:
+        print_line(f"note: {note}")
+
+
+def _at(curve: Curve, limit: float) -> str:
+    point = next((point for point in curve.points if point.limit == limit), None)
+    return "-" if point is None else _rise(point.change.rise)
+
+
+def _rise(rise: float) -> str:
+    return f"{rise:+.1%}" if rise < 1 else f"{rise:+.0%}"
 
 
 def _change(cost: Cost | None) -> str:

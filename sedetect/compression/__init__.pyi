@@ -1,6 +1,9 @@
 from .budget import Budget as Budget
 from .budget import Compressions as Compressions
 from .budget import make_budget as make_budget
+from .frontier import Curve as Curve
+from .frontier import Frontier as Frontier
+from .frontier import make_frontier as make_frontier
 from .merging import Group as Group
 from .merging import align_neurons as align_neurons
 from .merging import expert_distances as expert_distances

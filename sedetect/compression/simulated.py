@@ -9,7 +9,8 @@ them. Scales are not rounded, and count as 16 bits. The result is rounded to the
 this is round to nearest, which GPTQ, AWQ and their like improve on.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -92,10 +93,20 @@ def quantized_experts(model: nn.Module, name: str, kept: Iterable[Place] = (), *
     """
     bits_of(name)
     kept = set(kept)
-    calls = []
-    for bank in routed_banks(model):
-        numbers = sorted(p.number for p in kept if p.bank == bank.id)
-        calls.append((bank, partial(_run_quantized, name, group, numbers)))
+    places = (Place(*bank.id, e) for bank in routed_banks(model) for e in range(bank.experts))
+    with mixed_experts(model, {place: name for place in places if place not in kept}, group=group):
+        yield
+
+
+@contextmanager
+def mixed_experts(model: nn.Module, formats: Mapping[Place, str], *, group: int = GROUP) -> Iterator[None]:
+    """quantized_experts with a format for each routed expert; those without one stay as they are."""
+    numbers: dict[BankId, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for place, name in formats.items():
+        numbers[place.bank][name].append(place.number)
+    calls = [
+        (bank, partial(_run_quantized, numbers[bank.id], group)) for bank in routed_banks(model) if bank.id in numbers
+    ]
     restore = attach(model, calls)
     try:
         yield
@@ -103,16 +114,29 @@ def quantized_experts(model: nn.Module, name: str, kept: Iterable[Place] = (), *
         restore()
 
 
-@torch.no_grad()
-def _run_quantized(
-    name: str, group: int, kept: list[int], module: nn.Module, x: torch.Tensor, index: torch.Tensor, gates: torch.Tensor
-) -> torch.Tensor:
+@contextmanager
+def quantized_module(module: nn.Module, formats: Mapping[str, list[int]], group: int) -> Iterator[None]:
+    """A routed experts module with the weights of some experts, by number, in formats, while the context lasts."""
     originals = {weight: module.get_parameter(weight) for weight in expert_weights(module)}
     try:
         for weight, dim in expert_weights(module).items():
-            quantized = fake_quantize(originals[weight], name, dim=dim, group=group)
-            quantized[kept] = originals[weight][kept]
-            module._parameters[weight] = nn.Parameter(quantized, requires_grad=False)
-        return run_inner(module, x, index, gates)
+            mixed = originals[weight].detach().clone()
+            for name, numbers in formats.items():
+                mixed[numbers] = fake_quantize(mixed[numbers], name, dim=dim, group=group)
+            module._parameters[weight] = nn.Parameter(mixed, requires_grad=False)
+        yield
     finally:
         module._parameters.update(originals)
+
+
+@torch.no_grad()
+def _run_quantized(
+    formats: Mapping[str, list[int]],
+    group: int,
+    module: nn.Module,
+    x: torch.Tensor,
+    index: torch.Tensor,
+    gates: torch.Tensor,
+) -> torch.Tensor:
+    with quantized_module(module, formats, group):
+        return run_inner(module, x, index, gates)

@@ -3,6 +3,7 @@
 import math
 
 from sedetect.compression.budget import Budget, Cost, Row
+from sedetect.compression.frontier import Curve, Frontier, Point
 from sedetect.compression.pruning import Pruning
 from sedetect.compression.verification import Limits, Verification, VerifiedExpert
 from sedetect.experiments.divergence import Divergence
@@ -49,6 +50,7 @@ RESIDUAL = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [FO
 WITHOUT = Residual("m", "d", {"code": 2}, 128, 1, 50.0, 100.0, [LAYER] * 3, [], 0)
 EFFECT = Effect(0.125, -1.0, math.inf, 3)
 DIVERGED = Divergence(9.5, math.inf, EFFECT, 0.25, 0.5, 127)
+PLAN = {"decoder.1.routed": ["kept", "int4", "pruned"]}
 GROUP = Group(3, 4, None, 900.0, 0.5)
 COST = Cost(["L1E28"], 0.25, {"code": 9.5}, {"code": 0.5}, 0.5)
 STATE = State(100, "checkpoint-100", "s", "d", 0.01, 3.5, None, None, 12.5, 0.5)
@@ -77,5 +79,9 @@ SAMPLES = {
                                DIVERGED, [VerifiedExpert("L1E28", "equal", True, 900.0, None)],
                                {"decoder.1.routed": 0.25}, [900.0, math.inf], [None, 0.5], ["a failure"], ["a note"]),
     Pruning: Pruning({"model": "m", "ratio": 0.25}, {BankId("decoder", 1, "routed"): [0, 2, 28]}),
+    Frontier: Frontier("m", "d", "float32", 128, ["L1E0"], 48.0, {"code": 7.5}, {"code": 64}, 64, {
+        "decoder.1.routed": {"int4": 0.01, "pruned": 0.5},
+    }, [Curve("expert", True, None, [Point(24.0, 22.5, PLAN, 0.1, 0.0, {"code": math.inf}, EFFECT, EFFECT)]),
+        Curve("layer", False, 1, [Point(24.0, 22.5, PLAN, 0.1, None, {"code": 8.5}, EFFECT)])], ["a note"]),
     Finished: Finished(3, 1.25, {"batch size": 2, "domains": ["code"]}),
 }  # fmt: skip

@@ -13,12 +13,15 @@ import pytest
 import torch
 from support.command import refused, run
 from support.documents import SAMPLES
-from support.models import TINY, random_model
+from support.models import CONFIGS, TINY, random_model
+from transformers import AutoModelForCausalLM
 
 import sedetect
 from sedetect.calibration.windows import Windows
 from sedetect.compression import frontier as module
 from sedetect.compression.frontier import KEPT, PRUNED, Curve, Frontier, Point, conclusion, make_frontier, size_at
+from sedetect.compression.plans import export_plan
+from sedetect.compression.runtimes import LOADS, MIXED
 from sedetect.compression.simulated import fake_quantize, mixed_experts, stored_bits
 from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
@@ -260,6 +263,104 @@ def test_sizes_at_equal_perplexity_and_what_they_say():
         assert said in lines[2], lines[2]
         assert lines[-1] == "without protection L1E0 gets, over 3 sizes by expert: kept 3 times"
     assert len(conclusion(replace(base, curves=[made], protected=[]))) == 2
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """A model whose shapes the tools take, statistics of it, and a frontier of two plans by expert and by layer."""
+    config = CONFIGS["qwen3_moe"]()
+    config.update({"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 24})  # 2 begins 20
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with sedetect.profile(model) as prof:
+        model(input_ids=windows(2).ids)
+    banks = [f"decoder.{layer}.routed" for layer in range(3)]
+    by_layer = dict(zip(banks, ([KEPT] * 24, ["int4"] * 24, ["int2"] * 24)))
+    fours = dict(zip(banks, ([KEPT] * 24, ["int4"] * 24, ["int4"] * 24)))
+    mixed = ["int8", KEPT, "int2", *["int4"] * 20, "int8"]
+    by_expert = dict(zip(banks, (mixed, ["int4"] * 24, mixed[::-1])))
+    pruned = by_expert | {banks[1]: ["int4"] * 23 + [PRUNED]}
+
+    def points(*plans):
+        sizes = zip((40.0, 30.0, 20.0), (0.004, 0.02, 0.2), plans)
+        return [Point(size, size, plan, 0.1, 0.0, {}, Effect(rise, rise, rise, 9)) for size, rise, plan in sizes]
+
+    curves = [
+        Curve("layer", True, None, points(fours, by_layer)),
+        Curve("expert", True, None, points(by_expert, pruned)),
+    ]
+    digest = prof.stats.header.digest
+    return model, prof.stats, replace(SAMPLES[Frontier], digest=digest, whole=100.0, curves=curves)
+
+
+def by_names(document, name, loads):
+    """Bits of a module by auto-round's file: its quantizer escapes the dots of an expression, its loader does not."""
+    ignored = [part + "." * part[-1].isdigit() for part in document["ignore_layers"].split(",")]
+    if any(part in name for part in ignored):
+        return 16
+    found = 4
+    for part, settings in document["layer_config"].items():
+        if not loads:
+            part = part.replace(".", r"\.") if re.search(r"[(|]", part) else re.escape(part)
+        if re.search(part, name):
+            found = settings["bits"]
+    return found
+
+
+def test_plans_are_exported_as_they_are(planned):
+    model, stats, frontier = planned
+    for granularity, point in (("layer", 1), ("expert", 0)):
+        document, (note,) = export_plan(frontier, stats, "auto-round", "transformers", granularity, model)
+        plan = frontier.curve(granularity, True).points[point].plan
+        for layer in range(3):
+            for e in range(24):
+                level = plan[f"decoder.{layer}.routed"][e]
+                name = f"model.layers.{layer}.mlp.experts.{e}.up_proj"
+                for loads in (False, True):
+                    assert by_names(document, name, loads) == (16 if level == KEPT else int(level[3:]))
+        assert by_names(document, "model.layers.1.self_attn.q_proj", False) == 16
+        assert note.startswith(f"{(40, 30)[point]} bytes of experts, of 100 at 16 bits; perplexity +")
+    text, _ = export_plan(frontier, stats, "llm-compressor", "vllm", "layer", model)
+    assert r"layers\.0\.mlp\.experts(" in text and r"layers\.1\.mlp" not in text and "num_bits: 4" in text
+
+
+def test_plans_that_do_not_load_are_refused(planned):
+    model, stats, frontier = planned
+    for (tool, runtime, granularity), increase, said in (
+        (("llm-compressor", "vllm", "expert"), 0.05, "stops at the first matrix left out; give granularity='layer'"),
+        (("llm-compressor", "transformers", "layer"), 0.05, "fills the layers left out with random weights"),
+        (("gptqmodel", "vllm", "layer"), 0.05, "gptqmodel's checkpoints were not seen to load there"),
+        (("llm-compressor", "vllm", "layer"), 0.001, "no plan by layer is of int4 alone, with which llm-compressor's"),
+        (("auto-round", "transformers", "expert"), 0.001, "--format int8 --format int4 --format int2"),
+    ):
+        with pytest.raises(SedetectError, match=re.escape(said)):
+            export_plan(frontier, stats, tool, runtime, granularity, model, increase)
+    with pytest.raises(SedetectError, match="the statistics are of another model"):
+        export_plan(replace(frontier, digest="other"), stats, "auto-round", "transformers", "layer", model)
+    assert {(tool, runtime, g) for (tool, runtime), loads in LOADS.items() for g in loads} >= set(MIXED)
+
+
+def test_export_command(planned, tmp_path):
+    model, stats, frontier = planned
+    stats.save(tmp_path / "stats.safetensors")
+    frontier.save(tmp_path / "frontier.json")
+    model.save_pretrained(tmp_path / "model")
+    given = (
+        "export",
+        tmp_path,
+        "--to",
+        "auto-round",
+        "--plan",
+        tmp_path / "frontier.json",
+        "--model",
+        tmp_path / "model",
+    )
+    code, out, err = run(*given, "--for", "transformers", "-o", tmp_path / "ar.json", "--granularity", "layer")
+    assert code == 0 and err == "" and "note: 30 bytes of experts" in out
+    assert json.loads((tmp_path / "ar.json").read_text())["layer_config"] == {
+        "model.layers.2.mlp.experts.": {"bits": 2}
+    }
+    assert "--plan: a plan is written for a runtime that was seen to load it" in refused(run(*given))
+    assert "no plan by expert is of" in refused(run(*given, "--for", "transformers", "--increase", 0.001))
 
 
 def test_models_and_text_that_it_refuses(subject):

@@ -17,6 +17,7 @@ from sedetect.results import Results
 
 if TYPE_CHECKING:
     from sedetect.compression.protect import Extra
+    from sedetect.stats.model import ModelStats
 
 
 @app.command("export", rich_help_panel=COMPRESS)
@@ -34,6 +35,11 @@ def export_command(
     with_feeders: Annotated[
         bool, typer.Option("--with-feeders", help="also the experts that feed them (prove --chain)")
     ] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="frontier.json of budget --frontier: its smallest plan that loads, in place of 4 bits"),
+    ] = None,
+    increase: Annotated[float, typer.Option(min=0, help="of perplexity, at most, by the plan (0.05 is 5 %)")] = 0.05,
     model: Annotated[Path | None, typer.Option(help="checkpoint folder, for group sizes and sizes in bytes")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="file (default: print the list)")] = None,
 ) -> None:
@@ -44,6 +50,8 @@ def export_command(
 
     if to == "imatrix" and output is None:
         raise SedetectError("--to imatrix: writes a binary file; give it a name with -o")
+    if to == "imatrix" and plan is not None:
+        raise SedetectError(f"--plan {plan}: an imatrix holds no formats; leave it out")
     if to == "imatrix" and runtime is not None:
         raise SedetectError(f"--for {runtime}: an imatrix is for llama.cpp alone; leave it out")
     state, ranking = load_ranked(stats)
@@ -53,22 +61,50 @@ def export_command(
         if unknown := unseen(state):
             _say(f"note: {unseen_note(unknown, 'routed', state.header.tokens)}")
         return
+    if plan is not None:
+        _export_plan(state, plan, to, runtime, granularity, model, increase, output)
+        return
     proof = Results(stats).proof() if with_feeders else None
     if with_feeders and proof is None:
         raise SedetectError(f"--with-feeders: {stats} has no proof.json; run `sedetect prove MODEL --chain -o {stats}`")
     experts = protect_list(state, neighbours, ranking, proof)
     sizes = _sizes(extra_sizes(state, experts, model))
     document, notes = export(state, experts, to, granularity, runtime, model)
-    text = document if isinstance(document, str) else json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    if output is None:
-        typer.echo(text, nl=False)
-    else:
-        write_atomic(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    _write(document, output)
     quiet = output is None  # standard output is the document alone
     _say(f"protected: {', '.join(f'{expert.place} ({expert.why})' for expert in experts)}, by {granularity}", quiet)
     _say(sizes, quiet)
     for note in notes:
         _say(f"note: {note}", quiet)
+
+
+def _export_plan(
+    state: ModelStats,
+    plan: Path,
+    to: Target,
+    runtime: Runtime | None,
+    granularity: Granularity,
+    model: Path | None,
+    increase: float,
+    output: Path | None,
+) -> None:
+    from sedetect.compression.frontier import Frontier
+    from sedetect.compression.plans import export_plan
+
+    if runtime is None:
+        raise SedetectError("--plan: a plan is written for a runtime that was seen to load it; name one with --for")
+    document, notes = export_plan(Frontier.load(plan), state, to, runtime, granularity, model, increase)
+    _write(document, output)
+    for note in notes:
+        _say(f"note: {note}", output is None)
+
+
+def _write(document: dict | str, output: Path | None) -> None:
+    text = document if isinstance(document, str) else json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        write_atomic(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _sizes(extra: list[Extra]) -> str:

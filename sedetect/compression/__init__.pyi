@@ -9,6 +9,7 @@ from .merging import align_neurons as align_neurons
 from .merging import expert_distances as expert_distances
 from .merging import group_nearest as group_nearest
 from .merging import group_ream as group_ream
+from .plans import export_plan as export_plan
 from .protect import ProtectList as ProtectList
 from .protect import export as export
 from .protect import protect_list as protect_list

@@ -136,7 +136,7 @@ def protect_list(
     others = sorted((one for one in maxima if one[1] not in {*found, *fed_by}), key=lambda one: -one[0])[:neighbours]
     chosen = [(expert.place, str(expert.verdict)) for expert in ranking.found]
     chosen += [(place, "feeder") for place in fed_by] + [(place, "neighbour") for _, place in others]
-    return [_protected(stats, place, why) for place, why in chosen]
+    return [as_protected(stats, place, why) for place, why in chosen]
 
 
 def _feeders(proof: Proof, found: list[Place]) -> list[Place]:
@@ -264,7 +264,7 @@ def protected_names(experts: list[Protected], tool: str, granularity: str) -> li
     return list(dict.fromkeys(NAMES[tool](experts, granularity)))
 
 
-def _protected(stats: ModelStats, place: Place, why: str) -> Protected:
+def as_protected(stats: ModelStats, place: Place, why: str) -> Protected:
     peak = stats.banks[place.bank].peak_of(place.number)
     module = stats.header.banks[str(place.bank)].module
     path, _, name = module.rpartition(".")

@@ -27,6 +27,14 @@ LOADS: dict[tuple[str, str], tuple[str, ...]] = {
     ("bitsandbytes", "transformers"): ("expert", "layer"),
 }
 
+# (tool, runtime, granularity) -> formats beside 16 bits that were seen to load in one checkpoint.
+MIXED: dict[tuple[str, str, str], tuple[str, ...]] = {
+    ("llm-compressor", "vllm", "layer"): ("int4",),
+    # Rounding to nearest leaves modules of 3 bits in 16 without a word.
+    ("auto-round", "transformers", "expert"): ("int8", "int4", "int2"),
+    ("auto-round", "transformers", "layer"): ("int8", "int4", "int2"),
+}
+
 # (tool, runtime, granularity) -> what happens instead.
 REASONS: dict[tuple[str, str, str], str] = {
     ("llm-compressor", "vllm", "expert"): (

@@ -261,8 +261,11 @@ def test_sizes_at_equal_perplexity_and_what_they_say():
     ):
         lines = conclusion(replace(base, curves=[made, curve("expert", True, points, beside)]))
         assert said in lines[2], lines[2]
+        assert lines[0].startswith("size at +1%: by expert 4") and "layer none, with protection none" in lines[0]
         assert lines[-1] == "without protection L1E0 gets, over 3 sizes by expert: kept 3 times"
     assert len(conclusion(replace(base, curves=[made], protected=[]))) == 2
+    few = conclusion(replace(base, curves=[curve("expert", False, [(50, 0.004), (40, 0.006)])], protected=[]))
+    assert few[0].startswith("size at +1%: by expert at most 4e-05 MB (6.40 bits); by layer none")
 
 
 @pytest.fixture(scope="module")

@@ -320,10 +320,9 @@ def conclusion(frontier: Frontier) -> list[str]:
     for increase in INCREASES:
         parts = []
         for by in ("expert", "layer", "model"):
-            bare, kept = (size_at(frontier, frontier.curve(by, safe), increase) for safe in (False, True))
+            bare, kept = (_size_of(frontier, frontier.curve(by, safe), increase) for safe in (False, True))
             label = "one format for all" if by == "model" else f"by {by}"
-            text = f"{label} {_size(frontier, bare)}"
-            text += f", with protection {_size(frontier, kept)}" if names else ""
+            text = f"{label} {bare}" + (f", with protection {kept}" if names else "")
             dealt = [size_at(frontier, c, increase) for c in frontier.curves if c.by == by and c.seed is not None]
             known = [size for size in dealt if size is not None]
             parts.append(text + (f", dealt out at random {_size(frontier, statistics.fmean(known))}" if known else ""))
@@ -359,8 +358,16 @@ def _buys(frontier: Frontier, by: str, names: str) -> str:
     return text if better else f"{text}: it buys nothing"
 
 
-def _size(frontier: Frontier, size: float | None) -> str:
-    return "none" if size is None else f"{size / 1e6:.3g} MB ({KEPT_BITS * size / frontier.whole:.2f} bits)"
+def _size_of(frontier: Frontier, curve: Curve | None, increase: float) -> str:
+    size = size_at(frontier, curve, increase)
+    if curve is None or size is None:
+        return "none"
+    smallest = size == min((point.size for point in curve.points), default=None)
+    return f"{'at most ' if smallest else ''}{_size(frontier, size)}"
+
+
+def _size(frontier: Frontier, size: float) -> str:
+    return f"{size / 1e6:.3g} MB ({KEPT_BITS * size / frontier.whole:.2f} bits)"
 
 
 def _level(point: Point, name: str) -> str:

@@ -28,7 +28,7 @@ from sedetect.errors import SedetectError
 from sedetect.experiments.ablation import ablate
 from sedetect.experiments.evaluation import perplexity
 from sedetect.results import Results
-from sedetect.stats.place import BankId, Place
+from sedetect.stats.place import BankId, Place, Weight
 from sedetect.stats.proof import Effect
 
 SUPER = Place("decoder", 1, "routed", 3)
@@ -383,7 +383,9 @@ def test_a_router_of_groups_prunes_nothing():
     model = random_model("deepseek_v3")
     with sedetect.profile(model) as prof:
         model(input_ids=windows(1).ids)
-    made = make_frontier(model, {"text": windows(4)}, prof.stats, [], ("int4", "int2"), prefix=0, group=16, seeds=0)
+    others = [Place("decoder", 1, "shared", "shared"), Weight(SUPER, 1, 2)]
+    made = make_frontier(model, {"text": windows(4)}, prof.stats, others, ("int4", "int2"), prefix=0, group=16, seeds=0)
+    assert made.notes[:2] == [f"{name} is not compressed by itself at any size" for name in ("L1shared", "L1E3[1,2]")]
     assert made.notes[-1] == "nothing is pruned: the router chooses groups of experts first"
     assert not any(PRUNED in one for c in made.curves for p in c.points for one in p.plan.values())
     assert [c.by for c in made.curves] == ["model", "layer", "expert"] and len(conclusion(made)) == 2

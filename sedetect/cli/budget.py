@@ -160,12 +160,12 @@ def budget_command(
             )
     if not any(windows.source in state.header.sources for windows in domains.values()):
         made.notes.append("the statistics are of other windows; they may have seen some of the evaluation text")
-    results = None if output is None else Results(output)
+    results = Results(output or "")
     if isinstance(made, Frontier):
-        with saved_after(results and results.frontier_path, made.save):
+        with saved_after(None if output is None else results.frontier_path, made.save):
             _print_frontier(made, ranking)
     else:
-        with saved_after(results and results.budget_path, made.save):
+        with saved_after(None if output is None else results.budget_path, made.save):
             _print(made, ranking)
 
 

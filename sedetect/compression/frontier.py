@@ -48,6 +48,7 @@ from sedetect.experiments.ablation import ablate
 from sedetect.experiments.divergence import LEVEL, kl_divergence
 from sedetect.experiments.effects import effect
 from sedetect.experiments.evaluation import next_logits, predictions, window_losses
+from sedetect.experiments.targets import Target
 from sedetect.files import finite
 from sedetect.models.attach import attach, run_inner
 from sedetect.models.banks import Bank
@@ -162,7 +163,9 @@ class Frontier(Document):
 
 def _point(document: dict[str, Any]) -> Point:
     def read(given: dict[str, Any] | None) -> Effect | None:
-        return given and Effect(float(given["rise"]), float(given["low"]), float(given["high"]), given["documents"])
+        if given is None:
+            return None
+        return Effect(float(given["rise"]), float(given["low"]), float(given["high"]), given["documents"])
 
     perplexity = {d: math.nan if value is None else float(value) for d, value in document["perplexity"].items()}
     effects: Any = {name: read(document[name]) for name in ("change", "beside")}
@@ -200,7 +203,7 @@ def make_frontier(
     model: "PreTrainedModel",
     domains: dict[str, Windows],
     stats: ModelStats,
-    protected: Sequence[Place],
+    experts: Sequence[Target],
     formats: Sequence[str] = LEVELS,
     *,
     prefix: int,
@@ -214,7 +217,7 @@ def make_frontier(
     Args:
         domains: windows per domain, each beginning with prefix tokens of the tokenizer's prefix.
         stats: statistics of the model, for its name.
-        protected: routed experts that stay as they are in half of the curves.
+        experts: those that stay as they are in half of the curves; only whole routed ones count.
         formats: what experts may be stored in.
         group: inputs per scale.
         seeds: how often the chosen formats are dealt out at random.
@@ -228,11 +231,12 @@ def make_frontier(
     if not formats:
         raise SedetectError(Argument("formats"), ": none; give int8, int4, int3 or int2")
     banks = {bank.id: bank for bank in routed_banks(model)}
+    protected = [place for place in experts if isinstance(place, Place) and place.bank.routed]
     for place in protected:
         if place.bank not in banks or place.number >= banks[place.bank].experts:
             raise SedetectError(f"{place}: {type(model).__name__} has no such expert; name another")
     seen, held = _halves(domains)
-    notes: list[str] = []
+    notes = [f"{one} is not compressed by itself at any size" for one in experts if one not in protected]
     costs, layers = _measure(model, seen, formats, group, prefix, batch_size, notes, progress)
     uniform = [costs.size[:, i].sum() for i in range(1, 1 + len(formats))]
     limits = sorted({*uniform, *(statistics.fmean(pair) for pair in itertools.pairwise(uniform))}, reverse=True)
@@ -331,12 +335,12 @@ def conclusion(frontier: Frontier) -> list[str]:
         return lines
     for by in ("expert", "layer", "model"):
         lines.append(_buys(frontier, by, names))
-    bare = frontier.curve("expert")
-    if bare is not None:
+    free = frontier.curve("expert")
+    if free is not None:
         for name in frontier.protected:
-            levels = Counter(_level(point, name) for point in bare.points)
+            levels = Counter(_level(point, name) for point in free.points)
             given = ", ".join(f"{level} {count} times" for level, count in levels.most_common())
-            lines.append(f"without protection {name} gets, over {len(bare.points)} sizes by expert: {given}")
+            lines.append(f"without protection {name} gets, over {len(free.points)} sizes by expert: {given}")
     return lines
 
 
@@ -464,9 +468,9 @@ def _measure(
                 size[mine, column] = sum(n * stored_bits(level, inputs, group) for n, inputs in shapes.values())
                 whole = error[column - 1].sum()
                 cost[mine, column] = layers[row, column] * error[column - 1] / whole if whole else 0.0
-    number = np.repeat(np.arange(len(banks)), [bank.experts for bank in banks])
+    owners = np.repeat(np.arange(len(banks)), [bank.experts for bank in banks])
     most = [bank.experts - top_k[bank.id] for bank in banks]
-    return _Costs(levels, places, number, cost, size, layers, most), layers
+    return _Costs(levels, places, owners, cost, size, layers, most), layers
 
 
 def _errors(
@@ -533,7 +537,7 @@ class _Wanted:
     by: str
     protected: bool
     seed: int | None
-    chosen: list[tuple[float, tuple[int, ...], float | None]]
+    chosen: Sequence[tuple[float, tuple[int, ...], float | None]]
 
 
 def _allocations(
@@ -562,9 +566,9 @@ def _allocations(
         for seed in range(seeds):
             generator = np.random.default_rng(seed)
             dealt = [
-                (limit, found, None)
+                (limit, other, None)
                 for limit, choice, _ in bare
-                if (found := _deal(costs, by, choice, generator)) is not None
+                if (other := _deal(costs, by, choice, generator)) is not None
             ]
             wanted.append(_Wanted(by, False, seed, dealt))
     return wanted
@@ -647,7 +651,7 @@ def _planned(model: "PreTrainedModel", plan: Mapping[BankId, list[str]], group: 
 
 def _batches(domains: dict[str, Windows], batch_size: int) -> Sequence[torch.Tensor]:
     """The windows of all domains in batches, across domains: each forward quantizes the experts anew."""
-    return torch.cat([windows.ids for windows in domains.values()]).split(batch_size)
+    return torch.split(torch.cat([windows.ids for windows in domains.values()]), batch_size)
 
 
 @torch.no_grad()

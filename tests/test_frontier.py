@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import sedetect
 from sedetect.calibration.windows import Windows
-from sedetect.compression import frontier as module
-from sedetect.compression.frontier import KEPT, PRUNED, Curve, Frontier, Point, conclusion, make_frontier, size_at
+from sedetect.compression.allocations import KEPT, PRUNED, Costs, choose, deal
+from sedetect.compression.frontier import Curve, Frontier, Point, conclusion, make_frontier, measure, size_at
 from sedetect.compression.plans import export_plan
 from sedetect.compression.runtimes import LOADS, MIXED
 from sedetect.compression.simulated import fake_quantize, mixed_experts, stored_bits
@@ -71,7 +71,7 @@ def test_each_expert_in_its_own_format(name):
 def test_costs_against_plain_loops(name):
     """A layer costs the divergence of a model whose weights are edited; an expert its part of the squared errors."""
     model, text, group = random_model(name), windows(3), 16
-    costs, layers = module._measure(model, {"text": text}, ["int4", "int2"], group, 0, 2, [], lambda *_: None)
+    costs, layers = measure(model, {"text": text}, ["int4", "int2"], group, 0, 2, [], lambda *_: None)
     assert costs.levels == [KEPT, "int4", "int2", PRUNED] and costs.most == [6, 6, 6]
     experts = 8
 
@@ -132,7 +132,7 @@ def hand_costs(seed, banks=2, experts=3, prunes=True):
     number_of = np.repeat(np.arange(banks), experts)
     layers = np.stack([cost[number_of == bank].sum(0) * (1 + generator.random()) for bank in range(banks)])
     places = [Place("decoder", b, "routed", e) for b in range(banks) for e in range(experts)]
-    return module._Costs(levels, places, number_of, cost, size, layers, [1] * banks)
+    return Costs(levels, places, number_of, cost, size, layers, [1] * banks)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -153,7 +153,7 @@ def test_the_optimizer_finds_the_best_of_all_choices(seed, by, kept):
                 continue
             cost = costs.cost[np.arange(6), every].sum() if by == "expert" else costs.layers[[0, 1], list(choice)].sum()
             best = cost if best is None else min(best, cost)
-        found = module._choose(costs, by, limit, safe)
+        found = choose(costs, by, limit, safe)
         if best is None:
             assert found is None
             continue
@@ -169,19 +169,19 @@ def test_dealing_keeps_formats_sizes_and_what_a_router_needs():
     costs = hand_costs(0, banks=4, experts=4)
     costs = replace(costs, size=np.tile([16.0, 8.5, 2.5, 0.0], (16, 1)))
     choice = (3, 0, 1, 2, 3, 2, 2, 2, 3, 0, 0, 1, 1, 1, 1, 1)
-    deals = {module._deal(costs, "expert", choice, np.random.default_rng(seed)) for seed in range(8)}
+    deals = {deal(costs, "expert", choice, np.random.default_rng(seed)) for seed in range(8)}
     assert len(deals) > 4
     for dealt in deals:
         assert sorted(dealt) == sorted(choice)
         assert all(dealt[start : start + 4].count(3) <= 1 for start in range(0, 16, 4))
     full = replace(costs, most=[0] * 4)
-    assert module._deal(full, "expert", choice, np.random.default_rng(0)) is None
+    assert deal(full, "expert", choice, np.random.default_rng(0)) is None
     by_layer = (0,) * 4 + (1,) * 4 + (2,) * 4 + (2,) * 4
-    deals = {module._deal(costs, "layer", by_layer, np.random.default_rng(seed)) for seed in range(8)}
+    deals = {deal(costs, "layer", by_layer, np.random.default_rng(seed)) for seed in range(8)}
     assert len(deals) > 2
     assert all(sorted(d) == sorted(by_layer) and all(len(set(d[i : i + 4])) == 1 for i in (0, 4, 8, 12)) for d in deals)
     mixed = replace(costs, size=costs.size * np.repeat([1, 1, 3, 3], 4)[:, None])
-    dealt = module._deal(mixed, "expert", choice, np.random.default_rng(1))
+    dealt = deal(mixed, "expert", choice, np.random.default_rng(1))
     assert sorted(dealt[:8]) == sorted(choice[:8]) and sorted(dealt[8:]) == sorted(choice[8:])
 
 

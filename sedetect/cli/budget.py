@@ -78,8 +78,9 @@ def budget_command(
     from sedetect.calibration.held_out import held_out
     from sedetect.calibration.windows import Text, calibration_windows, check_text, prefix_ids
     from sedetect.checkpoints.options import Loading
+    from sedetect.compression.allocations import check_milp
     from sedetect.compression.budget import RATIOS, Compressions, make_budget
-    from sedetect.compression.frontier import LEVELS, Frontier, check_milp, make_frontier
+    from sedetect.compression.frontier import LEVELS, Frontier, make_frontier
     from sedetect.compression.pruning import check_ratio
     from sedetect.compression.simulated import FORMATS, bits_of, expert_sizes
     from sedetect.experiments.targets import check_choice, choose_experts

@@ -9,9 +9,7 @@ or is pruned, so that the model changes least at a given size. How much each wou
     an expert  its part of that, in proportion to the squared error g^2 |y - y'|^2 of its outputs over all rows
     pruning    likewise, g^2 |y|^2; the layer is measured without the half of its experts that do least
 
-Parts are taken to add up, and a multiple-choice knapsack chooses: milp of scipy (HiGHS). It is exact to a stated gap,
-and holds what a greedy ascent of the convex hull would have to patch: an end of few large groups (layers), and the
-number of experts that a layer must keep for its router.
+Parts are taken to add up, and sedetect.compression.allocations chooses.
 
 What counts is measured afterwards: the perplexity of every allocation on other text, beside that of all experts in one
 format, and of the same formats dealt out at random.
@@ -32,6 +30,7 @@ import torch
 from torch import nn
 
 from sedetect.calibration.windows import Windows
+from sedetect.compression.allocations import KEPT, PRUNED, Costs, allocations, check_milp
 from sedetect.compression.pruning import router_groups
 from sedetect.compression.simulated import (
     GROUP,
@@ -62,14 +61,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEVELS = ("int8", "int4", "int3", "int2")
-KEPT, PRUNED = "kept", "pruned"
 KEPT_BITS = 16  # of an expert that stays as it is, whatever type it is computed in
 INCREASES = (0.01, 0.05)
 _SHARE = 0.75  # the smallest size, of that of the smallest format; reached by pruning alone
-_GAP = 1e-4
-_DEALS = 1000
-
-Plan = dict[BankId, list[str]]  # per routed bank, the format of each expert, KEPT or PRUNED
 
 
 @dataclass(frozen=True)
@@ -172,33 +166,6 @@ def _point(document: dict[str, Any]) -> Point:
     return Point(**{**document, "perplexity": perplexity, **effects})
 
 
-@dataclass(frozen=True)
-class _Costs:
-    """What each level costs.
-
-    levels   KEPT, the formats, and PRUNED where the model can be pruned
-    places   the routed experts; banks: of each, the number of its bank in the model
-    cost     (experts, levels) KL divergence in nats per token; size: (experts, levels) bits
-    layers   (banks, levels) what the experts of a layer cost together
-    most     per bank, how many of its experts may be pruned
-    """
-
-    levels: list[str]
-    places: list[Place]
-    banks: np.ndarray
-    cost: np.ndarray
-    size: np.ndarray
-    layers: np.ndarray
-    most: list[int]
-
-    def plan(self, choice: np.ndarray) -> Plan:
-        """Of levels (experts,) by number."""
-        plan: Plan = {}
-        for place, level in zip(self.places, choice.tolist(), strict=True):
-            plan.setdefault(place.bank, []).append(self.levels[level])
-        return plan
-
-
 def make_frontier(
     model: "PreTrainedModel",
     domains: dict[str, Windows],
@@ -237,13 +204,13 @@ def make_frontier(
             raise SedetectError(f"{place}: {type(model).__name__} has no such expert; name another")
     seen, held = _halves(domains)
     notes = [f"{one} is not compressed by itself at any size" for one in experts if one not in protected]
-    costs, layers = _measure(model, seen, formats, group, prefix, batch_size, notes, progress)
+    costs, layers = measure(model, seen, formats, group, prefix, batch_size, notes, progress)
     uniform = [costs.size[:, i].sum() for i in range(1, 1 + len(formats))]
     limits = sorted({*uniform, *(statistics.fmean(pair) for pair in itertools.pairwise(uniform))}, reverse=True)
     if PRUNED in costs.levels:
         limits.append(_SHARE * uniform[-1])
     safe = np.array([place in set(protected) for place in costs.places])
-    wanted = _allocations(costs, limits, uniform, safe, seeds)
+    wanted = allocations(costs, limits, uniform, safe, seeds)
 
     losses: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
     runs = {choice: None for curve in wanted for _, choice, _ in curve.chosen}
@@ -291,14 +258,6 @@ def make_frontier(
         curves,
         notes,
     )
-
-
-def check_milp() -> None:
-    """Raise SedetectError where the optimizer is missing."""
-    try:
-        import scipy  # noqa: F401
-    except ModuleNotFoundError:
-        raise SedetectError("the frontier needs scipy; install it with: pip install 'sedetect[analysis]'") from None
 
 
 def size_at(frontier: Frontier, curve: Curve | None, increase: float) -> float | None:
@@ -399,7 +358,7 @@ def _halves(domains: dict[str, Windows]) -> tuple[dict[str, Windows], dict[str, 
     return parts[0], parts[1]
 
 
-def _measure(
+def measure(
     model: "PreTrainedModel",
     domains: dict[str, Windows],
     formats: Sequence[str],
@@ -408,7 +367,7 @@ def _measure(
     batch_size: int,
     notes: list[str],
     progress: Callable[[str, int, int], None],
-) -> tuple[_Costs, np.ndarray]:
+) -> tuple[Costs, np.ndarray]:
     """The costs, and what was measured of each layer (banks, levels)."""
     banks = routed_banks(model)
     top_k: dict[BankId, int] = {}
@@ -470,7 +429,7 @@ def _measure(
                 cost[mine, column] = layers[row, column] * error[column - 1] / whole if whole else 0.0
     owners = np.repeat(np.arange(len(banks)), [bank.experts for bank in banks])
     most = [bank.experts - top_k[bank.id] for bank in banks]
-    return _Costs(levels, places, owners, cost, size, layers, most), layers
+    return Costs(levels, places, owners, cost, size, layers, most), layers
 
 
 def _errors(
@@ -528,112 +487,6 @@ def _of_layer(bank: Bank, level: str, least: list[int]) -> list[str]:
     if level != PRUNED:
         return [level] * bank.experts
     return [PRUNED if e in least else KEPT for e in range(bank.experts)]
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A curve to be: per point, its limit (bits), the level of each expert by number, and the optimizer's gap."""
-
-    by: str
-    protected: bool
-    seed: int | None
-    chosen: Sequence[tuple[float, tuple[int, ...], float | None]]
-
-
-def _allocations(
-    costs: _Costs, limits: list[float], uniform: list[float], safe: np.ndarray, seeds: int
-) -> list[_Wanted]:
-    wanted = []
-    arms = [False, *([True] if safe.any() else [])]
-    for protected in arms:
-        chosen = []
-        for level, limit in enumerate(uniform, start=1):
-            choice = np.where(safe & protected, 0, level)
-            chosen.append((limit, tuple(choice.tolist()), None))
-        wanted.append(_Wanted("model", protected, None, chosen))
-    whole = np.isin(costs.banks, costs.banks[safe])  # the layers of the protected experts
-    fixed = costs.size[whole, 0].sum()
-    more = [fixed + costs.size[~whole, level].sum() for level in range(1, 1 + len(uniform))] if safe.any() else []
-    for by in ("layer", "expert"):
-        # Protected layers alone can take more than a limit.
-        sizes = limits if by == "expert" else sorted({*limits, *(one for one in more if one < limits[0])}, reverse=True)
-        for protected in arms:
-            mine = safe & protected
-            points = [(limit, *found) for limit in sizes if (found := _choose(costs, by, limit, mine)) is not None]
-            wanted.append(_Wanted(by, protected, None, points))
-            if not protected:
-                bare = points
-        for seed in range(seeds):
-            generator = np.random.default_rng(seed)
-            dealt = [
-                (limit, other, None)
-                for limit, choice, _ in bare
-                if (other := _deal(costs, by, choice, generator)) is not None
-            ]
-            wanted.append(_Wanted(by, False, seed, dealt))
-    return wanted
-
-
-def _choose(costs: _Costs, by: str, limit: float, safe: np.ndarray) -> tuple[tuple[int, ...], float] | None:
-    """The level of each expert that cost least within limit (bits), and the gap; None where nothing is as small."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import coo_array, csr_array, vstack
-
-    cost, size, groups = costs.cost, costs.size, np.arange(len(costs.cost))
-    if by == "layer":
-        groups = costs.banks
-        cost = costs.layers
-        size = np.stack([size[groups == bank].sum(0) for bank in range(len(cost))])
-        safe = np.array([safe[groups == bank].any() for bank in range(len(cost))])
-    allowed = np.ones(cost.shape, dtype=bool)
-    allowed[safe, 1:] = False
-    prunes = costs.levels[-1] == PRUNED
-    if by == "layer" and prunes:
-        allowed[:, -1] = False
-    number, levels = cost.shape
-    if np.where(allowed, size, np.inf).min(1).sum() > limit:
-        return None
-    columns = np.arange(number * levels)
-    once = coo_array((np.ones(len(columns)), (columns // levels, columns)))
-    rows, low, high = [once, csr_array(size.reshape(1, -1) / limit)], [1.0] * number + [0.0], [1.0] * number + [1.0]
-    if by == "expert" and prunes:
-        pruned = columns % levels == levels - 1
-        bank = costs.banks[columns[pruned] // levels]
-        shape = (len(costs.most), len(columns))
-        rows.append(coo_array((np.ones(pruned.sum()), (bank, columns[pruned])), shape=shape))
-        low, high = low + [0.0] * len(costs.most), high + [float(most) for most in costs.most]
-    scale = cost[allowed].sum() or 1.0
-    found = milp(
-        1e3 * cost.reshape(-1) / scale,
-        integrality=np.ones(len(columns)),
-        bounds=Bounds(0, allowed.reshape(-1).astype(float)),
-        constraints=LinearConstraint(vstack(rows), low, high),
-        options={"mip_rel_gap": _GAP},
-    )
-    if found.x is None:
-        return None
-    choice = found.x.reshape(cost.shape).argmax(1)
-    if by == "layer":
-        choice = choice[groups]
-    return tuple(choice.tolist()), float(found.mip_gap)
-
-
-def _deal(costs: _Costs, by: str, choice: tuple[int, ...], generator: np.random.Generator) -> tuple[int, ...] | None:
-    """The same levels among experts (or layers) of the same size, at random; None where too many would be pruned."""
-    dealt = np.array(choice)
-    owners = costs.banks if by == "layer" else np.arange(len(dealt))
-    first = np.unique(owners, return_index=True)[1]  # the levels of a layer are one
-    alike = [(float(costs.size[i, 0]), int((owners == owners[i]).sum())) for i in first]
-    for _ in range(_DEALS):
-        levels = np.array(choice)[first]
-        for kind in dict.fromkeys(alike):
-            places = [n for n, one in enumerate(alike) if one == kind]
-            levels[places] = levels[generator.permutation(places)]
-        dealt = levels[np.searchsorted(owners[first], owners)]
-        pruned = (dealt == len(costs.levels) - 1) if costs.levels[-1] == PRUNED else np.zeros(len(dealt), dtype=bool)
-        if all(pruned[costs.banks == bank].sum() <= most for bank, most in enumerate(costs.most)):
-            return tuple(dealt.tolist())
-    return None
 
 
 @contextmanager

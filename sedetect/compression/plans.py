@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from sedetect.compression.frontier import KEPT, Frontier, Point
+from sedetect.compression.allocations import KEPT
+from sedetect.compression.frontier import Frontier, Point
 from sedetect.compression.protect import as_protected, export
 from sedetect.compression.runtimes import MIXED
 from sedetect.compression.simulated import bits_of

@@ -11,7 +11,7 @@ removed (sedetect.experiments.ablation, how="remove").
 The global budget ranks the experts of all layers together, for classes that read a number per layer. It takes
 saliencies as they are: a reap is the mean length of what an expert adds to the residual stream, in one unit for all
 layers. Divided by each layer's mean, of which one super expert may be the most, it was worse in most runs
-(benchmarks/RESULTS.md).
+(docs/performance-notes.md).
 
 Files are streamed: what is in memory at a time is one output file, at most MAX_FILE, and one tensor.
 """

@@ -28,7 +28,7 @@ if importlib.util.find_spec("sedetect._cuda") is not None:
     _cuda = importlib.import_module("sedetect._cuda")
 
 # Columns of gate_up's weights from which on its rows are sorted before it, so that the copy engine loads them: sorting
-# takes as long as 2000 to 8000 columns gain by it (benchmarks/RESULTS.md).
+# takes as long as 2000 to 8000 columns gain by it (docs/performance-notes.md).
 SORTED_COLUMNS = 8192
 
 # csrc/cuda/stages.h and grouped_gemm.h

@@ -365,6 +365,10 @@ def test_export_command(planned, tmp_path):
     }
     assert "--plan: a plan is written for a runtime that was seen to load it" in refused(run(*given))
     assert "no plan by expert is of" in refused(run(*given, "--for", "transformers", "--increase", 0.001))
+    for option in (["--with-feeders"], ["--neighbours", 2]):
+        assert f"{' '.join(map(str, option))}: a plan says what every expert gets" in refused(run(*given, *option))
+    alone = run("export", tmp_path, "--to", "json", "--increase", 0.1)
+    assert "--increase 0.1: chooses among plans; give --plan" in refused(alone)
 
 
 def test_models_and_text_that_it_refuses(subject):

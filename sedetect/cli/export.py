@@ -39,7 +39,9 @@ def export_command(
         Path | None,
         typer.Option(help="frontier.json of budget --frontier: its smallest plan that loads, in place of 4 bits"),
     ] = None,
-    increase: Annotated[float, typer.Option(min=0, help="of perplexity, at most, by the plan (0.05 is 5 %)")] = 0.05,
+    increase: Annotated[
+        float | None, typer.Option(min=0, help="of perplexity, at most, by the plan (default: 0.05, which is 5 %)")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="checkpoint folder, for group sizes and sizes in bytes")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="file (default: print the list)")] = None,
 ) -> None:
@@ -54,6 +56,11 @@ def export_command(
         raise SedetectError(f"--plan {plan}: an imatrix holds no formats; leave it out")
     if to == "imatrix" and runtime is not None:
         raise SedetectError(f"--for {runtime}: an imatrix is for llama.cpp alone; leave it out")
+    if plan is None and increase is not None:
+        raise SedetectError(f"--increase {increase:g}: chooses among plans; give --plan, or leave it out")
+    if plan is not None and (neighbours or with_feeders):
+        option = "--with-feeders" if with_feeders else f"--neighbours {neighbours}"
+        raise SedetectError(f"{option}: a plan says what every expert gets; leave it out")
     state, ranking = load_ranked(stats)
     if output is not None and to == "imatrix":
         count = write_imatrix(state, output)
@@ -62,7 +69,7 @@ def export_command(
             _say(f"note: {unseen_note(unknown, 'routed', state.header.tokens)}")
         return
     if plan is not None:
-        _export_plan(state, plan, to, runtime, granularity, model, increase, output)
+        _export_plan(state, plan, to, runtime, granularity, model, 0.05 if increase is None else increase, output)
         return
     proof = Results(stats).proof() if with_feeders else None
     if with_feeders and proof is None:

@@ -49,6 +49,24 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// A place in the ring of stages.
+struct Ring {
+  int stages, stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+
+  // The stage so many steps ago.
+  __device__ __forceinline__ int before(int steps) const {
+    return stage < steps ? stage - steps + stages : stage - steps;
+  }
+};
+
 // --- Copies to shared memory.
 
 __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, int column, int row,
@@ -132,6 +150,23 @@ __device__ __forceinline__ void multiply<__half>(float (&acc)[128], uint64_t a, 
 #undef SEDETECT_WGMMA
 #undef SEDETECT_F32
 #undef SEDETECT_F8
+
+// --- Shared memory by the threads of a warp.
+
+// Four 8 x 8 matrices of 16-bit elements, of each two of row lane / 4 in a thread. A column becomes the 16 bytes at the
+// target: those of the i-th matrix of lanes 8 i to 8 i + 7.
+__device__ __forceinline__ void store_transposed(uint32_t target, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(v[0]),
+               "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void load_16(uint32_t source, uint32_t (&v)[4]) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(source)
+               : "memory");
+}
 
 // --- Registers of a warpgroup.
 

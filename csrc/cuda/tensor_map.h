@@ -25,21 +25,29 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-// A matrix (rows, columns) of 16-bit type in boxes of (box_rows, 64), swizzled in shared memory. Outside it are zeros.
-inline CUtensorMap tensor_map(const void* data, int64_t rows, int columns, int box_rows, Type type) {
+// A matrix (rows, columns) in boxes of (box_rows, box_columns), swizzled in shared memory. Outside it are zeros.
+inline CUtensorMap tensor_map(const void* data, int64_t rows, int columns, int box_rows, int box_columns,
+                              CUtensorMapDataType type, int element_bytes, CUtensorMapSwizzle swizzle) {
   CUtensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * element_bytes};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
   const CUresult result = tensor_map_encoder()(
-      &map, type == Type::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-      const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      &map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(result) + " for a matrix of " +
                              std::to_string(rows) + " x " + std::to_string(columns));
   }
   return map;
+}
+
+// Of 16-bit type, in boxes of (box_rows, 64).
+inline CUtensorMap tensor_map(const void* data, int64_t rows, int columns, int box_rows, Type type) {
+  return tensor_map(data, rows, columns, box_rows, 64,
+                    type == Type::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+                    CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace sedetect::cuda

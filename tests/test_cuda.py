@@ -26,6 +26,7 @@ from support.kernels import (
     weights_of,
 )
 from support.kernels import moe_mlp as any_moe_mlp
+from support.quantized import FP8, fp4, fp8
 
 from sedetect import ops
 from sedetect.adapters.quantized import QuantizedWeights
@@ -63,6 +64,32 @@ SHAPES = [
     (200, 2, 8, 136, 72),  # as chosen, tiles of 64 rows
     (300, 2, 4, 72, 4104),  # so many columns that rows are sorted before gate_up
 ]
+
+
+# T, k, E, H, I; 4-bit values take multiples of 32.
+QUANTIZED_SHAPES = [
+    (1, 1, 1, 32, 32),
+    (3, 4, 16, 64, 96),  # most experts empty
+    (300, 4, 8, 224, 160),  # a tail in every dimension
+    (515, 1, 2, 544, 288),  # several tiles of one expert
+    (2000, 8, 16, 320, 1056),  # more tiles than blocks
+    (300, 2, 4, 96, 4128),  # so many columns that rows are sorted before gate_up
+]
+
+# name -> weights (E, M, K) in this format; per channel: one scale for each row
+QUANTIZED = {
+    "block": lambda w: (*fp8(w), (128, 128)),
+    "tensor": lambda w: (*fp8(w, w.shape[1:]), None),
+    "channel": lambda w: (*fp8(w, (1, w.shape[2])), None),
+    "mxfp4": lambda w: (*fp4(w), None),
+}
+
+
+def quantized(name: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[QuantizedWeights, torch.Tensor]:
+    """Weights in a format, and what they stand for."""
+    stored, scale, block = QUANTIZED[name](weight.float())
+    weights = QuantizedWeights(stored.to(DEVICE), scale.to(DEVICE), block, dtype)
+    return weights, torch.stack([weights[e] for e in range(len(weights))])
 
 
 # With its own GEMMs for every call, and as users meet it: tiles of few rows go to Triton's.
@@ -338,6 +365,73 @@ def test_update_of_many_rows_of_distinct_values(backend):
 
 
 @on_hopper
+@pytest.mark.parametrize("name,dtype", [(name, dtype) for name in QUANTIZED for dtype in DTYPES][:-1], ids=str)
+@pytest.mark.parametrize("shape", QUANTIZED_SHAPES, ids=str)
+@pytest.mark.parametrize("skew", [False, True])
+def test_quantized_weights_give_the_bits_of_what_they_stand_for(backend, monkeypatch, name, dtype, shape, skew):
+    """Outputs and statistics, of the fused and the general path, infinities and NaN among the rows."""
+    call = make_call(shape, dtype, 3, skew, sentinels=shape[0] > 3)
+    call["x"][3::50, 0], call["x"][4::50, 1] = torch.inf, torch.nan
+    (up, plain_up), (down, plain_down) = (quantized(name, call[key], dtype) for key in ("gate_up", "down"))
+    call = on_device(call)
+    called, its = [], cuda._cuda.mixed
+    monkeypatch.setattr(cuda._cuda, "mixed", lambda *a: (called.append(a), its(*a)))
+    for gate in (*(gate for gate in GATES if not gate.interleaved), swiglu):
+        rows = slice(None) if getattr(gate, "gated", True) else slice(shape[4])
+        if rows.stop:
+            half, plain_half = quantized(name, plain_up[:, rows].cpu(), dtype)
+        else:
+            half, plain_half = up, plain_up
+        rows, called[:] = make_rows(shape[0], 1), []
+        found = []
+        for weights in ({"gate_up": half, "down": down}, {"gate_up": plain_half, "down": plain_down}):
+            state = BankStats.empty(shape[2], DEVICE)
+            out = moe_mlp(call | weights | {"gate": gate}, state, rows)
+            found.append((out, state))
+        (out, state), (same, same_state) = found
+        assert len(called) == 2
+        assert_equal_bits(f"{gate}", out.nan_to_num(7.0), same.nan_to_num(7.0))
+        assert_same_state(state, same_state)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", ["block", "mxfp4"])
+def test_every_stored_value_under_every_scale(backend, name):
+    """Token t is the t-th unit vector, so that z is the weight itself."""
+    size = 256
+    weights, _ = quantized(name, torch.ones(1, size, size), torch.bfloat16)
+    row, column = (torch.arange(n, device=DEVICE, dtype=torch.int32) for n in weights.stored.shape[1:])
+    values = (row[:, None] + column).to(torch.uint8)
+    if name == "mxfp4":
+        weights.scale[0] = (row[:, None] + 32 * torch.arange(size // 32, device=DEVICE)).to(torch.uint8)
+    else:
+        values[1:][values[1:] & 127 == 127] = 0  # NaN in the first row only
+        weights.scale[0] = torch.tensor([[1.0, 3.1e-5], [7e35, 2.3e-40]], device=DEVICE)
+    weights.stored.view(torch.uint8)[0] = values
+    plan = backend.plan(torch.zeros(size, 1, dtype=torch.int64, device=DEVICE), 1)
+    x = torch.eye(size, dtype=torch.bfloat16, device=DEVICE)
+    z = backend.gate_up(x, plan, ExpertWeights(weights, weights)).T
+    finite = weights[0].isfinite().all(1)
+    assert finite.sum() == (232 if name == "mxfp4" else 255)
+    assert torch.equal(z[finite], weights[0][finite])
+    assert z[~finite].isfinite().logical_not().all()  # NaN and Inf times zero are NaN
+
+
+@on_hopper
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("shape", QUANTIZED_SHAPES, ids=str)
+def test_quantized_weights_with_biases_and_gates_in_turns(backend, name, shape):
+    call = make_call(shape, torch.bfloat16, 4, bias=True)
+    weights, plain = {}, {}
+    for key in ("gate_up", "down"):
+        weights[key], plain[key] = quantized(name, call[key], torch.bfloat16)
+    gate = next(gate for gate in GATES if gate.interleaved)
+    out = moe_mlp(call | weights | {"gate": gate}, BankStats.empty(shape[2], DEVICE))
+    reference = call | {key: weight.cpu() for key, weight in plain.items()}
+    assert_close(f"{gate}", out.cpu(), loop_over_slots(reference, GATES[gate]), torch.bfloat16)
+
+
+@on_hopper
 def test_what_it_cannot_serve_goes_to_triton_with_the_reason(backend):
     plain = make_call((40, 2, 4, 64, 32), torch.bfloat16, 2)
     biased = make_call((40, 2, 4, 64, 32), torch.bfloat16, 2, bias=True)
@@ -358,8 +452,19 @@ def test_what_it_cannot_serve_goes_to_triton_with_the_reason(backend):
         any_moe_mlp(on_device(call), state=BankStats.empty(4, DEVICE), backend="cuda", served=note)
         ((name, why),) = served
         assert name == "triton" and reason in why
-    weight = QuantizedWeights(plain["down"].to(torch.float8_e4m3fn), torch.ones(4, 1, 1), (64, 64), torch.bfloat16)
-    assert "quantized" in backend.refusal(DEVICE, torch.bfloat16, 4, ExpertWeights(None, weight))
+    for reason, weight in {
+        "float32 and a power of two": QuantizedWeights(
+            torch.ones(4, 64, 96).to(FP8), torch.ones(4, 4, 4), (16, 24), torch.bfloat16
+        ),
+        "16 bytes long": QuantizedWeights(torch.ones(4, 64, 24).to(FP8), torch.ones(4, 1, 1), None, torch.bfloat16),
+        "of torch.float16 and": QuantizedWeights(
+            torch.ones(4, 64, 32).to(FP8), torch.ones(4, 1, 1), None, torch.float16
+        ),
+        "32 columns for": QuantizedWeights(*fp4(torch.ones(4, 64, 64), torch.float32), None, torch.bfloat16),
+        "some are not": plain["down"],
+    }.items():
+        whole = QuantizedWeights(torch.ones(4, 64, 32).to(FP8), torch.ones(4, 1, 1), None, torch.bfloat16)
+        assert reason in backend.refusal(DEVICE, torch.bfloat16, 4, ExpertWeights(weight, whole))
     assert "2000 experts" in backend.refusal(DEVICE, torch.bfloat16, 2000)
 
 

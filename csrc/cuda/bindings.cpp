@@ -1,8 +1,9 @@
 // sedetect._cuda. Device memory comes as addresses, the stream as its handle: the module needs neither torch nor a
-// driver to be built or imported. Shapes and meanings are in stages.h and grouped_gemm.h; sedetect/ops/cuda.py is the
-// caller.
+// driver to be built or imported. Shapes and meanings are in stages.h, grouped_gemm.h and mixed_gemm.h;
+// sedetect/ops/cuda.py is the caller.
 #include "../columns.h"
 #include "grouped_gemm.h"
+#include "mixed_gemm.h"
 #include "stages.h"
 
 #include <pybind11/pybind11.h>
@@ -59,6 +60,13 @@ Gate gate_of(const GateArguments& gate) {
   return {Activation(activation), gated, limit, slope, shift};
 }
 
+// (format, scale_rows, scale_columns, high, wide)
+using QuantizedArguments = std::array<int, 5>;
+
+Quantized quantized_of(Address stored, Address scale, const QuantizedArguments& n) {
+  return {at<void>(stored), at<void>(scale), Format(n[0]), n[1], n[2], n[3], n[4]};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -67,9 +75,11 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("COLUMNS") = int(kColumns);
   m.attr("TILE_ROWS") = kTileRows;
   m.attr("MAX_EXPERTS") = kMaxExperts;
+  m.attr("MAX_MIXED_EXPERTS") = kMaxMixedExperts;
   m.def("plan_blocks", &plan_blocks);
   m.def("update_scratch", &update_scratch);
   m.def("column_tiles", &column_tiles);
+  m.def("mixed_column_tiles", &mixed_column_tiles);
 
   m.def("plan", [](Address index, bool narrow, Address order, Address offsets, const ScheduleArguments& result,
                    Address counts, int slots, int experts, int processors, Address stream) {
@@ -92,6 +102,17 @@ PYBIND11_MODULE(_cuda, m) {
     grouped_gemm_down({at<void>(h), at<void>(weight), at<int4>(tiles), at<int32_t>(count), at<void>(y), Type(type),
                        slots, experts, hidden, width, processors},
                       stream_of(stream));
+  });
+
+  m.def("mixed", [](Address x, Address stored, Address scale, Address bias, Address offsets, Address next,
+                    Address result, Address parts, const QuantizedArguments& quantized, const GateArguments& gate,
+                    bool interleaved, int type, int slots, int experts, int inner, int width, int processors,
+                    Address stream) {
+    mixed_gemm(
+        {at<void>(x), quantized_of(stored, scale, quantized), at<void>(bias), at<int64_t>(offsets), at<int32_t>(next),
+         at<void>(result), at<float>(parts), gate_of(gate), interleaved, Type(type), slots, experts, inner, width,
+         processors},
+        stream_of(stream));
   });
 
   m.def("update",

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from sedetect.kernels import tiles
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.kernels.gate import Gate
 from sedetect.kernels.plan import Plan, Schedule, ScheduledPlan, scheduled
 from sedetect.kernels.row_stats import RowParts
 from sedetect.kernels.rows import Rows
 from sedetect.kernels.sort_rows import sort_rows
-from sedetect.ops.contract import ExpertWeights, gate_refusal
+from sedetect.ops.contract import ExpertWeights, Matrices, gate_refusal
 from sedetect.ops.triton import TritonBackend, on
 from sedetect.stats.bank import BankStats
 
@@ -31,10 +32,11 @@ if importlib.util.find_spec("sedetect._cuda") is not None:
 # takes as long as 2000 to 8000 columns gain by it (docs/performance-notes.md).
 SORTED_COLUMNS = 8192
 
-# csrc/cuda/stages.h and grouped_gemm.h
+# csrc/cuda/stages.h, grouped_gemm.h and mixed_gemm.h
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4}
 _NO_GATE = (0, False, math.inf, 1.0, 0.0)
+_FORMATS = {torch.float8_e4m3fn: 0, torch.uint8: 1}
 
 
 class CudaBackend(TritonBackend):
@@ -57,8 +59,9 @@ class CudaBackend(TritonBackend):
             return "it is for GPUs of compute capability 9.0, this one has {}.{}".format(*_capability(device))
         if dtype not in (torch.bfloat16, torch.float16):
             return f"it has no kernel for {dtype}"
-        if experts > _cuda.MAX_EXPERTS:
-            return f"there are {experts} experts, it takes {_cuda.MAX_EXPERTS}"
+        most = _cuda.MAX_MIXED_EXPERTS if weights is not None and weights.storage else _cuda.MAX_EXPERTS
+        if experts > most:
+            return f"there are {experts} experts, it takes {most}"
         if weights is None:
             return None
         return _weights_refusal(weights, dtype) or gate_refusal(weights, self.activations)
@@ -110,8 +113,10 @@ class CudaBackend(TritonBackend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if plan.schedule.rows != _cuda.TILE_ROWS:
             return super()._gate_up(x, plan, weights, gate, parts)
-        weight = weights.gate_up
-        assert isinstance(weight, torch.Tensor)  # _weights_refusal
+        weight = weights.stacked
+        if isinstance(weight, QuantizedWeights):
+            x = sort_rows(x.to(weight.dtype), plan)
+            return _mixed("gate_up", x, plan, weight, weights.gate_up_bias, gate, parts)
         x = _aligned(x.to(weight.dtype))
         experts, columns, hidden = weight.shape
         _check_sizes("gate_up", x, weight, hidden, plan)
@@ -136,7 +141,8 @@ class CudaBackend(TritonBackend):
         if plan.schedule.rows != _cuda.TILE_ROWS:
             return super()._down(h, plan, weights)
         weight = weights.down
-        assert isinstance(weight, torch.Tensor)  # _weights_refusal
+        if isinstance(weight, QuantizedWeights):
+            return _mixed("down", h.to(weight.dtype), plan, weight, weights.down_bias)[0]
         h = _aligned(h.to(weight.dtype))
         experts, hidden, width = weight.shape
         _check_sizes("down", h, weight, width, plan)
@@ -150,7 +156,38 @@ class CudaBackend(TritonBackend):
         return y
 
 
-def _check_sizes(name: str, x: torch.Tensor, weight: torch.Tensor, width: int, plan: Plan) -> None:
+def _mixed(
+    name: str,
+    x: torch.Tensor,
+    plan: ScheduledPlan,
+    weight: QuantizedWeights,
+    bias: torch.Tensor | None,
+    gate: Gate | None = None,
+    parts: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x (S, K), sorted by expert, with quantized weights: what _gate_up returns."""
+    x, bias = _aligned(x), None if bias is None else bias.contiguous()
+    experts, columns, inner = weight.shape
+    _check_sizes(name, x, weight, inner, plan)
+    slots, gated = len(plan.order), gate is not None and gate.gated
+    width = columns // 2 if gated else columns
+    result, found, found_at = x.new_empty(slots, width), None, 0
+    if parts:
+        found = x.new_empty(_cuda.mixed_column_tiles(width, gated), slots, dtype=torch.float32)
+        found_at = found.data_ptr()
+    (high, wide), (_, scale_rows, scale_columns) = weight.block, weight.scale.shape
+    quantized = (_FORMATS[weight.storage], scale_rows, scale_columns, high, wide)
+    following = torch.empty(1, dtype=torch.int32, device=x.device)
+    _cuda.mixed(
+        x.data_ptr(), weight.stored.data_ptr(), weight.scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        plan.offsets.data_ptr(), following.data_ptr(), result.data_ptr(), found_at,
+        quantized, _gate(gate), gate is not None and gate.interleaved, _TYPES[x.dtype], slots, experts, inner, width,
+        tiles.limits(x.device).processors, _stream(x.device),
+    )  # fmt: skip
+    return result, found
+
+
+def _check_sizes(name: str, x: torch.Tensor, weight: torch.Tensor | QuantizedWeights, width: int, plan: Plan) -> None:
     """The kernels take their sizes from the weight alone."""
     if x.shape[1] != width or len(weight) != plan.num_experts:
         raise ValueError(
@@ -161,7 +198,7 @@ def _check_sizes(name: str, x: torch.Tensor, weight: torch.Tensor, width: int, p
 
 def _weights_refusal(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
     if weights.storage:
-        return "the weights are quantized"
+        return next(filter(None, (_quantized_refusal(m, weights, dtype) for m in weights.matrices)), None)
     if weights.transposed:
         return "the weights are transposed"
     if weights.gate_up_bias is not None or weights.down_bias is not None:
@@ -177,6 +214,33 @@ def _weights_refusal(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
         assert isinstance(weight, torch.Tensor)  # none is quantized
         if not weight.is_contiguous() or weight.data_ptr() % 16:
             return "the weights are not contiguous, on 16-byte boundaries"
+    return None
+
+
+def _quantized_refusal(weight: Matrices, weights: ExpertWeights, dtype: torch.dtype) -> str | None:
+    if not isinstance(weight, QuantizedWeights):
+        return "some of the weights are quantized and some are not"
+    rows, (high, wide) = weight.shape[1], weight.block
+    scale = (weight.scale.dtype, weight.scale.shape[2])
+    what = f"the weights are quantized as {weight.storage} with {scale[0]} scales of {high} x {wide}"
+    if weight.dtype != dtype:
+        return f"the weights are of {weight.dtype} and {dtype}"
+    if weight.storage == torch.float8_e4m3fn:
+        shared = scale[1] == 1 or (wide >= 64 and wide & (wide - 1) == 0)
+        if scale[0] != torch.float32 or not shared:
+            return f"{what}, it takes float32 and a power of two from 64 columns on"
+    elif weight.storage != torch.uint8 or scale[0] != torch.uint8 or wide != 32 or dtype != torch.bfloat16:
+        return f"{what} for {dtype}, of 4 bits it takes uint8 and 32 columns for bfloat16"
+    if rows % 8 or weight.stored.shape[2] % 16:
+        return (
+            f"the weights are {tuple(weight.shape)}, their rows must be multiples of 8 in number and of 16 bytes long"
+        )
+    if weight.scale.numel() >= 2**31:
+        return f"there are {weight.scale.numel()} scales"
+    if any(not t.is_contiguous() for t in (weight.stored, weight.scale)) or weight.stored.data_ptr() % 16:
+        return "the weights are not contiguous, on 16-byte boundaries"
+    if any(bias is not None and bias.dtype != dtype for bias in (weights.gate_up_bias, weights.down_bias)):
+        return f"the biases are not of {dtype}"
     return None
 
 

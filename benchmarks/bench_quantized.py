@@ -3,10 +3,11 @@
     python benchmarks/bench_quantized.py                        DeepSeek-V3's layer, T = 16, 256 and 8192 (CUDA)
     python benchmarks/bench_quantized.py --device cpu --rounds 2    a small layer, to see that it runs
 
-One experts call in bfloat16 with every default statistic, by the Triton backend; prints a table, and the last line is
-the same as JSON. The weights: fp8 (e4m3 with a float32 scale per 128 x 128), mxfp4 (two to a byte, a scale per 32
-columns), and bf16, which are the fp8 ones dequantized. difference is between the outputs of fp8 and bf16, RMS over RMS:
-the kernels multiply the same numbers. Floors and timing are those of bench_moe.py, with the bytes that are stored.
+One experts call in bfloat16 with every default statistic, by the cuda backend or the one that --backend names; prints a
+table, and the last line is the same as JSON. The weights: fp8 (e4m3 with a float32 scale per 128 x 128), mxfp4 (two to
+a byte, a scale per 32 columns), and bf16, which are the fp8 ones dequantized. difference is between the outputs of fp8
+and bf16, RMS over RMS: the kernels multiply the same numbers. Floors and timing are those of bench_moe.py, with the
+bytes that are stored.
 """
 
 import argparse
@@ -64,8 +65,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="deepseek")
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 256, 8192])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--backend", choices=["cuda", "triton"], default="cuda")
     args = parser.parse_args()
-    shape, backend = SHAPES[args.shape], "triton"
+    shape, backend = SHAPES[args.shape], args.backend
     if args.device == "cpu":
         shape, args.tokens, backend = Shape(8, 256, 128, 2), [16], "cpu"
 
@@ -105,7 +107,8 @@ def main() -> None:
         results.append({"tokens": tokens, "floors": floors, "seconds": seconds, "peak_bytes": memory,
                         "difference": difference})  # fmt: skip
     console.print(table)
-    report = {"benchmark": "quantized", "machine": machine(args.device), "shape": shape._asdict(), "results": results}
+    report = {"benchmark": "quantized", "machine": machine(args.device), "shape": shape._asdict(), "backend": backend,
+              "results": results}  # fmt: skip
     print(json.dumps(report | {"ceilings": ceilings._asdict()}))
 
 

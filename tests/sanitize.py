@@ -15,8 +15,10 @@ import sys
 import torch
 from support.interpreter import INTERPRETED  # before triton
 from support.kernels import assert_close, make_call, make_rows, moe_mlp, swiglu
+from support.quantized import fp4, fp8
 
 from sedetect import ops
+from sedetect.kernels.dequantize import QuantizedWeights
 from sedetect.ops.choose import BACKENDS
 from sedetect.stats.bank import BankStats
 
@@ -28,6 +30,7 @@ SHAPES = [
     (300, 2, 3, 264, 136),  # tiles of 128 rows; a plan of several blocks
     (140, 1, 1, 64, 4096),  # so many columns that cuda sorts the rows before gate_up
 ]
+QUANTIZED_SHAPES = [(5, 2, 4, 64, 32), (300, 2, 3, 288, 160)]  # tiles of 16 and of 128 rows
 
 
 def run(backend: str, dtype: torch.dtype, shape: tuple[int, ...], fused: bool) -> None:
@@ -52,6 +55,27 @@ def run(backend: str, dtype: torch.dtype, shape: tuple[int, ...], fused: bool) -
     print(f"{backend} {dtype} {shape} {'fused' if fused else 'general'}: ok", flush=True)
 
 
+def run_quantized(backend: str, shape: tuple[int, ...], packed: bool) -> None:
+    call = make_call(shape, torch.bfloat16, 2, sentinels=True)
+    state, weights = BankStats.empty(shape[2], DEVICE), {}
+    for name in ("gate_up", "down"):
+        stored, scale = (fp4 if packed else fp8)(call[name].float())
+        weights[name] = (stored, scale, None if packed else (128, 128), torch.bfloat16)
+    on_host = {name: QuantizedWeights(*weight) for name, weight in weights.items()}
+    on_device = {
+        name: QuantizedWeights(stored.to(DEVICE), scale.to(DEVICE), *rest)
+        for name, (stored, scale, *rest) in weights.items()
+    }
+    moved = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in call.items()}
+    served = []
+    out = moe_mlp(moved | on_device, state=state, backend=backend, served=lambda name, why: served.append(name))
+    expected = moe_mlp(call | on_host, state=BankStats.empty(shape[2]), backend="torch")
+    assert served == [backend]
+    what = f"{backend} {'mxfp4' if packed else 'fp8'} {shape}"
+    assert_close(what, out.cpu(), expected.double(), torch.bfloat16)
+    print(f"{what}: ok", flush=True)
+
+
 def main() -> None:
     backend = sys.argv[1] if len(sys.argv) > 1 else "triton"
     for dtype in (torch.float32, torch.bfloat16):
@@ -59,6 +83,9 @@ def main() -> None:
             for shape in SHAPES:
                 for fused in (True, False):
                     run(backend, dtype, shape, fused)
+    for shape in QUANTIZED_SHAPES:
+        for packed in (False, True):
+            run_quantized(backend, shape, packed)
 
 
 if __name__ == "__main__":

@@ -529,9 +529,21 @@ def test_duplicates(backend):
     "shape", [(600, 8, 16, 512, 256), (20, 8, 16, 64, 32), (100, 8, 16, 64, 32), (300, 2, 4, 72, 4104)], ids=str
 )
 def test_no_synchronisation_and_graph_replay(backend, dtype, shape):
+    check_replay(on_device(make_call(shape, dtype, 1)), shape)
+
+
+@on_hopper
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_no_synchronisation_and_graph_replay_of_quantized_weights(backend, name):
+    shape = (600, 8, 16, 512, 256)
+    call = make_call(shape, torch.bfloat16, 1)
+    weights = {key: quantized(name, call[key], torch.bfloat16)[0] for key in ("gate_up", "down")}
+    check_replay(on_device(call | weights), shape)
+
+
+def check_replay(call: dict, shape: tuple[int, ...]) -> None:
     """The same bits eagerly, under the synchronization check, and replayed as a CUDA graph on new inputs."""
     tokens, _, experts, *_ = shape
-    call = on_device(make_call(shape, dtype, 1))
     rows = make_rows(tokens, 1).to(DEVICE)
     eager, replayed = BankStats.empty(experts, DEVICE), BankStats.empty(experts, DEVICE)
     expected = moe_mlp(call, eager, rows)

@@ -32,7 +32,7 @@ struct Mixed {
   const void* bias;        // (E, 2 * width) or (E, width) of type, or null
   const int64_t* offsets;  // (E + 1,)
   int32_t* next;           // (1,) - scratch
-  void* result;            // (S, width) - output
+  void* result;            // (S, width) - output; width is a multiple of 8
   // (mixed_column_tiles(width, gated), S) - output, or null: as GateUp's
   float* parts;
   Gate gate;         // of no activation for none

@@ -1,9 +1,10 @@
 """How fast is one MoE layer with its statistics when its weights are stored in 8 or 4 bits, beside bf16?
 
     python benchmarks/bench_quantized.py                        DeepSeek-V3's layer, T = 16, 256 and 8192 (CUDA)
+    python benchmarks/bench_quantized.py --backends triton cuda     one beside the other
     python benchmarks/bench_quantized.py --device cpu --rounds 2    a small layer, to see that it runs
 
-One experts call in bfloat16 with every default statistic, by the cuda backend or the one that --backend names; prints a
+One experts call in bfloat16 with every default statistic, by the cuda backend or those that --backends names; prints a
 table, and the last line is the same as JSON. The weights: fp8 (e4m3 with a float32 scale per 128 x 128), mxfp4 (two to
 a byte, a scale per 32 columns), and bf16, which are the fp8 ones dequantized. difference is between the outputs of fp8
 and bf16, RMS over RMS: the kernels multiply the same numbers. Floors and timing are those of bench_moe.py, with the
@@ -65,32 +66,33 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="deepseek")
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 256, 8192])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--backend", choices=["cuda", "triton"], default="cuda")
+    parser.add_argument("--backends", nargs="+", choices=["cuda", "triton"], default=["cuda"])
     args = parser.parse_args()
-    shape, backend = SHAPES[args.shape], args.backend
+    shape, backends = SHAPES[args.shape], args.backends
     if args.device == "cpu":
-        shape, args.tokens, backend = Shape(8, 256, 128, 2), [16], "cpu"
+        shape, args.tokens, backends = Shape(8, 256, 128, 2), [16], ["cpu"]
+    names = [(name, backend) for name in BYTES for backend in backends]
 
     console = Console(width=160)
     ceilings = measure_ceilings(args.device, args.rounds)
     console.print(f"ceilings: {ceilings.flops / 1e12:.1f} TFLOP/s, {ceilings.bandwidth / 1e9:.0f} GB/s")
     weights = make_weights(shape, args.device)
     table = Table(title=f"{args.shape} {tuple(shape)}: ms (x its floor) +- half the interquartile range, extra MB")
-    for column in ("T", *BYTES, "difference"):
+    for column in ("T", *(" ".join(one) for one in names), "difference"):
         table.add_column(column, justify="right")
     results = []
     for tokens in args.tokens:
         calls = make_calls(shape, tokens, args.device, 0.0)
         state = BankStats.empty(shape.experts, args.device)
 
-        def run(name: str, calls: list[Call] = calls, state: BankStats = state) -> torch.Tensor:
+        def run(name: str, backend: str, calls: list[Call] = calls, state: BankStats = state) -> torch.Tensor:
             for x, index, gates in calls:
                 out = ops.moe_mlp(x, index, gates, weights[name], state, backend=backend)
             return out
 
-        outputs = {name: run(name).float() for name in ("bf16", "fp8")}
+        outputs = {name: run(name, backends[-1]).float() for name in ("bf16", "fp8")}
         difference = float((outputs["fp8"] - outputs["bf16"]).norm() / outputs["bf16"].norm())
-        variants = {name: lambda name=name: run(name) for name in BYTES}
+        variants = {" ".join(one): lambda one=one: run(*one) for one in names}
         memory = {name: peak_bytes(one, args.device) for name, one in variants.items()}
         if args.device == "cuda" and len(calls) > 1:
             variants = {name: captured(one) for name, one in variants.items()}
@@ -102,12 +104,13 @@ def main() -> None:
         for name, s in seconds.items():
             mb = "" if memory[name] is None else f" {memory[name] / 2**20:.0f}"
             spread = (s["high"] - s["low"]) / 2 * 1e3
-            cells.append(f"{s['median'] * 1e3:.3f} ({s['median'] / floors[name]:.2f}x) +-{spread:.3f}{mb}")
+            times = s["median"] / floors[name.split()[0]]
+            cells.append(f"{s['median'] * 1e3:.3f} ({times:.2f}x) +-{spread:.3f}{mb}")
         table.add_row(*cells, f"{difference:.1e}")
         results.append({"tokens": tokens, "floors": floors, "seconds": seconds, "peak_bytes": memory,
                         "difference": difference})  # fmt: skip
     console.print(table)
-    report = {"benchmark": "quantized", "machine": machine(args.device), "shape": shape._asdict(), "backend": backend,
+    report = {"benchmark": "quantized", "machine": machine(args.device), "shape": shape._asdict(), "backends": backends,
               "results": results}  # fmt: skip
     print(json.dumps(report | {"ceilings": ceilings._asdict()}))
 

@@ -36,9 +36,8 @@ class Schedule:
     arrived: torch.Tensor
 
     @classmethod
-    def empty(cls, slots: int, experts: int, device: torch.device) -> "Schedule":
+    def empty(cls, slots: int, experts: int, rows: int, device: torch.device) -> "Schedule":
         """Uninitialized, for a kernel to fill."""
-        rows = tiles.tile_rows(slots, experts)
         most = tiles.max_tiles(slots, experts, rows)
         sizes = ((slots,), (most, 4), (1,), (experts, 3))
         row, table, count, arrived = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
@@ -239,7 +238,7 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> ScheduledPlan:
     slots, device = index.numel(), index.device
     order = torch.empty(slots, dtype=torch.int64, device=device)
     offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=device)
-    schedule = Schedule.empty(slots, num_experts, device)
+    schedule = Schedule.empty(slots, num_experts, tiles.tile_rows(slots, num_experts), device)
     if slots == 0:
         return ScheduledPlan(order, offsets.zero_(), top_k_index.shape[1], schedule)
     grid, constants = _shape(schedule, slots, num_experts)
@@ -265,7 +264,8 @@ def scheduled(plan: Plan) -> ScheduledPlan:
     if isinstance(plan, ScheduledPlan):
         return plan
     slots = len(plan.order)
-    schedule = Schedule.empty(slots, plan.num_experts, plan.order.device)
+    rows = tiles.tile_rows(slots, plan.num_experts)
+    schedule = Schedule.empty(slots, plan.num_experts, rows, plan.order.device)
     if slots:
         grid, constants = _shape(schedule, slots, plan.num_experts)
         _schedule[(grid,)](

@@ -71,7 +71,7 @@ _TILES[QUANTIZED] = {rows: replace(tile, stages=tile.stages + 1) for rows, tile 
 def tile_rows(slots: int, experts: int) -> int:
     """Rows of a tile for S slots over E experts; the same for both GEMMs, which share one schedule.
 
-    At most 128, which csrc/cuda/update.cu takes; at 128 the cuda backend multiplies with its own GEMMs.
+    At most 128, which csrc/cuda/update.cu takes. The cuda backend takes them earlier, for its own GEMMs.
     """
     average = slots / experts
     return 16 if average <= 8 else 32 if average <= 32 else 64 if average < 96 else 128

@@ -94,6 +94,7 @@ def quantized(name: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[Quan
 
 # With its own GEMMs for every call, and as users meet it: tiles of few rows go to Triton's.
 OWN_GEMMS, AS_CHOSEN = 128, None
+MIXED = pytest.mark.parametrize("gemm", ["few", "many"])
 BOTH = pytest.mark.parametrize("backend", [OWN_GEMMS, AS_CHOSEN], indirect=True, ids=["own-gemms", "as-chosen"])
 
 
@@ -110,6 +111,10 @@ def backend(request, monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield CudaBackend()
     torch.use_deterministic_algorithms(False)
+
+
+def multiply_quantized_by(gemm: str, monkeypatch) -> None:
+    monkeypatch.setattr(cuda, "choose_gemm", lambda plan, weights: gemm if weights.storage else "grouped")
 
 
 def on_device(call: dict) -> dict:
@@ -156,7 +161,7 @@ def test_it_is_preferred_to_triton():
 
 
 @on_hopper
-@pytest.mark.parametrize("tokens", [1, 8 * 8, 8 * 32 - 1, 8 * 96 - 1, 8 * 96, 8 * 400])
+@pytest.mark.parametrize("tokens", [1, 8 * 8, 8 * 32 - 1, 8 * 33, 8 * 96, 8 * 400])
 def test_its_gemms_serve_where_experts_have_rows_enough(monkeypatch, tokens):
     """Chosen by itself for few rows, too, but then without its own GEMMs."""
     called, served = [], []
@@ -166,7 +171,17 @@ def test_its_gemms_serve_where_experts_have_rows_enough(monkeypatch, tokens):
     call = on_device(make_call((tokens, 1, 8, 64, 32), torch.bfloat16, 1))
     any_moe_mlp(call, state=BankStats.empty(8, DEVICE), served=lambda *note: served.append(note))
     assert served == [("cuda", None)]
-    assert called == (["gate_up", "down", "update"] if tokens >= 8 * 96 else ["update"])
+    assert called == (["gate_up", "down", "update"] if tokens >= 8 * 32 else ["update"])
+
+
+@pytest.mark.parametrize(
+    "slots,experts,expected",
+    [(63, 128, "triton"), (64, 128, "few"), (4 * 48, 4, "few"), (4 * 48 + 1, 4, "many"), (8 * 300, 8, "many")],
+)
+def test_quantized_weights_are_multiplied_by_rows_of_an_expert(slots, experts, expected):
+    plan = Plan(torch.arange(slots), torch.zeros(experts + 1), 1)
+    weight = QuantizedWeights(*fp8(torch.randn(1, 128, 128)), (128, 128), torch.bfloat16)
+    assert cuda.choose_gemm(plan, ExpertWeights(weight, weight)) == expected
 
 
 @on_hopper
@@ -365,11 +380,13 @@ def test_update_of_many_rows_of_distinct_values(backend):
 
 
 @on_hopper
+@MIXED
 @pytest.mark.parametrize("name,dtype", [(name, dtype) for name in QUANTIZED for dtype in DTYPES][:-1], ids=str)
 @pytest.mark.parametrize("shape", QUANTIZED_SHAPES, ids=str)
 @pytest.mark.parametrize("skew", [False, True])
-def test_quantized_weights_give_the_bits_of_what_they_stand_for(backend, monkeypatch, name, dtype, shape, skew):
+def test_quantized_weights_give_the_bits_of_what_they_stand_for(backend, monkeypatch, gemm, name, dtype, shape, skew):
     """Outputs and statistics, of the fused and the general path, infinities and NaN among the rows."""
+    multiply_quantized_by(gemm, monkeypatch)
     call = make_call(shape, dtype, 3, skew, sentinels=shape[0] > 3)
     call["x"][3::50, 0], call["x"][4::50, 1] = torch.inf, torch.nan
     (up, plain_up), (down, plain_down) = (quantized(name, call[key], dtype) for key in ("gate_up", "down"))
@@ -395,9 +412,11 @@ def test_quantized_weights_give_the_bits_of_what_they_stand_for(backend, monkeyp
 
 
 @on_hopper
+@MIXED
 @pytest.mark.parametrize("name", ["block", "mxfp4"])
-def test_every_stored_value_under_every_scale(backend, name):
+def test_every_stored_value_under_every_scale(backend, monkeypatch, gemm, name):
     """Token t is the t-th unit vector, so that z is the weight itself."""
+    multiply_quantized_by(gemm, monkeypatch)
     size = 256
     weights, _ = quantized(name, torch.ones(1, size, size), torch.bfloat16)
     row, column = (torch.arange(n, device=DEVICE, dtype=torch.int32) for n in weights.stored.shape[1:])
@@ -418,9 +437,11 @@ def test_every_stored_value_under_every_scale(backend, name):
 
 
 @on_hopper
+@MIXED
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("shape", QUANTIZED_SHAPES, ids=str)
-def test_quantized_weights_with_biases_and_gates_in_turns(backend, name, shape):
+def test_quantized_weights_with_biases_and_gates_in_turns(backend, monkeypatch, gemm, name, shape):
+    multiply_quantized_by(gemm, monkeypatch)
     call = make_call(shape, torch.bfloat16, 4, bias=True)
     weights, plain = {}, {}
     for key in ("gate_up", "down"):
@@ -528,13 +549,15 @@ def test_duplicates(backend):
 @pytest.mark.parametrize(
     "shape", [(600, 8, 16, 512, 256), (20, 8, 16, 64, 32), (100, 8, 16, 64, 32), (300, 2, 4, 72, 4104)], ids=str
 )
-def test_no_synchronisation_and_graph_replay(backend, dtype, shape):
+def test_no_synchronization_and_graph_replay(backend, dtype, shape):
     check_replay(on_device(make_call(shape, dtype, 1)), shape)
 
 
 @on_hopper
+@MIXED
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_no_synchronisation_and_graph_replay_of_quantized_weights(backend, name):
+def test_no_synchronization_and_graph_replay_of_quantized_weights(backend, monkeypatch, gemm, name):
+    multiply_quantized_by(gemm, monkeypatch)
     shape = (600, 8, 16, 512, 256)
     call = make_call(shape, torch.bfloat16, 1)
     weights = {key: quantized(name, call[key], torch.bfloat16)[0] for key in ("gate_up", "down")}

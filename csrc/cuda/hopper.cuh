@@ -103,8 +103,14 @@ __device__ __forceinline__ void products_wait() {
 }
 
 // Rows of 128 bytes with the 128-byte swizzle; groups of 8 rows are 1024 bytes apart.
+constexpr uint32_t kMatrixDescriptorHigh = (1u << 30) | (1024 >> 4);
+
+__device__ __forceinline__ uint32_t matrix_descriptor_low(uint32_t address) {
+  return (1u << 16) | ((address & 0x3FFFF) >> 4);
+}
+
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
-  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) | ((address & 0x3FFFF) >> 4);
+  return (uint64_t{kMatrixDescriptorHigh} << 32) | matrix_descriptor_low(address);
 }
 
 #define SEDETECT_F8(a, i)                                                                                     \

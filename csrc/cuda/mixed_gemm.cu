@@ -1,8 +1,9 @@
-// Grouped GEMMs with quantized weights by hand for sm_90a: one kernel, persistent and warp-specialised.
+// Grouped GEMMs with the weights on the left by hand for sm_90a: one kernel, persistent and warp-specialized.
 //
 // The weights are the left operand, which the tensor cores take from registers: a block computes tiles of 128 weight
 // rows x up to 256 sorted rows of an expert, 64 inner elements at a time, and so dequantizes a weight once for all of
-// them. Two warpgroups dequantize and multiply, 64 weight rows each: 16 inner elements are dequantized while the 16
+// them. Where experts have few rows the tiles have up to 64, and a processor has two blocks, one of which loads while
+// the other waits. Two warpgroups dequantize and multiply, 64 weight rows each: 16 inner elements are dequantized while the 16
 // before them are multiplied. They leave the products, transposed and rounded to 16 bits, in shared memory. Of the
 // third warpgroup one warp loads stored bytes and rows by the tensor copy engine, and the others gate, measure and store
 // the products while the next tile is multiplied.
@@ -24,14 +25,16 @@ namespace {
 using namespace hopper;
 
 constexpr int kColumns = 128;  // weight rows of a tile
-constexpr int kRows = 256;     // most sorted rows of a tile
 constexpr int kWidth = 16;     // step of a tile's rows
 constexpr int kBoxRows = 32;   // of the boxes that sorted rows are copied in
 constexpr int kInner = 64;     // of a step; 128 bytes of a row: the width of the swizzle
-constexpr int kStages = 4;
+constexpr int kFewRows = 64, kManyRows = 256;  // most sorted rows of a tile
 constexpr int kGroup = 8;  // row tiles that pass over a weight block together, while it is in L2
 constexpr int kThreads = 3 * 128;
-constexpr int kBytesB = kRows * kInner * 2, kBytesZ = kRows * kColumns / 2 * 2;
+constexpr int kTileSlots = 4;
+
+template <int kRows>
+constexpr int kBlocks = kRows == kFewRows ? 2 : 1;  // of a processor
 
 struct Arguments {
   const int64_t* offsets;
@@ -50,7 +53,7 @@ struct Arguments {
 // --- Formats: how a thread reads the pairs of weights of its fragments, and what they are.
 
 struct E4M3 {
-  static constexpr int kPerByte = 1;
+  static constexpr int kBits = 8;
   using Scale = float;
 
   // The scales of a thread's two rows in a step.
@@ -67,9 +70,10 @@ struct E4M3 {
     return {{__ldg(scale + (at[0] + group)), __ldg(scale + (at[1] + group))}};
   }
 
+  template <int kOffset>
   static __device__ __forceinline__ uint32_t read(uint32_t address) {
     uint16_t pair;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(pair) : "r"(address));
+    asm volatile("ld.shared.u16 %0, [%1 + %2];" : "=h"(pair) : "r"(address), "n"(kOffset));
     return pair;
   }
 
@@ -83,7 +87,7 @@ struct E4M3 {
 };
 
 struct E2M1 {
-  static constexpr int kPerByte = 2;
+  static constexpr int kBits = 4;
   using Scale = uint8_t;
 
   struct Step {
@@ -107,9 +111,10 @@ struct E2M1 {
     return result;
   }
 
+  template <int kOffset>
   static __device__ __forceinline__ uint32_t read(uint32_t address) {
     uint32_t pair;
-    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(pair) : "r"(address));
+    asm volatile("ld.shared.u8 %0, [%1 + %2];" : "=r"(pair) : "r"(address), "n"(kOffset));
     return pair;
   }
 
@@ -130,13 +135,14 @@ struct E2M1 {
 // How the stored bytes of a step lie in shared memory: rows of kPitch bytes, their 16-byte parts swizzled.
 template <typename Format>
 struct Layout {
-  static constexpr int kPitch = kInner / Format::kPerByte;
+  static constexpr int kPitch = kInner * Format::kBits / 8;
   static constexpr int kBytes = kColumns * kPitch;
-  static constexpr int kSlab = 16 / Format::kPerByte;  // bytes of the 16 inner elements of a product
+  static constexpr int kSlab = 2 * Format::kBits;  // bytes of the 16 inner elements of a product
+  static constexpr CUtensorMapSwizzle kSwizzle = kPitch == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
 
   static __device__ __forceinline__ uint32_t offset(int row, int lane) {
-    const int swizzle = kPitch == 64 ? row / 2 % 4 : row / 4 % 2;
-    return row * kPitch + swizzle * 16 + lane % 4 * (2 / Format::kPerByte);
+    const int swizzle = row / (128 / kPitch) % (kPitch / 16);
+    return row * kPitch + swizzle * 16 + lane % 4 * (kSlab / 8);
   }
 };
 
@@ -169,6 +175,7 @@ struct Tile {
 };
 
 // Needs all threads of the block.
+template <int kRows>
 __device__ __forceinline__ void count_row_tiles(int* ends, const Arguments& arguments) {
   for (int e = threadIdx.x; e < arguments.experts; e += kThreads) {
     const int64_t rows = __ldg(arguments.offsets + e + 1) - __ldg(arguments.offsets + e);
@@ -194,18 +201,31 @@ __device__ __forceinline__ void count_row_tiles(int* ends, const Arguments& argu
 
 // --- Shared memory.
 
-constexpr int kTileSlots = 4;
+constexpr int kBytesOfProcessor = 228 * 1024, kBytesOfSystem = 1024;  // the latter of every block
 
-template <typename Format>
+template <typename Format, int kRows>
 struct Shared {
   const int* ends;
   int4* tiles;       // kTileSlots
   uint32_t b, a, z;  // addresses of the stages, and of the products of the warpgroups
   uint32_t barriers;
 
+  static constexpr int kBytesA = Layout<Format>::kBytes, kBytesB = kRows * kInner * 2;
+  static constexpr int kBytesZ = kRows * kColumns / 2 * 2;
+  static constexpr int kBytesOfStage = kBytesA + kBytesB + 2 * int(sizeof(uint64_t));
+  static constexpr int kBytesOfTiles = kTileSlots * int(sizeof(int4) + 2 * sizeof(uint64_t)) + 4 * int(sizeof(uint64_t));
+  static constexpr int kStages = (kBytesOfProcessor / kBlocks<kRows> - kBytesOfSystem - 2 * kBytesZ - kBytesOfTiles -
+                                  kMaxMixedExperts * int(sizeof(int))) /
+                                 kBytesOfStage;
   static constexpr int kBarriers = 2 * kStages + 2 * kTileSlots + 4;
+  static_assert(kStages >= 3);
 
-  __device__ __forceinline__ uint32_t stage_a(int stage) const { return a + stage * Layout<Format>::kBytes; }
+  // Of a block.
+  static int bytes(int experts) {
+    return kStages * kBytesOfStage + 2 * kBytesZ + kBytesOfTiles + experts * int(sizeof(int));
+  }
+
+  __device__ __forceinline__ uint32_t stage_a(int stage) const { return a + stage * kBytesA; }
   __device__ __forceinline__ uint32_t stage_b(int stage) const { return b + stage * kBytesB; }
   __device__ __forceinline__ uint32_t products(int group) const { return z + group * kBytesZ; }
   __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
@@ -226,21 +246,15 @@ struct Shared {
   }
 };
 
-template <typename Format>
-int shared_bytes(int experts) {
-  return kStages * (kBytesB + Layout<Format>::kBytes) + 2 * kBytesZ + kTileSlots * int(sizeof(int4)) +
-         Shared<Format>::kBarriers * int(sizeof(uint64_t)) + experts * int(sizeof(int));
-}
-
 // --- The warp that loads.
 
-template <typename Format, bool kGated>
+template <typename Format, bool kGated, int kRows>
 __device__ __forceinline__ void load(const Arguments& arguments, const CUtensorMap& rows, const CUtensorMap& weights,
-                                     const Shared<Format>& shared, int column_tiles, int steps) {
+                                     const Shared<Format, kRows>& shared, int column_tiles, int steps) {
   constexpr int kBytesA = Layout<Format>::kBytes, kBytesBox = kBoxRows * kInner * 2;
   // The weight rows of a column tile that has gate and up apart are in two runs.
   const bool apart = kGated && !arguments.interleaved;
-  Ring ring{kStages}, tiles{kTileSlots};
+  Ring ring{shared.kStages}, tiles{kTileSlots};
   while (true) {
     barrier_wait(shared.tile_empty(tiles.stage), tiles.phase ^ 1);
     const Tile tile = Tile::at(atomicAdd(arguments.next, 1), shared.ends, column_tiles, arguments);
@@ -252,7 +266,7 @@ __device__ __forceinline__ void load(const Arguments& arguments, const CUtensorM
     const int lower = upper + (apart ? arguments.width : kColumns / 2);
     const int boxes = (tile.rows + kBoxRows - 1) / kBoxRows;
     for (int step = 0; step < steps; ++step) {
-      const int inner = step * kInner, byte = inner / Format::kPerByte;
+      const int inner = step * kInner, byte = inner * Format::kBits / 8;
       const uint32_t full = shared.full(ring.stage), a = shared.stage_a(ring.stage), b = shared.stage_b(ring.stage);
       barrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
       barrier_arrive_expect(full, kBytesA + boxes * kBytesBox);
@@ -266,16 +280,16 @@ __device__ __forceinline__ void load(const Arguments& arguments, const CUtensorM
 
 // --- The warpgroups that multiply.
 
-template <typename Format, typename T, bool kGated>
+template <typename Format, typename T, bool kGated, int kRows>
 struct Consumer {
   using Step = typename Format::Step;
 
   const Arguments& arguments;
-  const Shared<Format>& shared;
+  const Shared<Format, kRows>& shared;
   int steps;
   int group, warp, lane;  // warpgroup, and warp in it
   int column[2];          // of the tile's 128 weight rows, the thread's
-  uint32_t offset[2];     // of their pairs in a stage
+  uint32_t offset, apart;  // of the first row's pairs in a stage, and how far behind the second's are
   uint32_t target;        // of a part of a row of the products
   Ring ring;
   uint32_t phase;
@@ -291,7 +305,8 @@ struct Consumer {
       column[0] = 64 * group + 16 * warp + lane / 4;
       column[1] = column[0] + 8;
     }
-    for (int i = 0; i < 2; ++i) offset[i] = Layout<Format>::offset(column[i], lane);
+    offset = Layout<Format>::offset(column[0], lane);
+    apart = (column[1] - column[0]) * Layout<Format>::kPitch;  // both rows are swizzled alike
     const int row = lane / 16 * 8 + lane % 8, lower = lane / 8 % 2;
     const int part = kGated ? warp + 4 * lower : 2 * warp + lower;
     target = shared.products(group) + row * 128 + ((part ^ (row % 8)) << 4);
@@ -299,13 +314,13 @@ struct Consumer {
 
   // The stored pairs of the slab-th 16 inner elements of a stage.
   __device__ __forceinline__ void read(uint32_t (&stored)[4], int slab) const {
-    const uint32_t a = shared.stage_a(ring.stage);
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const uint32_t at = (a + offset[row]) ^ (slab * Layout<Format>::kSlab);
-      stored[row] = Format::read(at);
-      stored[row + 2] = Format::read(at + Layout<Format>::kSlab / 2);
-    }
+    constexpr int kHalf = Layout<Format>::kSlab / 2;
+    const uint32_t first = (shared.stage_a(ring.stage) + offset) ^ (slab * Layout<Format>::kSlab);
+    const uint32_t second = first + apart;
+    stored[0] = Format::template read<0>(first);
+    stored[1] = Format::template read<0>(second);
+    stored[2] = Format::template read<kHalf>(first);
+    stored[3] = Format::template read<kHalf>(second);
   }
 
   static __device__ __forceinline__ void decode(uint32_t (&fragment)[4], const uint32_t (&stored)[4], const Step& step,
@@ -318,6 +333,7 @@ struct Consumer {
   // own in the loop of every width, and the compiler holds them all at once, too many, unless it is one value
   // throughout: this one is made from what it was, as far as the compiler can see.
   __device__ __forceinline__ void decode_even(const uint32_t (&stored)[4], const Step& step, int slab) {
+    if (kBlocks<kRows> > 1) return decode(even, stored, step, slab);  // few widths
     uint32_t fragment[4];
     decode(fragment, stored, step, slab);
 #pragma unroll
@@ -327,7 +343,7 @@ struct Consumer {
   }
 
   template <int kRowsOfTile>
-  __device__ __forceinline__ void multiply_slab(float (&acc)[kRowsOfTile / 2], uint32_t (&fragment)[4], uint64_t b,
+  __device__ __forceinline__ void multiply_slab(float (&acc)[kRowsOfTile / 2], uint32_t (&fragment)[4], uint32_t b,
                                                 bool add) {
     products_begin();
     multiply<T, kRowsOfTile>(acc, fragment, b, add);
@@ -351,7 +367,7 @@ struct Consumer {
     read(stored, 0);
     decode_even(stored, now, 0);
     read(stored, 1);
-    uint64_t b = matrix_descriptor(shared.stage_b(ring.stage));
+    uint32_t b = matrix_descriptor_low(shared.stage_b(ring.stage));
     multiply_slab<kRowsOfTile>(acc, even, b, false);
     decode(odd, stored, now, 1);
 #pragma unroll 1
@@ -374,7 +390,7 @@ struct Consumer {
       now = next;
       decode_even(stored, now, 0);
       read(stored, 1);
-      b = matrix_descriptor(shared.stage_b(ring.stage));
+      b = matrix_descriptor_low(shared.stage_b(ring.stage));
       multiply_slab<kRowsOfTile>(acc, even, b, true);
       wait_slab(odd);
       if (lane == 0) barrier_arrive(shared.empty(done));
@@ -390,6 +406,8 @@ struct Consumer {
     decode(odd, stored, now, 3);
     multiply_slab<kRowsOfTile>(acc, odd, b + 6, true);
     products_wait<0>();
+#pragma unroll
+    for (float& value : acc) asm volatile("" : "+f"(value)::"memory");  // not to be read before
     if (lane == 0) barrier_arrive(shared.empty(ring.stage));
     ring.advance();
 
@@ -431,9 +449,9 @@ struct Consumer {
         }
       }
       switch ((tile.rows + kWidth - 1) / kWidth) {
-#define SEDETECT_CASE(n)                 \
-  case n:                                \
-    multiply_tile<n * kWidth>(at, bias); \
+#define SEDETECT_CASE(n)                                                       \
+  case n:                                                                      \
+    if constexpr (n * kWidth <= kRows) multiply_tile<n * kWidth>(at, bias); \
     break
         SEDETECT_CASE(1);
         SEDETECT_CASE(2);
@@ -459,14 +477,14 @@ struct Consumer {
 
 // --- The warps that finish.
 
-template <typename Format, typename T, bool kGated>
+template <typename Format, typename T, bool kGated, int kRows>
 struct Finisher {
   static constexpr int kPart = kGated ? 32 : 64;  // columns of the result that a warpgroup has multiplied
   static constexpr int kThreadsOfRow = kPart / 8;
   static constexpr int kRowsAtOnce = 3 * 32 / kThreadsOfRow;
 
   const Arguments& arguments;
-  const Shared<Format>& shared;
+  const Shared<Format, kRows>& shared;
   int warp, lane;
 
   // Gates, measures and stores the products of one warpgroup. Eight threads that read together read eight parts of one
@@ -544,20 +562,21 @@ struct Finisher {
   }
 };
 
-template <typename Format, typename T, bool kGated>
-__global__ void __launch_bounds__(kThreads, 1)
+template <typename Format, typename T, bool kGated, int kRows>
+__global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
     mixed_gemm(const __grid_constant__ Arguments arguments, const __grid_constant__ CUtensorMap rows,
                const __grid_constant__ CUtensorMap weights) {
+  using Memory = Shared<Format, kRows>;
   extern __shared__ __align__(1024) uint8_t dynamic[];  // the swizzles repeat every 1024 bytes
-  uint8_t* a = dynamic + kStages * kBytesB;
-  uint8_t* z = a + kStages * Layout<Format>::kBytes;
-  int4* tiles = reinterpret_cast<int4*>(z + 2 * kBytesZ);
+  uint8_t* a = dynamic + Memory::kStages * Memory::kBytesB;
+  uint8_t* z = a + Memory::kStages * Memory::kBytesA;
+  int4* tiles = reinterpret_cast<int4*>(z + 2 * Memory::kBytesZ);
   uint64_t* barriers = reinterpret_cast<uint64_t*>(tiles + kTileSlots);
-  int* ends = reinterpret_cast<int*>(barriers + Shared<Format>::kBarriers);
-  const Shared<Format> shared{
-      ends, tiles, shared_address(dynamic), shared_address(a), shared_address(z), shared_address(barriers)};
+  int* ends = reinterpret_cast<int*>(barriers + Memory::kBarriers);
+  const Memory shared{ends, tiles, shared_address(dynamic), shared_address(a), shared_address(z),
+                      shared_address(barriers)};
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
+    for (int stage = 0; stage < Memory::kStages; ++stage) {
       barrier_init(shared.full(stage), 1);
       barrier_init(shared.empty(stage), 8);
     }
@@ -573,38 +592,47 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_map(&weights);
     prefetch_map(&rows);
   }
-  count_row_tiles(ends, arguments);
+  count_row_tiles<kRows>(ends, arguments);
   constexpr int kTile = kGated ? kColumns / 2 : kColumns;
   const int column_tiles = (arguments.width + kTile - 1) / kTile;
   const int steps = (arguments.inner + kInner - 1) / kInner;
   const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  constexpr bool kFew = kBlocks<kRows> > 1;
   if (group == 0) {
-    registers_decrease<72>();
+    registers_decrease<kFew ? 56 : 72>();
     if (warp > 0) {
-      Finisher<Format, T, kGated>{arguments, shared, warp - 1, lane}.run();
+      Finisher<Format, T, kGated, kRows>{arguments, shared, warp - 1, lane}.run();
     } else if (lane == 0) {
       load<Format, kGated>(arguments, rows, weights, shared, column_tiles, steps);
     }
   } else {
-    registers_increase<216>();
-    Consumer<Format, T, kGated>{arguments, shared, steps, group - 1, warp, lane, {}, {}, 0, Ring{kStages}}.run();
+    registers_increase<kFew ? 88 : 216>();
+    Consumer<Format, T, kGated, kRows>{arguments, shared, steps, group - 1, warp, lane, {}, 0, 0, 0,
+                                       Ring{Memory::kStages}}.run();
   }
+}
+
+template <typename Format, typename T, bool kGated, int kRows>
+void launch(const Mixed& m, const Arguments& arguments, cudaStream_t stream) {
+  const CUtensorMap rows = tensor_map(m.x, m.slots, m.inner, kBoxRows, m.type);
+  const CUtensorMap weights = tensor_map(m.weight.stored, static_cast<int64_t>(m.experts) * arguments.columns,
+                                         m.inner / 8 * Format::kBits, kColumns / 2, Layout<Format>::kPitch,
+                                         CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, Layout<Format>::kSwizzle);
+  const auto kernel = mixed_gemm<Format, T, kGated, kRows>;
+  const int bytes = Shared<Format, kRows>::bytes(m.experts);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
+  check(cudaMemsetAsync(m.next, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
+  kernel<<<m.processors * kBlocks<kRows>, kThreads, bytes, stream>>>(arguments, rows, weights);
+  check(cudaGetLastError(), "mixed_gemm");
 }
 
 template <typename Format, typename T, bool kGated>
 void launch(const Mixed& m, const Arguments& arguments, cudaStream_t stream) {
-  constexpr int kPitch = Layout<Format>::kPitch;
-  const CUtensorMap rows = tensor_map(m.x, m.slots, m.inner, kBoxRows, m.type);
-  const CUtensorMap weights =
-      tensor_map(m.weight.stored, static_cast<int64_t>(m.experts) * arguments.columns, m.inner / Format::kPerByte,
-                 kColumns / 2, kPitch, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1,
-                 kPitch == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B);
-  const auto kernel = mixed_gemm<Format, T, kGated>;
-  const int bytes = shared_bytes<Format>(m.experts);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
-  check(cudaMemsetAsync(m.next, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
-  kernel<<<m.processors, kThreads, bytes, stream>>>(arguments, rows, weights);
-  check(cudaGetLastError(), "mixed_gemm");
+  if (m.few) {
+    launch<Format, T, kGated, kFewRows>(m, arguments, stream);
+  } else {
+    launch<Format, T, kGated, kManyRows>(m, arguments, stream);
+  }
 }
 
 template <typename Format, typename T>

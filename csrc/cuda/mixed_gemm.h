@@ -1,6 +1,6 @@
-// Grouped GEMMs of weights stored in 8 or 4 bits with 16-bit rows: persistent, up to 256 sorted rows of one expert at a
-// time. Every weight is dequantized as in kernels/dequantize.py, value * scale in float32 rounded once, so that sums are
-// those of grouped_gemm.h with the dequantized weights. Launches on the current device, no synchronisation. All tensors
+// Grouped GEMMs of weights stored in 8 or 4 bits with 16-bit rows: persistent, up to 256 sorted rows of one expert
+// at a time. Every weight is dequantized as in kernels/dequantize.py, value * scale in float32 rounded once, so that sums are
+// those of grouped_gemm.h with the dequantized weights. Launches on the current device, no synchronization. All tensors
 // are contiguous and on 16-byte boundaries. Rows of no expert are not written.
 #pragma once
 
@@ -38,6 +38,7 @@ struct Mixed {
   Gate gate;         // of no activation for none
   bool interleaved;  // gate and up are its even and odd rows, not its halves
   Type type;         // not kFloat32
+  bool few;          // tiles of at most 64 sorted rows and two blocks a processor: for experts of few rows
   int slots, experts, inner, width, processors;
 };
 

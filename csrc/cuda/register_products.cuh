@@ -52,11 +52,15 @@ namespace sedetect::cuda::hopper {
   asm volatile(                                                                           \
       "{\n"                                                                               \
       ".reg .pred p;\n"                                                                   \
+      ".reg .b32 high;\n"                                                                 \
+      ".reg .b64 b;\n"                                                                    \
       "setp.ne.b32 p, %5, 0;\n"                                                           \
+      "mov.b32 high, 0x40000040;\n"                                                       \
+      "mov.b64 b, {%4, high};\n"                                                          \
       "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names           \
-      "}, {%0, %1, %2, %3}, %4, p, 1, 1, 0;\n"                                            \
+      "}, {%0, %1, %2, %3}, b, p, 1, 1, 0;\n"                                             \
       "}\n"                                                                               \
-      : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+l"(b), "+r"(add), __VA_ARGS__)
+      : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3]), "+r"(b), "+r"(add), __VA_ARGS__)
 #define SEDETECT_WGMMA(n, blocks)                                                  \
   if constexpr (kRows == n) {                                                      \
     if constexpr (std::is_same_v<T, __half>) {                                     \
@@ -68,9 +72,9 @@ namespace sedetect::cuda::hopper {
 
 // acc (64, kRows) = A (64, 16) B (kRows, 16)^T + (add ? acc : 0), by the four warps of a warpgroup; acc lies as that of
 // hopper.cuh's multiply. Of A a thread holds pairs of columns, 2 (lane % 4) + 0, 1 and 8 beyond: a[0, 2] of row
-// lane / 4, a[1, 3] of row lane / 4 + 8. They stay as they are until the product is done.
+// lane / 4, a[1, 3] of row lane / 4 + 8. They stay as they are until the product is done. b: matrix_descriptor_low's.
 template <typename T, int kRows>
-__device__ __forceinline__ void multiply(float (&acc)[kRows / 2], uint32_t* a, uint64_t b, int add) {
+__device__ __forceinline__ void multiply(float (&acc)[kRows / 2], uint32_t* a, uint32_t b, int add) {
   SEDETECT_WGMMA(16, 1)
   SEDETECT_WGMMA(32, 2)
   SEDETECT_WGMMA(48, 3)

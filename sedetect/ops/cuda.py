@@ -32,6 +32,10 @@ if importlib.util.find_spec("sedetect._cuda") is not None:
 # takes as long as 2000 to 8000 columns gain by it (docs/performance-notes.md).
 SORTED_COLUMNS = 8192
 
+# By the average rows of an expert: from which on 16-bit weights are multiplied here, in tiles of 128 rows, and up to
+# which quantized ones are in small tiles. Of fewer slots than MIXED_SLOTS these are Triton's.
+GROUPED_ROWS, FEW_ROWS, MIXED_SLOTS = 32, 48, 64
+
 # csrc/cuda/stages.h, grouped_gemm.h and mixed_gemm.h
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4}
@@ -75,7 +79,8 @@ class CudaBackend(TritonBackend):
         slots, device = index.numel(), index.device
         order = torch.empty(slots, dtype=torch.int64, device=device)
         offsets = torch.empty(num_experts + 1, dtype=torch.int64, device=device)
-        schedule = Schedule.empty(slots, num_experts, device)
+        rows = _cuda.TILE_ROWS if slots >= GROUPED_ROWS * num_experts else tiles.tile_rows(slots, num_experts)
+        schedule = Schedule.empty(slots, num_experts, rows, device)
         processors = tiles.limits(device).processors
         blocks = _cuda.plan_blocks(slots, processors)
         counts = torch.empty(blocks * (num_experts + 1), dtype=torch.int32, device=device)
@@ -111,13 +116,14 @@ class CudaBackend(TritonBackend):
         gate: Gate | None = None,
         parts: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if plan.schedule.rows != _cuda.TILE_ROWS:
+        gemm = choose_gemm(plan, weights)
+        if gemm == "triton":
             return super()._gate_up(x, plan, weights, gate, parts)
         weight = weights.stacked
+        x = x.to(weight.dtype)
         if isinstance(weight, QuantizedWeights):
-            x = sort_rows(x.to(weight.dtype), plan)
-            return _mixed("gate_up", x, plan, weight, weights.gate_up_bias, gate, parts)
-        x = _aligned(x.to(weight.dtype))
+            return _mixed("gate_up", gemm, sort_rows(x, plan), plan, weight, weights.gate_up_bias, gate, parts)
+        x = _aligned(x)
         experts, columns, hidden = weight.shape
         _check_sizes("gate_up", x, weight, hidden, plan)
         slots, gated = len(plan.order), gate is not None and gate.gated
@@ -138,12 +144,14 @@ class CudaBackend(TritonBackend):
         return h, found
 
     def _down(self, h: torch.Tensor, plan: ScheduledPlan, weights: ExpertWeights) -> torch.Tensor:
-        if plan.schedule.rows != _cuda.TILE_ROWS:
+        gemm = choose_gemm(plan, weights)
+        if gemm == "triton":
             return super()._down(h, plan, weights)
         weight = weights.down
+        h = h.to(weight.dtype)
         if isinstance(weight, QuantizedWeights):
-            return _mixed("down", h.to(weight.dtype), plan, weight, weights.down_bias)[0]
-        h = _aligned(h.to(weight.dtype))
+            return _mixed("down", gemm, h, plan, weight, weights.down_bias)[0]
+        h = _aligned(h)
         experts, hidden, width = weight.shape
         _check_sizes("down", h, weight, width, plan)
         slots, schedule = len(plan.order), plan.schedule
@@ -156,8 +164,17 @@ class CudaBackend(TritonBackend):
         return y
 
 
+def choose_gemm(plan: ScheduledPlan, weights: ExpertWeights) -> str:
+    """triton, grouped (grouped_gemm.h), or few or many (mixed_gemm.h: Mixed.few)."""
+    slots, average = len(plan.order), len(plan.order) / plan.num_experts
+    if weights.storage:
+        return "triton" if slots < MIXED_SLOTS else "few" if average <= FEW_ROWS else "many"
+    return "grouped" if plan.schedule.rows == _cuda.TILE_ROWS else "triton"
+
+
 def _mixed(
     name: str,
+    gemm: str,
     x: torch.Tensor,
     plan: ScheduledPlan,
     weight: QuantizedWeights,
@@ -175,14 +192,13 @@ def _mixed(
     if parts:
         found = x.new_empty(_cuda.mixed_column_tiles(width, gated), slots, dtype=torch.float32)
         found_at = found.data_ptr()
-    (high, wide), (_, scale_rows, scale_columns) = weight.block, weight.scale.shape
-    quantized = (_FORMATS[weight.storage], scale_rows, scale_columns, high, wide)
+    quantized = (_FORMATS[weight.storage], *weight.scale.shape[1:], *weight.block)
     following = torch.empty(1, dtype=torch.int32, device=x.device)
     _cuda.mixed(
         x.data_ptr(), weight.stored.data_ptr(), weight.scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
         plan.offsets.data_ptr(), following.data_ptr(), result.data_ptr(), found_at,
-        quantized, _gate(gate), gate is not None and gate.interleaved, _TYPES[x.dtype], slots, experts, inner, width,
-        tiles.limits(x.device).processors, _stream(x.device),
+        quantized, _gate(gate), gate is not None and gate.interleaved, _TYPES[x.dtype], gemm == "few",
+        slots, experts, inner, width, tiles.limits(x.device).processors, _stream(x.device),
     )  # fmt: skip
     return result, found
 

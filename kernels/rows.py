@@ -1,5 +1,6 @@
 """Rows: which token each row of an experts call is, and whether it counts."""
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -13,6 +14,8 @@ class Rows:
     first     (T,) bool: first counted token of its sequence
     sequence, position, token_id  (T,) int64; -1 where unknown
     source    number of the calibration source
+    parts     the same T rows once for each modality, where they are told apart: counted are those of the modality, and
+              first are the first tokens of its spans (of a text's sequence, of an image)
     """
 
     counted: torch.Tensor
@@ -22,6 +25,7 @@ class Rows:
     token_id: torch.Tensor
     _: KW_ONLY
     source: int = 0
+    parts: tuple["Rows", ...] = ()
 
     @classmethod
     def unmapped(cls, tokens: int, device: torch.device | str) -> "Rows":
@@ -35,4 +39,12 @@ class Rows:
 
     def to(self, device: torch.device) -> "Rows":
         # The host would read a copy to it that nobody waits for before it is made.
-        return Rows(*(t.to(device, non_blocking=device.type == "cuda") for t in self.tensors()), source=self.source)
+        return self._mapped(lambda t: t.to(device, non_blocking=device.type == "cuda"))
+
+    def take(self, index: torch.Tensor) -> "Rows":
+        """The rows of these numbers (N,) int64."""
+        return self._mapped(lambda t: t.index_select(0, index))
+
+    def _mapped(self, of: Callable[[torch.Tensor], torch.Tensor]) -> "Rows":
+        parts = tuple(part._mapped(of) for part in self.parts)
+        return Rows(*map(of, self.tensors()), source=self.source, parts=parts)

@@ -345,6 +345,27 @@ def test_counts_and_sums_of_extreme_rows(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_parts_are_what_calls_of_their_own_would_keep(backend, fused):
+    """Every further state is updated with its own rows, and neither the result nor the first state knows of it."""
+    call, rows = make_call((60, 3, 8, 64, 32), torch.float32, 4), make_rows(60, 2)
+    half = torch.arange(60) % 2 == 0
+    own = [Rows(rows.counted & mask, rows.first ^ mask, *rows.tensors()[2:], source=3) for mask in (half, ~half)]
+    channels = None if fused else (64, 32)
+    state, alone, plain = (BankStats.empty(8, channels=channels) for _ in range(3))
+    parts = [(BankStats.empty(8), one) for one in own]
+    out = moe_mlp(call, state=state, rows=rows, parts=parts, backend=backend)
+    assert torch.equal(out, moe_mlp(call, state=alone, rows=rows, backend=backend))
+    assert state.equal(alone, 0) and not state.equal(plain, 0)
+    for part, one in parts:
+        apart = BankStats.empty(8)
+        moe_mlp(call, state=apart, rows=one, backend=backend)
+        assert part.equal(apart, 0) and int(part.rows.sum()) > 0
+    with pytest.raises(ValueError, match="state is of 4 experts"):
+        moe_mlp(call, state=state, rows=rows, parts=[(BankStats.empty(4), own[0])], backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_default_dtype_does_not_matter(backend):
     """Many scripts set it to load a model; buffers and counts must stay what they are."""
     call, rows = make_call((300, 4, 8, 64, 32), torch.bfloat16, 3), make_rows(300, 1)

@@ -6,13 +6,14 @@ row context are arguments, so that a captured graph reads those of its own call;
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, islice
 from typing import Any
 
 import torch
 
 from sedetect.kernels.rows import Rows
 
+_OF_ROWS = len(Rows.unmapped(0, "cpu").tensors())
 _attached: dict[int, Any] = {}  # of all profiles under way: an op of torch belongs to the process, as its numbers do
 
 
@@ -33,8 +34,10 @@ def attached(measured: Sequence[Any]) -> Iterator[None]:
 def _measure(
     inputs: list[torch.Tensor], state: list[torch.Tensor], rows: list[torch.Tensor], source: int, number: int
 ) -> torch.Tensor:
-    one = _attached[number]
-    return one.compute(one.state.replaced(state), Rows(*rows, source=source), *inputs)
+    one, states = _attached[number], iter(state)
+    seen = [own.replaced(list(islice(states, len(own.kept())))) for own in one.states]
+    groups = [Rows(*rows[at : at + _OF_ROWS], source=source) for at in range(0, len(rows), _OF_ROWS)]
+    return one.compute(list(zip(seen, groups)), *inputs)
 
 
 @_measure.register_fake
@@ -44,6 +47,7 @@ def _(inputs, state, rows, source, number):
 
 
 def measure(measurement: Any, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
-    """measurement.compute(measurement.state, rows, *inputs), in a graph that is being compiled."""
-    state = measurement.state.kept()
-    return _measure(list(inputs), state, rows.tensors(), rows.source, measurement.number)
+    """measurement.compute of its states and the rows of each, in a graph that is being compiled."""
+    state = [tensor for own in measurement.states for tensor in own.kept()]
+    tensors = [tensor for one in (rows, *rows.parts) for tensor in one.tensors()]
+    return _measure(list(inputs), state, tensors, rows.source, measurement.number)

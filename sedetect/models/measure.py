@@ -1,7 +1,7 @@
 """What computes a bank in place of its module, by our ops, and measures it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from sedetect.models import compiled
 from sedetect.models.banks import Bank, is_plain_linear
 from sedetect.models.gate import candidate_gates, probe_gate
 from sedetect.ops.contract import ExpertWeights
-from sedetect.ops.functions import linear_stats, moe_mlp, output_stats
+from sedetect.ops.functions import Parts, linear_stats, moe_mlp, output_stats
 from sedetect.stats.bank import BankStats
 
 
@@ -33,12 +33,14 @@ class Measuring:
     channels      keep the per-channel maxima and squares (BankStats.channel_max, in_channel_max, in_channel_sq)
     coactivation  count the tokens routed to each pair of experts (BankStats.coactivation)
     first_rows    keep what the published tool reads of each routed expert (BankStats.published_max)
+    modalities    also keep the statistics of each modality alone (Profile.modalities)
     """
 
     backend: str | None = None
     channels: bool = False
     coactivation: bool = False
     first_rows: bool = False
+    modalities: bool = False
 
 
 @dataclass(eq=False)
@@ -47,7 +49,8 @@ class Measurement:
 
     rows_of: asks the profile which token each of T rows of a bank is. state is made on the device of the first row it
     sees, or before, where the weights are. here: the experts that state is of where ranks share them, as Bank.here;
-    None once the ranks have joined theirs. number: its name in compiled graphs.
+    None once the ranks have joined theirs. number: its name in compiled graphs. parts: for each of so many modalities,
+    the state of its rows alone, without the optional statistics.
     """
 
     bank: Bank
@@ -55,8 +58,10 @@ class Measurement:
     measuring: Measuring = Measuring()
     gate: Gate | Callable[[torch.Tensor], torch.Tensor] | None = None
     number: int = -1
+    modalities: int = 0
     here: range | None = field(init=False)
     state: BankStats | None = field(init=False)
+    parts: list[BankStats] = field(init=False)
     top_k: int = field(init=False)
     served: set[str] = field(init=False)
     fallbacks: set[str] = field(init=False)
@@ -67,7 +72,7 @@ class Measurement:
 
     def clear(self) -> None:
         """Forget what was seen."""
-        self.here, self.state, self.top_k = self.bank.here, None, 1
+        self.here, self.state, self.parts, self.top_k = self.bank.here, None, [], 1
         self.served, self.fallbacks = set(), set()
 
     def note(self, backend: str, why: str | None) -> None:
@@ -87,8 +92,16 @@ class Measurement:
         """The state on this device."""
         if self.state is None or (self.state.counts.device != device and not self.served):
             with torch.inference_mode(False):  # it is changed in forwards outside of it too
-                self.state = self.empty(device, self.bank.experts if self.here is None else len(self.here))
+                experts = self.bank.experts if self.here is None else len(self.here)
+                self.state = self.empty(device, experts)
+                self.parts = [BankStats.empty(experts, device) for _ in range(self.modalities)]
         return self.state
+
+    @property
+    def states(self) -> list[BankStats]:
+        """Those that a call updates: of all rows, and of each modality's."""
+        assert self.state is not None  # prepare
+        return [self.state, *self.parts]
 
     def prepare_where_the_weights_are(self) -> None:
         """The state before the first row comes: a graph that made it would be compiled again where it finds one."""
@@ -99,15 +112,26 @@ class Measurement:
 
     def whole(self) -> BankStats:
         """What was seen, of all experts, on the CPU."""
+        return self.empty("cpu") if self.state is None else self._whole(self.state)
+
+    def whole_parts(self) -> list[BankStats]:
+        """The same of each modality."""
         if self.state is None:
-            return self.empty("cpu")
-        state = self.state.to("cpu")
+            return [BankStats.empty(self.bank.experts) for _ in range(self.modalities)]
+        return [self._whole(part) for part in self.parts]
+
+    def _whole(self, state: BankStats) -> BankStats:
+        state = state.to("cpu")
         return state if self.here is None else state.among(self.here.start, self.bank.experts)
 
-    def compute(self, state: BankStats, rows: Rows, *inputs: torch.Tensor) -> torch.Tensor:
-        """The module's result, from (x, top_k_index, top_k_weights) where it is routed, else from (x,)."""
+    def compute(self, seen: Sequence[tuple[BankStats, Rows]], *inputs: torch.Tensor) -> torch.Tensor:
+        """The module's result, from (x, top_k_index, top_k_weights) where it is routed, else from (x,).
+
+        seen: the state of all rows and these, then those of each modality.
+        """
         compute = _compute_experts if self.bank.routed else _compute_down
-        return compute(self, state, rows, *inputs)
+        (state, rows), *parts = seen
+        return compute(self, state, rows, parts, *inputs)
 
     def output_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of the result of an x of this dtype."""
@@ -126,17 +150,19 @@ def measure(measurement: Measurement) -> Callable[..., torch.Tensor]:
 
 def _measure(measurement: Measurement, module: nn.Module, x: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
     tokens = len(routing[0]) if routing else x.shape[:-1].numel()
-    state, rows = measurement.prepare(x.device), measurement.rows_of(measurement.bank, tokens, x.device)
+    rows = measurement.rows_of(measurement.bank, tokens, x.device)
+    measurement.prepare(x.device)
     if torch.compiler.is_compiling():
         return compiled.measure(measurement, rows, x, *routing)
     with measurement.lock:
-        return measurement.compute(state, rows, x, *routing)
+        return measurement.compute(list(zip(measurement.states, (rows, *rows.parts))), x, *routing)
 
 
 def _compute_experts(
     measurement: Measurement,
     state: BankStats,
     rows: Rows,
+    parts: Parts,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -145,26 +171,33 @@ def _compute_experts(
     gate, backend, served = measurement.gate, measurement.measuring.backend, measurement.note
     if isinstance(module, Adapter):
         compute = partial(module.compute, gate=gate) if module.fusable else module.compute
-        return compute(hidden_states, top_k_index, top_k_weights, state, rows=rows, backend=backend, served=served)
+        how: dict[str, Any] = {"rows": rows, "parts": parts, "backend": backend, "served": served}
+        return compute(hidden_states, top_k_index, top_k_weights, state, **how)
     assert gate is not None  # measure
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     norm = as_experts(module).post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
     weights = ExpertWeights.of(module, gate)
-    out = moe_mlp(
-        x, top_k_index, top_k_weights, weights, state, post_norm=norm, rows=rows, backend=backend, served=served
-    )
+    how: dict[str, Any] = {"post_norm": norm, "rows": rows, "parts": parts, "backend": backend, "served": served}
+    out = moe_mlp(x, top_k_index, top_k_weights, weights, state, **how)
     return out.reshape(hidden_states.shape)
 
 
-def _compute_down(measurement: Measurement, state: BankStats, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+def _compute_down(
+    measurement: Measurement, state: BankStats, rows: Rows, parts: Parts, x: torch.Tensor
+) -> torch.Tensor:
     """A plain nn.Linear is computed by our op; anything else (quantized, split) computes itself and is read."""
     original, flat = measurement.bank.module, x.reshape(-1, x.shape[-1])
-    backend, served = measurement.measuring.backend, measurement.note
+    how: dict[str, Any] = {
+        "rows": rows,
+        "parts": parts,
+        "backend": measurement.measuring.backend,
+        "served": measurement.note,
+    }
     if is_plain_linear(original):
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             flat = x.reshape(-1, x.shape[-1])
-            y = linear_stats(flat, original.weight, original.bias, state, rows=rows, backend=backend, served=served)
+            y = linear_stats(flat, original.weight, original.bias, state, **how)
             return y.reshape(*x.shape[:-1], y.shape[-1])
 
         if not hasattr(original, "_hf_hook"):
@@ -176,7 +209,7 @@ def _compute_down(measurement: Measurement, state: BankStats, rows: Rows, x: tor
     if isinstance(weight, DTensor) and any(p.is_shard(1) for p in weight.placements):
         # Split by tensor parallelism: y is whole, but this rank has a part of every row of x.
         flat = _gathered(flat, weight.device_mesh.get_group())
-    output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, rows=rows, backend=backend, served=served)
+    output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, **how)
     return y
 
 

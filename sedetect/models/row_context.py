@@ -17,6 +17,9 @@ generate_batch() position and token are known, the sequence is not.
 Rows that cannot be mapped (a 4-D mask alone, a cache filled elsewhere, a module that regroups tokens) all count, with
 sequence, position and token -1 and no first tokens.
 
+Tokens of images, video and audio stand in their sequence as text does. Where modalities are told apart, the rows of
+each are also given alone, with the first tokens of its spans; see sedetect.models.modalities.
+
 Beams of a beam search are followed by row, not by hypothesis. Encoder-decoder models: the rows of the decoder stack are
 mapped, those of the encoder are not.
 """
@@ -35,6 +38,7 @@ from torch import nn
 from sedetect.errors import SedetectError
 from sedetect.kernels.rows import Rows
 from sedetect.models.caches import by_name, cached_length, caches_in, capacity, like_cache
+from sedetect.models.modalities import by_modality, modality_of, placeholders
 from sedetect.models.padding import Padding
 from sedetect.stats.model import ranges_of
 from sedetect.stats.note import Note
@@ -67,6 +71,8 @@ NO_PREFIX = (
     "sequences do not begin with the prefix token their tokenizer adds; super experts may stay silent without it"
 )
 
+_TEXT_AXES = 4  # of rotary position ids of which the first axis is the position in the text
+
 # Where the sequences of a flattened batch begin: (N + 1,) cumulative lengths, as flash attention takes them.
 _CUMULATIVE = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seqlens")
 
@@ -90,6 +96,7 @@ class Running:
     ends: torch.Tensor  # (B, C) bool: a generated token that ended its sequence
     columns: "int | torch.Tensor" = 0  # seen so far; of a static cache () int64, at most C
     generation: "Generation | None" = None
+    modality: torch.Tensor | None = None  # (B,) of the last tokens, where modalities are told apart
 
 
 @dataclass(eq=False)
@@ -126,6 +133,10 @@ class _Call:
     cumulative: torch.Tensor | None = None  # (N + 1,) where the sequences of a flattened batch begin
     numbers: torch.Tensor | None = None  # (B, L) which of the flattened sequences a token is of
     apart: bool = True  # flattened sequences do not see each other
+    types: torch.Tensor | None = None  # (B, L) modality of each token, as processors number them
+    groups: torch.Tensor | None = (
+        None  # (B, L) whether the experts of images and video serve a token, not those of text
+    )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,11 +156,24 @@ class RowTracker:
         source: number of the calibration source its rows belong to.
         prefix: the token id every sequence should begin with, or None.
         pad: the token id of padding that no mask hides, or None.
+        modalities: those to tell apart, of MODALITIES; none by default.
+
+    grouped: (T,) bool, the groups of the call under way; None where all its tokens go to the same experts.
     """
 
-    def __init__(self, model: nn.Module, source: int = 0, prefix: int | None = None, pad: int | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        source: int = 0,
+        prefix: int | None = None,
+        pad: int | None = None,
+        modalities: tuple[str, ...] = (),
+    ):
         self.source = source
         self.prefix = prefix
+        self.modalities = modalities
+        self.grouped: torch.Tensor | None = None
+        self._placeholders = placeholders(getattr(model, "config", None))
         self.pending: Batch | None = None
         self.notes: set[Note] = set()
         self._names = tuple(inspect.signature(model.forward).parameters)
@@ -173,7 +197,7 @@ class RowTracker:
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> Rows | None:
         """The rows of this call's (B, L) tokens, flattened to T = B * L; None where they cannot be mapped."""
         batch, self.pending = self.pending or Batch(), None
-        self._cache = self._running = None
+        self._cache = self._running = self.grouped = None
         call = self._read(args, kwargs)
         if isinstance(call, Note):
             self.notes.add(call)
@@ -189,8 +213,11 @@ class RowTracker:
             rows = self._follow(call, batch)
         if rows is None:
             return None
-        flat = [t.expand(call.shape).reshape(-1).contiguous() for t in rows]
-        return Rows(*flat, source=self.source)
+        flat = Rows(*(t.expand(call.shape).reshape(-1).contiguous() for t in rows), source=self.source)
+        self.grouped = None if call.groups is None else call.groups.reshape(-1)
+        if self.modalities:
+            flat.parts = self._parts(call, flat)
+        return flat
 
     @torch.compiler.disable
     def end(self, output: Any) -> None:
@@ -243,11 +270,14 @@ class RowTracker:
                     self._crop(self._by_cache[own.cache], cached_length(own.cache))
                 own.cache = None
 
+    def modality_totals(self, modality: str) -> tuple[int, int]:
+        """(counted tokens of a modality, its spans begun). Synchronizes."""
+        totals = self._summed()
+        return totals.get(f"{modality} tokens", 0), totals.get(f"{modality} spans", 0)
+
     def totals(self) -> tuple[int, int]:
         """(counted tokens, sequences begun). Synchronizes, and completes notes."""
-        totals: dict[str, int] = {}
-        for (name, _), total in self._totals.items():
-            totals[name] = totals.get(name, 0) + int(total)
+        totals = self._summed()
         tokens, sequences, bare, lost = (totals.get(name, 0) for name in ("tokens", "sequences", "bare", "lost"))
         self.notes = {note for note in self.notes if note.count is None}
         if totals.get("packed"):
@@ -260,8 +290,17 @@ class RowTracker:
             self.notes.add(Note("lost", f"{lost} {LOST}", count=lost))
         if mixed := totals.get("mixed"):
             self.notes.add(Note("mixed", f"{mixed} {MIXED}", count=mixed))
+        if unknown := totals.get("untyped"):
+            text = f"{unknown} tokens given as embeddings are of no known modality; give mm_token_type_ids"
+            self.notes.add(Note("untyped", text, count=unknown))
         self.notes.update(self._padding.notes(sequences))
         return tokens, sequences
+
+    def _summed(self) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for (name, _), total in self._totals.items():
+            totals[name] = totals.get(name, 0) + int(total)
+        return totals
 
     def ranges(self) -> list[list[int]]:
         """Half-open ranges of the sequence ids seen. Synchronizes."""
@@ -300,7 +339,36 @@ class RowTracker:
         apart = "flash" in str(getattr(self._text, "_attn_implementation", "")) or (
             positions is not None and mask is None and cache is None and not made
         )
-        return _Call(tokens.to(torch.int64), mask, positions, cache, cumulative, arguments.get("seq_idx"), apart)
+        types, groups = (
+            _move(given, tokens.device)
+            if isinstance(given := arguments.get(name), torch.Tensor) and given.shape == tokens.shape
+            else None
+            for name in ("mm_token_type_ids", "moe_mm_token_type_ids")
+        )
+        return _Call(
+            tokens.to(torch.int64),
+            mask,
+            positions,
+            cache,
+            cumulative,
+            arguments.get("seq_idx"),
+            apart,
+            types,
+            None if groups is None else groups != 0,
+        )
+
+    def _parts(self, call: _Call, rows: Rows) -> tuple[Rows, ...]:
+        """The rows of each modality."""
+        modality = modality_of(call.tokens, call.types, self._placeholders)
+        before = None if self._running is None else self._running.modality
+        parts = by_modality(rows, modality, before, self.modalities)
+        for name, part in zip(self.modalities, parts):
+            self._add(f"{name} tokens", part.counted.sum())
+            self._add(f"{name} spans", part.first.sum())
+        self._add("untyped", (rows.counted & (modality.reshape(-1) < 0)).sum())
+        if self._running is not None:
+            self._running.modality = modality[:, -1].clone()
+        return parts
 
     def _explicit(self, call: _Call, batch: Batch, ids: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """Rows of a call whose every token was given its sequence id (B, L): whole sequences, in any arrangement."""
@@ -561,7 +629,11 @@ class RowTracker:
         positions = call.position_ids if batch.positions is None else batch.positions
         if positions is None:
             return None
-        if positions.dim() == 3:  # multimodal rotary embeddings: (axes, B, L), time first
+        if (
+            positions.dim() == 3
+        ):  # multimodal rotary embeddings, (axes, B, L): places in a picture are not in a sequence
+            if len(positions) != _TEXT_AXES:
+                return None
             positions = positions[0]
         return _move(positions, call.device).to(torch.int64).expand(call.shape)
 

@@ -24,8 +24,10 @@ class TrackedModel:
     Forwards in several threads run one after another, and without gradients, which torch switches off by thread.
     """
 
-    def __init__(self, model: nn.Module, prefix: int | None = None, pad: int | None = None):
-        self._model, self._prefix, self._pad = unwrap(model), prefix, pad
+    def __init__(
+        self, model: nn.Module, prefix: int | None = None, pad: int | None = None, modalities: tuple[str, ...] = ()
+    ):
+        self._model, self._prefix, self._pad, self._modalities = unwrap(model), prefix, pad, modalities
         self._lock, self._thread = threading.RLock(), 0  # the thread whose forward is under way
         self.restart()
         self._rows: dict[torch.device, Rows] | None = None
@@ -33,7 +35,7 @@ class TrackedModel:
 
     def restart(self) -> None:
         """Follow from here on as if nothing had run."""
-        self.tracker = RowTracker(self._model, prefix=self._prefix, pad=self._pad)
+        self.tracker = RowTracker(self._model, prefix=self._prefix, pad=self._pad, modalities=self._modalities)
 
     def __enter__(self) -> "TrackedModel":
         self._wrap("forward", self._forward)
@@ -61,13 +63,20 @@ class TrackedModel:
             self.tracker.notes.add(Note("unmapped", f"rows not mapped: those of the {bank.id.stack} stack"))
             return Rows.unmapped(tokens, device)
         rows = next(iter(self._rows.values()))
-        if len(rows.counted) != tokens:
+        regrouped = len(rows.counted) != tokens
+        if regrouped and (self.tracker.grouped is None or not bank.id.routed):
             text = f"{bank.id} ({bank.name}): rows not mapped, the module regroups its tokens"
             self.tracker.notes.add(Note("regrouped", text))
             return Rows.unmapped(tokens, device)
         if device not in self._rows:
             self._rows[device] = rows.to(device)
-        return self._rows[device]
+        return self._of_group(bank, tokens, device) if regrouped else self._rows[device]
+
+    def _of_group(self, bank: Bank, tokens: int, device: torch.device) -> Rows:
+        """The rows that the model gives this bank: of the tokens of images and video, or of the others, in order."""
+        assert self._rows is not None and self.tracker.grouped is not None  # rows_of
+        others = self.tracker.grouped.to(device, non_blocking=device.type == "cuda") != bank.id.kind.endswith("_vision")
+        return self._rows[device].take(others.to(torch.int8).argsort(stable=True)[:tokens])
 
     def _wrap(self, name: str, wrapper: Callable[..., Any]) -> None:
         """Replace a method of the model by wrapper(original, ...)."""

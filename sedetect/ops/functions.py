@@ -20,6 +20,7 @@ from sedetect.ops.contract import Backend, ExpertWeights, Found, Halves
 from sedetect.stats.bank import BankStats
 
 Served = Callable[[str, str | None], None]
+Parts = Sequence[tuple[BankStats, Rows]]  # further states, each updated with rows of its own
 
 
 @torch.no_grad()
@@ -32,6 +33,7 @@ def moe_mlp(
     *,
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     rows: Rows | None = None,
+    parts: Parts = (),
     backend: str | None = None,
     served: Served | None = None,
 ) -> torch.Tensor:
@@ -44,6 +46,7 @@ def moe_mlp(
         state: updated in place with the statistics of every counted row (see BankStats).
         post_norm: applied to each row of the down_proj output before its routing weight; not part of the statistics.
         rows: which token each row is; None counts every row and knows nothing of its place.
+        parts: further states, each updated with rows of its own; without the optional statistics.
         backend: name, or None for the fastest that serves this device and these weights.
         served: told the name of the backend that serves the call, and why it is not the one asked for (None if it is).
     Returns:
@@ -51,7 +54,7 @@ def moe_mlp(
     """
     chosen = _choose(x.device, weights.dtype, weights.experts, weights, backend, served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
-    _check(x.device, state, weights.experts, len(x), rows, top_k_index.shape, top_k_weights.shape)
+    _check(x.device, state, weights.experts, len(x), rows, top_k_index.shape, top_k_weights.shape, parts)
     if x.dim() == 3 and x.shape[1] != top_k_index.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)}, the routing {tuple(top_k_index.shape)}: give an input for every slot")
     plan = chosen.plan(top_k_index, weights.experts)
@@ -59,11 +62,11 @@ def moe_mlp(
     fused = weights.fused_gate is not None and stacked and x.dim() == 2
     if fused and post_norm is None and state.channel_max is None:
         out, found = chosen.experts(x, plan, weights, top_k_weights)
-        _update(chosen, state, found, plan, top_k_weights, rows)
+        _update(chosen, state, found, plan, top_k_weights, rows, parts)
     else:
         h = _hidden(chosen, x, plan, weights)
         y, found = chosen.down(h, plan, weights)
-        _finish(chosen, state, y, h, found, plan, top_k_weights, rows)  # the norm may work in place
+        _finish(chosen, state, y, h, found, plan, top_k_weights, rows, parts)  # the norm may work in place
         out = chosen.combine(y if post_norm is None else post_norm(y), plan, top_k_weights)
     if state.coactivation is not None:
         update_coactivation_torch(state, top_k_index, top_k_weights, rows)
@@ -109,20 +112,21 @@ def moe_modules(
     state: BankStats,
     *,
     rows: Rows | None = None,
+    parts: Parts = (),
     backend: str | None = None,
     served: Served | None = None,
 ) -> torch.Tensor:
     """moe_mlp for experts that are modules and compute themselves. Synchronizes with the host, to loop over them.
 
     Args:
-        x, top_k_index, top_k_weights, state, rows, backend, served: as in moe_mlp, x (T, H).
+        x, top_k_index, top_k_weights, state, rows, parts, backend, served: as in moe_mlp, x (T, H).
         run: expert number and its rows (N, H) -> (their result (N, H), y (N, H), its input h (N, I)).
         sizes: number of experts, I, and the dtype of y.
     """
     experts, intermediate, dtype = sizes
     chosen = _choose(x.device, dtype, experts, None, backend, served)
     rows = Rows.unmapped(len(x), x.device) if rows is None else rows
-    _check(x.device, state, experts, len(x), rows, top_k_index.shape, top_k_weights.shape)
+    _check(x.device, state, experts, len(x), rows, top_k_index.shape, top_k_weights.shape, parts)
     plan = chosen.plan(top_k_index, experts)
     gathered = x[plan.order // plan.top_k]
     result, y = (x.new_zeros(gathered.shape, dtype=dtype) for _ in range(2))
@@ -132,7 +136,7 @@ def moe_modules(
         if end > start:
             result[start:end], y[start:end], h[start:end] = run(expert, gathered[start:end])
     out = chosen.combine(result, plan, top_k_weights)
-    _finish(chosen, state, y, h, chosen.row_stats(y, h), plan, top_k_weights, rows)
+    _finish(chosen, state, y, h, chosen.row_stats(y, h), plan, top_k_weights, rows, parts)
     if state.coactivation is not None:
         update_coactivation_torch(state, top_k_index, top_k_weights, rows)
     return out.to(x.dtype)
@@ -147,6 +151,7 @@ def down_stats(
     state: BankStats,
     *,
     rows: Rows | None = None,
+    parts: Parts = (),
     backend: str | None = None,
     served: Served | None = None,
 ) -> torch.Tensor:
@@ -154,15 +159,15 @@ def down_stats(
 
     Args:
         h: (S, I), sorted by expert as plan says. weights: only down and its bias are used.
-        gates: (T, k) routing weights. state, rows, backend, served: as in moe_mlp.
+        gates: (T, k) routing weights. state, rows, parts, backend, served: as in moe_mlp.
     Returns:
         y (S, H) in the weights' dtype, sorted by expert: the very values the statistics are of.
     """
     chosen = _choose(h.device, weights.dtype, weights.experts, weights, backend, served)
     rows = Rows.unmapped(len(gates), h.device) if rows is None else rows
-    _check(h.device, state, weights.experts, len(gates), rows, gates.shape, (len(h) // plan.top_k, plan.top_k))
+    _check(h.device, state, weights.experts, len(gates), rows, gates.shape, (len(h) // plan.top_k, plan.top_k), parts)
     y, found = chosen.down(h, plan, weights)
-    _finish(chosen, state, y, h, found, plan, gates, rows)
+    _finish(chosen, state, y, h, found, plan, gates, rows, parts)
     return y
 
 
@@ -174,13 +179,14 @@ def linear_stats(
     state: BankStats,
     *,
     rows: Rows | None = None,
+    parts: Parts = (),
     backend: str | None = None,
     served: Served | None = None,
 ) -> torch.Tensor:
     """A down_proj with one expert and routing weight 1: x (T, I), weight (H, I), bias (H) -> (T, H)."""
     plan, gates = single_plan(len(x), x.device), torch.ones(len(x), 1, device=x.device)
     weights = ExpertWeights(None, weight[None], down_bias=None if bias is None else bias[None])
-    return down_stats(x, plan, weights, gates, state, rows=rows, backend=backend, served=served)
+    return down_stats(x, plan, weights, gates, state, rows=rows, parts=parts, backend=backend, served=served)
 
 
 @torch.no_grad()
@@ -190,15 +196,16 @@ def output_stats(
     state: BankStats,
     *,
     rows: Rows | None = None,
+    parts: Parts = (),
     backend: str | None = None,
     served: Served | None = None,
 ) -> None:
     """Statistics of a down_proj output y (T, H) computed elsewhere from x (T, I): one expert, routing weight 1."""
     chosen = _choose(y.device, y.dtype, 1, None, backend, served)
     rows = Rows.unmapped(len(y), y.device) if rows is None else rows
-    _check(y.device, state, 1, len(y), rows, y.shape[:1], x.shape[:1])
+    _check(y.device, state, 1, len(y), rows, y.shape[:1], x.shape[:1], parts)
     plan, gates = single_plan(len(y), y.device), torch.ones(len(y), 1, device=y.device)
-    _finish(chosen, state, y, x, chosen.row_stats(y, x), plan, gates, rows)
+    _finish(chosen, state, y, x, chosen.row_stats(y, x), plan, gates, rows, parts)
 
 
 def _choose(
@@ -223,8 +230,11 @@ def _check(
     rows: Rows,
     routing: Sequence[int],
     other: Sequence[int],
+    parts: Parts = (),
 ) -> None:
     """Raise ValueError where shapes, devices or layouts do not belong together: kernels read by pointer."""
+    for one, own in parts:
+        _check(device, one, experts, tokens, own, routing, other)
     if state.num_experts != experts:
         raise ValueError(f"state is of {state.num_experts} experts, the weights are of {experts}")
     for name, tensor in (("state", state.counts), ("rows", rows.counted)):
@@ -249,13 +259,17 @@ def _finish(
     plan: Plan,
     gates: torch.Tensor,
     rows: Rows,
+    parts: Parts,
 ) -> None:
     if state.channel_max is not None:
         update_channels_torch(state, y, h, plan, gates, rows)
-    _update(chosen, state, found, plan, gates, rows)
+    _update(chosen, state, found, plan, gates, rows, parts)
 
 
-def _update(chosen: Backend[Any], state: BankStats, found: Any, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
-    chosen.update(state, found, plan, gates, rows)
+def _update(
+    chosen: Backend[Any], state: BankStats, found: Any, plan: Plan, gates: torch.Tensor, rows: Rows, parts: Parts
+) -> None:
+    for one, own in ((state, rows), *parts):
+        chosen.update(one, found, plan, gates, own)
     if state.published_max is not None:
         update_published_torch(state, found.best, plan, gates, rows)

@@ -2,6 +2,7 @@
 
 import uuid
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import reduce
 from types import TracebackType
 from typing import Any, Self
@@ -13,12 +14,13 @@ from torch import nn
 
 from sedetect.adapters.registry import serve_quantized
 from sedetect.adapters.stacked import Adapter
-from sedetect.errors import SedetectError
+from sedetect.errors import Argument, SedetectError
 from sedetect.models import compiled
 from sedetect.models.attach import attach, is_attached
 from sedetect.models.banks import Bank, check_eval, find_banks, layers_per_stack
 from sedetect.models.identity import digest_notes, model_digest, model_dtype, model_name
 from sedetect.models.measure import Measurement, Measuring, measure
+from sedetect.models.modalities import placeholders
 from sedetect.models.row_context import Batch, check_padded
 from sedetect.models.tracking import TrackedModel
 from sedetect.models.wrappers import checkpoint_name, unwrap
@@ -56,8 +58,10 @@ class Profile:
         self._source = source or f"profile-{uuid.uuid4().hex[:12]}"
         self._info = info or {}
         self._banks = find_banks(self._model) if banks is None else banks
-        self._tracked = TrackedModel(self._model, prefix, pad)
-        self._measured = [Measurement(bank, self._tracked.rows_of, measuring) for bank in self._banks]
+        self._modalities = modalities_of(self._model) if measuring.modalities else ()
+        self._tracked = TrackedModel(self._model, prefix, pad, self._modalities)
+        rows_of, parts = self._tracked.rows_of, len(self._modalities)
+        self._measured = [Measurement(bank, rows_of, measuring, modalities=parts) for bank in self._banks]
         self._backend = measuring.backend
         parallel = next((bank for bank in self._banks if bank.here is not None), None)
         if parallel is not None and measuring.coactivation:
@@ -113,9 +117,9 @@ class Profile:
             return
         group = shared[0].bank.group
         parts: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(parts, [one.whole() for one in shared], group=group)
-        for one, states in zip(shared, zip(*parts, strict=True), strict=True):
-            one.state, one.here = reduce(BankStats.merge, states), None
+        dist.all_gather_object(parts, [[one.whole(), *one.whole_parts()] for one in shared], group=group)
+        for one, ranks in zip(shared, zip(*parts, strict=True), strict=True):
+            (one.state, *one.parts), one.here = [reduce(BankStats.merge, of) for of in zip(*ranks, strict=True)], None
 
     def batch(
         self,
@@ -194,6 +198,35 @@ class Profile:
         )
         return ModelStats(banks, header)
 
+    @property
+    def modalities(self) -> dict[str, ModelStats]:
+        """stats of the tokens of each modality alone, where they were asked for; of one that was not seen, none.
+
+        First tokens are those of its spans: of an image, say. Rows that are not mapped are in none of them.
+        """
+        whole, parts = self.stats, [one.whole_parts() for one in self._measured]
+        found = {}
+        for number, modality in enumerate(self._modalities):
+            tokens, spans = self._tracked.tracker.modality_totals(modality)
+            if not tokens:
+                continue
+            sources = {
+                name: replace(one, info=one.info | {"modality": modality}) for name, one in whole.header.sources.items()
+            }
+            notes = (
+                [] if modality == "text" else [Note("spans", f"first tokens are those of spans of {modality} tokens")]
+            )
+            header = replace(
+                whole.header,
+                tokens=tokens,
+                sequences=spans,
+                sources=sources,
+                notes=sorted_notes([*whole.header.notes, *notes]),
+            )
+            banks = {one.bank.id: states[number] for one, states in zip(self._measured, parts)}
+            found[modality] = ModelStats(banks, header)
+        return found
+
 
 class SourcesProfile(Profile):
     """A profile that is attached once and measures one source after another, each with statistics of its own.
@@ -225,6 +258,18 @@ class SourcesProfile(Profile):
         return self.stats
 
 
+def modalities_of(model: nn.Module) -> tuple[str, ...]:
+    """The modalities that a model's tokens are of. Raises SedetectError for a model of text alone."""
+    found = placeholders(getattr(model, "config", None))
+    if not found:
+        raise SedetectError(
+            f"{type(model).__name__}: its tokens are of text alone (no image, video or audio token in its config); "
+            "leave out ",
+            Argument("modalities"),
+        )
+    return ("text", *found)
+
+
 def profile(
     model: nn.Module,
     *,
@@ -236,6 +281,7 @@ def profile(
     channels: bool = False,
     coactivation: bool = False,
     first_rows: bool = False,
+    modalities: bool = False,
 ) -> Profile:
     """Measure every expert of a model while it runs.
 
@@ -258,9 +304,9 @@ def profile(
         channels: keep the per-channel maxima and squares (BankStats.channel_max, in_channel_max, in_channel_sq).
         coactivation: count the tokens routed to each pair of experts (BankStats.coactivation).
         first_rows: keep what the published tool reads of each routed expert (BankStats.published_max).
+        modalities: also keep the statistics of text, image, video and audio tokens apart (Profile.modalities).
     Raises:
         SedetectError: for a model in training mode, without experts, or with experts that cannot be measured.
     """
-    return Profile(
-        model, source, info, prefix, Measuring(backend, channels, coactivation, first_rows), pad=pad_token_id
-    )
+    measuring = Measuring(backend, channels, coactivation, first_rows, modalities)
+    return Profile(model, source, info, prefix, measuring, pad=pad_token_id)

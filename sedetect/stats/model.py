@@ -100,6 +100,12 @@ class Header:
                     f"statistics of different models do not merge: {self.model!r} and {other.model!r} differ in "
                     f"{what} ({one} and {two}); merge runs of one model, or compare them"
                 )
+        apart = {str(s.info.get("modality", "all")) for one in (self, other) for s in one.sources.values()}
+        if len(apart) > 1:
+            raise SedetectError(
+                f"statistics of {' and of '.join(sorted(apart))} tokens do not merge: one may be in the other; merge "
+                "those of one modality"
+            )
         sources = dict(self.sources)
         for name, source in other.sources.items():
             if name in sources:

@@ -6,7 +6,7 @@ that they have while profiled.
 
 import re
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +47,7 @@ class Seen:
     token: int = -1
     # (position, token id) -> largest |y| of each channel, of all rows that are there
     outputs: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False)
+    places: Counter[tuple[int, int]] = field(default_factory=Counter, repr=False)  # how many rows each has
 
     def add(self, y: torch.Tensor, h: torch.Tensor, gate: float, position: int, token: int) -> None:
         y, h = y.float(), h.float()
@@ -59,6 +60,7 @@ class Seen:
         self.in_max = max(self.in_max, float(h.abs().max()))
         if peak > self.out_max:
             self.out_max, self.channel, self.position, self.token = peak, int(y.abs().argmax()), position, token
+        self.places[position, token] += 1
         before = self.outputs.get((position, token))
         self.outputs[position, token] = y.abs() if before is None else torch.maximum(before, y.abs())
 
@@ -130,8 +132,14 @@ def reference(
             for row, expert, gate, h, y in loops.LOOPS[type(module).__name__](module, *args):
                 result.seen[path][expert].add(y, h, gate, *place_of(row, rows, ids))
         else:
-            experts_rows(result.seen[path], module, *args, ids)
+            experts_rows(result.seen[path], module, *args, ids, group_of(path, inputs))
     return result
+
+
+def group_of(path: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The numbers of the tokens that reach a module, where the model has experts of their own for images."""
+    types = inputs.get("moe_mm_token_type_ids")
+    return None if types is None else ((types != 0) == (".vision_moe." in path)).flatten().nonzero().flatten()
 
 
 @contextmanager
@@ -173,10 +181,13 @@ def experts_rows(
     index: torch.Tensor,
     gates: torch.Tensor,
     ids: torch.Tensor,
+    group: torch.Tensor | None,
 ) -> None:
     """One token and one expert at a time, with the module's own gate and weights."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    for row, (experts, weights) in enumerate(zip(index.tolist(), gates.tolist())):
+    rows = range(len(x)) if group is None else group.tolist()
+    tokens = len(x) if group is None else ids.numel()
+    for row, (number, experts, weights) in enumerate(zip(rows, index.tolist(), gates.tolist(), strict=True)):
         for expert, gate in zip(experts, weights):
             if gate == 0:
                 continue
@@ -185,7 +196,7 @@ def experts_rows(
             z = wide @ x[row] + (getattr(module, f"{up}_bias")[expert] if module.has_bias else 0)
             h = (module._apply_gate if module.has_gate else module.act_fn)(z[None])[0]
             y = narrow @ h + (module.down_proj_bias[expert] if module.has_bias else 0)
-            seen[expert].add(y, h, gate, *place_of(row, len(x), ids))
+            seen[expert].add(y, h, gate, *place_of(number, tokens, ids))
 
 
 def expected_banks(family: Family) -> list[BankId]:

@@ -221,7 +221,6 @@ FAMILIES: dict[str, Family] = {
             }
         },
         inputs=lambda ids: {"input_ids": ids, "moe_mm_token_type_ids": (ids % 3 == 0).int()},
-        notes=("regroups its tokens",),
     ),
     "exaone_moe": FIRST_DENSE,
     "flex_olmo": ALL_ROUTED,

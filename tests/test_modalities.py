@@ -1,0 +1,246 @@
+"""Text, image, video and audio tokens apart: every row of the experts, against loops over what the model was given."""
+
+import inspect
+
+import pytest
+import torch
+from support.conformance import available, inputs_of, reference, run
+from support.families import FAMILIES, VOCAB, model_class, tiny_model
+from support.models import random_model
+
+import sedetect
+from sedetect.errors import SedetectError
+from sedetect.kernels.records import decode
+from sedetect.models.modalities import MODALITIES, placeholders
+from sedetect.models.row_context import RowTracker
+
+TOKENS = {"image": VOCAB - 1, "video": VOCAB - 2, "audio": VOCAB - 3}
+
+
+def multimodal() -> list[str]:
+    """The families whose forward takes pictures or sound, but for the one whose tokens are given as embeddings."""
+
+    def takes(name):
+        known = inspect.signature(model_class(name, FAMILIES[name].model).forward).parameters
+        return any(one in known for one in ("pixel_values", "input_features", "audio_input_ids"))
+
+    return [name for name in available() if takes(name)]
+
+
+def build(name: str):
+    """A tiny model, with placeholder ids that its vocabulary has."""
+    model = tiny_model(name, FAMILIES[name])
+    for modality in placeholders(model.config):
+        for key in (f"{modality}_token_id", f"{modality}_token_index"):
+            if hasattr(model.config, key):
+                setattr(model.config, key, TOKENS[modality])
+    return model
+
+
+def inputs_with_spans(name: str, model) -> dict[str, torch.Tensor]:
+    """What the family's model is called with: a span of each modality, one begins a text, two meet."""
+    inputs = inputs_of(FAMILIES[name], model)
+    stack = "decoder_" if "decoder_input_ids" in inputs else ""
+    ids = inputs[f"{stack}input_ids"]
+    known = placeholders(model.config)
+    if "pixel_values" not in inputs:  # whose image has its token already
+        ids[0, 3:5] = ids[1, 0:3] = TOKENS["image"]
+        if "video" in known:
+            ids[1, 3:5] = TOKENS["video"]
+        if "audio" in known:
+            ids[0, 7] = TOKENS["audio"]
+    return inputs
+
+
+def modality_of(token: int, known: dict[str, int]) -> str:
+    return next((name for name in known if TOKENS[name] == token), "text")
+
+
+def spans(ids: torch.Tensor, known: dict[str, int]) -> dict[str, list[tuple[int, int]]]:
+    """By modality, the places (row, column) at which a span of it begins; of text, the first tokens of the rows."""
+    found = {name: [] for name in MODALITIES}
+    for row, tokens in enumerate(ids.tolist()):
+        for column, token in enumerate(tokens):
+            before = modality_of(tokens[column - 1], known) if column else None
+            name = modality_of(token, known)
+            if (name != before and name != "text") or (name == "text" and not column):
+                found[name].append((row, column))
+    return found
+
+
+@pytest.mark.parametrize("name", multimodal())
+def test_every_row_has_its_modality(name):
+    """Rows, largest outputs and their places of every expert, for each modality, by plain loops."""
+    model = build(name)
+    inputs, known = inputs_with_spans(name, model), placeholders(model.config)
+    ids = inputs.get("decoder_input_ids", inputs["input_ids"])
+    expected, begins = reference(name, model, inputs, ids, None), spans(ids, known)
+    with sedetect.profile(model, modalities=True) as prof:
+        run(model, inputs)
+    with sedetect.profile(model) as plain:
+        run(model, inputs)
+    whole, parts = prof.stats, prof.modalities
+    assert all(whole.banks[bank].equal(state, sums_rtol=0) for bank, state in plain.stats.banks.items())
+    present = {modality_of(token, known) for token in ids.flatten().tolist()}
+    assert parts.keys() == present and "image" in present
+    for modality, stats in parts.items():
+        places = [modality_of(int(token), known) == modality for token in ids.flatten()]
+        assert (stats.header.tokens, stats.header.sequences) == (sum(places), len(begins[modality]))
+        for bank, state in stats.banks.items():
+            if bank.stack != "decoder":
+                assert int(state.rows.sum()) == 0  # of which no token is known
+                continue
+            seen = expected.seen[stats.header.banks[str(bank)].module]
+            for expert in range(state.num_experts):
+                own = {p: n for p, n in seen[expert].places.items() if modality_of(p[1], known) == modality}
+                assert int(state.rows[expert]) == sum(own.values()), f"{modality} {bank} expert {expert}"
+                largest = max((float(seen[expert].outputs[place].max()) for place in own), default=0.0)
+                assert float(state.out_max[expert]) == pytest.approx(largest, rel=1e-4)
+                for first, records in ((True, state.first_outliers), (False, state.outliers)):
+                    for record in filter(None, decode(records[expert])):
+                        assert int(ids[record.sequence, record.position]) == record.token_id
+                        assert modality_of(record.token_id, known) == modality
+                        assert ((record.sequence, record.position) in begins[modality]) == first
+
+
+def plant_for_images(model, stats, ids, layer: int, expert: int) -> str:
+    """Send image tokens to an expert and no other token, and scale its output up; returns its name."""
+    bank = next(bank for bank in stats.banks if bank.routed and bank.layer == layer)
+    experts = model.get_submodule(stats.header.banks[str(bank)].module)
+    block = next(m for _, m in model.named_modules() if any(child is experts for child in m.children()))
+    router = next(child for n, child in block.named_children() if n in ("gate", "router"))
+    seen = []
+    handle = router.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+        handle.remove()
+        x, image = seen[0].reshape(ids.numel(), -1).double(), (ids.flatten() == TOKENS["image"]).double()
+        direction = torch.linalg.lstsq(x, 40 * (2 * image - 1)).solution  # + on image tokens, - on the others
+        router.weight[expert] = direction.to(router.weight.dtype)
+        experts.down_proj[expert] *= 1000
+    return f"L{layer}E{expert}"
+
+
+ROUTED_BY_A_MATRIX = ("qwen3_vl_moe", "qwen3_5_moe", "hy_v4_vl", "mistral_large4")
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTED_BY_A_MATRIX if name in available()])
+def test_an_expert_of_images_alone_is_found_on_an_image_token(name):
+    model = build(name)
+    ids = inputs_with_spans(name, model)["input_ids"]
+    with sedetect.profile(model, modalities=True) as prof:
+        model(input_ids=ids, use_cache=False)
+    planted = plant_for_images(model, prof.stats, ids, 1, 5)
+    with sedetect.profile(model, modalities=True) as prof:
+        model(input_ids=ids, use_cache=False)
+    bank = next(bank for bank in prof.stats.banks if bank.routed and bank.layer == 1)
+    assert int(prof.modalities["text"].banks[bank].rows[5]) == 0
+    assert int(prof.modalities["image"].banks[bank].rows[5]) == int((ids == TOKENS["image"]).sum())
+    (one,) = (e for e in sedetect.rank(prof.modalities["image"]).super_experts if str(e) == planted)
+    assert one.token_id == TOKENS["image"] == int(ids[one.sequence_id, one.position])
+    assert planted in {str(e) for e in sedetect.rank(prof.stats).super_experts}
+    assert planted not in {str(e) for e in sedetect.rank(prof.modalities["text"]).super_experts}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("qwen3_vl_moe")
+
+
+def image_ids() -> torch.Tensor:
+    """Two texts of 12: an image of two tokens in the first; in the second one of three, first of all, and one more."""
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(3))
+    ids[0, 4:6] = ids[1, :3] = ids[1, 9] = TOKENS["image"]
+    return ids
+
+
+def counted(stats) -> tuple[int, int, int]:
+    state = next(iter(stats.banks.values()))
+    return stats.header.tokens, stats.header.sequences, int(state.first_rows.sum()) // 2
+
+
+def test_text_alone_is_one_modality_with_the_same_bits(model):
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(3))
+    with sedetect.profile(model, source="text", modalities=True) as prof:
+        model(input_ids=ids)
+    (modality,) = prof.modalities
+    assert modality == "text"
+    for bank, state in prof.stats.banks.items():
+        assert prof.modalities["text"].banks[bank].equal(state, sums_rtol=0)
+
+
+@pytest.mark.parametrize("pieces", [(12,), (5, 7), (4, 8), (1, 9, 2)])
+def test_a_span_that_a_cache_continues_is_one(model, pieces):
+    ids, cache, start = image_ids(), None, 0
+    with sedetect.profile(model, modalities=True) as prof:
+        for length in pieces:
+            cache = model(
+                input_ids=ids[:, start : start + length], past_key_values=cache, use_cache=True
+            ).past_key_values
+            start += length
+    assert counted(prof.modalities["image"]) == (6, 3, 3)
+    assert counted(prof.modalities["text"]) == (18, 1, 1)  # the second text begins with an image
+    assert counted(prof.stats) == (24, 2, 2)
+
+
+def test_generate_goes_on_with_text(model):
+    ids, mask = image_ids(), torch.ones(2, 12, dtype=torch.int64)
+    mask[1, :2] = 0  # padding that hides two tokens of the image
+    with sedetect.profile(model, modalities=True) as prof:
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert counted(prof.modalities["image"]) == (4, 3, 3)
+    assert prof.modalities["text"].header.tokens == 18 + 2 * 3
+    records = [r for state in prof.stats.banks.values() for r in decode(state.outliers.flatten(0, 1)) if r is not None]
+    assert {r.position for r in records if r.sequence == 0} <= set(range(1, 15))
+
+
+def test_places_in_a_picture_are_no_positions(model):
+    """Rotary position ids of three axes hold places in pictures; of four, the first is a place in the text."""
+    ids = image_ids()
+    axes = torch.arange(12).expand(3, 2, 12).clone()
+    axes[:, :, 5:] -= 1
+    for given in (axes, torch.cat((torch.arange(12).expand(1, 2, 12), axes))):
+        rows = RowTracker(model).begin((), {"input_ids": ids, "position_ids": given})
+        assert rows.position.tolist() == [*range(12), *range(12)]
+
+
+def test_types_of_the_processor_tell_the_modality_of_embeddings(model):
+    ids = image_ids()
+    embeddings = model.get_input_embeddings()(ids)
+    types = (ids == TOKENS["image"]).to(torch.int64)
+    with sedetect.profile(model, modalities=True) as prof:
+        model(inputs_embeds=embeddings, mm_token_type_ids=types)
+    assert counted(prof.modalities["image"]) == (6, 3, 3)
+    with sedetect.profile(model, modalities=True) as prof:
+        model(inputs_embeds=embeddings)
+    assert not prof.modalities
+    assert [note.code for note in prof.stats.header.notes] == ["untyped"]
+
+
+def test_a_compiled_model_tells_them_apart(model):
+    ids = image_ids()
+    with sedetect.profile(model, source="s", backend="torch", modalities=True) as plain:
+        model(input_ids=ids, use_cache=False)
+    with sedetect.profile(model, source="s", backend="torch", modalities=True) as prof:
+        torch.compile(model, backend="eager")(input_ids=ids, use_cache=False)
+    for modality, stats in plain.modalities.items():
+        for bank, state in stats.banks.items():
+            assert prof.modalities[modality].banks[bank].rows.equal(state.rows)
+            assert prof.modalities[modality].banks[bank].first_rows.equal(state.first_rows)
+
+
+def test_what_is_refused(model):
+    with pytest.raises(SedetectError, match="Qwen3MoeForCausalLM: its tokens are of text alone"):
+        sedetect.profile(random_model("qwen3_moe"), modalities=True)
+    parts = []
+    for source in ("one", "two"):
+        with sedetect.profile(model, source=source, modalities=True) as prof:
+            model(input_ids=image_ids())
+        parts.append((prof.stats, prof.modalities))
+    (whole, one), (_, two) = parts
+    assert counted(one["image"].merge(two["image"])) == (12, 6, 6)
+    for mixed in (two["image"], two["text"]):
+        with pytest.raises(SedetectError, match="do not merge: one may be in the other"):
+            whole.merge(mixed)
+    with pytest.raises(SedetectError, match="image and of text tokens do not merge"):
+        one["text"].merge(two["image"])

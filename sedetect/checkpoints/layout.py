@@ -44,7 +44,7 @@ _DOWN = ("down_proj", "w2", "fc2", "output_linear")
 NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # And the experts that a token takes.
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-# Heads that predict further tokens: transformers does not load them, so that no statistics tell of their experts.
+# Heads that predict further tokens: transformers does not load them, so that few statistics tell of their experts.
 _PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 
 
@@ -64,7 +64,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a checkpoint by name, in the order of its files; those of predictor heads are left out.
+    """The tensors of a checkpoint by name, in the order of its files; dropped predictor heads are left out.
 
     experts: per layer that has them. dropped: number of tensors left out.
     """
@@ -74,10 +74,11 @@ class Layout:
     dropped: int
 
 
-def read_layout(folder: Path, config: dict[str, Any]) -> Layout:
+def read_layout(folder: Path, config: dict[str, Any], heads: bool = False) -> Layout:
     """Whose every tensor of a checkpoint folder is, from the headers of its files alone.
 
-    config is its config.json. Raises SedetectError, naming the tensor, where that cannot be told.
+    config is its config.json; heads keeps the layers after its last, which predict further tokens. Raises
+    SedetectError, naming the tensor, where that cannot be told.
     """
     found: dict[str, Tensor] = {}
     for file in shards_of(folder):
@@ -88,7 +89,8 @@ def read_layout(folder: Path, config: dict[str, Any]) -> Layout:
     layers = (config.get("text_config") or config).get("num_hidden_layers")
     blocks_in = (_ONE.fullmatch(name) or _TOGETHER.fullmatch(name) for name in found)
     roots = {match[1].rpartition("layers.")[0] for match in blocks_in if match}
-    kept = {name: tensor for name, tensor in found.items() if not _is_predictor(name, roots, layers)}
+    after = None if heads else layers
+    kept = {name: tensor for name, tensor in found.items() if not _is_predictor(name, roots, after)}
     experts: dict[int, int] = {}
     blocks: dict[int, str] = {}
     for name, tensor in kept.items():

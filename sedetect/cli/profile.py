@@ -91,6 +91,9 @@ def profile_command(
             "--first-rows", help="also record each expert's first row per sequence, as the published tool does"
         ),
     ] = False,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="also measure the head that predicts a further token, where there is one")
+    ] = False,
     residual: Annotated[
         int | None, typer.Option(help="also observe the residual stream and attention of N sequences")
     ] = None,
@@ -164,6 +167,7 @@ def profile_command(
                 stream=bool(stream) or why is not None,
                 resume=unfinished / ranks.name if unfinished is not None and ranks.count > 1 else unfinished,
                 part=ranks.part,
+                mtp=mtp,
                 progress=show,
                 stop=stop,
             )

@@ -50,7 +50,7 @@ from sedetect.ops.contract import ExpertWeights
 from sedetect.ops.functions import every_expert
 from sedetect.ranking.saliencies import saliency
 from sedetect.stats.model import ModelStats
-from sedetect.stats.place import BankId, Place
+from sedetect.stats.place import PREDICTORS, BankId, Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,7 +109,8 @@ def group_nearest(
     Raises SedetectError where the router of a layer is not found in the files.
     """
     folder = Path(folder)
-    layout = read_layout(folder, read_config(folder))
+    heads = any(bank.stack == PREDICTORS for bank in kept)
+    layout = read_layout(folder, read_config(folder), heads)
     exempt, groups = set(exempt), {}
     for bank, stay in kept.items():
         state = stats.banks[bank]
@@ -133,7 +134,15 @@ def group_ream(
     kept: dict[BankId, list[int]],
     exempt: Iterable[Place] = (),
 ) -> Groups:
-    """The groups of "ream" by expert_distances, neurons in their own order; see align_neurons."""
+    """The groups of "ream" by expert_distances, neurons in their own order; see align_neurons.
+
+    Raises SedetectError for statistics of a head that predicts further tokens, of whose experts there are no distances.
+    """
+    head = next((bank for bank in stats.banks if bank.stack == PREDICTORS), None)
+    if head is not None:
+        raise SedetectError(
+            f"{head}: the model does not run this head, which ream cannot compare; merge by nearest, or prune"
+        )
     exempt, groups = set(exempt), {}
     for bank, values in saliency(stats, by).items():
         near = distances[bank]

@@ -54,7 +54,7 @@ from sedetect.models.loading import empty_model
 from sedetect.models.streamed import folder_digest
 from sedetect.ranking.saliencies import ascending, saliency
 from sedetect.stats.model import UNCHECKED, ModelStats, opened, same_model
-from sedetect.stats.place import BankId, Place
+from sedetect.stats.place import PREDICTORS, BankId, Place
 
 MAX_FILE = "2GB"
 BUDGETS = ("even", "global")
@@ -286,7 +286,7 @@ def prune_checkpoint(
     """
     source, out = checked_path(source, "a checkpoint"), checked_path(out, "a new folder")
     config = prunable_config(source)
-    layout = read_layout(source, config)
+    layout = read_layout(source, config, heads=any(bank.stack == PREDICTORS for bank in kept))
     by_layer = _by_layer(kept, layout, source)
     numbers = {layer: len(one) for layer, one in by_layer.items()}
     least, top_k = min(numbers.values()), experts_per_token(config)
@@ -314,7 +314,7 @@ def prune_checkpoint(
     if layout.dropped:
         notes.append(
             f"{layout.dropped} tensors of heads that predict further tokens left out: no statistics tell of their "
-            "experts"
+            "experts (sedetect profile --mtp measures those of a known form)"
         )
     if top_k is None:
         notes.append(f"config.json does not say how many experts a token takes; check that {least} are enough")
@@ -405,7 +405,7 @@ def _check_groups(config: dict[str, Any], number: int) -> None:
 
 
 def _by_layer(kept: dict[BankId, list[int]], layout: Layout, source: Path) -> dict[int, list[int]]:
-    other = [bank for bank in kept if (bank.stack, bank.kind) != ("decoder", "routed")]
+    other = [bank for bank in kept if bank.stack not in ("decoder", PREDICTORS) or bank.kind != "routed"]
     if other:
         raise SedetectError(f"{source}: {other[0]}: only one set of experts per decoder layer can be pruned yet")
     by_layer = {bank.layer: one for bank, one in kept.items()}

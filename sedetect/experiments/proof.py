@@ -50,7 +50,7 @@ from sedetect.models.layers import decoder_layers, refuse_encoder_decoder
 from sedetect.models.wrappers import unwrap
 from sedetect.ranking.rule import rank
 from sedetect.stats.model import ModelStats
-from sedetect.stats.place import Place, parse_place
+from sedetect.stats.place import PREDICTORS, Place, parse_place
 from sedetect.stats.proof import Proof, Switching
 from sedetect.stats.residual import Residual
 
@@ -82,13 +82,16 @@ def candidates_of(stats: ModelStats, residual: Residual, names: str | None = Non
     Raises SedetectError for a name that the statistics do not have.
     """
     if names is None:
-        return {expert.place: expert.value for expert in rank(stats, residual=residual).found}
+        found = rank(stats, residual=residual).found
+        return {expert.place: expert.value for expert in found if expert.stack != PREDICTORS}
     chosen = {}
     for name in names.split(","):
         place = parse_place(name.strip())
         state = stats.banks.get(place.bank)
         if state is None or place.number >= state.num_experts:
             raise SedetectError(f"{place}: the statistics have no such expert; layers and experts count from 0")
+        if place.stack == PREDICTORS:
+            raise SedetectError(f"{place}: is in a head that the model does not run; name experts of its layers")
         chosen[place] = float(state.out_max[place.number])
     return chosen
 

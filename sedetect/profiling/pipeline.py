@@ -5,6 +5,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,8 +32,10 @@ from sedetect.experiments.residual_stream import Residual, observe_residual
 from sedetect.models.layers import run_tokens
 from sedetect.models.loading import OpenModel, PreparedModel, prepare_model
 from sedetect.models.measure import Measuring
+from sedetect.models.predictors import check_predictor, load_predictor
 from sedetect.ops.choose import check_backend
 from sedetect.ops.triton import prepare_launches
+from sedetect.profiling.heads import HeadProfile
 from sedetect.profiling.profiler import SourcesProfile
 from sedetect.profiling.proving import Proving, prove_profile
 from sedetect.ranking.rule import rank
@@ -103,6 +106,7 @@ def profile_model(
     stream: bool | None = None,
     resume: str | os.PathLike[str] | None = None,
     part: tuple[int, int] = (0, 1),
+    mtp: bool = False,
     progress: Callable[[str, int, int | None], None] = lambda domain, done, total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ModelProfile:
@@ -126,6 +130,7 @@ def profile_model(
         resume: a folder for what a streamed profile that was ended early needs to go on: the same call continues after
             the last finished layer, and another one is refused. It stays afterwards; delete it when the result is safe.
         part: (i, n) runs of the batches of all domains every n-th from the i-th on; the n parts merge to the whole.
+        mtp: also measure the experts of the checkpoint's head that predicts a further token, in the stack "mtp".
         progress: called with (domain, tokens done, tokens in all) after every batch, while streaming with ("layer 3 of
             48", tokens done in it, tokens in all); once with ("residual", 0, None) before the residual stream is
             observed, and with each run of a proof ("L1E28 alone (about 20 s in all)", runs done, runs in all).
@@ -146,6 +151,11 @@ def profile_model(
     check_text(texts, text)  # before weights are read
     check_backend(measuring.backend)
     streaming = _must_stream(model, stream, loading)
+    if mtp and (streaming or not isinstance(model, (str, os.PathLike))):
+        what = "this one is streamed layer by layer" if streaming else "a loaded model is without its head"
+        raise SedetectError(
+            Argument("mtp", True), f": needs a checkpoint that is loaded whole, and {what}; leave it out"
+        )
     whole = {"proving": proving, "residual": residual, "until_stable": rounds or None}
     if asked := next((name for name, given in whole.items() if given is not None), None):
         _refuse_parts(asked, streaming, part)
@@ -154,6 +164,8 @@ def profile_model(
     if torch.cuda.is_available():
         prepare_launches()
     prepared, made = _prepare(model, tokenizer, loading, part if streaming else None)
+    if mtp:
+        check_predictor(prepared.empty, model)
     calibration = calibration_windows(prepared.empty, prepared.tokenizer, texts, text)
     opened = prepared.load()
     streamed = next(iter(made), None)
@@ -182,11 +194,22 @@ def profile_model(
         done = calibration.used
     else:
         start = time.perf_counter()
-        with SourcesProfile(opened.model, opened.banks, prefix=first, measuring=measuring) as prof:
+        with (
+            SourcesProfile(opened.model, opened.banks, prefix=first, measuring=measuring) as prof,
+            ExitStack() as stack,
+        ):
+            heads = None
+            if mtp:
+                head = load_predictor(opened.model, model, loading)
+                heads = stack.enter_context(HeadProfile(opened.model, head, measuring))
             result.seconds = time.perf_counter() - start
-            run = _Resident(result, opened.model, prof, calibration.used, progress, stop)
+            run = _Resident(result, opened.model, prof, calibration.used, progress, stop, heads)
             done = run.windows(calibration.domains, text.batch_size, rounds)
-    notes = [*opened.notes, *_planned(result, calibration, done, rounds)]
+    unmeasured = {"unused_weights", "unmeasured_experts"} if mtp else set()
+    notes = [
+        *(note for note in opened.notes if note.code not in unmeasured),
+        *_planned(result, calibration, done, rounds),
+    ]
     for stats in result.domains.values():
         stats.header.notes = sorted_notes([*stats.header.notes, *notes])
     result.stats = merge_all(result.domains.values())
@@ -345,6 +368,7 @@ class _Resident:
     total: int
     progress: Callable[[str, int, int | None], None]
     stop: Callable[[], bool]
+    heads: HeadProfile | None = None
     done: int = 0
 
     def windows(self, domains: dict[str, Windows], batch_size: int, rounds: _Rounds) -> int:
@@ -365,15 +389,21 @@ class _Resident:
         for domain, windows in domains.items():
             start = time.perf_counter()
             self.prof.begin(windows.source, windows.info)
+            if self.heads is not None:
+                self.heads.begin(windows.source, windows.info)
             for ids, numbers in batches(windows, batch_size):
                 result.interrupted = self.stop()
                 if result.interrupted:
                     break
                 self.prof.batch(sequence_ids=numbers)
                 run_tokens(self.model, ids)
+                if self.heads is not None:
+                    self.heads.run(ids, numbers)
                 self.done += ids.numel()
                 self.progress(domain, self.done, self.total)
             stats = self.prof.take()
+            if self.heads is not None:
+                stats = self.heads.join(stats)
             result.seconds += time.perf_counter() - start
             if stats.header.tokens:
                 measured[domain] = stats

@@ -8,9 +8,11 @@ from sedetect.errors import SedetectError
 
 _NAME = re.compile(r"(?:(\w+)\.)?L(\d+)(?:E(\d+)(_\w+)?|((?:shared|dense)(?:_\d+)?)(?:E(\d+))?)")
 
+PREDICTORS = "mtp"  # the stack of a head that predicts further tokens, beside the layers of a model
+
 
 class BankId(NamedTuple):
-    """Identity of a bank: stack ("decoder", "encoder", ...), layer index, kind ("routed", "shared", "dense")."""
+    """Identity of a bank: stack ("decoder", "encoder", "mtp", ...), layer index, kind ("routed", "shared", "dense")."""
 
     stack: str
     layer: int

@@ -8,6 +8,10 @@ those of the eager model; in bfloat16, where routing may turn on a rounding, tho
     python tests/conformance.py --new
 
 lists the classes of the installed transformers that look like experts and are in no family's model here.
+
+    python tests/conformance.py --docs docs/models.md
+
+writes the table of that page from the run, where every family passes.
 """
 
 import argparse
@@ -16,10 +20,11 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import torch
 import transformers
-from support.conformance import RTOL, attempt, available
+from support.conformance import RTOL, attempt, available, documented
 from support.families import FAMILIES, discover, named_like_experts, tiny_model
 
 
@@ -30,6 +35,7 @@ def main() -> int:
     parser.add_argument("--backend", help="one that must serve every bank; by default the fastest")
     parser.add_argument("--dtype", default="float32", choices=[str(t).removeprefix("torch.") for t in RTOL])
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--docs", type=Path, help="a page whose table is written from the run")
     parser.add_argument("--new", action="store_true", help="list classes that no family here covers")
     options = parser.parse_args()
     if options.new:
@@ -38,12 +44,15 @@ def main() -> int:
     names = options.families or available()
     line = partial(attempt, device=options.device, backend=options.backend, dtype=options.dtype)
     print(f"transformers {transformers.__version__}, {options.device}, {options.dtype}")
-    failures = 0
+    failures, lines = 0, []
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), initializer=quietly) as pool:
         for result in pool.map(line, names):
             failures += not result.result.startswith("ok")
+            lines.append(result)
             print(result, flush=True)
     print(f"{failures} of {len(names)} failed" if failures else f"all {len(names)} pass")
+    if options.docs is not None and not failures and len(names) == len(FAMILIES):
+        options.docs.write_text(documented(options.docs.read_text(), lines))
     return bool(failures)
 
 

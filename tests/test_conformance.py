@@ -1,11 +1,21 @@
 """Every MoE architecture of the installed transformers, by the checks of conformance.py."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from support.conformance import Seen, attempt, available, check
-from support.families import FAMILIES, Family, discover, tiny_model
+from support.conformance import (
+    TABLE_BEGINS,
+    TABLE_ENDS,
+    Result,
+    Seen,
+    attempt,
+    available,
+    check,
+    documented,
+)
+from support.families import FAMILIES, Family, discover, model_class, tiny_model
 
 from sedetect.models.banks import find_banks, layers_per_stack
 
@@ -30,6 +40,22 @@ def test_a_bank_that_another_backend_served_fails():
 def test_an_error_that_nothing_foresaw_says_where():
     line = attempt("no_such_family", "cpu", None, "float32")
     assert re.fullmatch(r"KeyError: 'no_such_family' \(conformance.py:\d+\)", line.result)
+
+
+def test_the_table_of_the_docs_is_that_of_a_run():
+    """Every family is in it, with the banks that are checked; of those of this transformers, the class too."""
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    rows = page.split(TABLE_BEGINS)[1].split(TABLE_ENDS)[0].strip().splitlines()[2:]
+    found = {name: (cls, banks) for _, name, cls, banks, _ in ([c.strip() for c in row.split("|")] for row in rows)}
+    assert list(found) == list(FAMILIES)
+    for name, family in FAMILIES.items():
+        words = (
+            family.layers if isinstance(family.layers, str) else "; ".join(f"{k} {v}" for k, v in family.layers.items())
+        )
+        assert found[name][1] == (words if family.refused is None else f"refused: {family.refused}")
+        assert name not in available() or found[name][0] == model_class(name, family.model).__name__
+    one = Result("a", "A", "R R")
+    assert documented(f"x{TABLE_BEGINS}\nold\n{TABLE_ENDS}y", [one]).count("| a | A | R R |") == 1
 
 
 def test_place_of_the_largest_output():

@@ -28,6 +28,7 @@ from support.models import snapshot
 BATCH, LENGTH = 2, 12
 KINDS = {"R": "routed", "V": "routed_vision", "S": "shared", "T": "shared_1", "D": "dense"}
 DOWN = re.compile(r"\.(down_proj|w2|wo|fc2|output_linear)$")
+TABLE_BEGINS, TABLE_ENDS = "<!-- written by tests/conformance.py --docs -->", "<!-- end -->"
 RTOL = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 
 
@@ -244,6 +245,18 @@ class Result:
 
     def __str__(self) -> str:
         return f"{self.name:<24} {self.architecture:<46} {self.banks:<28} {self.backends:<8} {self.result}"
+
+
+def documented(page: str, results: list[Result]) -> str:
+    """A page with its table of architectures written from the results of a run."""
+    rows = [f"| {one.name} | {one.architecture} | {_banks_of(one)} |" for one in results]
+    table = "\n".join(["| family | class | banks of the layers of a small model |", "|---|---|---|", *rows])
+    before, after = page.split(TABLE_BEGINS)[0], page.split(TABLE_ENDS)[1]
+    return f"{before}{TABLE_BEGINS}\n{table}\n{TABLE_ENDS}{after}"
+
+
+def _banks_of(one: Result) -> str:
+    return one.result.removeprefix("ok, ") if one.banks == "-" else one.banks
 
 
 def check(name: str, device: str = "cpu", backend: str | None = None, dtype: torch.dtype = torch.float32) -> Result:

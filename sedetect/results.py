@@ -10,6 +10,7 @@ from sedetect.files import PROOF, RESIDUAL, STATS, TIMELINE
 if TYPE_CHECKING:
     from sedetect.analysis.common import Analysis
     from sedetect.compression.budget import Budget
+    from sedetect.compression.frontier import Frontier
     from sedetect.compression.pruning import Pruning
     from sedetect.compression.verification import Verification
     from sedetect.experiments.study import Experiment
@@ -130,6 +131,13 @@ class Results:
         from sedetect.compression.budget import Budget  # which imports transformers
 
         return Budget.load(self.budget_path)
+
+    def frontier(self) -> "Frontier | None":
+        if not self.frontier_path.is_file():
+            return None
+        from sedetect.compression.frontier import Frontier  # likewise
+
+        return Frontier.load(self.frontier_path)
 
     def verification(self) -> "Verification | None":
         if not self.verification_path.is_file():

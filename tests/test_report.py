@@ -25,6 +25,7 @@ from support.synthetic import synthetic_stats
 import sedetect
 from sedetect import ModelStats
 from sedetect.compression.budget import Budget, Cost, Row
+from sedetect.compression.frontier import Curve, Frontier, size_at
 from sedetect.compression.protect import GRANULARITIES, TOOLS, export, protect_list
 from sedetect.compression.verification import Limits, Verification
 from sedetect.experiments.study import Experiment
@@ -339,14 +340,15 @@ def decided(tiny_profile, tmp_path):
     digest = ModelStats.load(folder).header.digest
     replace(SAMPLES[Proof], digest=digest).save(folder / "proof.json")
     replace(SAMPLES[Budget], model="tiny-moe").save(folder / "budget.json")
+    replace(SAMPLES[Frontier], digest=digest).save(folder / "frontier.json")
     replace(SAMPLES[Verification], digest=digest).save(folder / "verification.json")
     return folder
 
 
-def test_proof_budget_and_verification_have_sections(decided):
+def test_proof_compression_and_verification_have_sections(decided):
     assert run("report", decided).code == 0
     page = Page((decided / "report.html").read_text())
-    order = ["todo", "experts", "proof", "budget", "verification", "evidence", "details", "run"]
+    order = ["todo", "experts", "proof", "budget", "frontier", "verification", "evidence", "details", "run"]
     assert [i for i in page.ids if i in order] == order
     for shown in (
         "1,536 tokens in 3 windows",
@@ -355,12 +357,61 @@ def test_proof_budget_and_verification_have_sections(decided):
         "Within 5% of the unchanged perplexity, L1E28 kept: none",
         "int3",
         "+inf %",
+        "By expert, protecting L1E0 buys nothing at equal perplexity",
         "m-int4 fails 1 check against m",
         "a failure",
         "50.0 %",
     ):
         assert shown in page.text, shown
     assert "–" in page.text[page.text.index("L9E7") :]  # it did not fire in the proof
+
+
+def measured(sample, *curves):
+    """sample with a curve for each (by, protected, seed, changes), of 40 bytes, 30, ..."""
+    point = sample.curves[0].points[0]
+    made = []
+    for by, protected, seed, changes in curves:
+        points = [
+            replace(point, size=40.0 - 10 * i, change=Effect(change, change - 0.01, change + 0.01, 8))
+            for i, change in enumerate(changes)
+        ]
+        made.append(Curve(by, protected, seed, points))
+    return replace(sample, curves=made)
+
+
+def test_what_the_frontier_draws(decided, opened):
+    """A point for each allocation, at its size and change; the table has the sizes at equal perplexity."""
+    frontier = measured(
+        Results(decided).frontier(),
+        ("model", False, None, [0.005, 0.02, 4.0]),
+        ("layer", True, None, [-0.01, 0.0]),
+        ("expert", False, None, [0.0, 0.01, math.inf]),
+        *(("expert", False, seed, [0.1, 0.3]) for seed in (0, 1)),
+    )
+    frontier.save(decided / "frontier.json")
+    assert run("report", decided).code == 0
+    page = Page((decided / "report.html").read_text())
+    drawn = payload(page)["data"]["frontier"]
+    found = [dict(zip(drawn["columns"], row)) for row in drawn["rows"]]
+    assert [(r["formats"], r["allocation"], r["seed"], round(1e6 * r["size"]), r["change"]) for r in found] == [
+        ("one for all", "chosen", None, 40, 0.005), ("one for all", "chosen", None, 30, 0.02),
+        ("one for all", "chosen", None, 20, 4.0), ("by layer", "protected", None, 40, -0.01),
+        ("by layer", "protected", None, 30, 0.0), ("by expert", "chosen", None, 40, 0.0),
+        ("by expert", "chosen", None, 30, 0.01), ("by expert", "at random", 0, 40, 0.1),
+        ("by expert", "at random", 0, 30, 0.3), ("by expert", "at random", 1, 40, 0.1),
+        ("by expert", "at random", 1, 30, 0.3),
+    ]  # fmt: skip
+    made = sections(load_evidence(decided), datasets(load_evidence(decided)))
+    assert [row[0] for row in made["frontier"].rows] == [
+        "one for all", "by layer, protected", "by expert", "by expert, at random (0)", "by expert, at random (1)"
+    ]  # fmt: skip
+    sizes = [size_at(frontier, frontier.curve("model"), increase) for increase in (0.01, 0.05)]
+    assert made["frontier"].rows[0][1:] == [f"{size / 1e6:.3g}" for size in sizes]
+    assert made["frontier"].rows[1][1:] == ["at most 3e-05", "at most 3e-05"]
+    points = made["frontier_points"].rows
+    assert points[1] == ["one for all", "3e-05", "10.00", "+2.00 %", "+1.00 % to +3.00 %"] and points[7][3] == "+inf %"
+    shown, events = opened(decided / "report.html")
+    assert shown.locator("#chart-frontier g.mark-symbol.role-mark path").count() == len(found) and events == []
 
 
 def test_stability_is_that_of_the_command(tiny_profile, tmp_path):
@@ -394,7 +445,7 @@ def test_a_verification_that_could_not_open_its_checkpoint(decided):
     assert "broken fails 1 check against tiny-moe" in page.text and "weights are missing" in page.text
 
 
-@pytest.mark.parametrize("name", ["proof", "budget", "verification"])
+@pytest.mark.parametrize("name", ["proof", "budget", "frontier", "verification"])
 def test_documents_of_another_model_are_refused(decided, name):
     file = decided / f"{name}.json"
     document = json.loads(file.read_text())
@@ -585,12 +636,12 @@ def refused(*args) -> str:
     return err
 
 
-@pytest.mark.parametrize("name", ["run", "residual", "ablation", "traces", "budget", "verification"])
+@pytest.mark.parametrize("name", ["run", "residual", "ablation", "traces", "budget", "frontier", "verification"])
 def test_damaged_documents_are_refused_by_name(full, tmp_path, name):
     folder = tmp_path / "copy"
     shutil.copytree(full[0], folder, ignore=shutil.ignore_patterns("figures", "report.html"))
     file = folder / f"{name}.json"
-    for cls in (Budget, Verification):
+    for cls in (Budget, Frontier, Verification):
         if name == cls.__name__.lower():
             SAMPLES[cls].save(file)
     document = json.loads(file.read_text())

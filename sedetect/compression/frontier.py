@@ -276,6 +276,11 @@ def size_at(frontier: Frontier, curve: Curve | None, increase: float) -> float |
     return None
 
 
+def is_bound(curve: Curve, size: float) -> bool:
+    """Whether a size_at is that of the smallest point, so that a smaller one may do."""
+    return size == min((point.size for point in curve.points), default=None)
+
+
 def conclusion(frontier: Frontier) -> list[str]:
     """At equal perplexity: the sizes with protection, without, and of one format for all; and what that says."""
     lines = []
@@ -325,8 +330,7 @@ def _size_of(frontier: Frontier, curve: Curve | None, increase: float) -> str:
     size = size_at(frontier, curve, increase)
     if curve is None or size is None:
         return "none"
-    smallest = size == min((point.size for point in curve.points), default=None)
-    return f"{'at most ' if smallest else ''}{_size(frontier, size)}"
+    return f"{'at most ' * is_bound(curve, size)}{_size(frontier, size)}"
 
 
 def _size(frontier: Frontier, size: float) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 import altair as alt
 
-from sedetect.report.drawing import COUNTS, EXPERT, FINE_LOG, LOG, VERDICTS, Chart, Drawing, ordinal, tooltips
+from sedetect.report.data import FORMATS_OF
+from sedetect.report.drawing import CHANGES, COUNTS, EXPERT, FINE_LOG, LOG, VERDICTS, Chart, Drawing, ordinal, tooltips
 
 
 class Charts(Drawing):
@@ -17,6 +18,7 @@ class Charts(Drawing):
         makers: list[tuple[str, Callable[[], Chart]]] = [
             ("experts", self.heatmap),
             ("ablation", self.ablation),
+            ("frontier", self.frontier),
             ("experts", self.tail),
             ("diagonal", self.first_rest),
             ("layers", self.by_layer),
@@ -161,6 +163,33 @@ class Charts(Drawing):
         zero = self.on("zero").mark_rule(color=self.color["muted"]).encode(x="change:Q")
         text = "Change of perplexity without the chosen experts, beside that without random experts."
         return self.chart("ablation", text, alt.layer(zero, points), 28 * len(sets) + 20)
+
+    def frontier(self) -> Chart:
+        x = alt.X("size:Q", scale=alt.Scale(type="log", nice=False), title="MB of the routed experts", axis=FINE_LOG)
+        scale = alt.Scale(type="symlog", constant=0.01, nice=False, padding=8)
+        y = alt.Y("change:Q", scale=scale, title="change of perplexity", axis=CHANGES)
+        colors = dict(zip(FORMATS_OF.values(), (self.color[name] for name in ("candidate", "undecided", "accent"))))
+        legend = alt.Legend(orient="top", symbolType="stroke", symbolStrokeColor=self.color["muted"])
+        there = {record["allocation"] for record in self.data["frontier"]}
+        dashes = {"chosen": [1, 0], "protected": [6, 3], "at random": [1, 4]}
+        dashes = {name: dash for name, dash in dashes.items() if name in there}
+        base = self.on("frontier").encode(
+            x=x,
+            y=y,
+            color=alt.Color("formats:N", title=None, scale=ordinal(colors), legend=alt.Legend(orient="top")),
+            detail="seed:N",
+            order="size:Q",
+            tooltip=[
+                *tooltips("formats", "allocation"),
+                alt.Tooltip("size:Q", title="MB", format=",.3~r"),
+                *tooltips("change", "interval"),
+            ],
+        )
+        range_ = alt.Scale(domain=list(dashes), range=list(dashes.values()))
+        lines = self.dotted(base, alt.StrokeDash("allocation:N", title=None, scale=range_, legend=legend))
+        rules = self.on("increases").mark_rule(color=self.color["muted"], strokeDash=[2, 3]).encode(y="change:Q")
+        text = "Change of perplexity against the size of the routed experts, by how their formats were chosen."
+        return self.chart("frontier", text, alt.layer(rules, lines), 340)
 
     def timeline(self) -> Chart:
         x = alt.X("step:Q", title="training step", axis=alt.Axis(format=",d", grid=False))

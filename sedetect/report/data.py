@@ -8,8 +8,10 @@ from sedetect.ranking.coverage import FEW_ROWS
 from sedetect.ranking.result import Ranking
 from sedetect.report.evidence import Evidence
 from sedetect.report.numbers import FP8_MAX, FP16_MAX, OTHER, ExpertRow, LayerRow, expert_rows, layer_rows
+from sedetect.report.text import interval
 
 Records = list[dict[str, Any]]
+FORMATS_OF = {"model": "one for all", "layer": "by layer", "expert": "by expert"}  # Curve.by as people read it
 KEPT_ROWS = 8  # of an expert's strongest rows on first tokens, and as many on all others
 
 
@@ -36,6 +38,8 @@ def datasets(evidence: Evidence) -> dict[str, Records]:
         "sinks": _residual(evidence, "mean of the heads", "strongest head"),
         "ablation": _ablation(evidence),
         "zero": [{"change": 0}],
+        "frontier": _frontier(evidence),
+        "increases": _increases(evidence),
         "timeline": _timeline(evidence),
         "timeline_sinks": _timeline_sinks(evidence),
     }
@@ -173,6 +177,31 @@ def _ablation(evidence: Evidence) -> Records:
         for label, kind, o in records
         if math.isfinite(o.mean_change)
     ]
+
+
+def _frontier(evidence: Evidence) -> Records:
+    """Every allocation whose perplexity is finite."""
+    return [
+        {
+            "formats": FORMATS_OF[curve.by],
+            "allocation": "at random" if curve.seed is not None else "protected" if curve.protected else "chosen",
+            "seed": curve.seed,
+            "size": point.size / 1e6,
+            "change": point.change.rise,
+            "interval": interval(point.change),
+        }
+        for curve in (evidence.frontier.curves if evidence.frontier else ())
+        for point in curve.points
+        if math.isfinite(point.change.rise)
+    ]
+
+
+def _increases(evidence: Evidence) -> Records:
+    if evidence.frontier is None:
+        return []
+    from sedetect.compression.frontier import INCREASES  # which imports transformers
+
+    return [{"change": increase} for increase in INCREASES]
 
 
 def _timeline(evidence: Evidence) -> Records:

@@ -18,6 +18,7 @@ _DECADES = [10.0**n for n in range(-9, 10)]  # a log axis has a line at each, an
 LOG = alt.Axis(format=",.9~f", values=_DECADES)
 FINE_LOG = alt.Axis(format=",.9~f", values=[m * d for d in _DECADES for m in (1, 2, 5)], labelOverlap="greedy")
 COUNTS = alt.Axis(format=",d", values=[0, *_DECADES[9:]])  # of a symlog axis
+CHANGES = alt.Axis(format="+,~%", values=[-0.05, -0.01, 0, 0.01, 0.05, 0.2, 1, *_DECADES[10:]])  # likewise
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from sedetect.training.histories import Timeline
 
 if TYPE_CHECKING:
     from sedetect.compression.budget import Budget
+    from sedetect.compression.frontier import Frontier
     from sedetect.compression.verification import Verification
 
 
@@ -49,6 +50,7 @@ class Evidence:
     analyses: dict[str, Analysis] = field(default_factory=dict)
     proof: Proof | None = None
     budget: "Budget | None" = None
+    frontier: "Frontier | None" = None
     verification: "Verification | None" = None
     rounds: dict[str, ModelStats] = field(default_factory=dict)
     folder: str = "DIR"
@@ -63,7 +65,8 @@ class Evidence:
 
 def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Evidence:
     """Read stats.safetensors, and beside it domains/*.safetensors, rounds/*.safetensors, *-analysis.safetensors,
-    run.json, residual.json, proof.json, ablation.json, budget.json, verification.json, traces.json and timeline.json.
+    run.json, residual.json, proof.json, ablation.json, budget.json, frontier.json, verification.json, traces.json and
+    timeline.json.
 
     model: the checkpoint's folder, for sizes.
     Raises SedetectError for a folder without statistics, and for a file that is damaged or of another model.
@@ -81,11 +84,13 @@ def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] 
             _same(where.file(name), part.header.digest, stats.header.digest)
     ran, observed, ablation, traced = results.run(), results.observation(), results.ablation(), results.traces()
     residual, proof = None if observed is None else observed.residual, results.proof()
+    frontier = results.frontier()
     documents = {
         results.run_path: ran,
         results.residual_path: residual,
         results.proof_path: proof,
         results.ablation_path: ablation,
+        results.frontier_path: frontier,
     }
     for path, found in documents.items():
         if found is not None:
@@ -117,6 +122,7 @@ def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] 
         analyses=analyses,
         proof=proof,
         budget=budget,
+        frontier=frontier,
         verification=verification,
         rounds=rounds,
         folder=str(folder),

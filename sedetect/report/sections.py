@@ -7,7 +7,7 @@ from sedetect.ranking.coverage import FEW_ROWS, coverage
 from sedetect.ranking.result import SuperExpert
 from sedetect.ranking.stability import agreement, margins
 from sedetect.report.answer import answer_section
-from sedetect.report.compression import budget_section, verification_section
+from sedetect.report.compression import budget_section, frontier_section, verification_section
 from sedetect.report.data import Records, row_name
 from sedetect.report.evidence import Evidence
 from sedetect.report.experiments import (
@@ -36,6 +36,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "proof": "Proof",
         "ablation": "Without them",
         "budget": "Budget",
+        "frontier": "Frontier",
         "verification": "Verification",
         "evidence": "Evidence",
         "stability": "Stability",
@@ -51,7 +52,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         del anchors["todo"]
     if not (domains.rows or stability["margins"].rows or stability["rounds"].rows):
         del anchors["stability"]
-    for name in ("proof", "budget", "verification", "residual", "ablation", "traces", "timeline", "inside"):
+    for name in ("proof", "budget", "frontier", "verification", "residual", "ablation", "traces", "timeline", "inside"):
         if not getattr(evidence, "analyses" if name == "inside" else name):
             del anchors[name]
     return {
@@ -73,6 +74,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         **proof_section(evidence),
         **ablation_section(evidence.ablation),
         **budget_section(evidence),
+        **frontier_section(evidence),
         **verification_section(evidence),
         **residual_section(evidence),
         **traces_section(evidence),

@@ -461,6 +461,55 @@ def test_candidates_and_statistics(tmp_path, tiny_profile):
     assert "statistics of another model" in refused(run("verify", other, other, "--stats", tiny_profile))
 
 
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    """tiny-moe with all experts in 4 bits but those of L1."""
+    folder = tmp_path_factory.mktemp("listed")
+    return edited(TINY, folder / "made", rounded(group=48, kept="layers.1.mlp.experts."))
+
+
+def test_the_list_of_an_export(listed, tmp_path, tiny_profile):
+    """By layer, every expert of a layer that it names must be as in the base; by expert, those named."""
+    found = {}
+    for granularity in ("expert", "layer"):
+        file = tmp_path / f"{granularity}.json"
+        assert run("export", tiny_profile, "--to", "json", "--granularity", granularity, "-o", file).code == 0
+        result = run("verify", TINY, listed, "--protect", file, *SMALL, "--max-increase", "9", "-o", tmp_path)
+        assert result.code == 1, result
+        document = json.loads((tmp_path / "verification.json").read_text())
+        found[granularity] = {one["expert"]: one["stored"] for one in document["experts"] if one["protected"]}
+        lost = [failure.split(" ")[0] for failure in document["failures"]]
+        assert lost == [name for name in found[granularity] if name.startswith("L9")]
+    assert found["expert"] == {"L1E28": "equal", "L9E7": "changed"}
+    wanted = {1: "equal", 9: "changed"}
+    assert found["layer"] == {f"L{layer}E{e}": stored for layer, stored in wanted.items() for e in range(32)}
+    kept = sedetect.compression.ProtectList.load(tmp_path / "layer.json")
+    experts = [one for one in kept.experts if one["name"] == "L1E28"]
+    replace(kept, experts=experts).save(tmp_path / "kept.json")
+    assert run("verify", TINY, listed, "--protect", tmp_path / "kept.json", *SMALL, "--max-increase", "9").code == 0
+
+
+def test_lists_that_cannot_be_taken(base, tmp_path, tiny_profile):
+    file = tmp_path / "list.json"
+    assert run("export", tiny_profile, "--to", "json", "-o", file).code == 0
+    command = ("verify", base, base, *SMALL, "--protect")
+    assert "--protect: a list of another model (tiny-moe); give one of the base" in refused(run(*command, file))
+    way_out = "write one by `sedetect export STATS --to json -o FILE`"
+    assert f"nowhere.json: no such file; {way_out}" in refused(run(*command, tmp_path / "nowhere.json"))
+    recipe = tmp_path / "recipe.yaml"
+    assert run("export", tiny_profile, "--to", "llm-compressor", "--model", TINY, "-o", recipe).code == 0
+    assert "recipe.yaml: is not valid JSON" in (said := refused(run(*command, recipe))) and way_out in said
+    settings = tmp_path / "settings.json"
+    assert run("export", tiny_profile, "--to", "gptqmodel", "--model", TINY, "-o", settings).code == 0
+    said = refused(run(*command, settings))
+    assert "settings.json: is a document without format" in said and way_out in said
+    odd = sedetect.compression.ProtectList.load(file)
+    replace(odd, experts=[{"name": "layer 1"}]).save(file)
+    assert "'layer 1': not the name of an expert" in refused(run("verify", TINY, TINY, *SMALL, "--protect", file))
+    replace(odd, granularity="matrix").save(file)
+    assert f"{file}: damaged" in (said := refused(run(*command, file))) and way_out in said
+
+
 def test_command_refuses(base, tmp_path):
     assert "no such folder" in refused(run("verify", base, tmp_path / "nowhere"))
     assert "--max-increase much: not a share" in refused(run("verify", base, base, "--max-increase", "much"))

@@ -85,7 +85,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run 
 
 
 # Of the arguments of the library whose flags are not their names.
-_FLAGS = {"resume": "-o DIR", "runtime": "--for", "spec": "--experts", "tool": "--to"}
+_FLAGS = {"protected": "--protect", "resume": "-o DIR", "runtime": "--for", "spec": "--experts", "tool": "--to"}
 
 
 def flag(argument: Argument) -> str:

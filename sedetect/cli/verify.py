@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -33,6 +33,7 @@ from sedetect.errors import SedetectError
 from sedetect.results import Results
 
 if TYPE_CHECKING:
+    from sedetect.compression.protect import ProtectList
     from sedetect.compression.verification import Verification
 
 _SHOWN = 20
@@ -46,7 +47,8 @@ def verify_command(
     quantized: Annotated[str, typer.Argument(help="the checkpoint that was made from it", callback=folder_of)],
     output: Output = None,
     protect: Annotated[
-        str | None, typer.Option(help="experts that must be stored as in BASE: names (L1E28,L9E7), or candidates")
+        str | None,
+        typer.Option(help="experts that must be stored as in BASE: names (L1E28,L9E7), candidates, or export's json"),
     ] = None,
     stats: Annotated[Path | None, typer.Option(help="statistics of BASE (default: profile it first)")] = None,
     max_increase: Annotated[str, typer.Option(help="largest rise of perplexity in any domain (5% or 0.05)")] = "5%",
@@ -74,7 +76,7 @@ def verify_command(
     check_limits(limits)
     if output is not None:
         check_writable(output)
-    names = [] if protect is None else [name.strip() for name in protect.split(",")]
+    protected = _protected(protect)
     ranking = None if stats is None else load_ranked(stats)[1]
     with progress_bar() as bar:
         task, done = bar.add_task("profile", total=None), dict.fromkeys(("base", "quantized"), 0)
@@ -90,7 +92,7 @@ def verify_command(
             text=Text(tokens, seq_len, batch_size),
             stats=stats,
             ranking=ranking,
-            protected="candidates" if names == ["candidates"] else names,
+            protected=protected,
             limits=limits,
             loading=Loading(device, dtype, None, attn, trust_remote_code),
             progress=show,
@@ -99,6 +101,17 @@ def verify_command(
         _print(verification)
     if not verification.passed:
         raise typer.Exit(1)
+
+
+def _protected(value: str | None) -> list[str] | ProtectList | Literal["candidates"]:
+    """What --protect names. Raises SedetectError for a file that is no list of `export --to json`."""
+    from sedetect.compression.protect import ProtectList
+
+    if value is None or value.strip() == "candidates":
+        return [] if value is None else "candidates"
+    if Path(value).is_file() or Path(value).suffix in (".json", ".yaml", ".txt"):
+        return ProtectList.load(value)
+    return [name.strip() for name in value.split(",")]
 
 
 def _share(value: str) -> float:

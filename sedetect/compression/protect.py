@@ -87,6 +87,7 @@ class ProtectList(Document):
     """A protect list in this package's own form: the modules to leave alone, and all that is known of the experts."""
 
     FORMAT = "sedetect-protect-list"
+    REMEDY = "write one by `sedetect export STATS --to json -o FILE`"
 
     model: str
     digest: str
@@ -100,6 +101,22 @@ class ProtectList(Document):
     def to_dict(self) -> dict[str, Any]:
         """format, version and every field, for JSON."""
         return super().to_dict() | vars(self)
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "ProtectList":
+        """The inverse of to_dict."""
+        made = cls(**{name: document[name] for name in cls.__dataclass_fields__})
+        if made.granularity not in GRANULARITIES or not all(isinstance(one["name"], str) for one in made.experts):
+            raise ValueError(f"granularity {made.granularity}, experts {made.experts}")
+        return made
+
+    def places(self, sizes: dict[BankId, int]) -> list[Place]:
+        """The experts that it protects of a model whose banks have so many: by layer, all routed ones beside them."""
+        named = [parse_place(expert["name"]) for expert in self.experts]
+        if self.granularity == "expert":
+            return named
+        banks = dict.fromkeys(place.bank for place in named if place.bank.routed)
+        return list(dict.fromkeys([*named, *(Place(*bank, e) for bank in banks for e in range(sizes.get(bank, 0)))]))
 
 
 def protect_list(

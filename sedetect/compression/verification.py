@@ -36,6 +36,7 @@ from sedetect.checkpoints.memory import too_large
 from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.storage import CHANGED, EQUAL, Counterpart
 from sedetect.compression.matching import mismatched_experts, sample_experts
+from sedetect.compression.protect import ProtectList
 from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError, WeightsError
 from sedetect.experiments.ablation import resolve
@@ -43,14 +44,14 @@ from sedetect.experiments.divergence import Divergence, Outputs, compare_outputs
 from sedetect.experiments.residual_stream import observe_residual
 from sedetect.files import finite, restored
 from sedetect.models.banks import find_banks
-from sedetect.models.identity import check_statistics, model_digest, stable_config
+from sedetect.models.identity import check_statistics, join_digest, model_digest, model_id, stable_config
 from sedetect.models.layers import refuse_without_logits
 from sedetect.models.loading import OpenModel, PreparedModel, load_tokenizer, prepare_model
 from sedetect.profiling.pipeline import profile_model
 from sedetect.ranking.result import Ranking
 from sedetect.ranking.rule import rank
 from sedetect.ranking.saliencies import found_places
-from sedetect.stats.model import ModelStats, opened
+from sedetect.stats.model import ModelStats, opened, same_model
 from sedetect.stats.place import BankId, Place, parse_place
 from sedetect.stats.proof import read_effect
 from sedetect.stats.residual import Residual
@@ -173,7 +174,7 @@ def verify(
     text: Text = Text(tokens=16384),
     stats: ModelStats | str | os.PathLike[str] | None = None,
     ranking: Ranking | None = None,
-    protected: Sequence[Place | str] | Literal["candidates"] = (),
+    protected: Sequence[Place | str] | ProtectList | Literal["candidates"] = (),
     limits: Limits = Limits(),
     loading: Loading = Loading(),
     sequences: int = 8,
@@ -188,7 +189,7 @@ def verify(
         stats: statistics of the base, for the experts to look at; ranking is rank(stats) where it is not given.
             Without stats and protected experts, the base is profiled on the same windows.
         protected: experts that must be stored as in the base, which are looked at too; "candidates" for all that the
-            statistics find.
+            statistics find; a protect list of the base (ProtectList.load), by layer with all experts of its layers.
         loading: of both models.
         sequences: windows on which massive activations and attention sinks are observed.
         progress: called with the name of the run ("base", "quantized") and the number of tokens, after every batch.
@@ -201,7 +202,15 @@ def verify(
     base, quantized = checked_path(base, "a checkpoint"), checked_path(quantized, "a quantized checkpoint")
     prepared = prepare_model(base, loading=loading)
     refuse_without_logits(prepared.empty, "verification")
-    named = () if protected == "candidates" else protected
+    if isinstance(protected, ProtectList):
+        unread = join_digest(model_id(prepared.empty), None)  # without the checksum of its weights
+        if not same_model(protected.digest, unread):
+            raise SedetectError(
+                Argument("protected"), f": a list of another model ({protected.model}); give one of the base"
+            )
+        named: Sequence[Place | str] = protected.places({bank.id: bank.experts for bank in find_banks(prepared.empty)})
+    else:
+        named = () if protected == "candidates" else protected
     guarded = [parse_place(place) if isinstance(place, str) else place for place in named]
     resolve(prepared.empty, guarded)  # refuse what the model does not have
     state = None if stats is None else opened(stats)

@@ -4,6 +4,7 @@ import math
 
 from sedetect.compression.budget import Budget, Cost, Row
 from sedetect.compression.frontier import Curve, Frontier, Point
+from sedetect.compression.protect import ProtectList
 from sedetect.compression.pruning import Pruning
 from sedetect.compression.verification import Limits, Verification, VerifiedExpert
 from sedetect.experiments.divergence import Divergence
@@ -83,5 +84,6 @@ SAMPLES = {
         "decoder.1.routed": {"int4": 0.01, "pruned": 0.5},
     }, [Curve("expert", True, None, [Point(24.0, 22.5, PLAN, 0.1, 0.0, {"code": math.inf}, EFFECT, EFFECT)]),
         Curve("layer", False, 1, [Point(24.0, 22.5, PLAN, 0.1, None, {"code": 8.5}, EFFECT)])], ["a note"]),
+    ProtectList: ProtectList("m", "d", 128, "layer", ["layers.1.mlp.experts"], [{"name": "L1E28"}]),
     Finished: Finished(3, 1.25, {"batch size": 2, "domains": ["code"]}),
 }  # fmt: skip

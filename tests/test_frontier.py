@@ -257,7 +257,8 @@ def test_sizes_at_equal_perplexity_and_what_they_say():
     better, worse, same = Effect(-0.1, -0.2, -0.05, 9), Effect(0.1, 0.05, 0.2, 9), Effect(0.0, -0.1, 0.1, 9)
     for points, beside, said in (
         ([(40, 0.004), (20, 0.02)], better, "of the size at +1%"),
-        ([(40, 0.004), (20, 0.02)], same, "better at 0 of 2 sizes, worse at 0: it buys nothing"),
+        ([(40, 0.004), (20, 0.02)], same, "better at 0 of 2 sizes, worse at 0: no more than noise"),
+        ([(60, 0.004), (40, 0.02), (30, 0.08)], same, "better at 0 of 3 sizes, worse at 0: it buys nothing"),
         ([(60, 0.004), (40, 0.02), (30, 0.08)], worse, "buys nothing at equal perplexity"),
     ):
         lines = conclusion(replace(base, curves=[made, curve("expert", True, points, beside)]))

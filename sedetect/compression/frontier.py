@@ -323,7 +323,7 @@ def _buys(frontier: Frontier, by: str, names: str) -> str:
     if by == "model":
         return f"{text}; perplexity in the same format is better in {better} of {len(besides)}, worse in {worse}"
     text = f"{text}; at equal size it is better at {better} of {len(besides)} sizes, worse at {worse}"
-    return text if better else f"{text}: it buys nothing"
+    return text if better else f"{text}: {'no more than noise' if gains else 'it buys nothing'}"
 
 
 def _size_of(frontier: Frontier, curve: Curve | None, increase: float) -> str:

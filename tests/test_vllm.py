@@ -1,0 +1,380 @@
+"""Profiles inside vLLM: what the engine's workers measure is what transformers measures of the same tokens.
+
+They run where vLLM is installed (`make test-vllm`), on a CPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.models import TINY, random_model
+from transformers import AutoModelForCausalLM
+
+import sedetect
+from sedetect.checkpoints.options import Loading
+from sedetect.kernels.gate import Gate
+from sedetect.stats.place import BankId
+
+# Before vLLM is imported: its engine in this process, and 1 GiB for its cache.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+vllm = pytest.importorskip("vllm")
+EXTENSION = "sedetect.engines.vllm.Worker"
+L1 = BankId("decoder", 1, "routed")
+
+PIPELINE = """
+import json, os, sys
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1" if os.cpu_count() > 1 else "0|0"
+import vllm, sedetect
+checkpoint, out, prompts, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+if __name__ == "__main__":
+    llm = vllm.LLM(checkpoint, dtype="float32", enforce_eager=True, max_model_len=64, enable_prefix_caching=False,
+                   worker_extension_cls="sedetect.engines.vllm.Worker", **options)
+    settings = vllm.SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, detokenize=False)
+    refused = tokens = None
+    try:
+        with sedetect.profile(llm) as prof:
+            outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        prof.stats.save(out)
+    except sedetect.SedetectError as error:
+        refused = str(error)
+    print("RESULT", json.dumps({"refused": refused, "tokens": tokens}))
+"""
+
+
+@pytest.fixture(scope="module")
+def llm():
+    """An engine in this process: steps of at most 96 tokens, and a cache of 24 blocks of 32."""
+    engine = vllm.LLM(
+        str(TINY),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=8,
+        max_num_batched_tokens=96,
+        block_size=32,
+        num_gpu_blocks_override=24,
+        worker_extension_cls=EXTENSION,
+    )
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+
+
+def runner_of(llm):
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def generate(llm, prompts, tokens=1):
+    """What was computed of each prompt and of what was generated: all but the last token."""
+    settings = vllm.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+    return [ids + list(output.outputs[0].token_ids)[:-1] for ids, output in zip(prompts, outputs)], outputs
+
+
+def prompts_of(*lengths, seed=0):
+    """BOS and random tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    return [[0, *torch.randint(2, 4096, (length - 1,), generator=draw).tolist()] for length in lengths]
+
+
+def expected(model, sequences, **options):
+    with sedetect.profile(model, **options) as prof:
+        for ids in sequences:
+            model(input_ids=torch.tensor([ids]))
+    return prof.stats
+
+
+def same(stats, other, rtol=1e-4):
+    """Equal counts, and maxima and sums up to what other batches round."""
+    assert (stats.header.tokens, stats.header.sequences) == (other.header.tokens, other.header.sequences)
+    assert stats.banks.keys() == other.banks.keys()
+    for bank, state in stats.banks.items():
+        one = other.banks[bank]
+        assert state.rows.sum() == one.rows.sum()
+        flips = int((state.rows - one.rows).abs().sum())  # routing near a tie
+        assert flips <= 2, (bank, flips)
+        assert int((state.first_rows - one.first_rows).abs().sum()) <= flips
+        alike = state.rows == one.rows
+        for name in ("first_max", "rest_max", "norm_sum", "gate_norm_sum", "gate_first_sum"):
+            torch.testing.assert_close(getattr(state, name)[alike], getattr(one, name)[alike], rtol=rtol, atol=1e-3)
+        # Place and token of the strongest rows; of first tokens that are all BOS, the sequence is a matter of rounding.
+        for records, others, columns in (
+            (state.outliers, one.outliers, slice(4, 7)),
+            (state.first_outliers, one.first_outliers, slice(5, 7)),
+        ):
+            assert (records[alike, 0, columns] == others[alike, 0, columns]).float().mean() > 0.95
+
+
+def test_the_embedded_corpus(llm):
+    text = sedetect.Text(tokens=4096, seq_len=128)
+    result = sedetect.profile_model(TINY, text=text, loading=Loading(dtype="float32"))
+    ids = [row.tolist() for windows in result.windows.values() for row in windows.ids][: 4096 // 128]
+    with sedetect.profile(llm, source="corpus", info={"corpus": "embedded"}, prefix=0) as prof:
+        generate(llm, ids)
+    stats = prof.stats
+    same(stats, result.stats)
+    state = stats.banks[L1]
+    record = state.peak_of(28)
+    assert (record.channel, record.position, record.token_id) == (101, 0, 0)
+    assert int(state.out_max.argmax()) == 28
+    assert str(sedetect.rank(stats).super_experts[0]) == "L1E28"
+    header = stats.header
+    assert header.digest.split("-") == [result.stats.header.digest.split("-")[0], "unchecked"]
+    assert (header.model, header.dtype, header.layers) == ("tiny-moe", "float32", {"decoder": 10})
+    assert header.banks[str(L1)].module == "model.layers.1.mlp.experts"
+    assert header.banks[str(L1)].backends == ["cpu"]
+    assert header.sources["corpus"].ranges == [[0, 32]]
+    assert header.versions["vllm"] == vllm.__version__
+    assert [note.code for note in header.notes] == ["unchecked_weights"]
+
+
+def test_chunks_lengths_and_generated_tokens(llm, model):
+    prompts = prompts_of(3, 250, 17, 120, 1)
+    with sedetect.profile(llm, channels=True, coactivation=True) as prof:
+        sequences, _ = generate(llm, prompts, tokens=6)
+    assert [len(ids) for ids in sequences] == [8, 255, 22, 125, 6]
+    other = expected(model, sequences, channels=True, coactivation=True)
+    same(prof.stats, other)
+    for bank, state in prof.stats.banks.items():
+        one = other.banks[bank]
+        torch.testing.assert_close(state.channel_max, one.channel_max, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(state.in_channel_sq, one.in_channel_sq, rtol=1e-3, atol=1e-2)
+        assert int((state.coactivation - one.coactivation).abs().sum()) <= 8
+
+
+def test_what_the_prefix_cache_holds_does_not_count(llm, model):
+    (prompt,) = prompts_of(100, seed=1)
+    with sedetect.profile(llm) as prof:
+        _, (first,) = generate(llm, [prompt])
+        during = prof.stats
+        _, (again,) = generate(llm, [[*prompt, 5, 6]])
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 96)
+    same(during, expected(model, [prompt]))
+    assert prof.stats.header.tokens == 100 + 102 - 96
+    assert int(prof.stats.banks[L1].first_rows.sum()) == 4  # of one sequence
+    (note,) = (note for note in prof.stats.header.notes if note.code == "cached")
+    assert note.count == 96 and "enable_prefix_caching=False" in note.text
+
+
+def test_preempted_requests_count_once(llm, model, monkeypatch):
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    preempted, original = [], scheduler._preempt_request
+
+    def preempt(*args, **how):
+        preempted.append(1)
+        return original(*args, **how)
+
+    monkeypatch.setattr(scheduler, "_preempt_request", preempt)
+    llm.reset_prefix_cache()
+    with sedetect.profile(llm) as prof:
+        sequences, _ = generate(llm, prompts_of(*[90] * 6, seed=2), tokens=80)
+    assert preempted
+    same(prof.stats, expected(model, sequences))
+
+
+def test_an_aborted_request_counts_as_far_as_it_came(llm, model):
+    engine = llm.llm_engine
+    long, short = prompts_of(200, 30, seed=3)
+    settings = vllm.SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, detokenize=False)
+    with sedetect.profile(llm) as prof:
+        engine.add_request("a", {"prompt_token_ids": long}, settings)
+        engine.step()  # 96 tokens of it
+        engine.abort_request(["a"])
+        sequences = [long[:96]]
+        for ids in (short, short[:9]):  # the name, used again
+            engine.add_request("a", {"prompt_token_ids": ids}, settings)
+            while engine.has_unfinished_requests():
+                outputs = engine.step()
+            sequences.append(ids + list(outputs[0].outputs[0].token_ids)[:-1])
+    same(prof.stats, expected(model, sequences))
+
+
+def test_a_request_under_way_and_what_is_left_behind(llm):
+    engine, runner = llm.llm_engine, runner_of(llm)
+    before = {name: id(value) for name, value in vars(runner).items() if callable(value)}
+    settings = vllm.SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
+    engine.add_request("a", {"prompt_token_ids": prompts_of(40, seed=4)[0]}, settings)
+    engine.step()
+    with sedetect.profile(llm) as prof:
+        while engine.has_unfinished_requests():
+            engine.step()
+    stats = prof.stats
+    assert stats.header.tokens == 7 and not int(stats.banks[L1].first_rows.sum())
+    assert [note.count for note in stats.header.notes if note.code == "under_way"] == [1]
+    assert {name: id(value) for name, value in vars(runner).items() if callable(value)} == before
+    generate(llm, prompts_of(20, seed=5))
+    assert prof.stats is stats
+    with sedetect.profile(llm) as prof:
+        pass
+    assert prof.stats.header.tokens == 0 and not int(prof.stats.banks[L1].rows.sum())
+    assert [note.code for note in prof.stats.header.notes].count("never_ran") == 10
+
+
+def test_reset(llm, model):
+    with sedetect.profile(llm) as prof:
+        generate(llm, prompts_of(20, seed=6))
+        assert json.loads(llm.collective_rpc("sedetect_reset")[0]) == {}
+        sequences, _ = generate(llm, prompts_of(33, seed=7))
+    same(prof.stats, expected(model, sequences))
+
+
+def test_statistics_come_in_parts(llm, monkeypatch):
+    monkeypatch.setattr("sedetect.engines.vllm._PART", 5000)
+    with sedetect.profile(llm) as prof:
+        generate(llm, prompts_of(20, seed=8))
+        (answer,) = llm.collective_rpc("sedetect_collect", args=("0",))
+    assert json.loads(answer)["size"] > 5000
+    assert prof.stats.header.tokens == 20
+
+
+def test_refused(llm, monkeypatch):
+    with sedetect.profile(llm), pytest.raises(sedetect.SedetectError, match="a profile of this engine is under way"):
+        sedetect.profile(llm).__enter__()
+    with pytest.raises(sedetect.SedetectError, match="prof.batch: an engine knows its rows"):
+        sedetect.profile(llm).batch(mask=None)
+    with pytest.raises(sedetect.SedetectError, match="pad_token_id: an engine knows"):
+        sedetect.profile(llm, pad_token_id=1)
+    with pytest.raises(sedetect.SedetectError, match="nothing was measured"):
+        _ = sedetect.profile(llm).stats
+    for method in ("sedetect_collect", "sedetect_reset"):
+        assert "start one first" in json.loads(llm.collective_rpc(method)[0])["refused"]
+    config = llm.llm_engine.vllm_config
+    monkeypatch.setattr(config.model_config, "enforce_eager", False)
+    with pytest.raises(sedetect.SedetectError, match="channels: graphs are compiled.*enforce_eager=True"):
+        sedetect.profile(llm, channels=True).__enter__()
+    monkeypatch.setattr(config.parallel_config, "worker_extension_cls", "")
+    with pytest.raises(sedetect.SedetectError, match=f'give worker_extension_cls="{EXTENSION}"'):
+        sedetect.profile(llm).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"tensor_parallel_size": 2}, "give enable_expert_parallel=True"),
+        ({"data_parallel_size": 2}, "start an engine for each"),
+        ({"worker_extension_cls": ""}, "give worker_extension_cls"),
+        ({"enable_eplb": True}, "under enable_eplb"),
+        ({"enable_dbo": True}, "under enable_dbo"),
+        ({"lora_config": object()}, "under enable_lora"),
+        ({"kv_sharing_fast_prefill": True}, "under kv_sharing_fast_prefill"),
+        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, None),
+        ({"pipeline_parallel_size": 2}, None),
+    ],
+)
+def test_what_an_engine_is_refused_for(given, why):
+    from sedetect.engines.vllm import refusal
+
+    parallel = {
+        "worker_extension_cls": EXTENSION,
+        "tensor_parallel_size": 1,
+        "data_parallel_size": 1,
+        "enable_expert_parallel": False,
+        "enable_eplb": False,
+        "enable_dbo": False,
+    }
+    parts = {"lora_config": None, "kv_sharing_fast_prefill": False} | parallel | given
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**{name: parts[name] for name in parallel}),
+        lora_config=parts["lora_config"],
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=parts["kv_sharing_fast_prefill"]),
+    )
+    found = refusal(config)
+    assert found is None if why is None else why in found
+
+
+def test_an_engine_that_did_not_ask_keeps_its_classes(llm, monkeypatch):
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    config = llm.llm_engine.vllm_config
+    with set_current_vllm_config(config):
+        assert type(RowParallelLinear(8, 8, prefix="model.layers.99.mlp.o_proj")) is RowParallelLinear
+        assert type(RowParallelLinear(8, 8, prefix="model.layers.99.mlp.down_proj")).__name__ == "MeasuredDown"
+        monkeypatch.setattr(config.parallel_config, "worker_extension_cls", "")
+        assert type(RowParallelLinear(8, 8, prefix="model.layers.98.mlp.down_proj")) is RowParallelLinear
+
+
+@pytest.mark.parametrize("owned", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]]])
+def test_expert_parallel_ranks_together_see_what_one_sees(owned):
+    """A fabricated map of experts: ranks that each have some of them, in either of vLLM's placements."""
+    from sedetect.engines.vllm import MeasuredBank, Serving
+
+    draw = torch.Generator().manual_seed(0)
+    experts, hidden, inner, tokens = 8, 16, 12, 40
+    w13 = torch.randn(experts, 2 * inner, hidden, generator=draw)
+    w2 = torch.randn(experts, hidden, inner, generator=draw)
+    x = torch.randn(tokens, hidden, generator=draw)
+    gates, index = torch.rand(tokens, experts, generator=draw).topk(3)
+
+    def run(here, expert_map):
+        config = SimpleNamespace(
+            compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=tokens + 8),
+        )
+        serving = Serving(config)
+        known = torch.stack((torch.arange(tokens) // 10, torch.zeros(tokens, dtype=torch.int64)))
+        serving.step(x.device).fill(known, torch.arange(tokens) % 10, torch.arange(tokens))
+        bank = MeasuredBank("model.layers.0.mlp.experts", (experts, hidden, inner), True, here)
+        layer = SimpleNamespace(
+            quant_method=SimpleNamespace(bank=bank, gate=Gate()),
+            expert_map=expert_map,
+            apply_router_weight_on_input=False,
+            w13_weight=w13 if here is None else w13[here],
+            w2_weight=w2 if here is None else w2[here],
+        )
+        return serving.experts(layer, x, gates, index.to(torch.int32)), bank.whole()
+
+    out, whole = run(None, None)
+    parts = []
+    for numbers in owned:
+        expert_map = torch.full((experts,), -1, dtype=torch.int32)
+        expert_map[numbers] = torch.arange(len(numbers), dtype=torch.int32)
+        parts.append(run(torch.tensor(numbers), expert_map))
+    torch.testing.assert_close(parts[0][0] + parts[1][0], out)
+    assert parts[0][1].merge(parts[1][1]).equal(whole)
+    assert int(whole.rows.sum()) == tokens * 3 and int(whole.first_rows.sum()) == 4 * 3
+
+
+def run_apart(checkpoint, folder, prompts, **options):
+    """The result of an engine with processes of its own, and what it saved."""
+    out = folder / "stats.safetensors"
+    script = folder / "run.py"
+    script.write_text(PIPELINE)
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    words = [checkpoint, out, json.dumps(prompts), json.dumps(options)]
+    ran = subprocess.run([sys.executable, script, *map(str, words)], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, (ran.stdout + ran.stderr)[-4000:]
+    result = next(line for line in ran.stdout.splitlines() if line.startswith("RESULT"))
+    return json.loads(result.removeprefix("RESULT")), out
+
+
+def test_pipeline_parallel_with_shared_experts_and_dense_layers(tmp_path):
+    model = random_model("qwen2_moe")
+    model.save_pretrained(tmp_path / "model")
+    prompts = [[1, *range(3 + n, 20 + 2 * n)] for n in range(3)]
+    result, out = run_apart(tmp_path / "model", tmp_path, prompts, pipeline_parallel_size=2, skip_tokenizer_init=True)
+    assert result["refused"] is None
+    sequences = [ids + tokens[:-1] for ids, tokens in zip(prompts, result["tokens"])]
+    stats, other = sedetect.ModelStats.load(out), expected(model, sequences)
+    same(stats, other)
+    assert {bank.kind for bank in stats.banks} == {"routed", "shared", "dense"}
+    assert {name: bank.module for name, bank in stats.header.banks.items()} == {
+        name: bank.module for name, bank in other.header.banks.items()
+    }
+    assert [note.code for note in stats.header.notes] == ["unchecked_weights"]
+
+
+def test_tensor_parallel_is_refused(tmp_path):
+    random_model("qwen3_moe").save_pretrained(tmp_path / "model")
+    result, _ = run_apart(tmp_path / "model", tmp_path, [[1, 5, 6]], tensor_parallel_size=2, skip_tokenizer_init=True)
+    assert result["refused"].startswith("vLLM: tensor parallelism splits the input of down_proj")

@@ -21,6 +21,7 @@ COMMANDS = {
     "profile": ("profile",),
     "locate": ("locate",),
     "plan": ("plan",),
+    "watch": ("watch",),
     "timeline": ("timeline",),
     "analyze": ("analyze_residual", "analyze_experts"),
     "super-weights": ("super_weights",),

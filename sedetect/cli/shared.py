@@ -171,14 +171,14 @@ def hidden(*packages: str) -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible(until: str = "stopping after this batch") -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C asks to stop at the next batch, so that every layer sees the same tokens; the second kills."""
     asked = False
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
         asked = True
-        stderr.print("stopping after this batch; press Ctrl-C again to abort")
+        stderr.print(f"{until}; press Ctrl-C again to abort")
         signal.signal(signal.SIGINT, previous)
 
     previous = signal.signal(signal.SIGINT, ask)

@@ -40,16 +40,7 @@ def print_ranking(
     console.print(ranking.headline, style="bold", markup=False, highlight=False, soft_wrap=True)
     experts = ranking.judged
     if experts:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        table.add_column("expert", no_wrap=True)
-        for name in ("max|y|", "/median", "chan", "pos"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("token", overflow="fold")
-        for name in ("set", "first", *(["carried"] if ranking.criteria["residual"] else []), "verdict"):
-            table.add_column(name, no_wrap=True)
-        for expert in experts[:_SHOWN]:
-            table.add_row(*_cells(expert, tokenizer, expert in ranking.super_experts, ranking.criteria["residual"]))
-        console.print(table)
+        console.print(ranking_table(ranking, tokenizer))
         if len(experts) > _SHOWN:
             console.print(f"... and {len(experts) - _SHOWN} more")
         for expert in experts[:_SHOWN]:
@@ -61,6 +52,20 @@ def print_ranking(
         _line(console, residual.sinks_line)
     for note in ranking.notes:
         _line(console, f"note: {note}")
+
+
+def ranking_table(ranking: Ranking, tokenizer: PreTrainedTokenizerBase | None = None) -> Table:
+    """The paper's set and the candidates beside it, the first of them."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("expert", no_wrap=True)
+    for name in ("max|y|", "/median", "chan", "pos"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("token", overflow="fold")
+    for name in ("set", "first", *(["carried"] if ranking.criteria["residual"] else []), "verdict"):
+        table.add_column(name, no_wrap=True)
+    for expert in ranking.judged[:_SHOWN]:
+        table.add_row(*_cells(expert, tokenizer, expert in ranking.super_experts, ranking.criteria["residual"]))
+    return table
 
 
 def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:

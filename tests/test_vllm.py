@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.models import TINY, random_model
-from transformers import AutoModelForCausalLM
+from support.models import COMMON, TINY
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 import sedetect
 from sedetect.checkpoints.options import Loading
@@ -352,15 +352,34 @@ def run_apart(checkpoint, folder, prompts, **options):
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     words = [checkpoint, out, json.dumps(prompts), json.dumps(options)]
-    ran = subprocess.run([sys.executable, script, *map(str, words)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, script, *map(str, words)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-4000:]
     result = next(line for line in ran.stdout.splitlines() if line.startswith("RESULT"))
     return json.loads(result.removeprefix("RESULT")), out
 
 
+def saved_model(folder):
+    """Shared experts beside routed ones, layer 1 dense, and heads of a size that vLLM's attention has on a CPU."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
+    config = Qwen2MoeConfig(
+        **COMMON | sizes,
+        num_experts=6,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=20,
+        mlp_only_layers=[1],
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 1.0))
+    model.save_pretrained(folder)
+    return model
+
+
 def test_pipeline_parallel_with_shared_experts_and_dense_layers(tmp_path):
-    model = random_model("qwen2_moe")
-    model.save_pretrained(tmp_path / "model")
+    model = saved_model(tmp_path / "model")
     prompts = [[1, *range(3 + n, 20 + 2 * n)] for n in range(3)]
     result, out = run_apart(tmp_path / "model", tmp_path, prompts, pipeline_parallel_size=2, skip_tokenizer_init=True)
     assert result["refused"] is None
@@ -375,6 +394,6 @@ def test_pipeline_parallel_with_shared_experts_and_dense_layers(tmp_path):
 
 
 def test_tensor_parallel_is_refused(tmp_path):
-    random_model("qwen3_moe").save_pretrained(tmp_path / "model")
+    saved_model(tmp_path / "model")
     result, _ = run_apart(tmp_path / "model", tmp_path, [[1, 5, 6]], tensor_parallel_size=2, skip_tokenizer_init=True)
     assert result["refused"].startswith("vLLM: tensor parallelism splits the input of down_proj")

@@ -5,12 +5,19 @@ They run where vLLM is installed (`make test-vllm`), on a CPU.
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from support.command import run
 from support.models import COMMON, TINY
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
@@ -93,8 +100,8 @@ def expected(model, sequences, **options):
     return prof.stats
 
 
-def same(stats, other, rtol=1e-4):
-    """Equal counts, and maxima and sums up to what other batches round."""
+def same(stats, other, numbered=True):
+    """Equal counts, and maxima and sums up to what other batches round. numbered: the requests came in order."""
     assert (stats.header.tokens, stats.header.sequences) == (other.header.tokens, other.header.sequences)
     assert stats.banks.keys() == other.banks.keys()
     for bank, state in stats.banks.items():
@@ -105,10 +112,10 @@ def same(stats, other, rtol=1e-4):
         assert int((state.first_rows - one.first_rows).abs().sum()) <= flips
         alike = state.rows == one.rows
         for name in ("first_max", "rest_max", "norm_sum", "gate_norm_sum", "gate_first_sum"):
-            torch.testing.assert_close(getattr(state, name)[alike], getattr(one, name)[alike], rtol=rtol, atol=1e-3)
+            torch.testing.assert_close(getattr(state, name)[alike], getattr(one, name)[alike], rtol=1e-4, atol=1e-3)
         # Place and token of the strongest rows; of first tokens that are all BOS, the sequence is a matter of rounding.
         for records, others, columns in (
-            (state.outliers, one.outliers, slice(4, 7)),
+            (state.outliers, one.outliers, slice(4 if numbered else 5, 7)),
             (state.first_outliers, one.first_outliers, slice(5, 7)),
         ):
             assert (records[alike, 0, columns] == others[alike, 0, columns]).float().mean() > 0.95
@@ -264,6 +271,7 @@ def test_refused(llm, monkeypatch):
         ({"worker_extension_cls": ""}, "give worker_extension_cls"),
         ({"enable_eplb": True}, "under enable_eplb"),
         ({"enable_dbo": True}, "under enable_dbo"),
+        ({"ubatch_size": 2}, "under enable_dbo"),
         ({"lora_config": object()}, "under enable_lora"),
         ({"kv_sharing_fast_prefill": True}, "under kv_sharing_fast_prefill"),
         ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, None),
@@ -280,6 +288,7 @@ def test_what_an_engine_is_refused_for(given, why):
         "enable_expert_parallel": False,
         "enable_eplb": False,
         "enable_dbo": False,
+        "ubatch_size": 0,
     }
     parts = {"lora_config": None, "kv_sharing_fast_prefill": False} | parallel | given
     config = SimpleNamespace(
@@ -362,13 +371,8 @@ def run_apart(checkpoint, folder, prompts, **options):
 def saved_model(folder):
     """Shared experts beside routed ones, layer 1 dense, and heads of a size that vLLM's attention has on a CPU."""
     sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}
-    config = Qwen2MoeConfig(
-        **COMMON | sizes,
-        num_experts=6,
-        moe_intermediate_size=24,
-        shared_expert_intermediate_size=20,
-        mlp_only_layers=[1],
-    )
+    experts = {"num_experts": 6, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 20}
+    config = Qwen2MoeConfig(**COMMON | sizes | experts, mlp_only_layers=[1])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -397,3 +401,71 @@ def test_tensor_parallel_is_refused(tmp_path):
     saved_model(tmp_path / "model")
     result, _ = run_apart(tmp_path / "model", tmp_path, [[1, 5, 6]], tensor_parallel_size=2, skip_tokenizer_init=True)
     assert result["refused"].startswith("vLLM: tensor parallelism splits the input of down_proj")
+
+
+def post(address, path, body):
+    headers = {"Content-Type": "application/json"}
+    with urlopen(Request(f"{address}/{path}", json.dumps(body).encode(), headers), timeout=120) as answer:
+        return json.load(answer)
+
+
+@contextmanager
+def serving(folder, *options):
+    """A server of tiny-moe in developer mode."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    script = folder / "serve.py"
+    script.write_text("from vllm.entrypoints.cli.main import main\nif __name__ == '__main__':\n    main()\n")
+    command = [sys.executable, script, "serve", TINY, "--port", address.rpartition(":")[2], "--host", "127.0.0.1"]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
+    command += ["--no-enable-prefix-caching", *options]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
+    try:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            with suppress(OSError), urlopen(f"{address}/health", timeout=5):
+                break
+            time.sleep(0.5)
+        yield address, process
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def test_watch_a_live_server(tmp_path, model):
+    out = tmp_path / "out"
+    with serving(tmp_path, "--worker-extension-cls", EXTENSION) as (address, server):
+        command = [sys.executable, "-m", "sedetect", "watch", address, "-o", out, "--every", "1"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        watch = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        while not (out / "stats.safetensors").exists() and watch.poll() is None:
+            time.sleep(0.1)
+        prompts = prompts_of(*range(20, 36), seed=9)
+        body = {"max_tokens": 5, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda ids: post(address, "v1/completions", body | {"prompt": ids}), prompts))
+        sequences = [ids + one["choices"][0]["token_ids"][:-1] for ids, one in zip(prompts, answers)]
+        watch.send_signal(signal.SIGINT)
+        printed, err = watch.communicate(timeout=120)
+        assert watch.returncode == 0, err
+        assert "candidates: L1E28" in printed.decode()
+        same(sedetect.ModelStats.load(out), expected(model, sequences), numbered=False)
+        watch = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        first = watch.stdout.readline().decode()
+        server.kill()
+        _, err = watch.communicate(timeout=120)
+        assert "tiny-moe: " in first and watch.returncode == 2
+        assert err.decode().startswith(f"sedetect: {address}: no answer (")
+        assert sedetect.ModelStats.load(out).header.tokens == sum(map(len, sequences))
+
+
+def test_a_server_without_the_extension_refuses_to_be_watched(tmp_path):
+    with serving(tmp_path) as (address, _):
+        result = run("watch", address, "-o", tmp_path / "out")
+        assert result.code == 2 and f"start the server with --worker-extension-cls {EXTENSION}" in result.err
+        (prompt,) = prompts_of(9)
+        assert post(address, "v1/completions", {"max_tokens": 1, "prompt": prompt})["usage"]["prompt_tokens"] == 9

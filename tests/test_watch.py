@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,3 +218,24 @@ def test_experts_of_ranks_are_joined():
     joined = join_workers(parts)
     assert joined.header.tokens == 60
     assert all(state.equal(prof.stats.banks[bank]) for bank, state in joined.banks.items())
+
+
+def test_engines_that_are_refused():
+    class Asynchronous:
+        async def collective_rpc(self):
+            pass
+
+    class Plain:
+        llm_engine = SimpleNamespace(
+            vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(worker_extension_cls=""))
+        )
+
+        def collective_rpc(self):
+            pass
+
+    with pytest.raises(sedetect.SedetectError, match="Asynchronous: its calls are asynchronous; .*sedetect watch"):
+        sedetect.profile(Asynchronous())
+    with pytest.raises(sedetect.SedetectError, match='Plain: .* give worker_extension_cls="sedetect.engines.vllm.Wo'):
+        sedetect.profile(Plain()).__enter__()
+    with pytest.raises(sedetect.SedetectError, match="pad_token_id"):
+        sedetect.profile(Plain(), pad_token_id=0)

@@ -41,7 +41,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.custom_op import CustomOp, PluggableLayer
+from vllm.model_executor.custom_op import CustomOp, PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.fused_moe import activation as activations
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -92,7 +92,7 @@ def refusal(config: Any) -> str | None:
     unknown = {
         "prefill_context_parallel_size": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "enable_eplb": parallel.enable_eplb,
-        "enable_dbo": parallel.enable_dbo,
+        "enable_dbo": parallel.enable_dbo or parallel.ubatch_size > 1,
         "enable_lora": config.lora_config is not None,
         "kv_sharing_fast_prefill": config.cache_config.kv_sharing_fast_prefill,
     }
@@ -215,7 +215,8 @@ class Serving:
         held = config.compilation_config.static_forward_context
         if cls.NAME not in held:
             held[cls.NAME] = cls(config)
-            config.additional_config[cls.NAME] = __version__  # graphs that were compiled without us are not taken
+            if isinstance(config.additional_config, dict):  # a part of the name of what was compiled before
+                config.additional_config[cls.NAME] = __version__
         return held[cls.NAME]
 
     def step(self, device: torch.device) -> StepRows:
@@ -252,7 +253,7 @@ class Serving:
         bank = self.banks[path]
         if _layer(path)[0] in self.stacks():
             state, rows = bank.prepare(y.device), self.step(y.device).rows(len(y))
-            output_stats(y, x, state, rows=rows, backend=bank.measuring.backend, served=bank.note)
+            output_stats(y, x.to(y.dtype), state, rows=rows, backend=bank.measuring.backend, served=bank.note)
 
 
 def _layer(path: str) -> tuple[str, int]:
@@ -286,6 +287,11 @@ def _(x, y, path):
     return None
 
 
+taken = {"UnquantizedFusedMoEMethod", "RowParallelLinear"} & op_registry_oot.keys()
+if taken:
+    raise SedetectError(f"vLLM: another package replaces {taken.pop()}; uninstall its plugin, or leave out {_OPTION}")
+
+
 @CustomOp.register_oot(name="UnquantizedFusedMoEMethod")
 class MeasuredExperts(UnquantizedFusedMoEMethod):
     """The experts of one layer, computed by our ops; the weights are neither repacked nor padded."""
@@ -315,6 +321,8 @@ class MeasuredExperts(UnquantizedFusedMoEMethod):
             here[owned[owned >= 0].long()] = (owned >= 0).nonzero().flatten()
             experts = len(owned)
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        if hasattr(self, "bank"):  # weights that were loaded anew: graphs know the tensors of before
+            return
         self.gate = self._gate(layer, intermediate)
         self.bank = self._serving.banks[layer.layer_name] = MeasuredBank(
             layer.layer_name, (experts, hidden, intermediate), True, here
@@ -370,6 +378,8 @@ class MeasuredDown(RowParallelLinear):
         if self.tp_size > 1:
             x = tensor_model_parallel_all_gather(input_) if self.input_is_parallel else input_
             whole = y if self.reduce_results else tensor_model_parallel_all_reduce(y.clone())
+        if self.skip_bias_add and self.bias is not None:
+            whole = whole + self.bias
         x, whole = x.reshape(-1, x.shape[-1]), whole.reshape(-1, whole.shape[-1])
         if torch.compiler.is_compiling():
             _down_op(x, whole, self.prefix)
@@ -462,6 +472,8 @@ class Followed:
         else:
             runner = self.runner
             names, position, token_id = runner.input_batch.req_ids, runner.positions, runner.input_ids.gpu
+        if self._config.enable_prompt_embeds:  # a token may be none
+            token_id = torch.full_like(token_id, -1)
         sizes = [scheduler_output.num_scheduled_tokens[name] for name in names]
         known = self.requests.rows(names, sizes, scheduler_output.scheduled_spec_decode_tokens)
         rows = self.step.fill(known, position, token_id)

@@ -143,7 +143,8 @@ class StepRows:
 class MeasuredBank:
     """One bank of this worker, and what has been seen of it.
 
-    experts: of the whole model. here: (E,) numbers of those that this worker has, None for all.
+    experts: of the whole model. here: (E,) numbers of those that this worker has, None for all. top_k, served and
+    fallbacks are those of the engine's calls from its start on: a captured graph calls only once.
     """
 
     def __init__(self, path: str, sizes: tuple[int, int, int], routed: bool, here: torch.Tensor | None = None):
@@ -167,9 +168,8 @@ class MeasuredBank:
                 for tensor, value in zip(self.state.kept(), empty.kept(), strict=True):
                     tensor.copy_(value)
             else:
-                self.state = empty
+                self.state, self.served, self.fallbacks = empty, set(), set()
         self.measuring = measuring
-        self.served, self.fallbacks = set(), set()
 
     def prepare(self, device: torch.device) -> BankStats:
         if self.state is None:
@@ -299,7 +299,8 @@ class MeasuredExperts(UnquantizedFusedMoEMethod):
     def __init__(self, moe: Any):
         config = get_current_vllm_config()
         self._serving = None
-        if refusal(config) is None:
+        clamped = moe.swiglu_limit is not None and not hasattr(activations, "ApplyMoEActivationConfig")
+        if refusal(config) is None and not clamped:  # 0.22 clamps in the kernels that we stand in for
             self._serving = Serving.of(config)
         else:
             self.__class__ = UnquantizedFusedMoEMethod
@@ -308,6 +309,10 @@ class MeasuredExperts(UnquantizedFusedMoEMethod):
     @property
     def is_monolithic(self) -> bool:
         return False
+
+    @property
+    def supports_internal_mk(self) -> bool:
+        return True  # no modular kernel of vLLM's takes its place
 
     def maybe_roundup_sizes(self, *sizes: Any, **named: Any) -> tuple[int, int]:
         return FusedMoEMethodBase.maybe_roundup_sizes(self, *sizes, **named)
@@ -501,10 +506,8 @@ class Followed:
         for bank_id, bank in named.items():
             if not bank.routed and get_tensor_model_parallel_rank():
                 continue  # every rank has measured the same
-            if not bank.served:
-                notes.add(Note("never_ran", f"{bank_id} ({bank.path}) never ran: this profile is not complete"))
-            notes.update(Note("fallback", why, bank_id) for why in bank.fallbacks)
             banks[bank_id] = bank.whole()
+            notes.update(Note("fallback", why, bank_id) for why in bank.fallbacks)
             path = known[bank_id].path if bank_id in known else bank.path
             described[str(bank_id)] = BankInfo(path, bank.top_k, sorted(bank.served))
         config, name = self._config, str(self._config.model)

@@ -25,6 +25,7 @@ from sedetect.models.measure import Measuring
 from sedetect.ops.choose import check_backend
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import BankInfo, ModelStats, join_banks
+from sedetect.stats.note import Note, sorted_notes
 from sedetect.stats.place import BankId
 
 EXTENSION = "sedetect.engines.vllm.Worker"
@@ -105,7 +106,10 @@ def join_workers(parts: list[ModelStats]) -> ModelStats:
     for name, bank in (item for part in parts for item in part.header.banks.items()):
         served = {*bank.backends, *(banks[name].backends if name in banks else ())}
         banks[name] = replace(bank, backends=sorted(served))
-    return ModelStats(dict(sorted(whole.items())), replace(joined.header, banks=banks))
+    idle = [(bank, banks[str(bank)].module) for bank, state in whole.items() if not state.rows.any()]
+    notes = [Note("never_ran", f"{bank} ({name}) never ran: this profile is not complete") for bank, name in idle]
+    header = replace(joined.header, banks=banks, notes=sorted_notes([*joined.header.notes, *notes]))
+    return ModelStats(dict(sorted(whole.items())), header)
 
 
 def server_call(url: str) -> Call:

@@ -230,8 +230,8 @@ def test_engines_that_are_refused():
             vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(worker_extension_cls=""))
         )
 
-        def collective_rpc(self):
-            pass
+        def collective_rpc(self, method, args):
+            raise AttributeError(f"no attribute {method!r}")
 
     with pytest.raises(sedetect.SedetectError, match="Asynchronous: its calls are asynchronous; .*sedetect watch"):
         sedetect.profile(Asynchronous())
@@ -239,3 +239,6 @@ def test_engines_that_are_refused():
         sedetect.profile(Plain()).__enter__()
     with pytest.raises(sedetect.SedetectError, match="pad_token_id"):
         sedetect.profile(Plain(), pad_token_id=0)
+    Plain.llm_engine.vllm_config.parallel_config.worker_extension_cls = "mine.Worker"
+    with pytest.raises(sedetect.SedetectError, match=r"mine.Worker.*start no profile \(AttributeError: "):
+        sedetect.profile(Plain()).__enter__()

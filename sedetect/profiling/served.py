@@ -19,7 +19,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from sedetect.errors import SedetectError
+from sedetect.errors import SedetectError, shorten
 from sedetect.files import STATS
 from sedetect.models.measure import Measuring
 from sedetect.ops.choose import check_backend
@@ -169,7 +169,15 @@ class ServedProfile:
                 f"{type(self._llm).__name__}: started without sedetect; a profile is asked for when the engine starts: "
                 f'give worker_extension_cls="{EXTENSION}"'
             )
-        self._served.start()
+        try:
+            self._served.start()
+        except SedetectError:
+            raise
+        except Exception as error:  # of any kind, as vLLM passes on what its workers raise
+            raise SedetectError(
+                f"worker_extension_cls={parallel.worker_extension_cls!r}: its workers start no profile ("
+                f'{shorten(error)}); give "{EXTENSION}", or a class derived from it'
+            ) from None
         self._running = True
         return self
 

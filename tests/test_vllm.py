@@ -42,8 +42,13 @@ if __name__ == "__main__":
                    worker_extension_cls="sedetect.engines.vllm.Worker", **options)
     settings = vllm.SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, detokenize=False)
     refused = tokens = None
+    # Steps of nothing, which do not count. In the first, vLLM 0.32 makes what stages hand each other; the start of an
+    # eager engine on a CPU leaves it out.
+    dummy = lambda: llm.collective_rpc("execute_dummy_batch")
+    dummy()
     try:
         with sedetect.profile(llm) as prof:
+            dummy()
             outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings)
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         prof.stats.save(out)
@@ -362,7 +367,7 @@ def run_apart(checkpoint, folder, prompts, **options):
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     words = [checkpoint, out, json.dumps(prompts), json.dumps(options)]
     command = [sys.executable, script, *map(str, words)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, (ran.stdout + ran.stderr)[-4000:]
     result = next(line for line in ran.stdout.splitlines() if line.startswith("RESULT"))
     return json.loads(result.removeprefix("RESULT")), out

@@ -358,6 +358,46 @@ def test_expert_parallel_ranks_together_see_what_one_sees(owned):
     assert int(whole.rows.sum()) == tokens * 3 and int(whole.first_rows.sum()) == 4 * 3
 
 
+def test_which_tokens_of_a_request_counted_before():
+    """Drafts, and preempted requests as the second model runner is told of them: as new ones whose name is known."""
+    from sedetect.engines.vllm import Requests, StepRows
+
+    requests, step = Requests(), StepRows(32, torch.device("cpu"))
+
+    def run(sizes, new=(), old=(), finished=(), drafts=()):
+        """The sequence and position of each token that counts. new, old: (name, first position)."""
+        requests.schedule(
+            SimpleNamespace(
+                finished_req_ids=set(finished),
+                scheduled_new_reqs=[SimpleNamespace(req_id=name, num_computed_tokens=begin) for name, begin in new],
+                scheduled_cached_reqs=SimpleNamespace(
+                    req_ids=[name for name, _ in old], num_computed_tokens=[begin for _, begin in old]
+                ),
+            )
+        )
+        begins = dict([*new, *old])
+        position = torch.cat([begins[name] + torch.arange(size) for name, size in sizes.items()])
+        rows = step.fill(requests.rows([*sizes], [*sizes.values()], dict(drafts)), position, position)
+        counted = rows.counted
+        return list(zip(rows.sequence[counted].tolist(), rows.position[counted].tolist()))
+
+    assert run({"a": 3, "b": 2}, new=[("a", 0), ("b", 0)]) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert int(step.rows(32).counted.sum()) == 5
+    assert run({"a": 1}, old=[("a", 3)]) == [(0, 3)]
+    # Preempted, and computed again from its begin on.
+    assert run({"a": 4}, new=[("a", 0)]) == []
+    assert run({"a": 1, "b": 1}, old=[("a", 4), ("b", 2)]) == [(0, 4), (1, 2)]
+    # Two drafts, one of them rejected: another token is computed in its place.
+    assert run({"b": 3}, old=[("b", 3)], drafts={"b": [7, 8]}) == [(1, 3), (1, 4), (1, 5)]
+    assert run({"b": 3}, old=[("b", 5)], drafts={"b": [7, 8]}) == [(1, 5), (1, 6), (1, 7)]
+    assert requests.drafts == 4
+    # The name of one that ended, used again, with a prefix from the cache; one that nobody has seen begin.
+    assert run({"a": 2, "c": 1}, new=[("a", 4)], old=[("c", 9)], finished=["a"]) == [(2, 4), (2, 5), (3, 9)]
+    assert (requests.count, requests.cached, requests.under_way) == (4, 4, 1)
+    step.clear()
+    assert not step.rows(32).counted.any()
+
+
 def run_apart(checkpoint, folder, prompts, **options):
     """The result of an engine with processes of its own, and what it saved."""
     out = folder / "stats.safetensors"

@@ -314,5 +314,7 @@ def profile(
     if not isinstance(model, nn.Module) and hasattr(model, "collective_rpc"):
         if pad_token_id is not None:
             raise SedetectError("pad_token_id: an engine knows which rows are padding; leave it out")
+        if modalities:
+            raise SedetectError("modalities: inside an engine, tokens are not told apart; leave it out")
         return ServedProfile(model, source, info, prefix, measuring)
     return Profile(cast(nn.Module, model), source, info, prefix, measuring, pad=pad_token_id)

@@ -1,6 +1,8 @@
 """Text, image, video and audio tokens apart: every row of the experts, against loops over what the model was given."""
 
 import inspect
+from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -9,10 +11,14 @@ from support.families import FAMILIES, VOCAB, model_class, tiny_model
 from support.models import random_model
 
 import sedetect
+from sedetect.compression.pruning import choose_kept
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import decode
 from sedetect.models.modalities import MODALITIES, placeholders
 from sedetect.models.row_context import RowTracker
+from sedetect.ranking.coverage import unseen
+from sedetect.ranking.saliencies import saliency
+from sedetect.stats.place import BankId, Place
 
 TOKENS = {"image": VOCAB - 1, "video": VOCAB - 2, "audio": VOCAB - 3}
 
@@ -103,7 +109,7 @@ def test_every_row_has_its_modality(name):
                         assert ((record.sequence, record.position) in begins[modality]) == first
 
 
-def plant_for_images(model, stats, ids, layer: int, expert: int) -> str:
+def plant_for_images(model, stats, ids, layer: int, expert: int, scale: float = 1000) -> str:
     """Send image tokens to an expert and no other token, and scale its output up; returns its name."""
     bank = next(bank for bank in stats.banks if bank.routed and bank.layer == layer)
     experts = model.get_submodule(stats.header.banks[str(bank)].module)
@@ -117,7 +123,7 @@ def plant_for_images(model, stats, ids, layer: int, expert: int) -> str:
         x, image = seen[0].reshape(ids.numel(), -1).double(), (ids.flatten() == TOKENS["image"]).double()
         direction = torch.linalg.lstsq(x, 40 * (2 * image - 1)).solution  # + on image tokens, - on the others
         router.weight[expert] = direction.to(router.weight.dtype)
-        experts.down_proj[expert] *= 1000
+        experts.down_proj[expert] *= scale
     return f"L{layer}E{expert}"
 
 
@@ -244,3 +250,29 @@ def test_what_is_refused(model):
             whole.merge(mixed)
     with pytest.raises(SedetectError, match="image and of text tokens do not merge"):
         one["text"].merge(two["image"])
+
+
+def test_text_alone_would_prune_what_images_use(tmp_path):
+    """By the statistics of text the expert of images goes, by those of both it stays: as docs/compression.md has it."""
+    ids, model = image_ids(), build("qwen3_vl_moe")
+    with torch.no_grad():
+        for name, weight in model.model.language_model.named_parameters():
+            if weight.dim() > 1:  # the same in every release, whatever it draws first
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(crc32(name.encode())))
+    with sedetect.profile(model, modalities=True) as prof:
+        model(input_ids=ids, use_cache=False)
+    plant_for_images(model, prof.stats, ids, 1, 5, scale=4)
+    with sedetect.profile(model, modalities=True) as prof:
+        model(input_ids=ids, use_cache=False)
+    bank, parts = BankId("decoder", 1, "routed"), prof.modalities
+    parts["text"].save(tmp_path / "text.safetensors")
+    for by in ("frequency", "reap"):
+        assert 5 not in choose_kept(tmp_path / "text.safetensors", by, 0.25)[bank]
+        assert 5 in choose_kept(prof.stats, by, 0.25)[bank]
+    assert Place(*bank, 5) in unseen(parts["text"]) and Place(*bank, 5) not in unseen(prof.stats)
+    page = (Path(__file__).parents[1] / "docs" / "compression.md").read_text()
+    for what, stats in {"text": parts["text"], "image": parts["image"], "both": prof.stats}.items():
+        gone = sorted(set(range(8)) - set(choose_kept(stats, "reap", 0.25)[bank]))
+        reaps = " | ".join(f"{value:.1f}" for value in saliency(stats, "reap")[bank].tolist())
+        line = f"| {what} | {reaps} | {', '.join(f'E{e}' for e in gone)} |"
+        assert line in page, line

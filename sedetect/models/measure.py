@@ -168,17 +168,16 @@ def _compute_experts(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     module, measurement.top_k = measurement.bank.module, top_k_index.shape[-1]
-    gate, backend, served = measurement.gate, measurement.measuring.backend, measurement.note
+    gate = measurement.gate
+    how = _how(measurement, rows, parts)
     if isinstance(module, Adapter):
         compute = partial(module.compute, gate=gate) if module.fusable else module.compute
-        how: dict[str, Any] = {"rows": rows, "parts": parts, "backend": backend, "served": served}
         return compute(hidden_states, top_k_index, top_k_weights, state, **how)
     assert gate is not None  # measure
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     norm = as_experts(module).post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
     weights = ExpertWeights.of(module, gate)
-    how: dict[str, Any] = {"post_norm": norm, "rows": rows, "parts": parts, "backend": backend, "served": served}
-    out = moe_mlp(x, top_k_index, top_k_weights, weights, state, **how)
+    out = moe_mlp(x, top_k_index, top_k_weights, weights, state, post_norm=norm, **how)
     return out.reshape(hidden_states.shape)
 
 
@@ -187,12 +186,7 @@ def _compute_down(
 ) -> torch.Tensor:
     """A plain nn.Linear is computed by our op; anything else (quantized, split) computes itself and is read."""
     original, flat = measurement.bank.module, x.reshape(-1, x.shape[-1])
-    how: dict[str, Any] = {
-        "rows": rows,
-        "parts": parts,
-        "backend": measurement.measuring.backend,
-        "served": measurement.note,
-    }
+    how = _how(measurement, rows, parts)
     if is_plain_linear(original):
 
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -211,6 +205,11 @@ def _compute_down(
         flat = _gathered(flat, weight.device_mesh.get_group())
     output_stats(y.reshape(-1, y.shape[-1]), flat.to(y.dtype), state, **how)
     return y
+
+
+def _how(measurement: Measurement, rows: Rows, parts: Parts) -> dict[str, Any]:
+    """What every op is told beside its inputs and the state."""
+    return {"rows": rows, "parts": parts, "backend": measurement.measuring.backend, "served": measurement.note}
 
 
 def gate_of(bank: Bank) -> Gate | Callable[[torch.Tensor], torch.Tensor]:

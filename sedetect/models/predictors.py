@@ -65,8 +65,9 @@ def _found_in(model: "PreTrainedModel", name: str, loading: Loading) -> Iterator
     """Where MtpModel looks for weights: in this revision, and in the layers after the last, whatever their number."""
     layers, own = model.config.get_text_config().num_hidden_layers, model._keys_to_ignore_on_load_unexpected
     named = model.config._name_or_path
-    file = name if Path(name).is_dir() else cached_file(name, "config.json", revision=loading.revision)
-    model.config._name_or_path = str(name if Path(name).is_dir() else Path(file).parent)
+    if not Path(name).is_dir():
+        file = cached_file(name, "config.json", revision=loading.revision)
+        model.config._name_or_path = str(Path(file or "").parent)
     model._keys_to_ignore_on_load_unexpected = [*(own or ()), rf"\blayers\.{layers}\.", r"^mtp\."]
     try:
         yield

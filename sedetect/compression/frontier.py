@@ -314,7 +314,7 @@ def _buys(frontier: Frontier, by: str, names: str) -> str:
     bare, kept = frontier.curve(by), frontier.curve(by, True)
     pairs = [(increase, size_at(frontier, bare, increase), size_at(frontier, kept, increase)) for increase in INCREASES]
     saved = {increase: 1 - with_ / without for increase, without, with_ in pairs if with_ and without}
-    gains = [f"{share:.1%} of the size at {increase:+.0%}" for increase, share in saved.items() if share > 0]
+    gains = [f"{share:.1%} of the size at {increase:+.0%}" for increase, share in saved.items() if share >= 0.001]
     text = f"{what}, protecting {names} buys {' and '.join(gains) or 'nothing at equal perplexity'}"
     besides = [point.beside for point in (kept.points if kept else []) if point.beside is not None]
     if not besides:

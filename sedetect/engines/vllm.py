@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import transformers
 import vllm
-from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
@@ -229,9 +228,9 @@ class Serving:
         """The lists of layers that have routed experts."""
         return {_layer(bank.path)[0] for bank in self.banks.values() if bank.routed}
 
-    def experts(self, layer: nn.Module, x: torch.Tensor, gates: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def experts(self, layer: Any, x: torch.Tensor, gates: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """The experts of a layer: x (T, H), gates and index (T, k) -> (T, H)."""
-        method: Any = layer.quant_method
+        method = layer.quant_method
         bank = method.bank
         bank.top_k = index.shape[1]
         if layer.expert_map is not None:
@@ -298,7 +297,6 @@ class MeasuredExperts(UnquantizedFusedMoEMethod):
 
     def __init__(self, moe: Any):
         config = get_current_vllm_config()
-        self._serving = None
         clamped = moe.swiglu_limit is not None and not hasattr(activations, "ApplyMoEActivationConfig")
         if refusal(config) is None and not clamped:  # 0.22 clamps in the kernels that we stand in for
             self._serving = Serving.of(config)
@@ -541,12 +539,15 @@ class Worker:
     something cannot be done.
     """
 
+    _sedetect: Followed | None  # vLLM lets no attribute stand here that a worker might have
+    _collected: bytes
+
     def sedetect_start(self, asked: str) -> str:
         """Begin a profile. asked: JSON of source, info, prefix, backend, channels, coactivation, first_rows."""
         worker: Any = self
         if (followed := getattr(self, "_sedetect", None)) is not None:
-            why = f"a profile of this engine is under way ({followed.source}); leave it first"
-            return json.dumps({"refused": why, "source": followed.source})
+            under_way = f"a profile of this engine is under way ({followed.source}); leave it first"
+            return json.dumps({"refused": under_way, "source": followed.source})
         why = refusal(worker.vllm_config)
         if why is not None:
             return _refused(why)
@@ -635,7 +636,8 @@ def _without_weights(config: Any) -> tuple[Any, dict[BankId, Bank]]:
 
 def _named(banks: Sequence[MeasuredBank]) -> dict[BankId, MeasuredBank]:
     """The banks by the ids that they have in a transformers model."""
-    with_experts, taken, named = {_layer(bank.path) for bank in banks if bank.routed}, Counter(), {}
+    with_experts, named = {_layer(bank.path) for bank in banks if bank.routed}, {}
+    taken: Counter[tuple[tuple[str, int], str]] = Counter()
     for bank in banks:
         where = _layer(bank.path)
         kind = "routed" if bank.routed else "shared" if "shared" in bank.path or where in with_experts else "dense"

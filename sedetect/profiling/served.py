@@ -103,9 +103,9 @@ def join_workers(parts: list[ModelStats]) -> ModelStats:
             whole[bank] = whole[bank].merge(state) if bank in whole else state
     joined = join_banks(parts)
     banks: dict[str, BankInfo] = {}
-    for name, bank in (item for part in parts for item in part.header.banks.items()):
-        served = {*bank.backends, *(banks[name].backends if name in banks else ())}
-        banks[name] = replace(bank, backends=sorted(served))
+    for name, info in (item for part in parts for item in part.header.banks.items()):
+        served = {*info.backends, *(banks[name].backends if name in banks else ())}
+        banks[name] = replace(info, backends=sorted(served))
     idle = [(bank, banks[str(bank)].module) for bank, state in whole.items() if not state.rows.any()]
     notes = [Note("never_ran", f"{bank} ({name}) never ran: this profile is not complete") for bank, name in idle]
     header = replace(joined.header, banks=banks, notes=sorted_notes([*joined.header.notes, *notes]))
@@ -135,8 +135,8 @@ def server_call(url: str) -> Call:
                 why = f"{method} ended with HTTP {error.code}; see the server's log"
             raise SedetectError(f"{url}: {why}") from None
         except (OSError, ValueError, HTTPException) as error:
-            why = getattr(error, "reason", None) or error
-            raise SedetectError(f"{url}: no answer ({why}); start the server, or give its address") from None
+            reason = getattr(error, "reason", None) or error
+            raise SedetectError(f"{url}: no answer ({reason}); start the server, or give its address") from None
 
     return call
 

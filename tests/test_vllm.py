@@ -462,9 +462,8 @@ def serving(folder, *options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    script = folder / "serve.py"
-    script.write_text("from vllm.entrypoints.cli.main import main\nif __name__ == '__main__':\n    main()\n")
-    command = [sys.executable, script, "serve", TINY, "--port", address.rpartition(":")[2], "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", TINY, "--host", "127.0.0.1"]
+    command += ["--port", address.rpartition(":")[2]]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256"]
     command += ["--no-enable-prefix-caching", *options]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
@@ -477,6 +476,7 @@ def serving(folder, *options):
             with suppress(OSError), urlopen(f"{address}/health", timeout=5):
                 break
             time.sleep(0.5)
+        assert process.poll() is None, (folder / "log").read_text()[-3000:]
         yield address, process
     finally:
         process.terminate()

@@ -241,7 +241,7 @@ def test_of_two_outliers_one_is_proved(proof):
     [("formed-moe", "L1E15", "proved", 256), ("gated-moe", "L2E10", "refuted", 512)],
 )
 def test_models_of_the_study(folder, place, level, length):
-    """docs/formation.md: +10.6 % without L1E15; with attention gates +0.7 % without L2E10, 37 times its layer's median."""
+    """docs/formation.md: +10.6 % without L1E15; with attention gates +0.7 % without L2E10, 37 x its layer's median."""
     model, tokenizer, _, _ = open_model(TINY.parent / folder, loading=sedetect.Loading(dtype="float32"))
     domains = calibration_windows(model, tokenizer, None, sedetect.Text(tokens=8192, seq_len=length)).domains
     found = prove(model, domains, {parse_place(place): 200.0}, prefix=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.conformance import available, inputs_of, reference, run
 from support.families import FAMILIES, VOCAB, model_class, tiny_model
-from support.models import random_model
+from support.models import TINY, random_model
 
 import sedetect
 from sedetect.compression.pruning import choose_kept
@@ -238,6 +238,8 @@ def test_a_compiled_model_tells_them_apart(model):
 def test_what_is_refused(model):
     with pytest.raises(SedetectError, match="Qwen3MoeForCausalLM: its tokens are of text alone"):
         sedetect.profile(random_model("qwen3_moe"), modalities=True)
+    with pytest.raises(SedetectError, match="modalities: calibration reads text alone"):
+        sedetect.profile_model(TINY, measuring=sedetect.Measuring(modalities=True))
     parts = []
     for source in ("one", "two"):
         with sedetect.profile(model, source=source, modalities=True) as prof:

@@ -146,6 +146,10 @@ def profile_model(
             raise SedetectError(Argument(name), f" {number}: must be at least 1")
     for name, given, kind in (("text", text, Text), ("loading", loading, Loading), ("measuring", measuring, Measuring)):
         check_type(name, given, kind)
+    if measuring.modalities:
+        raise SedetectError(
+            Argument("modalities"), ": calibration reads text alone; run forwards with images inside sedetect.profile"
+        )
     if proving is not None:
         check_type("proving", proving, Proving)
     check_text(texts, text)  # before weights are read

@@ -469,7 +469,9 @@ def serving(folder, *options):
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_SERVER_DEV_MODE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(
+            [*map(str, command)], stdout=log, stderr=log, env=environment, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
@@ -481,6 +483,8 @@ def serving(folder, *options):
     finally:
         process.terminate()
         process.wait(timeout=60)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # an engine outlives a server that was killed
 
 
 def test_watch_a_live_server(tmp_path, model):

@@ -17,7 +17,6 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
-from support.command import run
 from support.models import COMMON, TINY
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
@@ -512,11 +511,3 @@ def test_watch_a_live_server(tmp_path, model):
         assert "tiny-moe: " in first and watch.returncode == 2
         assert err.decode().startswith(f"sedetect: {address}: no answer (")
         assert sedetect.ModelStats.load(out).header.tokens == sum(map(len, sequences))
-
-
-def test_a_server_without_the_extension_refuses_to_be_watched(tmp_path):
-    with serving(tmp_path) as (address, _):
-        result = run("watch", address, "-o", tmp_path / "out")
-        assert result.code == 2 and f"start the server with --worker-extension-cls {EXTENSION}" in result.err
-        (prompt,) = prompts_of(9)
-        assert post(address, "v1/completions", {"max_tokens": 1, "prompt": prompt})["usage"]["prompt_tokens"] == 9

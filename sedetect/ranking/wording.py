@@ -54,7 +54,7 @@ def make_headline(judged: Judged) -> str:
         if len(parts) == 1:
             parts.insert(0, "no super expert")
     text = "; ".join(parts) or f"no candidate: {_why_none(judged)}"
-    if judged.residual is not None and judged.residual.has_sinks is False:
+    if judged.residual is not None and judged.residual.has_sinks is False and not proved:  # a proof saw sinks itself
         text += "; no attention sinks to speak of"
     return text + (f"; non-finite values from {judged.nonfinite[0]} on" if judged.nonfinite else "")
 

@@ -134,9 +134,7 @@ class _Call:
     numbers: torch.Tensor | None = None  # (B, L) which of the flattened sequences a token is of
     apart: bool = True  # flattened sequences do not see each other
     types: torch.Tensor | None = None  # (B, L) modality of each token, as processors number them
-    groups: torch.Tensor | None = (
-        None  # (B, L) whether the experts of images and video serve a token, not those of text
-    )
+    groups: torch.Tensor | None = None  # (B, L) bool: by the experts of images and video, not by those of text
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -629,10 +627,8 @@ class RowTracker:
         positions = call.position_ids if batch.positions is None else batch.positions
         if positions is None:
             return None
-        if (
-            positions.dim() == 3
-        ):  # multimodal rotary embeddings, (axes, B, L): places in a picture are not in a sequence
-            if len(positions) != _TEXT_AXES:
+        if positions.dim() == 3:  # multimodal rotary embeddings, (axes, B, L)
+            if len(positions) != _TEXT_AXES:  # places in a picture are none in a sequence
                 return None
             positions = positions[0]
         return _move(positions, call.device).to(torch.int64).expand(call.shape)

@@ -72,6 +72,7 @@ def test_training_goes_on_as_without(folder, tmp_path, checkpointing):
     assert all(torch.equal(watched[1][name], weight) for name, weight in plain[1].items())
     states = monitor.series.states()
     assert [state.step for state in states] == [0, 2, 4, 6]
+    assert [state.digest.endswith("unchecked") for state in states] == [False, True, True, False]
     logged = [entry["experts/loss"] for entry in watched[2] if "experts/loss" in entry]
     assert logged == [state.loss for state in states] and logged[-1] != logged[0]
 
@@ -211,6 +212,9 @@ def test_refused(grown, folder, tokenizer, tmp_path):
     assert "a series on other text" in line(lambda: other.measure(model, 400))
     another = ExpertMonitor(grown, tokenizer=tokenizer, text=TEXT)
     assert "a series of another model" in line(lambda: another.measure(loaded(folder), 400))
+    follows = ExpertMonitor(tmp_path / "f", tokenizer=tokenizer, text=TEXT)
+    follows.measure(model, 0)
+    assert "follows another model" in line(lambda: follows.step(loaded(folder), 100))
     assert "tokenizer" in line(lambda: ExpertMonitor(tmp_path / "n").measure(model, 0))
     assert "every 0" in line(lambda: ExpertMonitor(tmp_path / "n", every=0))
     assert "holds no states" in line(lambda: timeline(tmp_path))

@@ -132,8 +132,8 @@ def digest_notes(model: nn.Module, found: str) -> list[Note]:
     if not found.endswith(UNCHECKED):
         return []
     text = (
-        f"{type(model).__name__}: no checksum of its weights could be taken where they are; statistics of other "
-        "weights of this architecture are not told apart from these"
+        f"{type(model).__name__}: no checksum of its weights was taken; statistics of other weights of this "
+        "architecture are not told apart from these"
     )
     return [Note("unchecked_weights", text)]
 

@@ -142,7 +142,7 @@ class Measurement:
 def measure(measurement: Measurement) -> Callable[..., torch.Tensor]:
     """The call for attach that computes a bank by our ops and updates its state."""
     bank = measurement.bank
-    if bank.routed and getattr(bank.module, "fusable", True):
+    if measurement.gate is None and bank.routed and getattr(bank.module, "fusable", True):
         measurement.gate = gate_of(bank)
     measurement.prepare_where_the_weights_are()
     return partial(_measure, measurement)

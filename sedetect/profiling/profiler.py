@@ -71,7 +71,7 @@ class Profile:
                 "the model on one device"
             )
         self._digest = model_digest(self._model) if digest is None else digest
-        self._notes = set(digest_notes(self._model, self._digest))  # of the model as it is attached
+        self._notes: set[Note] = set()  # of the model as it is attached
         self._attached = False
         self._failure: SedetectError | None = None
         self._exit = ExitStack()
@@ -163,7 +163,8 @@ class Profile:
         """
         if (failure := self._failed()) is not None:
             raise failure
-        tracker, banks, described, notes = self._tracked.tracker, {}, {}, set(self._notes)
+        tracker, banks, described = self._tracked.tracker, {}, {}
+        notes = self._notes.union(digest_notes(self._model, self._digest))
         dtype: Any = self._model.dtype  # of every PreTrainedModel
         for one in self._measured:
             bank = one.bank
@@ -232,7 +233,7 @@ class Profile:
 class SourcesProfile(Profile):
     """A profile that is attached once and measures one source after another, each with statistics of its own.
 
-    begin() a source, run its forwards, take() what was measured.
+    begin() a source, run its forwards, take() what was measured. The block may be entered again.
     """
 
     def __init__(
@@ -246,8 +247,9 @@ class SourcesProfile(Profile):
     ):
         super().__init__(model, None, None, prefix, measuring, banks, digest)
 
-    def begin(self, source: str, info: dict[str, Any]) -> None:
-        self._source, self._info = source, info
+    def begin(self, source: str, info: dict[str, Any], digest: str | None = None) -> None:
+        """digest: the model's by now, where its weights change between sources."""
+        self._source, self._info, self._digest = source, info, digest or self._digest
         self._tracked.restart()
         for one in self._measured:
             one.clear()

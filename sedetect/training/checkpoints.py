@@ -14,7 +14,7 @@ from sedetect.models.identity import model_id
 from sedetect.models.loading import prepare_model
 from sedetect.training.monitor import SMALL
 from sedetect.training.series import Series
-from sedetect.training.states import fixed_text, measure_state
+from sedetect.training.states import StateMeter, fixed_text
 
 _STEP = re.compile(r"step[-_]?(\d+)|(\d+)\D*$", re.IGNORECASE)
 
@@ -63,7 +63,7 @@ def follow(
                 "checkpoints of a series at once, or a new folder"
             )
         opened = prepared.load()
-        series.append(*measure_state(opened.model, opened.banks, fixed, step, Path(name).name))
+        series.append(*StateMeter(opened.model, opened.banks, fixed).measure(step, Path(name).name))
         del opened, prepared  # before the next is loaded
     progress("", len(names), len(names))
     return series

@@ -18,7 +18,7 @@ from sedetect.models.wrappers import is_sharded, unwrap
 from sedetect.ranking.rule import rank
 from sedetect.stats.model import ModelStats
 from sedetect.training.series import Series, State
-from sedetect.training.states import FixedText, fixed_text, measure_state
+from sedetect.training.states import StateMeter, fixed_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ class ExpertMonitor(TrainerCallback):
         texts: str | os.PathLike[str] | dict[str, list[str]] | dict[str, list[Document]] | None = None,
         text: Text = SMALL,
         every: int = 100,
-        log: Callable[[dict[str, float]], object] = lambda scalars: None,
+        log: Callable[[dict[str, float]], object] | None = None,
     ):
         """
         Args:
@@ -63,43 +63,46 @@ class ExpertMonitor(TrainerCallback):
             every: steps between two states.
             log: is given the scalars of every state: trainer.log, wandb.log, ...
         Raises:
-            SedetectError: for every below 1; from the first state on, for what measure_state and profile refuse.
+            SedetectError: for every below 1; from the first state on, for what StateMeter and profile refuse.
         """
         if every < 1:
             raise SedetectError(Argument("every"), f" {every}: must be at least 1")
         self.series = Series(folder)
         self._tokenizer, self._texts, self._text, self._every, self._log = tokenizer, texts, text, every, log
-        self._fixed: FixedText | None = None
+        self._meter: StateMeter | None = None
         self._banks: list[Bank] = []
-        self._measured: int | None = None
 
     def step(self, model: nn.Module, step: int) -> State | None:
         """Measure, where it is time to; the first call begins the series at its step."""
-        if self._fixed is not None and step % self._every:
-            return None
-        return self.measure(model, step)
+        if self._meter is None:
+            return self.measure(model, step)
+        return self._measure(model, step, checked=False) if step % self._every == 0 else None
 
     def measure(self, model: nn.Module, step: int) -> State | None:
-        """Measure now, as the state of this step; None on a rank that does not measure."""
+        """Measure now, as the state of this step, with the weights' checksum; None on a rank that does not measure."""
+        return self._measure(model, step, checked=True)
+
+    def _measure(self, model: nn.Module, step: int, checked: bool) -> State | None:
         whole = unwrap(model)
-        if self._fixed is None:
-            self._begin(whole, step)
-        assert self._fixed is not None
+        if self._meter is None:
+            self._meter = self._begin(whole, step)
+        if self._meter.model is not whole:
+            raise SedetectError(f"{self.series.path}: follows another model; give each model a monitor of its own")
         first = not dist.is_initialized() or dist.get_rank() == 0
         together = is_sharded(model) or any(bank.here is not None for bank in self._banks)
-        self._measured = step
         if not (first or together):
             return None
-        state, stats = measure_state(whole, self._banks, self._fixed, step)
+        state, stats = self._meter.measure(step, checked=checked)
         if first:
             try:
                 self.series.append(state, stats)
             except SedetectError as error:  # no reason to end a training run
                 warnings.warn(f"step {step} is not in the series: {error}", stacklevel=2)
-            self._log(scalars(state, stats))
+            if self._log is not None:
+                self._log(scalars(state, stats))
         return state
 
-    def _begin(self, model: Any, step: int) -> None:
+    def _begin(self, model: Any, step: int) -> StateMeter:
         if any(p.numel() == 0 and hasattr(p, "ds_id") for p in model.parameters()):
             raise SedetectError(
                 f"{type(model).__name__}: DeepSpeed ZeRO-3 keeps its weights elsewhere; use ZeRO-2, or fully_shard"
@@ -107,13 +110,15 @@ class ExpertMonitor(TrainerCallback):
         if self._tokenizer is None:
             raise SedetectError("ExpertMonitor: no tokenizer; give ", Argument("tokenizer"), " or the Trainer one")
         self._banks = find_banks(model)
-        self._fixed = fixed_text(model, self._tokenizer, self._texts, self._text)
+        fixed = fixed_text(model, self._tokenizer, self._texts, self._text)
+        meter = StateMeter(model, self._banks, fixed)
         if dist.is_initialized() and dist.get_rank() != 0:
-            return
-        self.series.check(self._fixed.windows.source, model_id(model))
+            return meter
+        self.series.check(fixed.windows.source, model_id(model))
         if step == 0 and self.series.states():
             raise SedetectError(f"{self.series.path}: holds a series already; give a new folder, or resume its run")
         self.series.cut(step)
+        return meter
 
     # Trainer
 
@@ -122,13 +127,14 @@ class ExpertMonitor(TrainerCallback):
         self.measure(kwargs["model"], state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:  # on_train_end's
+            return
         due = control.should_log  # of the step's own loss, which trainer.log takes for done
         self.step(kwargs["model"], state.global_step)
         control.should_log = due
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._measured != state.global_step:
-            self.measure(kwargs["model"], state.global_step)
+        self.measure(kwargs["model"], state.global_step)
 
 
 def scalars(state: State, stats: ModelStats) -> dict[str, float]:

@@ -19,6 +19,7 @@ from sedetect.calibration.windows import Windows, batches, calibration_windows, 
 from sedetect.errors import SedetectError
 from sedetect.experiments.evaluation import predictions, window_losses
 from sedetect.models.banks import Bank
+from sedetect.models.identity import join_digest, model_digest, model_id
 from sedetect.models.layers import (
     attention_blocks,
     attention_weights,
@@ -68,34 +69,36 @@ def fixed_text(
     return FixedText(windows, prefix_ids(tokenizer), text.batch_size)
 
 
-def measure_state(
-    model: "PreTrainedModel", banks: list[Bank], text: FixedText, step: int, name: str = ""
-) -> tuple[State, ModelStats]:
-    """Measure a model, in whatever mode it is. step, name: as State has them.
+class StateMeter:
+    """Measures states of a model on a text, in whatever mode the model is.
 
     Raises SedetectError for a model that gives no logits of next tokens, and for one with an encoder.
     """
-    refuse_encoder_decoder(model, "a series")
-    refuse_without_logits(model, "a series")
-    start = time.perf_counter()
-    windows, prefix = text.windows, len(text.prefix)
-    first = next(iter(text.prefix), None)
-    loss = 0.0
-    with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
-        stack.enter_context(eager_attention(model))
-        watch = stack.enter_context(_Watch(model, banks, prefix))
-        prof = stack.enter_context(SourcesProfile(model, banks, prefix=first))
-        prof.begin(windows.source, windows.info)
-        for ids, numbers in batches(windows, text.batch_size):
-            prof.batch(sequence_ids=numbers)
-            watch.length = ids.shape[1]
-            loss += sum(window_losses(model, ids, prefix))
-        stats = prof.take()
-    loss /= len(windows.ids) * predictions(windows.ids, prefix)
-    uniform = uniform_sinks(prefix, windows.ids.shape[1])
-    known = (step, name, windows.source, stats.header.digest, uniform, loss)
-    return State(*known, *watch.result(), time.perf_counter() - start), stats
+
+    def __init__(self, model: "PreTrainedModel", banks: list[Bank], text: FixedText):
+        refuse_encoder_decoder(model, "a series")
+        refuse_without_logits(model, "a series")
+        self.model, self._text, self._unchecked = model, text, join_digest(model_id(model), None)
+        self._watch = _Watch(model, banks, len(text.prefix))
+        with undisturbed(model):
+            self._prof = SourcesProfile(model, banks, self._unchecked, prefix=next(iter(text.prefix), None))
+
+    def measure(self, step: int, name: str = "", *, checked: bool = True) -> tuple[State, ModelStats]:
+        """step, name: as State has them. checked: take the weights' checksum, which on a GPU is most of the time."""
+        start = time.perf_counter()
+        windows, prefix = self._text.windows, len(self._text.prefix)
+        loss = 0.0
+        with undisturbed(self.model), eager_attention(self.model), self._watch, self._prof:
+            self._prof.begin(windows.source, windows.info, model_digest(self.model) if checked else self._unchecked)
+            for ids, numbers in batches(windows, self._text.batch_size):
+                self._prof.batch(sequence_ids=numbers)
+                self._watch.length = ids.shape[1]
+                loss += sum(window_losses(self.model, ids, prefix))
+            stats = self._prof.take()
+        loss /= len(windows.ids) * predictions(windows.ids, prefix)
+        uniform = uniform_sinks(prefix, windows.ids.shape[1])
+        known = (step, name, windows.source, stats.header.digest, uniform, loss)
+        return State(*known, *self._watch.result(), time.perf_counter() - start), stats
 
 
 @contextmanager
@@ -125,12 +128,12 @@ class _Watch:
         paths = {id(module): path for path, module in model.named_modules()}
         self._layers = decoder_layers(model, banks)
         self._blocks = [attention_blocks(layer, paths[id(layer)], banks) for layer in self._layers]
-        self._peaks: list[list[torch.Tensor]] = [[] for _ in self._layers]  # () each
-        self._sinks: list[list[torch.Tensor]] = [[] for _ in self._layers]  # (B, heads) each
         self._prefix = prefix
         self.length = 0
 
     def __enter__(self) -> Self:
+        self._peaks: list[list[torch.Tensor]] = [[] for _ in self._layers]  # () each
+        self._sinks: list[list[torch.Tensor]] = [[] for _ in self._layers]  # (B, heads) each
         with ExitStack() as stack:
             for number, layer in enumerate(self._layers):
                 for block in self._blocks[number]:

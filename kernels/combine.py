@@ -87,7 +87,7 @@ def combine(
     if tokens:
         # The statistics of a row need the whole row in one program.
         rows, block = tiles.row_block(hidden, whole=h is not None)
-        _combine[(triton.cdiv(tokens, rows), triton.cdiv(hidden, block))](
+        _combine[(tiles.cdiv(tokens, rows), tiles.cdiv(hidden, block))](
             y, gates, schedule.row, plan.offsets, out,
             *(3 * [None] if found is None else (found.best, found.part, found.sqnorm)),
             tokens,

@@ -89,15 +89,15 @@ def down(
     """The down projection of down_torch. Rows of no expert are not written."""
     h, schedule = h.to(weight.dtype).contiguous(), scheduled(plan).schedule
     bias = None if bias is None else bias.contiguous()
-    slots, hidden = len(plan.order), weight.shape[2 if transposed else 1]
+    slots, hidden = plan.slots, weight.shape[2 if transposed else 1]
     y = h.new_empty(slots, hidden)
     tile = choose_tile(tiles.DOWN, weight, schedule.rows, hidden, h.device)
-    column_tiles = triton.cdiv(hidden, tile.n)
+    column_tiles = tiles.cdiv(hidden, tile.n)
     if slots == 0:
         return y
     operand = weight_operand(weight, transposed, tile)
     rows = row_operand(h, tile)
-    grid = tiles.programs(tile, h.dtype, len(schedule.tiles) * column_tiles, h.device)
+    grid = tiles.programs(tile, h.dtype, schedule.most * column_tiles, h.device)
     _down[(grid,)](
         rows, operand.data, operand.scale, bias, y, schedule.tiles, schedule.count,
         *operand.strides,

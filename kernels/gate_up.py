@@ -159,7 +159,7 @@ def gate_up(
     """
     x, schedule = x.to(weight.dtype).contiguous(), scheduled(plan).schedule
     bias = None if bias is None else bias.contiguous()
-    slots, columns = len(plan.order), weight.shape[2 if transposed else 1]
+    slots, columns = plan.slots, weight.shape[2 if transposed else 1]
     gate, activation = (Gate(gated=False), None) if gate is None else (gate, gate.activation)
     halved = gate.gated
     width = columns // 2 if halved else columns
@@ -169,9 +169,9 @@ def gate_up(
     interleaved = halved and gate.interleaved
     tile = choose_tile(tiles.GATE_UP, weight, schedule.rows, columns, x.device, interleaved)
     operand = weight_operand(weight, transposed, tile, 2 if halved and not interleaved else 1)
-    column_tiles = triton.cdiv(width, tile.n // 2 if halved else tile.n)
+    column_tiles = tiles.cdiv(width, tile.n // 2 if halved else tile.n)
     found = x.new_empty(column_tiles, slots, dtype=torch.float32) if parts else None
-    grid = tiles.programs(tile, x.dtype, len(schedule.tiles) * column_tiles, x.device)
+    grid = tiles.programs(tile, x.dtype, schedule.most * column_tiles, x.device)
     _gate_up[(grid,)](
         x, operand.data, operand.scale, bias, out, found,
         plan.order, schedule.tiles, schedule.count,

@@ -35,6 +35,11 @@ class Schedule:
     count: torch.Tensor
     arrived: torch.Tensor
 
+    @property
+    def most(self) -> int:
+        """max_tiles."""
+        return self.tiles.shape[0]
+
     @classmethod
     def empty(cls, slots: int, experts: int, rows: int, device: torch.device) -> "Schedule":
         """Uninitialized, for a kernel to fill."""
@@ -64,9 +69,14 @@ class Plan:
     offsets: torch.Tensor
     top_k: int
 
+    # Of shapes: len() of a tensor takes three times as long, and every stage asks.
+    @property
+    def slots(self) -> int:
+        return self.order.shape[0]
+
     @property
     def num_experts(self) -> int:
-        return len(self.offsets) - 1
+        return self.offsets.shape[0] - 1
 
 
 @dataclass(frozen=True)
@@ -222,12 +232,12 @@ def _schedule(
 
 def _shape(schedule: Schedule, slots: int, experts: int) -> tuple[int, dict[str, int]]:
     """(programs, constants) of the kernels that write a schedule: every program writes some of its tiles."""
-    bins = triton.next_power_of_2(experts + 1)
-    block = min(tiles.SLOTS, max(tiles.PAIRED, triton.next_power_of_2(slots)))  # one token compares few pairs
-    grid = triton.cdiv(slots, block)
-    per_program = triton.next_power_of_2(triton.cdiv(len(schedule.tiles), grid))
+    bins = tiles.next_power_of_2(experts + 1)
+    block = min(tiles.SLOTS, max(tiles.PAIRED, tiles.next_power_of_2(slots)))  # one token compares few pairs
+    grid = tiles.cdiv(slots, block)
+    per_program = tiles.next_power_of_2(tiles.cdiv(schedule.most, grid))
     if per_program > 64:
-        per_program, grid = 64, max(grid, triton.cdiv(len(schedule.tiles), 64))
+        per_program, grid = 64, max(grid, tiles.cdiv(schedule.most, 64))
     constants = {"BLOCK": block, "BINS": bins, "ROWS": schedule.rows, "PER_PROGRAM": per_program}
     return grid, constants | {"NUM_EXPERTS": experts}
 
@@ -242,7 +252,7 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> ScheduledPlan:
     if slots == 0:
         return ScheduledPlan(order, offsets.zero_(), top_k_index.shape[1], schedule)
     grid, constants = _shape(schedule, slots, num_experts)
-    blocks = triton.cdiv(slots, constants["BLOCK"])
+    blocks = tiles.cdiv(slots, constants["BLOCK"])
     counts = totals = None
     if blocks > 1:
         counts = torch.empty((num_experts + 1, blocks), dtype=torch.int32, device=device)
@@ -253,7 +263,7 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> ScheduledPlan:
     _sort[(grid,)](
         index, counts, totals,
         order, offsets, schedule.row, schedule.tiles, schedule.count, schedule.arrived,
-        slots, blocks, len(schedule.tiles),
+        slots, blocks, schedule.most,
         **constants, PAIRED=tiles.PAIRED, num_warps=8,
     )  # fmt: skip
     return ScheduledPlan(order, offsets, top_k_index.shape[1], schedule)
@@ -263,14 +273,14 @@ def scheduled(plan: Plan) -> ScheduledPlan:
     """The plan with a schedule, made here where there is none: plans of single_plan, every_plan, plan_torch."""
     if isinstance(plan, ScheduledPlan):
         return plan
-    slots = len(plan.order)
+    slots = plan.slots
     rows = tiles.tile_rows(slots, plan.num_experts)
     schedule = Schedule.empty(slots, plan.num_experts, rows, plan.order.device)
     if slots:
         grid, constants = _shape(schedule, slots, plan.num_experts)
         _schedule[(grid,)](
             plan.order, plan.offsets, schedule.row, schedule.tiles, schedule.count, schedule.arrived,
-            slots, len(schedule.tiles),
+            slots, schedule.most,
             **constants, num_warps=8,
         )  # fmt: skip
     return ScheduledPlan(plan.order, plan.offsets, plan.top_k, schedule)

@@ -154,13 +154,13 @@ def _row_parts(
 def row_parts(y: torch.Tensor, h: torch.Tensor, offsets: torch.Tensor | None = None) -> RowParts:
     """RowParts of y and h in one pass; with offsets (E + 1,), those of rows of no expert are left undefined."""
     y, h = ((t if t.dtype in _FLOATS else t.float()).contiguous() for t in (y, h))
-    y_block, h_block = (triton.next_power_of_2(t.shape[1]) for t in (y, h))
+    y_block, h_block = (tiles.next_power_of_2(t.shape[1]) for t in (y, h))
     in_part = min(h_block, 128)
-    in_parts = triton.cdiv(h.shape[1], in_part)
+    in_parts = tiles.cdiv(h.shape[1], in_part)
     found = RowParts.empty(y, h, y.new_empty(in_parts, len(y), dtype=torch.float32))
     if len(y):
         rows, block = tiles.row_block(max(y.shape[1], h.shape[1]), whole=True)
-        _row_parts[(triton.cdiv(len(y), rows),)](
+        _row_parts[(tiles.cdiv(len(y), rows),)](
             y, h, found.best, found.part, found.sqnorm, found.in_parts, offsets, len(y),
             EXPERTS=0 if offsets is None else len(offsets) - 1, H=y.shape[1], WIDTH=h.shape[1],
             BLOCK_S=rows, BLOCK_H=y_block, BLOCK_X=h_block,

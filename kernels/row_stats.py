@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from sedetect.kernels import tiles
 from sedetect.kernels.records import INF_BITS, float_bits
@@ -76,11 +75,11 @@ class RowParts:
 
     @property
     def y_part_width(self) -> int:
-        return tiles.part(triton.next_power_of_2(self.y.shape[1]), self.y.dtype)
+        return tiles.part(tiles.next_power_of_2(self.y.shape[1]), self.y.dtype)
 
     @property
     def h_part_width(self) -> int:
-        return triton.next_power_of_2(triton.cdiv(self.h.shape[1], len(self.in_parts)))
+        return tiles.next_power_of_2(tiles.cdiv(self.h.shape[1], len(self.in_parts)))
 
 
 def row_stats_torch(y: torch.Tensor, h: torch.Tensor) -> RowStats:

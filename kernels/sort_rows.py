@@ -33,10 +33,10 @@ def _sort_rows(
 def sort_rows(x: torch.Tensor, plan: ScheduledPlan) -> torch.Tensor:
     """sort_rows_torch, reading every token once; rows of no expert are not written."""
     x = x.contiguous()
-    out = x.new_empty(len(plan.order), x.shape[1])
+    out = x.new_empty(plan.slots, x.shape[1])
     if len(out):
-        block = min(triton.next_power_of_2(x.shape[1]), tiles.ROW_ELEMENTS)
-        _sort_rows[(len(out) // plan.top_k, triton.cdiv(x.shape[1], block))](
+        block = min(tiles.next_power_of_2(x.shape[1]), tiles.ROW_ELEMENTS)
+        _sort_rows[(len(out) // plan.top_k, tiles.cdiv(x.shape[1], block))](
             x, plan.schedule.row, plan.offsets, out,
             EXPERTS=plan.num_experts, H=x.shape[1], TOP_K=plan.top_k, BLOCK_H=block, num_warps=8,
         )  # fmt: skip

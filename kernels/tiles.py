@@ -23,7 +23,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 GROUP = 16  # row tiles that pass over a weight block together, while it is in L2
 SLOTS = 256  # slots that one program of plan sorts, comparing all with PAIRED of them at a time
@@ -66,6 +65,15 @@ _TILES = {
 }
 # A weight to be dequantized leaves shared memory a step before it is multiplied: a stage more.
 _TILES[QUANTIZED] = {rows: replace(tile, stages=tile.stages + 1) for rows, tile in _TILES[GATE_UP].items()}
+
+
+def cdiv(total: int, size: int) -> int:
+    """triton.cdiv for the host, where that takes 3 us a call."""
+    return -(-total // size)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def tile_rows(slots: int, experts: int) -> int:
@@ -138,7 +146,7 @@ def programs(tile: Tile, dtype: torch.dtype, tiles: int, device: torch.device) -
 
 def row_block(width: int, whole: bool) -> tuple[int, int]:
     """(rows, columns) that one program of a row-wise kernel takes; all columns if whole."""
-    columns = triton.next_power_of_2(width)
+    columns = next_power_of_2(width)
     if not whole:
         columns = min(columns, ROW_ELEMENTS)
     return min(32, max(1, ROW_ELEMENTS // columns)), columns

@@ -438,7 +438,7 @@ def update(state, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) 
 
     A block offers only rows that stand before the last record kept, so in a settled state there is nothing to merge.
     """
-    slots, experts, device = len(plan.order), plan.num_experts, plan.order.device
+    slots, experts, device = plan.slots, plan.num_experts, plan.order.device
     if slots == 0:
         return
     blocks = tiles.max_tiles(slots, experts, tiles.UPDATE_ROWS)
@@ -451,7 +451,7 @@ def update(state, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) 
     offers = torch.empty(3, blocks, tiles.UPDATE_ROWS, dtype=torch.int32, device=device)
     gates = gates.contiguous()
     constants = {
-        "NUM_EXPERTS": experts, "BINS": triton.next_power_of_2(experts), "ROWS": tiles.UPDATE_ROWS,
+        "NUM_EXPERTS": experts, "BINS": tiles.next_power_of_2(experts), "ROWS": tiles.UPDATE_ROWS,
         "TOP_K": plan.top_k, "KEPT": kept[0], "FIRST_KEPT": kept[1], "IN_KEPT": kept[2],
         "H": found.y.shape[1], "PART": found.y_part_width,
         "WIDTH": found.h.shape[1], "IN_PARTS": len(found.in_parts), "IN_PART": found.h_part_width,
@@ -470,7 +470,7 @@ def update(state, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) 
         counts, sums, heads, numbers, offers,
         state.counts, state.sums, *records,
         slots, blocks, rows.source,
-        **constants, BLOCKS=64, SLOTS=triton.next_power_of_2(max(kept)), NEW=tiles.NEW_RECORDS,
+        **constants, BLOCKS=64, SLOTS=tiles.next_power_of_2(max(kept)), NEW=tiles.NEW_RECORDS,
         # So that the programs of all experts run at once; what spills is needed only where there is much to merge.
         maxnreg=128,
     )  # fmt: skip

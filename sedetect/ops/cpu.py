@@ -73,7 +73,7 @@ class CpuBackend:
         if weights.storage or gate is None:
             return by_stages(self, x, plan, weights, gates)
         out = torch.zeros(len(x), weights.hidden, dtype=torch.float32)
-        stats = RowStats.empty(len(plan.order))
+        stats = RowStats.empty(plan.slots)
         limit = math.inf if gate.limit is None else gate.limit
         spec = (gate.activation, gate.gated, gate.interleaved, limit, gate.slope, gate.shift)
         x, gates = x.to(weights.dtype), gates.float().contiguous()

@@ -92,13 +92,13 @@ class CudaBackend(TritonBackend):
         return ScheduledPlan(order, offsets, top_k_index.shape[1], schedule)
 
     def update(self, state: BankStats, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
-        slots, device = len(plan.order), plan.order.device
+        slots, device = plan.slots, plan.order.device
         if slots == 0:
             return
         with on(device):
             schedule, gates = scheduled(plan).schedule, _gates(gates)
             records = (state.outliers, state.first_outliers, state.in_max)
-            size = _cuda.update_scratch(len(schedule.tiles), schedule.rows)
+            size = _cuda.update_scratch(schedule.most, schedule.rows)
             scratch = torch.empty(size, dtype=torch.uint8, device=device)
             _cuda.update(
                 _row_parts(found), plan.order.data_ptr(), _addresses(schedule),
@@ -126,7 +126,7 @@ class CudaBackend(TritonBackend):
         x = _aligned(x)
         experts, columns, hidden = weight.shape
         _check_sizes("gate_up", x, weight, hidden, plan)
-        slots, gated = len(plan.order), gate is not None and gate.gated
+        slots, gated = plan.slots, gate is not None and gate.gated
         width = columns // 2 if gated else columns
         h, found, found_at = x.new_empty(slots, width), None, 0
         if parts:
@@ -154,7 +154,7 @@ class CudaBackend(TritonBackend):
         h = _aligned(h)
         experts, hidden, width = weight.shape
         _check_sizes("down", h, weight, width, plan)
-        slots, schedule = len(plan.order), plan.schedule
+        slots, schedule = plan.slots, plan.schedule
         y = h.new_empty(slots, hidden)
         _cuda.down(
             h.data_ptr(), weight.data_ptr(), schedule.tiles.data_ptr(),
@@ -166,7 +166,7 @@ class CudaBackend(TritonBackend):
 
 def choose_gemm(plan: ScheduledPlan, weights: ExpertWeights) -> str:
     """triton, grouped (grouped_gemm.h), or few or many (mixed_gemm.h: Mixed.few)."""
-    slots, average = len(plan.order), len(plan.order) / plan.num_experts
+    slots, average = plan.slots, plan.slots / plan.num_experts
     if weights.storage:
         return "triton" if slots < MIXED_SLOTS else "few" if average <= FEW_ROWS else "many"
     return "grouped" if plan.schedule.rows == _cuda.TILE_ROWS else "triton"
@@ -186,7 +186,7 @@ def _mixed(
     x, bias = _aligned(x), None if bias is None else bias.contiguous()
     experts, columns, inner = weight.shape
     _check_sizes(name, x, weight, inner, plan)
-    slots, gated = len(plan.order), gate is not None and gate.gated
+    slots, gated = plan.slots, gate is not None and gate.gated
     width = columns // 2 if gated else columns
     result, found, found_at = x.new_empty(slots, width), None, 0
     if parts:
@@ -284,7 +284,7 @@ def _gates(gates: torch.Tensor) -> torch.Tensor:
 
 def _addresses(schedule: Schedule) -> tuple[int, ...]:
     tensors = (schedule.row, schedule.tiles, schedule.count, schedule.arrived)
-    return *(t.data_ptr() for t in tensors), schedule.rows, len(schedule.tiles)
+    return *(t.data_ptr() for t in tensors), schedule.rows, schedule.most
 
 
 def _row_parts(found: RowParts) -> tuple[list[int], list[int]]:

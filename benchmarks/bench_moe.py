@@ -11,6 +11,7 @@ One experts call in bfloat16 on random data; prints a table, and the last line i
     lean                  grouped_mm without transformers around it, compiled
     lean+statistics       the same with per-expert abs-max, sums of norms and of gate-weighted norms, and the largest
                           rows, returned (a compiler deletes what is not)
+    vllm, liger           fused_experts of vLLM (0.22) and Liger's fused MoE (0.8.5), where they are installed
     triton-off, cuda-off  ours without statistics
     triton, cuda          ours with every default statistic, and the state updated
     cpu                   ours on the CPU
@@ -22,7 +23,9 @@ Timed by CUDA events with an empty L2 before each variant, without waiting for t
 Variants that took more than 20 ms take part in every third round. Up to 256 tokens a variant runs 8 calls with routings
 of their own, so that weights do not stay in the L2, and is replayed as a CUDA graph where it can be captured (eager and
 hooks wait for the device; a graph's memory was taken before, so it shows as none). Kernels are those of ours in a graph
-of the whole call, with an empty L2 before it: the median launch of each.
+of the whole call, with an empty L2 before it: the median launch of each. With --calls nothing is captured: every
+variant is called as a layer calls it (ours by sedetect.ops.moe_mlp), eight times at least, so that what the host takes
+counts.
 
 Why combine takes the statistics of the rows, and not the epilogue of down, which had them as partials for each of its
 column tiles: on an H100, qwen3 at T = 32768, down took 1802 us with them and 1400 without, combine 653 and 414; at
@@ -35,6 +38,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
+from importlib.util import find_spec
 from statistics import median
 from typing import NamedTuple
 
@@ -71,7 +75,8 @@ SHAPES = {
 }
 TOKENS = (1, 16, 256, 2048, 8192, 32768)
 OURS = {backend.name: backend for backend in (TritonBackend(), CudaBackend())}
-RIVALS = ("eager", "hooks", "grouped_mm", "lean", "lean+statistics")
+ENGINES = {"vllm": "vllm", "liger": "liger_kernel"}
+RIVALS = ("eager", "hooks", "grouped_mm", "lean", "lean+statistics", *ENGINES)
 VARIANTS = (*RIVALS, *(name + off for name in OURS for off in ("-off", "")))
 ROUTINGS = 8  # that take turns where tokens are few
 KEPT = 256  # rows that lean+statistics keeps
@@ -119,9 +124,9 @@ def make_layer(shape: Shape, device: str) -> nn.Module:
     return layer.requires_grad_(False)
 
 
-def make_calls(shape: Shape, tokens: int, device: str, skew: float) -> list[Call]:
+def make_calls(shape: Shape, tokens: int, device: str, skew: float, eager: bool = False) -> list[Call]:
     calls = []
-    for seed in range(ROUTINGS if tokens <= 256 else 1):
+    for seed in range(ROUTINGS if tokens <= 256 or eager else 1):
         generator = torch.Generator(device).manual_seed(seed)
         logits = torch.randn(tokens, shape.experts, device=device, generator=generator)
         logits[:, 0] += skew
@@ -153,9 +158,9 @@ def lean(x, index, weights, gate_up_weight, down_weight, statistics: bool):
 
 
 def make_variants(
-    layer: nn.Module, shape: Shape, calls: list[Call], device: str, wanted: set[str]
+    layer: nn.Module, shape: Shape, calls: list[Call], device: str, wanted: set[str], eager: bool = False
 ) -> dict[str, Callable[[], object]]:
-    """What to time: each runs all calls once."""
+    """What to time: each runs all calls once, as a graph where calls are few and small, and not eager."""
     weights = (layer.gate_up_proj, layer.down_proj)
     experts = ops.ExpertWeights(*weights, Gate())
 
@@ -191,9 +196,12 @@ def make_variants(
 
         return run
 
-    def on_cpu() -> None:
-        for x, index, gates in calls:
-            ops.moe_mlp(x, index, gates, experts, state)
+    def called(backend: str) -> Callable[[], object]:
+        def run() -> None:
+            for x, index, gates in calls:
+                ops.moe_mlp(x, index, gates, experts, state, rows=rows, backend=backend)
+
+        return run
 
     variants = {
         "eager": transformers("eager"),
@@ -202,14 +210,33 @@ def make_variants(
         "lean": by_hand(False),
         "lean+statistics": by_hand(True),
     }
+    if "vllm" in wanted:
+        variants["vllm"] = vllm_experts(calls, weights)
+    if "liger" in wanted:
+        variants["liger"] = liger_experts(calls, weights)
     if device == "cpu":
-        variants["cpu"] = on_cpu
+        variants["cpu"] = called("cpu")
     else:
         variants |= {name + off: ours(name, not off) for name in OURS for off in ("-off", "")}
+        variants |= {name: called(name) for name in OURS if eager}
     variants = {name: run for name, run in variants.items() if name in wanted}
-    if device == "cuda" and len(calls) > 1:
+    if device == "cuda" and len(calls) > 1 and not eager:
         variants |= {name: captured(run) for name, run in variants.items() if name not in ("eager", "hooks")}
     return variants
+
+
+def vllm_experts(calls: list[Call], weights: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], object]:
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+    routed = [(call.x, *weights, call.weights.float(), call.index.int()) for call in calls]  # as its router gives them
+    return lambda: [fused_experts(*one) for one in routed]
+
+
+def liger_experts(calls: list[Call], weights: tuple[torch.Tensor, torch.Tensor]) -> Callable[[], object]:
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    routed = [(call.x, *weights, call.index.int(), call.weights.float()) for call in calls]
+    return lambda: [LigerFusedMoEFunction.apply(*one) for one in routed]
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
@@ -261,13 +288,18 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--skew", type=float, default=0.0, help="added to the logit of expert 0")
+    parser.add_argument("--calls", action="store_true", help="no graphs: what a call costs, the host counted in")
     parser.add_argument("--kernels", action="store_true", help="also the time of each kernel of ours (CUDA)")
     args = parser.parse_args()
     shapes, tokens_list, names = {name: SHAPES[name] for name in args.shapes}, args.tokens, args.variants
     if args.device == "cpu":
         shapes, tokens_list, names = {"small": Shape(8, 64, 32, 2)}, [min(args.tokens), 300], [*RIVALS, "cpu"]
+    missing = {name for name, package in ENGINES.items() if args.device == "cpu" or find_spec(package) is None}
 
     console = Console(width=210)
+    for name in sorted(missing & {*names}):
+        console.print(f"without {name}: not installed, or no GPU")
+    names = [name for name in names if name not in missing]
     ceilings = measure_ceilings(args.device, args.rounds)
     refusals = {n: b.refusal(torch.device(args.device, 0), torch.bfloat16) for n, b in OURS.items()}
     for name, reason in refusals.items():
@@ -282,16 +314,16 @@ def main() -> None:
         for column in ("T", "floor", *names):
             table.add_column(column, justify="right")
         for tokens in tokens_list:
-            calls = make_calls(shape, tokens, args.device, args.skew)
+            calls = make_calls(shape, tokens, args.device, args.skew, args.calls)
             floor = ceilings.floor(shape, calls)
             with torch.no_grad():
-                variants = make_variants(layer, shape, calls, args.device, set(names))
+                variants = make_variants(layer, shape, calls, args.device, set(names), args.calls)
                 memory = {n: peak_bytes(run, args.device) for n, run in variants.items()}
                 seconds = interleaved(variants, args.rounds, args.device)
                 kernels = {}
                 if args.kernels and args.device == "cuda":
                     for n in (n for n in variants if n.removesuffix("-off") in OURS):
-                        replay = variants[n] if len(calls) > 1 else captured(variants[n])
+                        replay = variants[n] if len(calls) > 1 and not args.calls else captured(variants[n])
                         times = kernel_times(replay, args.rounds)
                         kernels[n] = {kernel: t / len(calls) for kernel, t in times.items()}
             for s in seconds.values():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from sedetect.documents import data_frame, html_table, short_repr
 from sedetect.errors import SedetectError
@@ -230,9 +230,13 @@ class ModelStats:
 
         Raises SedetectError where the folder cannot be written.
         """
-        tensors = {f"{bank}/{name}": t for bank, state in self.banks.items() for name, t in state.tensors().items()}
+        arrays = {
+            f"{bank}/{name}": tensor.cpu().numpy()  # which safetensors takes in a third of the time of tensors
+            for bank, state in self.banks.items()
+            for name, tensor in state.tensors().items()
+        }
         metadata = {"format": FORMAT, "version": VERSION, "header": self.header.to_json()}
-        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+        write_atomic(path, lambda temporary: save_file(arrays, temporary, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ModelStats":

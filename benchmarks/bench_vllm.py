@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             dtype=args.dtype,
             enforce_eager=args.eager,
             max_model_len=args.length + args.generate + 1,
+            max_num_seqs=args.prompts,
             tensor_parallel_size=args.gpus,
             enable_expert_parallel=args.gpus > 1,
             enable_prefix_caching=False,

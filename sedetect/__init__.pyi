@@ -45,6 +45,7 @@ from .ranking.stability import agreement as agreement
 from .ranking.stability import sensitivity as sensitivity
 from .ranking.stability import verdict_sensitivity as verdict_sensitivity
 from .report.make import make_report as make_report
+from .report.notebook import plot as plot
 from .stats.bank import BankStats as BankStats
 from .stats.model import ModelStats as ModelStats
 from .stats.model import merge_all as merge_all

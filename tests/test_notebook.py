@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.checkpoints import save_random
+from support.models import CONFIGS
 from support.page import Page
 from support.synthetic import synthetic_stats
 
@@ -73,6 +75,38 @@ def test_banks_that_saw_nothing_or_gave_no_number(stats):
     assert "<td>decoder.0.routed</td><td>4</td><td>–</td><td>–</td><td>nan</td>" in html
     assert "<td>decoder.1.routed</td><td>4</td><td>inf</td><td>L1E0</td>" in html
     assert "<td>decoder.2.routed</td><td>4</td><td>–</td><td>–</td><td>0</td><td>0</td><td>0</td>" in html
+
+
+def test_plots(stats, tmp_path):
+    """The report's figures: of statistics, of a folder, which has more, and of an analysis."""
+    alone = sedetect.plot(stats).to_dict()
+    assert alone["layer"][0]["mark"]["type"] == "rect" and len(alone["datasets"]["experts"]) == 12
+    stats.save(tmp_path / "stats.safetensors")
+    assert sedetect.plot(tmp_path).to_dict() == alone
+    tail = sedetect.plot(stats, "tail").to_dict()
+    assert {*tail["datasets"]} == {"experts", "thresholds"}
+    with pytest.raises(
+        SedetectError, match="chart 'tails': there is none; give one of heatmap, tail, first-rest"
+    ):
+        sedetect.plot(stats, "tails")
+    with pytest.raises(SedetectError, match="results: a Ranking; give statistics, an analysis or a folder"):
+        sedetect.plot(sedetect.rank(stats))
+    with pytest.raises(SedetectError, match="nothing in them to draw"):
+        sedetect.plot(ModelStats.empty())
+
+
+def test_plots_of_an_analysis(tmp_path):
+    analysis = sedetect.analyze_weights(save_random(CONFIGS["qwen3_moe"](), tmp_path))
+    chart = sedetect.plot(analysis).to_dict()
+    assert chart["datasets"] and chart != sedetect.plot(analysis, "weights-L1-down-matrices").to_dict()
+    with pytest.raises(SedetectError, match="'weights-L1-down': there is none; give one of weights-L1-.* others"):
+        sedetect.plot(analysis, "weights-L1-down")
+
+
+def test_plots_without_altair(stats, monkeypatch):
+    monkeypatch.setitem(sys.modules, "altair", None)
+    with pytest.raises(SedetectError, match=r"plot needs altair; install it with: pip install 'sedetect\[report\]'"):
+        sedetect.plot(stats)
 
 
 def test_long_tables_say_so(ranking):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import vl_convert
 
@@ -41,9 +42,7 @@ def write_figures(
 
     progress is called with (charts done, charts in all). Raises SedetectError where a file cannot be written.
     """
-    data, pictures = _inside(evidence)
-    charts = Charts(data, page=False).all() + Inside(pictures, page=False).all()
-    return _write(charts, data, folder, list(FORMATS), progress)
+    return _write(figures_of(evidence), folder, list(FORMATS), progress)
 
 
 def write_pictures(
@@ -56,9 +55,24 @@ def write_pictures(
 
     marked: verdict by name of the experts to mark. progress and errors as in write_figures.
     """
+    return _write(pictures_as_figures(result, marked), folder, ["png", "svg"], progress)
+
+
+def figures_of(evidence: Evidence) -> dict[str, dict[str, Any]]:
+    """The specification of every chart by its name, with the records that it draws."""
+    data, pictures = _inside(evidence)
+    return _with_data(Charts(data, page=False).all() + Inside(pictures, page=False).all(), data)
+
+
+def pictures_as_figures(result: Analysis, marked: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """figures_of every picture of an analysis, of every layer."""
     pictures = pictures_of(result, marked, page=False)
     data = {name: records for picture in pictures for name, records in picture.data.items()}
-    return _write(Inside(pictures, page=False).all(), data, folder, ["png", "svg"], progress)
+    return _with_data(Inside(pictures, page=False).all(), data)
+
+
+def _with_data(charts: list[Chart], data: dict[str, Records]) -> dict[str, dict[str, Any]]:
+    return {chart.name: chart.spec | {"datasets": {name: data[name] for name in chart.data}} for chart in charts}
 
 
 def _inside(evidence: Evidence) -> tuple[dict[str, Records], list[Picture]]:
@@ -69,12 +83,12 @@ def _inside(evidence: Evidence) -> tuple[dict[str, Records], list[Picture]]:
 
 
 def _write(
-    charts: list[Chart], data: dict[str, Records], folder: Path, forms: list[str], progress: Callable[[int, int], None]
+    figures: dict[str, dict[str, Any]], folder: Path, forms: list[str], progress: Callable[[int, int], None]
 ) -> int:
-    for done, chart in enumerate(charts):
-        progress(done, len(charts))
-        spec = json.dumps(chart.spec | {"datasets": {name: data[name] for name in chart.data}})
+    for done, (name, figure) in enumerate(figures.items()):
+        progress(done, len(figures))
+        spec = json.dumps(figure)
         for form in forms:
             drawn = FORMATS[form](spec)
-            write_atomic(folder / f"{chart.name}.{form}", partial(Path.write_bytes, data=drawn))
-    return len(charts)
+            write_atomic(folder / f"{name}.{form}", partial(Path.write_bytes, data=drawn))
+    return len(figures)

@@ -13,9 +13,9 @@ from tokenizers.processors import TemplateProcessing
 
 from sedetect.calibration import texts as texts_module
 from sedetect.calibration import windows as windows_module
-from sedetect.calibration.records import Pair
+from sedetect.calibration.records import Pair, media
 from sedetect.calibration.texts import DOMAINS, Documents, load_texts
-from sedetect.calibration.windows import batches, check_vocabulary, make_windows, prefix_ids
+from sedetect.calibration.windows import Text, batches, check_text, check_vocabulary, make_windows, prefix_ids
 from sedetect.errors import SedetectError
 from sedetect.models.loading import load_tokenizer
 
@@ -500,6 +500,108 @@ def test_chat_template(tokenizer):
     assert message.startswith("a: ") and "roles must alternate" in message
     tokenizer.chat_template = None
     assert "no chat template" in refusal(make_windows, tokenizer, {"a": ["x"]}, tokens=1, seq_len=4, chat_template=True)
+
+
+TEXT_PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+LISTS = "{% for m in messages %}<{{ m.role }}>{% for c in m.content %}{{ c.text }};{% endfor %}{% endfor %}"
+STRINGS = "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% endif %}{% endfor %}"
+JOINED = "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "written"), [(LISTS, "<user>one;two;"), (STRINGS, "<user>one\ntwo"), (JOINED, "<user>one\ntwo"),
+                              (CHAT, "<user>one\ntwo")]
+)  # fmt: skip
+def test_parts_of_text_reach_a_template_that_takes_strings(tokenizer, template, written):
+    tokenizer.chat_template = template
+    chats = [[{"role": "user", "content": TEXT_PARTS}]] * 8
+    windows = make_windows(tokenizer, {"a": chats}, tokens=1, seq_len=4, chat_template=True)
+    expected = tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert windows.domains["a"].ids[0, 1:].tolist() == expected[:3]
+
+
+# Chats with images and sound
+
+
+def chat_of(*parts) -> dict:
+    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "What is it?"}]}]}
+
+
+def test_images_are_found_beside_the_file(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"a")
+    lines = [
+        chat_of({"type": "image", "path": "images/a.png"}),
+        chat_of({"type": "image", "image": str(tmp_path / "images" / "a.png")}),
+        chat_of({"type": "audio", "audio": "images/a.png"}),
+        chat_of({"type": "image"}) | {"images": ["images/a.png"]},
+    ]
+    (tmp_path / "seen.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "array.json").write_text(json.dumps(lines))
+    texts = load_texts(tmp_path)
+    for domain in ("seen", "array"):
+        parts = [media(chat)[0] for chat in texts[domain]]
+        held = str(tmp_path / "images" / "a.png")
+        image = {"type": "image", "image": held}
+        assert parts == [image, image, {"type": "audio", "audio": held}, image]
+
+
+def test_images_in_parquet(tmp_path):
+    """As columns of their own, as data sets store them, and in the messages, where parts have each other's fields."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    place, text = {"type": "image", "text": None}, {"type": "text", "text": "What is it?"}
+    apart = {"messages": [{"role": "user", "content": [place, text, place]}]}
+    apart["images"] = [{"bytes": b"one", "path": None}, {"bytes": b"two", "path": "b.png"}]
+    inside = {"messages": [{"role": "user", "content": [place | {"image": b"one"}, text | {"image": None}]}]}
+    for name, row in (("apart", apart), ("inside", inside)):
+        parquet.write_table(pa.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
+    texts = load_texts(tmp_path)
+    (content,) = [message["content"] for message in texts["apart"][0]]
+    assert content == [{"type": "image", "image": b"one"}, text, {"type": "image", "image": b"two"}]
+    (content,) = [message["content"] for message in texts["inside"][0]]
+    assert content == [{"type": "image", "image": b"one"}, text]
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (chat_of({"type": "image", "path": "b.png"}), "b.png: no such file; give paths from the file"),
+        (chat_of({"type": "image", "url": "https://a.org/b.png"}), "'https://a.org/b.png' for a file; download it"),
+        (chat_of({"type": "image", "image": "data:image/png;base64,AA"}), "for a file; download it"),
+        (chat_of({"type": "video", "path": "b.mp4"}), "a part of type 'video'; give text, image and audio"),
+        (chat_of({"type": "image_url", "image_url": {"url": "b"}}), "a part of type 'image_url'"),
+        (chat_of({"type": "image"}), "a place for image and nothing in it"),
+        (chat_of({"type": "audio"}) | {"images": ["x"]}, "a place for audio and nothing in it"),
+    ],
+)
+def test_images_that_cannot_be_had(tmp_path, record, said):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    message = refusal(load_texts, tmp_path / "a.jsonl")
+    assert "a.jsonl: line 1" in message and said in message
+
+
+def test_more_images_than_places(tmp_path):
+    (tmp_path / "b.png").touch()
+    (tmp_path / "a.jsonl").write_text(json.dumps(chat_of({"type": "image"}) | {"images": ["b.png", "b.png"]}))
+    assert "has 2 of image and places for 1" in refusal(load_texts, tmp_path / "a.jsonl")
+
+
+def test_images_are_no_windows(tokenizer):
+    tokenizer.chat_template = CHAT
+    chat = chat_of({"type": "image", "image": b""})["messages"]
+    for chats in ([chat], [[{"role": "user", "content": words(9)}], chat]):
+        message = refusal(make_windows, tokenizer, {"a": chats}, tokens=64, seq_len=16, chat_template=True)
+        assert message.startswith("a: holds chats with image")
+
+
+def test_domains_by_name():
+    assert list(check_text(None, Text(domains=("text",)))) == list(DOMAINS)
+    assert list(check_text(None, Text(domains=("code", "images", "english")))) == ["english", "code"]
+    assert list(check_text({"a": ["x"], "text": ["y"]}, Text(domains=("text",)))) == ["text"]
+    message = refusal(check_text, {"a": ["x"]}, Text(domains=("b",)))
+    assert message == "domains: there is no 'b'; give some of a, text, images"
 
 
 def test_long_text_is_silent(tokenizer, caplog):

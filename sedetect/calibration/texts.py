@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from sedetect.calibration.records import FIELDS, Document, Pair, characters, named, read_record
+from sedetect.calibration.records import CHATS, FIELDS, MEDIA_FIELDS, Document, Pair, characters, named, read_record
 from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.files import check_readable
 
@@ -235,7 +235,8 @@ def _read_jsonl(file: Path) -> Iterator[Document]:
                 raise _not_utf8(file, done + error.start) from None
             done += len(line)
             if text.strip():
-                yield read_record(_parse(text, f"{file}: line {number}"), f"{file}: line {number}")
+                where = f"{file}: line {number}"
+                yield read_record(_parse(text, where), where, file.parent)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -270,7 +271,7 @@ def _read_json(file: Path) -> Iterator[Document]:
                 raise SedetectError(f"{where} is not valid JSON ({why}); fix or remove it") from None
             held, at = held[at:] + rest, 0
             continue
-        yield read_record(record, where)
+        yield read_record(record, where, file.parent)
         number += 1
 
 
@@ -286,9 +287,11 @@ def _read_parquet(file: Path) -> Iterator[Document]:
             wanted = [name for name in names if name in FIELDS]
             if not wanted:
                 read_record(dict.fromkeys(names), f"{file}: row 0")
+            if set(CHATS) & set(wanted):
+                wanted += [name for name in names if name in MEDIA_FIELDS]
             for batch in opened.iter_batches(batch_size=256, columns=wanted):
                 for record in batch.to_pylist():
-                    yield read_record(record, f"{file}: row {number}")
+                    yield read_record(record, f"{file}: row {number}", file.parent)
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise SedetectError(f"{file}: not a readable parquet file ({shorten(error)}); write it again") from None

@@ -15,7 +15,7 @@ the statistics, within the source that the window's text, tokenizer, length and 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from sedetect.calibration.records import Document, Pair, characters, messages
+from sedetect.calibration.records import Document, Pair, characters, media, messages
 from sedetect.calibration.texts import HEAD, Documents, load_texts, pieces
 from sedetect.documents import short_repr
 from sedetect.errors import Argument, SedetectError, shorten
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+ALL, IMAGES = "text", "images"  # names for all domains of a text, and for the drawn images
 _CHUNK = 2**18  # characters that are tokenised at once, of a long domain
 _CHOICE = 8  # of a long domain a seed chooses among so many times the windows that it takes
 
@@ -48,6 +49,9 @@ class Text:
     batch_size     windows per forward
     seed           None takes the first windows of each domain, an integer a random choice of them, see make_windows
     chat_template  put every document through the tokenizer's chat template
+    domains        those of the text that are taken, by name: "text" for all of them, "images" for the drawn ones; None
+                   for all, and the drawn images where the text is the embedded one and the model takes images. Only
+                   profile_model draws images
     """
 
     tokens: int = 32768
@@ -55,6 +59,7 @@ class Text:
     batch_size: int = 8
     seed: int | None = None
     chat_template: bool = False
+    domains: tuple[str, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -323,6 +328,10 @@ class _Stream:
         return taken
 
     def _tokens(self, documents: list[Document]) -> np.ndarray:
+        if held := next((part["type"] for document in documents for part in media(document)), None):
+            raise SedetectError(
+                f"{self._domain}: holds chats with {held}, which profile takes if the first of them do; give text alone"
+            )
         if self._chat:
             texts = [_render(self._tokenizer, self._domain, document) for document in documents]
         else:
@@ -344,8 +353,26 @@ def _hash(ids: np.ndarray) -> str:
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", domain: str, document: Document) -> str:
+    chat = messages(document)
+    contents = [message.get("content") for message in chat]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    if not parts or not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        return _templated(tokenizer, domain, chat)
+    # Templates of text models may print a list as it is, or leave it out.
     try:
-        return cast(str, tokenizer.apply_chat_template(messages(document), tokenize=False))  # one chat, not as tokens
+        rendered = _templated(tokenizer, domain, chat)
+    except SedetectError:
+        rendered = ""
+    printed = any(str(content) in rendered for content in contents if isinstance(content, list))
+    if printed or not all(part["text"].strip() in rendered for part in parts):
+        joined = (c if not isinstance(c, list) else "\n".join(part["text"] for part in c) for c in contents)
+        return _templated(tokenizer, domain, [message | {"content": c} for message, c in zip(chat, joined)])
+    return rendered
+
+
+def _templated(tokenizer: "PreTrainedTokenizerBase", domain: str, chat: list[dict[str, Any]]) -> str:
+    try:
+        return cast(str, tokenizer.apply_chat_template(chat, tokenize=False))  # one chat, not as tokens
     except (TemplateError, TypeError, ValueError) as error:
         raise SedetectError(f"{domain}: no chat for the template ({shorten(error)}); fix or remove it") from None
 
@@ -361,10 +388,26 @@ def check_text(
         for domain, documents in texts.items():
             if not isinstance(documents, (list, tuple, Documents)):
                 raise SedetectError(f"texts[{domain!r}]: is a {type(documents).__name__}; give a list of documents")
-        return texts
+        return _chosen(texts, text.domains)
     if texts is not None and not isinstance(texts, (str, os.PathLike)):
         raise SedetectError(f"texts: is a {type(texts).__name__}; give a path, or a dictionary of lists of documents")
-    return load_texts(texts)
+    return _chosen(load_texts(texts), text.domains)
+
+
+def _chosen(documents: Mapping[str, Iterable[Document]], domains: tuple[str, ...] | None) -> Mapping[str, Any]:
+    if domains is None:
+        return documents
+    for name in domains:
+        if name not in documents and name not in (ALL, IMAGES):
+            known = ", ".join(dict.fromkeys([*documents, ALL, IMAGES]))
+            raise SedetectError(Argument("domains"), f": there is no {name!r}; give some of {known}")
+    everything = ALL in domains and ALL not in documents
+    return {name: found for name, found in documents.items() if everything or name in domains}
+
+
+def corpus_name(texts: object) -> str:
+    """What a header calls the texts that profile_model was given."""
+    return "embedded" if texts is None else "texts" if isinstance(texts, dict) else str(texts)
 
 
 def calibration_windows(
@@ -372,10 +415,16 @@ def calibration_windows(
     tokenizer: "PreTrainedTokenizerBase",
     texts: str | os.PathLike[str] | dict[str, list[str]] | dict[str, list[Document]] | None,
     text: Text = Text(),
+    *,
+    without: Collection[str] = (),
 ) -> Calibration:
-    """make_windows of texts (as profile_model takes them), checked against the model's vocabulary and positions."""
-    named = "embedded" if texts is None else "texts" if isinstance(texts, dict) else str(texts)
-    documents = check_text(texts, text)
+    """make_windows of texts (as profile_model takes them), checked against the model's vocabulary and positions.
+
+    without: domains that are read otherwise; where there is no other, there are no windows.
+    """
+    documents = {domain: found for domain, found in check_text(texts, text).items() if domain not in without}
+    if without and not documents:
+        return Calibration({}, text.tokens)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     calibration = make_windows(
         tokenizer,
@@ -384,7 +433,7 @@ def calibration_windows(
         seq_len=text.seq_len,
         seed=text.seed,
         chat_template=text.chat_template,
-        corpus=named,
+        corpus=corpus_name(texts),
         max_positions=positions,
     )
     for windows in calibration.domains.values():

@@ -59,6 +59,7 @@ class Results:
         self.path = Path(path)
         self.stats_path = self.path / STATS
         self.domains = Parts(self.path / "domains")
+        self.modalities = Parts(self.path / "modalities")
         self.rounds = Parts(self.path / "rounds")
         self.ranking_path = self.path / "super_experts.json"
         self.run_path = self.path / "run.json"

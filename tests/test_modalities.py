@@ -238,8 +238,10 @@ def test_a_compiled_model_tells_them_apart(model):
 def test_what_is_refused(model):
     with pytest.raises(SedetectError, match="Qwen3MoeForCausalLM: its tokens are of text alone"):
         sedetect.profile(random_model("qwen3_moe"), modalities=True)
-    with pytest.raises(SedetectError, match="modalities: calibration reads text alone"):
+    with pytest.raises(SedetectError, match="its tokens are of text alone"):
         sedetect.profile_model(TINY, measuring=sedetect.Measuring(modalities=True))
+    with pytest.raises(SedetectError, match="modalities: are not told apart where a model is streamed"):
+        sedetect.profile_model(TINY, measuring=sedetect.Measuring(modalities=True), stream=True)
     parts = []
     for source in ("one", "two"):
         with sedetect.profile(model, source=source, modalities=True) as prof:

@@ -16,6 +16,7 @@ class Loading:
     revision           branch, tag or commit of a hub model
     attn               attention implementation of transformers ("eager", "sdpa", ...); None leaves the choice to it
     trust_remote_code  run model code that comes with the checkpoint
+    multimodal         with its towers of images and sound, of a checkpoint whose text model alone can be loaded too
     """
 
     device: "str | torch.device | None" = None
@@ -23,6 +24,7 @@ class Loading:
     revision: str | None = None
     attn: str | None = None
     trust_remote_code: bool = False
+    multimodal: bool = False
 
     @property
     def source(self) -> dict[str, Any]:

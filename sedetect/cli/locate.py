@@ -179,6 +179,7 @@ def _save(found: Located, output: Path) -> None:
     found.save(results.ranking_path)
     describe_walk(found).save(results.run_path)
     results.domains.save({})  # what is there is of another run, as below
+    results.modalities.save({})
     results.rounds.save({})
     for path in (results.pruning_path, results.proof_path, results.residual_path):
         path.unlink(missing_ok=True)

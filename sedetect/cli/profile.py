@@ -81,6 +81,13 @@ def profile_command(
     batch_size: BatchSize = 8,
     seed: Seed = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="apply the tokenizer's chat template")] = False,
+    domains: Annotated[
+        str | None,
+        typer.Option(
+            help="which domains, by name: 'text' is all of the data, 'images' are drawn (default: text; without --data "
+            "and for a model that takes images, text,images)"
+        ),
+    ] = None,
     channels: Annotated[bool, typer.Option("--channels", help="also record maxima and squares per channel")] = False,
     coactivation: Annotated[
         bool, typer.Option("--coactivation", help="also count pairs of experts chosen together")
@@ -157,7 +164,7 @@ def profile_command(
             return profile_model(
                 ahead or model,
                 data,
-                text=Text(tokens, seq_len, batch_size, seed, chat_template),
+                text=Text(tokens, seq_len, batch_size, seed, chat_template, _names(domains)),
                 loading=Loading(device, dtype, revision, attn, trust_remote_code),
                 measuring=Measuring(backend, channels, coactivation, first_rows),
                 residual=_PROVED if prove and residual is None else residual,
@@ -280,6 +287,10 @@ def merge_command(
         merged.save(output)
 
 
+def _names(domains: str | None) -> tuple[str, ...] | None:
+    return None if domains is None else tuple(name.strip() for name in domains.split(",") if name.strip())
+
+
 def _show(result: ModelProfile, output: Path | None, model: str) -> None:
     """Print, then save."""
     from sedetect.ranking.rule import rank
@@ -312,8 +323,10 @@ def _save(result: ModelProfile, ranking: Ranking, output: Path, model: str) -> N
         write_atomic(results.pruning_path, lambda temporary: shutil.copyfile(pruned, temporary))
     else:
         results.pruning_path.unlink(missing_ok=True)  # of another run, as below
-    check_space(output, sum(part.nbytes for part in (*result.domains.values(), *result.shards)))
+    parts = (*result.domains.values(), *result.modalities.values(), *result.shards)
+    check_space(output, sum(part.nbytes for part in parts))
     results.domains.save(result.domains)
+    results.modalities.save(result.modalities)
     results.rounds.save({f"{number:03}": shard for number, shard in enumerate(result.shards)})
     describe_run(result, ranking).save(results.run_path)
     for path, document in ((results.residual_path, result.residual), (results.proof_path, result.proof)):

@@ -69,24 +69,36 @@ def attention_weights(output: object, length: int) -> torch.Tensor | None:
 
 
 def run_tokens(model: "PreTrainedModel", ids: torch.Tensor) -> None:
-    """One forward over ids (B, L), without a cache, and without all logits but the last, where the model can do so.
+    """run_inputs of text: one forward over ids (B, L). An encoder and its decoder read the same text."""
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    run_inputs(model, inputs)
 
-    An encoder and its decoder read the same text.
+
+def run_inputs(model: "PreTrainedModel", inputs: dict[str, torch.Tensor]) -> None:
+    """One forward, without a cache, and without all logits but the last, where the model can do so.
+
+    inputs: those of its arguments that are tensors, the others are dropped; pixels and sound in any type.
     """
     known = inspect.signature(model.forward).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())  # which passes it on
     wanted: dict[str, int | torch.Tensor] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-    if "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):  # which passes it on
+    if "use_cache" in known or anything:
         wanted["use_cache"] = False
-    if model.device.type != "meta":  # of offloaded embeddings, whose hooks move the ids
-        ids = ids.to(model.device, non_blocking=model.device.type == "cuda")  # without waiting for the forward before
-    if model.config.is_encoder_decoder:
-        wanted["decoder_input_ids"] = ids
+    for name, given in inputs.items():
+        if not isinstance(given, torch.Tensor) or not (name in known or anything):
+            continue
+        if model.device.type != "meta":  # of offloaded embeddings, whose hooks move the ids
+            # without waiting for the forward before
+            given = given.to(model.device, non_blocking=model.device.type == "cuda")
+        wanted[name] = given.to(model.dtype) if given.is_floating_point() else given
     text = model.config.get_text_config()
     unpadded = "SequenceClassification" in type(model).__name__ and text.pad_token_id is None
     if unpadded:
         text.pad_token_id = -1  # it finds the last token by it, and takes no batch without
     try:
-        model(input_ids=ids, **wanted)
+        model(**wanted)
     finally:
         if unpadded:
             text.pad_token_id = None

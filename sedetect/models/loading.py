@@ -45,10 +45,12 @@ from sedetect.errors import Argument, SedetectError, WeightsError, shorten
 from sedetect.files import check_readable
 from sedetect.kernels.dequantize import dequantize
 from sedetect.models.banks import Bank, find_banks
+from sedetect.models.modalities import placeholders
 from sedetect.models.wrappers import unwrap
 from sedetect.stats.note import Note
 
 if TYPE_CHECKING:
+    from transformers import ProcessorMixin
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 # What training code wraps a model or its layers in, as it stands in the names that are then saved.
@@ -56,12 +58,18 @@ _WRAPPER = re.compile(
     r"(^module\.|^base_model\.model\.|_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)\.(module\.)?)+"
 )
 _VOCABULARY = r"tokenizer.*|vocab.*|merges.*|.*\.model|.*\.tiktoken"
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_QUIETLY: dict[str, Any] = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 _OWN_CODE = " to run the model code it brings"
+_MULTIMODAL = (AutoModelForImageTextToText, AutoModelForMultimodalLM)
 # Tried in this order: a text-only class leaves the vision tower of a multimodal checkpoint out.
 _AUTO_CLASSES = (
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
+    *_MULTIMODAL,
     AutoModelForSeq2SeqLM,
     AutoModel,
 )
@@ -105,7 +113,7 @@ def load_with_notes(
     with _one_line_errors(name):
         config = AutoConfig.from_pretrained(name, **options)
     method = _quantization(config)
-    auto_class = _auto_class(name, config, loading.trust_remote_code)
+    auto_class = _auto_class(name, config, loading.trust_remote_code, loading.multimodal)
     if loading.attn is not None:
         options["attn_implementation"] = loading.attn
     if device.type != "cpu" and importlib.util.find_spec("accelerate"):
@@ -232,7 +240,7 @@ class PreparedModel:
             config = AutoConfig.from_pretrained(name, **self._loading.source)
         if self._loading.trust_remote_code and hasattr(config, "auto_map"):
             return self.load().model
-        return without_weights(name, config)
+        return without_weights(name, config, self._loading.multimodal)
 
     def load(self) -> OpenModel:
         """Read the weights of a checkpoint. Raises SedetectError for what load_model and find_banks refuse."""
@@ -302,10 +310,10 @@ def empty_model(folder: str | Path, config: str | Path | None = None) -> PreTrai
     return without_weights(str(folder), read)
 
 
-def without_weights(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+def without_weights(name: str, config: PreTrainedConfig, multimodal: bool = False) -> PreTrainedModel:
     """The model that transformers makes of a config, on the meta device."""
     with _one_line_errors(name), torch.device("meta"):
-        return _auto_class(name, config, False).from_config(config).eval()
+        return _auto_class(name, config, False, multimodal).from_config(config).eval()
 
 
 def load_tokenizer(
@@ -321,6 +329,31 @@ def load_tokenizer(
     if not tokenizer("a 1", add_special_tokens=False)["input_ids"]:
         raise SedetectError(f"{name}: no tokenizer in it; add the model's tokenizer.json and tokenizer_config.json")
     return tokenizer
+
+
+def load_processor(model: str | os.PathLike[str], loading: Loading = Loading()) -> "ProcessorMixin | None":
+    """The processor of a checkpoint whose model takes images or sound; None where either is not so.
+
+    Raises SedetectError where there is one that cannot be loaded.
+    """
+    name = source_name(model)
+    with _one_line_errors(name):
+        config = AutoConfig.from_pretrained(name, **loading.source)
+    if not placeholders(config):
+        return None
+    with quiet():
+        try:
+            from transformers import AutoProcessor, ProcessorMixin  # which takes a while
+
+            if not any(cached_file(name, file, revision=loading.revision, **_QUIETLY) for file in _PROCESSORS):
+                return None
+            found = AutoProcessor.from_pretrained(name, **loading.source)
+        except Exception as error:  # of a library that is not installed, a damaged file, another version
+            raise SedetectError(
+                f"{name}: its processor cannot be loaded ({shorten(error)}); pip install 'sedetect[images]', or check "
+                "its files"
+            ) from error
+    return found if isinstance(found, ProcessorMixin) else None
 
 
 def _vocabulary(folder: Path) -> list[Path]:
@@ -361,13 +394,15 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
         )
 
 
-def _auto_class(name: str, config: PreTrainedConfig, trust_remote_code: bool) -> "type[_BaseAutoModelClass]":
+def _auto_class(
+    name: str, config: PreTrainedConfig, trust_remote_code: bool, multimodal: bool = False
+) -> "type[_BaseAutoModelClass]":
     remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
     for with_head in () if remote else _OTHER_HEADS:
         named = getattr(with_head._model_mapping.get(type(config), None), "__name__", None)
         if named is not None and named in (config.architectures or ()):
             return with_head
-    for auto_class in _AUTO_CLASSES:
+    for auto_class in (*(_MULTIMODAL if multimodal else ()), *_AUTO_CLASSES):
         if auto_class.__name__ in remote or type(config) in auto_class._model_mapping:
             return auto_class
     raise SedetectError(f"{name}: transformers has no language model for {type(config).__name__}; give one that has")

@@ -4,7 +4,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sedetect.calibration.chats import Chats
 from sedetect.calibration.records import Document
 from sedetect.calibration.windows import (
     Calibration,
@@ -21,6 +22,7 @@ from sedetect.calibration.windows import (
     batches,
     calibration_windows,
     check_text,
+    corpus_name,
     prefix_ids,
 )
 from sedetect.checkpoints.memory import too_large
@@ -29,14 +31,15 @@ from sedetect.documents import short_repr
 from sedetect.errors import Argument, SedetectError, check_type, shorten
 from sedetect.experiments.proof import check_numbers
 from sedetect.experiments.residual_stream import Residual, observe_residual
-from sedetect.models.layers import run_tokens
+from sedetect.models.layers import run_inputs, run_tokens
 from sedetect.models.loading import OpenModel, PreparedModel, prepare_model
 from sedetect.models.measure import Measuring
 from sedetect.models.predictors import check_predictor, load_predictor
 from sedetect.ops.choose import check_backend
 from sedetect.ops.triton import prepare_launches
 from sedetect.profiling.heads import HeadProfile
-from sedetect.profiling.profiler import SourcesProfile
+from sedetect.profiling.pictured import find_pictured
+from sedetect.profiling.profiler import SourcesProfile, modalities_of
 from sedetect.profiling.proving import Proving, prove_profile
 from sedetect.ranking.rule import rank
 from sedetect.stats.model import ModelStats, merge_all
@@ -44,7 +47,7 @@ from sedetect.stats.note import Note, sorted_notes
 from sedetect.stats.proof import Proof
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from sedetect.models.streamed import StreamedModel
     from sedetect.profiling.streaming import Streamed
@@ -58,6 +61,7 @@ class ModelProfile:
 
     stats         of all domains together
     domains       per domain; they merge to stats
+    modalities    of the tokens of text, images and sound alone, where they were told apart (Profile.modalities)
     seconds       in the model's forwards and the statistics, without loading
     device        name of what the model ran on
     asked         tokens asked for; stats.header.tokens were used
@@ -65,6 +69,7 @@ class ModelProfile:
     residual      what was seen of the residual stream, where it was asked for and nothing interrupted the profile
     proof         what a proof of the candidates found, likewise; None where there was no candidate
     windows       the windows of each domain that there were to run; see sedetect.experiments.super_weights
+    chats         likewise the chats with images or sound
     streamed      how streaming the model layer by layer went, where it was streamed
     rounds        after each round, the tokens so far and the experts to protect (Ranking.found), largest first; empty
                   where profiling was not in rounds
@@ -75,6 +80,7 @@ class ModelProfile:
 
     stats: ModelStats
     domains: dict[str, ModelStats] = field(default_factory=dict)
+    modalities: dict[str, ModelStats] = field(default_factory=dict)
     seconds: float = 0.0
     device: str = ""
     asked: int = 0
@@ -83,6 +89,7 @@ class ModelProfile:
     residual: Residual | None = None
     proof: Proof | None = None
     windows: dict[str, Windows] = field(default_factory=dict)
+    chats: dict[str, Chats] = field(default_factory=dict)
     streamed: "Streamed | None" = None
     rounds: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
     stable_after: int | None = None
@@ -99,6 +106,7 @@ def profile_model(
     loading: Loading = Loading(),
     measuring: Measuring = Measuring(),
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    processor: "ProcessorMixin | None" = None,
     residual: int | None = None,
     proving: Proving | None = None,
     until_stable: int | None = None,
@@ -110,7 +118,10 @@ def profile_model(
     progress: Callable[[str, int, int | None], None] = lambda domain, done, total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ModelProfile:
-    """Profile a model on calibration text. Domains never share a batch.
+    """Profile a model on calibration text, and on chats with images or sound. Domains never share a batch.
+
+    A domain whose first chats hold images or sound goes through the model's own processor; each chat is a sequence.
+    Tokens of text, images and sound are then told apart. text.tokens are bought of text, and as many of such chats.
 
     Args:
         model: a checkpoint folder, a hub name, or a loaded model (then tokenizer is needed).
@@ -118,6 +129,7 @@ def profile_model(
         text: how much of it is taken, and how it is cut and run.
         loading: how a checkpoint is loaded.
         measuring: what is measured, and by what.
+        processor: of a loaded model that is to see images or hear sound; a checkpoint brings its own.
         residual: afterwards observe the residual stream and the attention sinks of this many windows, as
             observe_residual does; rank takes what it saw.
         proving: afterwards prove the candidates, as prove_profile does; rank takes what it found.
@@ -146,13 +158,9 @@ def profile_model(
             raise SedetectError(Argument(name), f" {number}: must be at least 1")
     for name, given, kind in (("text", text, Text), ("loading", loading, Loading), ("measuring", measuring, Measuring)):
         check_type(name, given, kind)
-    if measuring.modalities:
-        raise SedetectError(
-            Argument("modalities"), ": calibration reads text alone; run forwards with images inside sedetect.profile"
-        )
     if proving is not None:
         check_type("proving", proving, Proving)
-    check_text(texts, text)  # before weights are read
+    documents = check_text(texts, text)  # before weights are read
     check_backend(measuring.backend)
     streaming = _must_stream(model, stream, loading)
     if mtp and (streaming or not isinstance(model, (str, os.PathLike))):
@@ -165,19 +173,40 @@ def profile_model(
         _refuse_parts(asked, streaming, part)
     if proving is not None:
         check_numbers(proving.smallest, proving.level)
+    text_alone: dict[str | Argument, object] = {
+        "a model that is streamed layer by layer": streaming,
+        Argument("until_stable"): rounds,
+        Argument("mtp", True): mtp,
+    }
+    unfit = tuple(what for what, given in text_alone.items() if given)[:1]
+    pictured = find_pictured(model, documents, text, loading, processor, embedded=texts is None, unfit=unfit)
+    if pictured.domains:
+        loading, measuring = replace(loading, multimodal=True), replace(measuring, modalities=True)
+    if measuring.modalities and streaming:
+        raise SedetectError(Argument("modalities"), ": are not told apart where a model is streamed; leave it out")
+    for name, given in (("residual", residual), ("proving", proving)):
+        if given is not None and not documents.keys() - pictured.domains.keys():
+            raise SedetectError(Argument(name), ": reads text, and there are chats with images or sound alone")
     if torch.cuda.is_available():
         prepare_launches()
     prepared, made = _prepare(model, tokenizer, loading, part if streaming else None)
     if mtp:
         check_predictor(prepared.empty, model)
-    calibration = calibration_windows(prepared.empty, prepared.tokenizer, texts, text)
+    if measuring.modalities:
+        modalities_of(prepared.empty)
+    calibration = calibration_windows(prepared.empty, prepared.tokenizer, texts, text, without=pictured.domains)
+    chats, said = pictured.chats(prepared.empty, text, corpus_name(texts))
+    calibration.notes += said
+    if pictured.domains and not (chats or calibration.domains):
+        raise SedetectError(f"{corpus_name(texts)}: no chat that the model's positions hold; give shorter ones")
     opened = prepared.load()
     streamed = next(iter(made), None)
     result = ModelProfile(
-        ModelStats.empty(), asked=text.tokens, tokenizer=opened.tokenizer, windows=calibration.domains
+        ModelStats.empty(), asked=text.tokens, tokenizer=opened.tokenizer, windows=calibration.domains, chats=chats
     )
     result.device = _device_name(opened.model.device if streamed is None else streamed.device)
-    calibration.domains = _part(calibration.domains, text.batch_size, *part)
+    calibration.domains, chats = _part(calibration.domains, chats, text.batch_size, *part)
+    total = calibration.used + sum(one.tokens for one in chats.values())
     prefix = prefix_ids(opened.tokenizer)
     first = next(iter(prefix), None)
     if streamed is not None:
@@ -195,7 +224,7 @@ def profile_model(
             stop=stop,
         )
         result.interrupted, result.seconds = not result.domains, result.streamed.compute
-        done = calibration.used
+        done = total
     else:
         start = time.perf_counter()
         with (
@@ -207,14 +236,14 @@ def profile_model(
                 head = load_predictor(opened.model, model, loading)
                 heads = stack.enter_context(HeadProfile(opened.model, head, measuring))
             result.seconds = time.perf_counter() - start
-            run = _Resident(result, opened.model, prof, calibration.used, progress, stop, heads)
-            done = run.windows(calibration.domains, text.batch_size, rounds)
+            run = _Resident(result, opened.model, prof, total, progress, stop, heads)
+            done = run.windows(calibration.domains, chats, text.batch_size, rounds)
     unmeasured = {"unused_weights", "unmeasured_experts"} if mtp else set()
     notes = [
         *(note for note in opened.notes if note.code not in unmeasured),
-        *_planned(result, calibration, done, rounds),
+        *_planned(result, calibration, done == total, rounds),
     ]
-    for stats in result.domains.values():
+    for stats in (*result.domains.values(), *result.modalities.values()):
         stats.header.notes = sorted_notes([*stats.header.notes, *notes])
     result.stats = merge_all(result.domains.values())
     if residual is not None and not result.interrupted:
@@ -267,11 +296,11 @@ def _prepare(
     return prepare_model(model, tokenizer, loading, load=load), made
 
 
-def _planned(result: ModelProfile, calibration: Calibration, done: int, rounds: _Rounds) -> list[Note]:
-    """What there is to know of the text that was run."""
+def _planned(result: ModelProfile, calibration: Calibration, whole: bool, rounds: _Rounds) -> list[Note]:
+    """What there is to know of the text that was run, whole or in part."""
     if result.interrupted:
         return []
-    if done == calibration.used:
+    if whole:
         return calibration.notes
     # What the budget would have bought is not what was used.
     text = f"stopped early: the candidates stayed the same for {rounds.until_stable} rounds"
@@ -325,11 +354,14 @@ def _prove(
         result.stats.header.notes = sorted_notes([*result.stats.header.notes, why])
 
 
-def _part(domains: dict[str, Windows], batch_size: int, first: int, step: int) -> dict[str, Windows]:
-    """Of the batches of all domains, every step-th from the first on, as windows that give the same batches again."""
+def _part(
+    domains: dict[str, Windows], chats: dict[str, Chats], batch_size: int, first: int, step: int
+) -> tuple[dict[str, Windows], dict[str, Chats]]:
+    """Of the batches of all domains, every step-th from the first on, as windows and chats that give the same batches
+    again."""
     if step == 1:
-        return domains
-    taken, number = {}, 0
+        return domains, chats
+    taken, held, number = {}, {}, 0
     for domain, windows in domains.items():
         runs = list(batches(windows, batch_size))
         mine = [run for place, run in enumerate(runs, number) if place % step == first]
@@ -337,6 +369,12 @@ def _part(domains: dict[str, Windows], batch_size: int, first: int, step: int) -
         if mine:
             ids, numbers = map(torch.cat, zip(*mine))
             taken[domain] = replace(windows, ids=ids, numbers=numbers)
+    for domain, all_chats in chats.items():
+        parts = all_chats.batches(batch_size)
+        own = [part for place, part in enumerate(parts, number) if place % step == first]
+        number += len(parts)
+        if own:
+            held[domain] = all_chats.among(torch.cat([part.numbers for part in own]))
     if number < step:
         raise SedetectError(
             f"{number} batches do not make {step} parts; give more ",
@@ -344,7 +382,7 @@ def _part(domains: dict[str, Windows], batch_size: int, first: int, step: int) -
             " or a smaller ",
             Argument("batch_size"),
         )
-    return taken
+    return taken, held
 
 
 def _must_stream(model: Any, stream: bool | None, loading: Loading) -> bool:
@@ -375,11 +413,12 @@ class _Resident:
     heads: HeadProfile | None = None
     done: int = 0
 
-    def windows(self, domains: dict[str, Windows], batch_size: int, rounds: _Rounds) -> int:
-        """Run the windows, into result; returns how many tokens were run."""
+    def windows(self, domains: dict[str, Windows], chats: dict[str, Chats], batch_size: int, rounds: _Rounds) -> int:
+        """Run the windows and chats, into result; returns how many tokens were run."""
         if rounds:
             batch_size = min(batch_size, ROUND_WINDOWS)
-        for part in _parts(domains, batch_size) if rounds else [domains]:
+        parts: list[dict[str, Any]] = _parts(domains, batch_size) if rounds else [{**domains, **chats}]
+        for part in parts:
             measured = self._part(part, batch_size)
             for domain, stats in measured.items():
                 self.result.domains[domain] = self.result.domains.get(domain, ModelStats.empty()).merge(stats)
@@ -387,25 +426,20 @@ class _Resident:
                 break
         return self.done
 
-    def _part(self, domains: dict[str, Windows], batch_size: int) -> dict[str, ModelStats]:
-        """The statistics of each domain's windows; of a domain that stop() left without any, none."""
+    def _part(self, domains: dict[str, Windows | Chats], batch_size: int) -> dict[str, ModelStats]:
+        """The statistics of each domain; of a domain that stop() left without any, none."""
         result, measured = self.result, {}
-        for domain, windows in domains.items():
+        for domain, held in domains.items():
             start = time.perf_counter()
-            self.prof.begin(windows.source, windows.info)
+            self.prof.begin(held.source, held.info)
             if self.heads is not None:
-                self.heads.begin(windows.source, windows.info)
-            for ids, numbers in batches(windows, batch_size):
-                result.interrupted = self.stop()
-                if result.interrupted:
-                    break
-                self.prof.batch(sequence_ids=numbers)
-                run_tokens(self.model, ids)
-                if self.heads is not None:
-                    self.heads.run(ids, numbers)
-                self.done += ids.numel()
+                self.heads.begin(held.source, held.info)
+            for tokens in self._run(held, batch_size):
+                self.done += tokens
                 self.progress(domain, self.done, self.total)
             stats = self.prof.take()
+            for modality, part in self.prof.modalities.items():
+                result.modalities[modality] = result.modalities.get(modality, ModelStats.empty()).merge(part)
             if self.heads is not None:
                 stats = self.heads.join(stats)
             result.seconds += time.perf_counter() - start
@@ -414,6 +448,25 @@ class _Resident:
             if result.interrupted:
                 break
         return measured
+
+    def _run(self, held: Windows | Chats, batch_size: int) -> Iterator[int]:
+        """Run the batches of a domain until stop() says so; yields the tokens of each."""
+        parts = held.batches(batch_size) if isinstance(held, Chats) else batches(held, batch_size)
+        for part in parts:
+            self.result.interrupted = self.stop()
+            if self.result.interrupted:
+                return
+            if isinstance(part, Chats):
+                self.prof.batch(sequence_ids=part.numbers)
+                run_inputs(self.model, part.inputs())
+                yield part.tokens
+                continue
+            ids, numbers = part
+            self.prof.batch(sequence_ids=numbers)
+            run_tokens(self.model, ids)
+            if self.heads is not None:
+                self.heads.run(ids, numbers)
+            yield ids.numel()
 
     def _round(self, measured: dict[str, ModelStats], rounds: _Rounds) -> bool:
         """Take down what a round came to, and say whether it was the last that is needed."""

@@ -8,7 +8,7 @@ bit for bit, and sums agree to 1e-12 relative (see sedetect.stats.bank).
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from sedetect.errors import SedetectError
-from sedetect.stats.model import merge_all
+from sedetect.stats.model import ModelStats, merge_all
 
 if TYPE_CHECKING:
     from sedetect.profiling.pipeline import ModelProfile
@@ -66,7 +66,7 @@ class Ranks:
             result = measure()
         except SedetectError as raised:
             error = raised.args
-        mine = None if result is None else (result.domains, result.seconds, result.interrupted)
+        mine = None if result is None else (result.domains, result.modalities, result.seconds, result.interrupted)
         gathered: list = [None] * self.count
         try:
             dist.all_gather_object(gathered, (error, mine))
@@ -78,13 +78,18 @@ class Ranks:
         if self.rank:
             return None
         assert result is not None  # no rank has an error
-        parts = [domains for _, (domains, *_) in gathered]
-        merged = {name: merge_all(part[name] for part in parts if name in part) for name in result.windows}
-        result.domains = {name: stats for name, stats in merged.items() if stats.banks}
+        domains, modalities, seconds, interrupted = zip(*(given for _, given in gathered))
+        result.domains = _merged(domains, [*result.windows, *result.chats])
+        result.modalities = _merged(modalities, dict.fromkeys(name for part in modalities for name in part))
         result.stats = merge_all(result.domains.values())
-        result.seconds = max(seconds for _, (_, seconds, _) in gathered)
-        result.interrupted = any(interrupted for _, (_, _, interrupted) in gathered)
+        result.seconds, result.interrupted = max(seconds), any(interrupted)
         return result
+
+
+def _merged(parts: Sequence[dict[str, ModelStats]], names: Iterable[str]) -> dict[str, ModelStats]:
+    """The parts of all ranks, by name; without those of which nothing was run."""
+    merged = {name: merge_all(part[name] for part in parts if name in part) for name in names}
+    return {name: stats for name, stats in merged.items() if stats.banks}
 
 
 @contextmanager

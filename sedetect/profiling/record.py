@@ -85,14 +85,13 @@ def describe_run(result: "ModelProfile", ranking: Ranking) -> Run:
         for row, _ in banks[expert.bank].strongest(expert.number, KEPT):
             places[row.source, row.sequence, row.position] = None
     sources = sorted(result.stats.header.sources)
-    windows = {
-        (w.source, int(number)): ids for w in result.windows.values() for number, ids in zip(w.numbers, w.ids.tolist())
-    }
+    texts = (*result.windows.values(), *result.chats.values())
+    sequences = {(one.source, int(number)): ids for one in texts for number, ids in zip(one.numbers, one.ids)}
     contexts = []
     for source, sequence, position in places:
         name = sources[source]
-        if (ids := windows.get((name, sequence))) is not None and 0 <= position < len(ids):
-            contexts.append(Context(name, sequence, position, *_around(ids, position, text_of)))
+        if (ids := sequences.get((name, sequence))) is not None and 0 <= position < len(ids):
+            contexts.append(Context(name, sequence, position, *_around(ids.tolist(), position, text_of)))
     return Run(
         digest=result.stats.header.digest,
         date=datetime.now(UTC).isoformat(timespec="seconds"),

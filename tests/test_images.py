@@ -1,20 +1,30 @@
 """Calibration with images: chats through a model's own processor, against loops over what the processor gives."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from support.command import SMALL, run
 from support.conformance import available, hooks
 from support.models import TINY
+from support.page import Page
 from support.processors import CASES, draw, save
 
 import sedetect
 from sedetect.calibration.drawn import draw_images
+from sedetect.compression.pruning import choose_kept
 from sedetect.errors import SedetectError
 from sedetect.kernels.records import decode
+from sedetect.models.banks import find_banks
 from sedetect.models.loading import load_model, load_processor
+from sedetect.ranking.modalities import uses
+from sedetect.ranking.saliencies import found_places
+from sedetect.results import Results
+from sedetect.stats.place import Place
 
 pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
@@ -188,7 +198,7 @@ def test_what_is_refused(folder, tmp_path):
         sedetect.profile_model(model, tokenizer=processor.tokenizer, processor=processor, text=text)
     model.config.image_token_id += 1
     processor.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
-    with pytest.raises(SedetectError, match="images: chat 0: Qwen3VLProcessor cannot read it"):
+    with pytest.raises(SedetectError, match="images: chat 0: .*Qwen3VLProcessor"):
         sedetect.profile_model(model, tokenizer=processor.tokenizer, processor=processor, text=text)
 
 
@@ -204,3 +214,102 @@ def test_where_images_are_only_the_default_a_note_says_that_they_are_left_out(fo
     (folder / "processor_config.json").rename(folder / "other.json")
     assert not left_out(sedetect.profile_model(folder, text=SHORT))
     (folder / "other.json").rename(folder / "processor_config.json")
+
+
+PLANTED = ("qwen3_vl_moe", "glm4v_moe", "inkling2")  # whose experts of images are those of text, chosen by a matrix
+EXPERT = Place("decoder", 1, "routed", 0)  # of experts that saw no row, the first to go
+
+
+def plant(folder, target):
+    """A copy of the checkpoint in which image tokens alone choose EXPERT, whose output is scaled up.
+
+    All text tokens are moved in one direction, which the router's row of the expert turns down.
+    """
+    model, processor = load_model(folder, sedetect.Loading(multimodal=True)), load_processor(folder)
+    bank = next(bank for bank in find_banks(model) if bank.id == EXPERT.bank)
+    block, words = model.get_submodule(bank.path.rpartition(".")[0]), model.get_input_embeddings().weight
+    seen, images = [], []
+    with torch.no_grad(), hooks() as add:
+        words += 20 * words.std() * torch.randn(words.shape[1], generator=torch.Generator().manual_seed(0))
+        add(block.gate.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, -2))))
+        for chat in draw_images():
+            inputs = processor.apply_chat_template([chat], tokenize=True, return_dict=True, return_tensors="pt")
+            model(**inputs, use_cache=False)
+            images.append(inputs["input_ids"].flatten() == model.config.image_token_id)
+        x, image = torch.cat(seen), torch.cat(images)
+        away = x[image].mean(0) - x[~image].mean(0)
+        block.gate.weight[EXPERT.number] = 100 * away / away.square().sum()
+        bank.module.down_proj[EXPERT.number] *= 1000
+    shutil.copytree(folder, target)
+    model.save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def planted(checkpoint, tmp_path_factory):
+    return cache(lambda name: plant(checkpoint(name), tmp_path_factory.mktemp("planted") / name))
+
+
+@pytest.mark.parametrize("name", [name for name in PLANTED if name in available()])
+def test_an_expert_of_images_is_found_and_text_alone_would_prune_it(planted, name):
+    folder = planted(name)
+    result = sedetect.profile_model(folder, text=SHORT)
+    text, image = result.modalities["text"], result.modalities["image"]
+    assert [int(stats.banks[EXPERT.bank].rows[EXPERT.number]) > 0 for stats in (text, image)] == [False, True]
+    (found,) = sedetect.rank(result.stats).found
+    assert found.place == EXPERT and not sedetect.rank(text).found
+    chats = result.chats["images"]
+    token = int(chats.ids[found.sequence_id][found.position])
+    tokenizer = load_processor(folder).tokenizer
+    assert token == found.token_id == tokenizer.convert_tokens_to_ids(CASES[name][3]["image_token"])
+    kept, kept_by_text = (choose_kept(stats, "reap", 0.25, found_places(sedetect.rank(stats)))
+                          for stats in (result.stats, text))  # fmt: skip
+    used = uses(result.stats, result.modalities)
+    lost = {use.place for use in used if use.lost}
+    assert EXPERT in lost
+    assert lost == {Place(*bank, e) for bank in kept for e in set(kept[bank]) - set(kept_by_text[bank])
+                    if int(image.banks[bank].rows[e])}  # fmt: skip
+    for use in used:
+        rows = [stats.banks[use.place.bank].rows.tolist() for stats in (image, text)]
+        shares = [of[use.place.expert] / sum(of) for of in rows]
+        assert (use.share, use.text) == tuple(shares) and use.rows == rows[0][use.place.expert]
+        assert use.own == (use.share >= 2 * use.text and use.share >= 1 / len(rows[0]))
+    assert not any(note.code == "never_ran" for note in result.stats.header.notes)
+    assert not uses(text, {"text": text}) and not uses(image, {"image": image})
+
+
+def test_commands_show_what_images_use(planted, tmp_path):
+    folder, out = planted("qwen3_vl_moe"), tmp_path / "out"
+    short = ("--tokens", 2048, "--seq-len", 128)
+    printed = run("profile", folder, *short, "-o", out).out
+    assert "by domain: english none; chinese none; mathematics none; code none; images L1E0\n" in printed
+    assert "by modality: text none; image L1E0\n" in printed
+    assert re.search(
+        r"^image tokens use 2 times as much as text does, or more: .*L1E0 \(\d+% of", printed, re.MULTILINE
+    )
+    assert re.search(r"^text alone would prune \(25% of each layer, by reap\), .*L1E0", printed, re.MULTILINE)
+    assert re.search(r"^image: 40 tokens in 16 spans; coverage: 24 routed", printed, re.MULTILINE)
+    assert {path.name for path in Results(out).modalities.path.iterdir()} == {"text.safetensors", "image.safetensors"}
+    ranked = run("rank", out, "--by", "frequency").out
+    assert "by modality: image L1E0; text none" in ranked and "by frequency), and all of it not: " in ranked
+    alone = run("rank", Results(out).modalities.file("image")).out
+    assert alone.startswith("1 candidate: L1E0") and "by modality" not in alone
+    other = tmp_path / "other"
+    assert run("profile", folder, *short, "--seed", 1, "-o", other).code == 0
+    assert "text tokens alone: no candidate in any of 2 runs\n" in run("compare", out, other).out
+    assert "image tokens alone: the same candidates in all 2 runs: L1E0\n" in run("compare", out, other).out
+    apart = run("compare", *(Results(out).modalities.file(name) for name in ("text", "image")))
+    assert apart.code == 1 and apart.out.startswith("the candidates differ")
+    assert run("profile", folder, *short, "--domains", "text", "-o", other).code == 0
+    assert not list(Results(other).modalities.path.iterdir())
+    assert "alone:" not in run("compare", out, other).out
+
+
+def test_the_report_shows_what_images_use(planted, tmp_path):
+    pytest.importorskip("altair")
+    assert run("profile", planted("qwen3_vl_moe"), "--tokens", 2048, "--seq-len", 128, "-o", tmp_path).code == 0
+    assert run("report", tmp_path).code == 0
+    page = Page((tmp_path / "report.html").read_text())
+    assert "Tokens of each modality alone" in page.text and "text alone would prune" in page.text
+    assert run("profile", TINY, *SMALL, "-o", tmp_path).code == 0 and run("report", tmp_path).code == 0
+    assert "modality" not in Page((tmp_path / "report.html").read_text()).text

@@ -165,11 +165,10 @@ def _processed(processor: "ProcessorMixin", chats: list[list[dict[str, Any]]], w
     opened = [[_opened(message, rate, where) for message in chat] for chat in chats]
     options = {"padding": True} if len(chats) > 1 else {}
     try:
-        return dict(
-            processor.apply_chat_template(
-                opened, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
-            )
+        made: Any = processor.apply_chat_template(
+            opened, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
         )
+        return dict(made)
     except Exception as error:  # of the template, of a backend that is not installed, of an image of no size
         raise SedetectError(
             f"{where}: {type(processor).__name__} cannot read it ({shorten(error)}); fix or remove it"

@@ -125,7 +125,9 @@ def _chat(turns: Any) -> list[dict[str, Any]] | None:
     return None
 
 
-def filled(chat: list[dict[str, Any]], record: dict[str, Any], where: str, folder: Path = Path()) -> Document:
+def filled(
+    chat: list[dict[str, Any]], record: dict[str, Any], where: str, folder: Path = Path()
+) -> list[dict[str, Any]]:
     """A chat whose images and sounds are {"type": kind, kind: path, bytes or what is opened}.
 
     A part that says no more than its type has the next one of the record's own field ("images").

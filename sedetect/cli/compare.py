@@ -42,6 +42,14 @@ def compare_command(stats: Runs, json: Json = None) -> None:
     kept = [None if pruning is None else pruning.kept for pruning in (_results(path).pruning() for path in stats)]
     comparison = compare(list(runs.values()), list(runs), kept)
     _print(comparison)
+    parts = [_results(path).modalities.load() for path in stats]
+    for modality in parts[0]:
+        if all(modality in part for part in parts):
+            alone = compare([part[modality] for part in parts], list(runs), kept)
+            print_line(f"{modality} tokens alone: {_headline(alone)}")
+            if not alone.equal:
+                found = (f"{run.name} {', '.join(run.found) or 'none'}" for run in alone.runs)
+                print_line(f"  {'; '.join(found)}")
     if json is not None:
         comparison.save(json)
     if not comparison.equal:

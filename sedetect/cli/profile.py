@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -40,7 +41,7 @@ from sedetect.cli.shared import (
     stderr,
     uncollected,
 )
-from sedetect.cli.tables import print_domains, print_ranking, print_run, ranking_document
+from sedetect.cli.tables import print_domains, print_modalities, print_ranking, print_run, ranking_document
 from sedetect.errors import SedetectError
 from sedetect.files import check_space, remove_leftovers, write_atomic, write_json
 from sedetect.results import Results
@@ -230,24 +231,26 @@ def rank_command(
     results = Results(stats)
     state = results.stats()
     seen = results.residual() if residual is None else Residual.load(residual)
-    ranking = rank(
-        state,
+    ranked = partial(
+        rank,
         percentile=percentile,
         fraction=fraction,
         layers=_layers(layers),
         residual=seen,
         proof=results.proof(),
         compat=compat,
-        rows=rows,
         min_value=min_value,
         min_ratio=min_ratio,
     )
+    ranking, modalities = ranked(state, rows=rows), results.modalities.load()
     known = None if by is None else saliency_document(state, by, ranking)
     try:
         if known is None:
             print_ranking(console, ranking, residual=seen)
         else:
             print_saliency(known)
+        by_modality = {name: ranked(part) for name, part in modalities.items()}
+        print_modalities(console, state, modalities, by_modality, by or "reap")
         print_run(console, state)
     finally:  # whoever reads may have left
         if output is not None:
@@ -300,10 +303,12 @@ def _show(result: ModelProfile, output: Path | None, model: str) -> None:
         print_ranking(console, ranking, result.tokenizer, result.residual)
         if result.proof is not None:
             print_runs(result.proof)
-        by_domain = {
-            name: rank(stats, residual=result.residual, proof=result.proof) for name, stats in result.domains.items()
-        }
+        by_domain, by_modality = (
+            {name: rank(stats, residual=result.residual, proof=result.proof) for name, stats in parts.items()}
+            for parts in (result.domains, result.modalities)
+        )
         print_domains(console, by_domain)
+        print_modalities(console, result.stats, result.modalities, by_modality)
         resumed = result.streamed is not None and result.streamed.resumed > 0
         print_run(console, result.stats, None if resumed else result.seconds)  # those are not all layers' seconds
         if result.streamed is not None:

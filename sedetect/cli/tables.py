@@ -103,6 +103,42 @@ def print_domains(console: Console, domains: dict[str, Ranking]) -> None:
         _line(console, "by domain: " + "; ".join(f"{name} {experts or 'none'}" for name, experts in found.items()))
 
 
+def print_modalities(
+    console: Console, stats: ModelStats, modalities: dict[str, ModelStats], found: dict[str, Ranking], by: str = "reap"
+) -> None:
+    """What is to be protected by the tokens of each modality alone, what they saw, what is theirs, and what text alone
+    would prune by a saliency. found: the ranking of each."""
+    from sedetect.ranking.coverage import coverage
+    from sedetect.ranking.modalities import RATIO, TIMES, uses
+
+    if not modalities:
+        return
+    named = (f"{name} {', '.join(str(e) for e in ranking.found) or 'none'}" for name, ranking in found.items())
+    _line(console, "by modality: " + "; ".join(named))
+    for name, part in modalities.items():
+        header, of = part.header, "sequences" if name == "text" else "spans"
+        _line(console, f"{name}: {header.tokens:,} tokens in {header.sequences:,} {of}; {coverage(part)}")
+    used = uses(stats, modalities, by)
+    for name in modalities:
+        own = [
+            f"{use.place} ({use.share:.0%} of the layer's rows, of text {use.text:.0%})"
+            for use in used
+            if use.own and use.modality == name
+        ]
+        if own:
+            _line(console, f"{name} tokens use {TIMES} times as much as text does, or more: {_few(own)}")
+    if "text" in modalities and len(modalities) > 1:
+        lost = _few([str(use.place) for use in used if use.lost])
+        _line(
+            console, f"text alone would prune ({RATIO:.0%} of each layer, by {by}), and all of it not: {lost or 'none'}"
+        )
+
+
+def _few(names: list[str]) -> str:
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
 def print_run(console: Console, stats: ModelStats, seconds: float | None = None) -> None:
     """What was run: tokens, speed, backends, coverage, and everything the header notes."""
     from sedetect.ranking.coverage import coverage, folded

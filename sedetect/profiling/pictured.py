@@ -68,9 +68,8 @@ def find_pictured(
     asked = drawn or bool(domains)
     if not asked and (text.domains is not None or not embedded):
         return Pictured()
-    known = isinstance(model, (str, os.PathLike))
     try:
-        if processor is None and known:
+        if processor is None and isinstance(model, (str, os.PathLike)):
             processor = load_processor(model, loading)
         if getattr(processor, "image_processor", None) is None and (drawn or not domains):
             if not asked:

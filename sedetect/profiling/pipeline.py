@@ -42,7 +42,7 @@ from sedetect.profiling.pictured import find_pictured
 from sedetect.profiling.profiler import SourcesProfile, modalities_of
 from sedetect.profiling.proving import Proving, prove_profile
 from sedetect.ranking.rule import rank
-from sedetect.stats.model import ModelStats, merge_all
+from sedetect.stats.model import ModelStats, join_domains, merge_all
 from sedetect.stats.note import Note, sorted_notes
 from sedetect.stats.proof import Proof
 
@@ -184,8 +184,8 @@ def profile_model(
         loading, measuring = replace(loading, multimodal=True), replace(measuring, modalities=True)
     if measuring.modalities and streaming:
         raise SedetectError(Argument("modalities"), ": are not told apart where a model is streamed; leave it out")
-    for name, given in (("residual", residual), ("proving", proving)):
-        if given is not None and not documents.keys() - pictured.domains.keys():
+    for name, wanted in (("residual", residual), ("proving", proving)):
+        if wanted is not None and not documents.keys() - pictured.domains.keys():
             raise SedetectError(Argument(name), ": reads text, and there are chats with images or sound alone")
     if torch.cuda.is_available():
         prepare_launches()
@@ -245,7 +245,7 @@ def profile_model(
     ]
     for stats in (*result.domains.values(), *result.modalities.values()):
         stats.header.notes = sorted_notes([*stats.header.notes, *notes])
-    result.stats = merge_all(result.domains.values())
+    result.stats = join_domains(result.domains.values())
     if residual is not None and not result.interrupted:
         progress("residual", 0, None)
         _observe(result, opened.model, calibration.domains, len(prefix), residual, stop)

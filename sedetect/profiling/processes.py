@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from sedetect.errors import SedetectError
-from sedetect.stats.model import ModelStats, merge_all
+from sedetect.stats.model import ModelStats, join_domains, merge_all
 
 if TYPE_CHECKING:
     from sedetect.profiling.pipeline import ModelProfile
@@ -81,7 +81,7 @@ class Ranks:
         domains, modalities, seconds, interrupted = zip(*(given for _, given in gathered))
         result.domains = _merged(domains, [*result.windows, *result.chats])
         result.modalities = _merged(modalities, dict.fromkeys(name for part in modalities for name in part))
-        result.stats = merge_all(result.domains.values())
+        result.stats = join_domains(result.domains.values())
         result.seconds, result.interrupted = max(seconds), any(interrupted)
         return result
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from sedetect.calibration.chats import Chats
+from sedetect.calibration.windows import Windows
 from sedetect.documents import Document, short_repr
 from sedetect.kernels.records import decode
 from sedetect.ranking.result import Ranking
@@ -85,7 +87,7 @@ def describe_run(result: "ModelProfile", ranking: Ranking) -> Run:
         for row, _ in banks[expert.bank].strongest(expert.number, KEPT):
             places[row.source, row.sequence, row.position] = None
     sources = sorted(result.stats.header.sources)
-    texts = (*result.windows.values(), *result.chats.values())
+    texts: list[Windows | Chats] = [*result.windows.values(), *result.chats.values()]
     sequences = {(one.source, int(number)): ids for one in texts for number, ids in zip(one.numbers, one.ids)}
     contexts = []
     for source, sequence, position in places:

@@ -32,6 +32,7 @@ class Evidence:
     folder, model        of the results, as commands name it; of the checkpoint, whose shapes give sizes in bytes
     ranking              of stats under rank's defaults, with the residual stream where it was observed
     domains              statistics and ranking of each domain alone
+    modalities           likewise of the tokens of each modality alone
     rounds               statistics of each round of a profile --until-stable
     ablated, ablated_experts    the residual stream without these experts
     analyses             by kind, in the order of analysis.KINDS
@@ -40,6 +41,7 @@ class Evidence:
     stats: ModelStats
     ranking: Ranking
     domains: dict[str, tuple[ModelStats, Ranking]] = field(default_factory=dict)
+    modalities: dict[str, tuple[ModelStats, Ranking]] = field(default_factory=dict)
     run: Run | None = None
     residual: Residual | None = None
     ablated: Residual | None = None
@@ -64,9 +66,9 @@ class Evidence:
 
 
 def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Evidence:
-    """Read stats.safetensors, and beside it domains/*.safetensors, rounds/*.safetensors, *-analysis.safetensors,
-    run.json, residual.json, proof.json, ablation.json, budget.json, frontier.json, verification.json, traces.json and
-    timeline.json.
+    """Read stats.safetensors, and beside it domains/*.safetensors, modalities/*.safetensors, rounds/*.safetensors,
+    *-analysis.safetensors, run.json, residual.json, proof.json, ablation.json, budget.json, frontier.json,
+    verification.json, traces.json and timeline.json.
 
     model: the checkpoint's folder, for sizes.
     Raises SedetectError for a folder without statistics, and for a file that is damaged or of another model.
@@ -78,8 +80,8 @@ def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] 
     if not stats.banks:
         raise SedetectError(f"{results.stats_path}: holds no experts; profile the model again")
     domains = results.domains.load()
-    rounds = results.rounds.load()
-    for where, parts in ((results.domains, domains), (results.rounds, rounds)):
+    rounds, modalities = results.rounds.load(), results.modalities.load()
+    for where, parts in ((results.domains, domains), (results.modalities, modalities), (results.rounds, rounds)):
         for name, part in parts.items():
             _same(where.file(name), part.header.digest, stats.header.digest)
     ran, observed, ablation, traced = results.run(), results.observation(), results.ablation(), results.traces()
@@ -112,6 +114,7 @@ def load_evidence(folder: str | os.PathLike[str], model: str | os.PathLike[str] 
         stats=stats,
         ranking=rank(stats, residual=residual, proof=proof),
         domains={name: (part, rank(part, residual=residual, proof=proof)) for name, part in domains.items()},
+        modalities={name: (part, rank(part, residual=residual, proof=proof)) for name, part in modalities.items()},
         run=ran,
         residual=residual,
         ablated=None if observed is None else observed.ablated,

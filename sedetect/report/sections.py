@@ -4,7 +4,8 @@ from typing import Any
 
 from sedetect.experiments.study import badness
 from sedetect.ranking.coverage import FEW_ROWS, coverage
-from sedetect.ranking.result import SuperExpert
+from sedetect.ranking.modalities import RATIO, TIMES, uses
+from sedetect.ranking.result import Ranking, SuperExpert
 from sedetect.ranking.stability import agreement, margins
 from sedetect.report.answer import answer_section
 from sedetect.report.compression import budget_section, frontier_section, verification_section
@@ -20,7 +21,8 @@ from sedetect.report.experiments import (
 )
 from sedetect.report.numbers import FP8_MAX, FP16_MAX, OTHER, headroom, layer_rows, thin_experts
 from sedetect.report.table import MOST, NONE, Named, Table, make_table
-from sedetect.report.text import number, percent, whole
+from sedetect.report.text import number, percent, share, whole
+from sedetect.stats.model import ModelStats
 
 
 def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "frontier": "Frontier",
         "verification": "Verification",
         "evidence": "Evidence",
+        "modalities": "Modalities",
         "stability": "Stability",
         "residual": "Residual stream",
         "traces": "When they fire",
@@ -47,12 +50,13 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "details": "Details",
         "run": "What was run",
     }
-    answer, stability, domains = answer_section(evidence), _stability(evidence), _domains(evidence)
+    answer, stability, domains = answer_section(evidence), _stability(evidence), _parts(evidence.domains, "domain")
     if answer["todo"] is None:
         del anchors["todo"]
     if not (domains.rows or stability["margins"].rows or stability["rounds"].rows):
         del anchors["stability"]
-    for name in ("proof", "budget", "frontier", "verification", "residual", "ablation", "traces", "timeline", "inside"):
+    optional = ("proof", "budget", "frontier", "verification", "modalities", "residual", "ablation", "traces")
+    for name in (*optional, "timeline", "inside"):
         if not getattr(evidence, "analyses" if name == "inside" else name):
             del anchors[name]
     return {
@@ -71,6 +75,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "contexts": [r for r in data["kept"] if r["context"]],
         "domains": domains,
         **stability,
+        **_modalities(evidence),
         **proof_section(evidence),
         **ablation_section(evidence.ablation),
         **budget_section(evidence),
@@ -156,17 +161,35 @@ def _largest(experts: Records) -> Table:
     return make_table("expert,#max|y|,#first tokens,#rest,#channel,token,#position,#rows,verdict,in population", rows)
 
 
-def _domains(evidence: Evidence) -> Table:
+def _parts(parts: dict[str, tuple[ModelStats, Ranking]], kind: str) -> Table:
+    """What the parts of the statistics say alone, which are of one domain each, say (kind)."""
     rows = []
-    for name, (stats, ranking) in evidence.domains.items():
+    for name, (stats, ranking) in parts.items():
         top = max((room.out_max for room in headroom(stats) if room.out_max is not None), default=None)
         names = ", ".join(f"{e} ({number(e.value)})" for e in ranking.found) or "none"
         thin = thin_experts(stats)
         few = [whole(len(thin)), whole(sum(one.rows == 0 for one in thin))]
         rows.append([name, names, number(top), whole(stats.header.tokens), *few])
     return make_table(
-        f"domain,candidates,#largest |y|,#tokens,#experts with fewer than {FEW_ROWS} rows,#with none", rows
+        f"{kind},candidates,#largest |y|,#tokens,#experts with fewer than {FEW_ROWS} rows,#with none", rows
     )
+
+
+def _modalities(evidence: Evidence) -> dict[str, Any]:
+    """Each modality alone, and the experts that are its own or that text alone would prune."""
+    used = uses(evidence.stats, {name: stats for name, (stats, _) in evidence.modalities.items()})
+    rows = [
+        [str(use.place), use.modality, whole(use.rows), share(use.share), share(use.text), _yes(use.lost)]
+        for use in sorted(used, key=lambda use: not use.lost)[:MOST]
+    ]
+    head = "expert,modality,#rows,#share of its rows in the layer,#share of text's,text alone would prune"
+    return {
+        "modalities": _parts(evidence.modalities, "modality"),
+        "uses": make_table(head, rows),
+        "more_uses": max(len(used) - MOST, 0),
+        "pruned_part": share(RATIO),
+        "times": TIMES,
+    }
 
 
 def _stability(evidence: Evidence) -> dict[str, Any]:

@@ -276,6 +276,16 @@ def merge_all(states: Iterable[ModelStats | str | os.PathLike[str]]) -> ModelSta
     return reduce(ModelStats.merge, map(opened, several(states)), ModelStats.empty())
 
 
+def join_domains(domains: Iterable[ModelStats]) -> ModelStats:
+    """The domains of one run merged, without notes on banks that only some of them reach (experts of images)."""
+    whole = merge_all(domains)
+    ran = {name for name, bank in whole.header.banks.items() if bank.backends}
+    whole.header.notes = [
+        note for note in whole.header.notes if note.code != "never_ran" or note.text.partition(" ")[0] not in ran
+    ]
+    return whole
+
+
 def several(runs: Any) -> Iterable[Any]:
     """Several runs. Raises SedetectError for a single one, and for what holds none."""
     if isinstance(runs, (str, os.PathLike, ModelStats)) or not isinstance(runs, Iterable):

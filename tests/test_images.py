@@ -12,7 +12,7 @@ from support.command import SMALL, run
 from support.conformance import available, hooks
 from support.models import TINY
 from support.page import Page
-from support.processors import CASES, draw, save
+from support.processors import CASES, draw, omni, save
 
 import sedetect
 from sedetect.calibration.drawn import draw_images
@@ -29,7 +29,7 @@ from sedetect.stats.place import Place
 pytest.importorskip("PIL")
 pytest.importorskip("torchvision")
 
-SHORT = sedetect.Text(tokens=2048, seq_len=128, batch_size=4)
+SHORT = sedetect.Text(tokens=1024, seq_len=128, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +73,14 @@ def test_drawn_images_reach_every_expert_that_their_tokens_choose(checkpoint, na
     folder = checkpoint(name)
     processor = load_processor(folder)
     result = sedetect.profile_model(folder, text=SHORT)
-    rows, texts, image = rows_by_loops(folder, processor, draw_images())
+    taken = result.chats["images"].numbers.tolist()
+    assert taken == [*range(len(taken))] and len(taken) > 1
+    rows, texts, image = rows_by_loops(folder, processor, draw_images()[: len(taken)])
     tokens = {"image": sum(ids.count(image) for ids in texts), "all": sum(map(len, texts))}
     assert list(result.domains)[-1] == "images" and len(result.domains) == 5
     drawn = result.domains["images"]
     assert (drawn.header.tokens, drawn.header.sequences) == (tokens["all"], len(texts))
+    assert [ids.tolist() for ids in result.chats["images"].ids] == texts
     assert set(result.modalities) == {"text", "image"}
     for bank, state in drawn.banks.items():
         if not bank.routed or bank.stack != "decoder":
@@ -126,8 +129,8 @@ ANSWER = [{"type": "text", "text": "Red."}]
 
 
 def test_a_file_of_chats(folder, tmp_path):
-    """Chats with one image, none and two in one batch; in rounds of other sizes the same, and in parts that merge."""
-    contents = ([IMAGE, QUESTION], [QUESTION], [QUESTION, IMAGE, IMAGE])
+    """Chats with one image, none, two and twice two, which share a forward; in parts that merge the same."""
+    contents = ([IMAGE, QUESTION], [QUESTION], *[[QUESTION, IMAGE, IMAGE]] * 2)
     file = written(tmp_path, [chat(content, ANSWER) for content in contents])
     whole = sedetect.profile_model(folder, str(file))
     processor = load_processor(folder)
@@ -140,9 +143,10 @@ def test_a_file_of_chats(folder, tmp_path):
     expected = [rows.get((path, "text", e), 0) + rows.get((path, "image", e), 0) for e in range(8)]
     assert whole.stats.banks[bank].rows.tolist() == expected
     (source,) = whole.stats.header.sources.values()
-    assert source.ranges == [[0, 3]] and source.info["domain"] == "seen"
+    assert source.ranges == [[0, 4]] and source.info["domain"] == "seen"
     assert [ids.tolist() for ids in whole.chats["seen"].ids] == texts
-    size = sedetect.Text(batch_size=2)
+    assert [len(batch.ids) for batch in whole.chats["seen"].batches(8)] == [1, 1, 2]
+    size = sedetect.Text(batch_size=1)
     parts = [sedetect.profile_model(folder, str(file), text=size, part=(number, 2)) for number in range(2)]
     merged = parts[0].stats.merge(parts[1].stats)
     assert merged.banks[bank].rows.equal(whole.stats.banks[bank].rows)
@@ -202,6 +206,30 @@ def test_what_is_refused(folder, tmp_path):
         sedetect.profile_model(model, tokenizer=processor.tokenizer, processor=processor, text=text)
 
 
+def test_sound():
+    """Chats with sound of two lengths, the second with an image before it."""
+    model, processor = omni()
+    sounds = [{"type": "audio", "audio": {"array": [0.1] * 160 * n, "sampling_rate": 16000}} for n in (100, 50)]
+    image = {"type": "image", "image": draw(60, 40)}
+    chats = [chat([sounds[0], QUESTION], ANSWER), chat([image, QUESTION, sounds[1]], ANSWER)]
+    result = sedetect.profile_model(model, {"heard": chats}, tokenizer=processor.tokenizer, processor=processor)
+    ids = [one.tolist() for one in result.chats["heard"].ids]
+    token = {kind: processor.tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "audio")}
+    counts = {kind: [text.count(number) for text in ids] for kind, number in token.items()}
+    assert counts["audio"] == [13, 7] and counts["image"][0] == 0 < counts["image"][1]
+    counts["text"] = [len(text) - sum(of[n] for of in counts.values()) for n, text in enumerate(ids)]
+    tokens = {kind: (stats.header.tokens, stats.header.sequences) for kind, stats in result.modalities.items()}
+    assert tokens == {"text": (sum(counts["text"]), 2), "image": (sum(counts["image"]), 1), "audio": (20, 2)}
+    for kind, stats in result.modalities.items():
+        for state in stats.banks.values():
+            for record in filter(None, decode(torch.cat((state.outliers, state.first_outliers), 1).flatten(0, 1))):
+                assert ids[record.sequence][record.position] == record.token_id
+                assert next((k for k, number in token.items() if number == record.token_id), "text") == kind
+    sounds[1]["audio"]["sampling_rate"] = 8000
+    with pytest.raises(SedetectError, match="heard: chat 1: sampled at 8000 Hz, the processor takes 16000"):
+        sedetect.profile_model(model, {"heard": chats}, tokenizer=processor.tokenizer, processor=processor)
+
+
 def test_where_images_are_only_the_default_a_note_says_that_they_are_left_out(folder, monkeypatch):
     left_out = lambda result: [note.text for note in result.stats.header.notes if note.code == "images_left_out"]  # noqa: E731
     (note,) = left_out(sedetect.profile_model(folder, text=SHORT, stream=True))
@@ -216,7 +244,11 @@ def test_where_images_are_only_the_default_a_note_says_that_they_are_left_out(fo
     (folder / "other.json").rename(folder / "processor_config.json")
 
 
-PLANTED = ("qwen3_vl_moe", "glm4v_moe", "inkling2")  # whose experts of images are those of text, chosen by a matrix
+PLANTED = (
+    "qwen3_vl_moe",
+    "glm4v_moe",
+    "minimax_m3_vl",
+)  # whose experts of images are those of text, chosen by a matrix
 EXPERT = Place("decoder", 1, "routed", 0)  # of experts that saw no row, the first to go
 
 

@@ -57,9 +57,16 @@ class Chats:
         return sum(map(len, self.ids))
 
     def batches(self, batch_size: int) -> "list[Chats]":
-        """In order, the last one possibly smaller; one by one where the tokenizer has nothing to pad with."""
-        size = batch_size if getattr(self.processor.tokenizer, "pad_token", None) is not None else 1
-        return [self.among(numbers) for numbers in torch.split(self.numbers, size)]
+        """In order, neighbors of one length together: with padding some models choose other experts."""
+        batches: list[list[int]] = []
+        lengths: list[int] = []
+        for number, ids in zip(self.numbers.tolist(), self.ids):
+            if batches and len(batches[-1]) < batch_size and lengths[-1] == len(ids):
+                batches[-1].append(number)
+            else:
+                batches.append([number])
+                lengths.append(len(ids))
+        return [self.among(torch.tensor(batch)) for batch in batches]
 
     def among(self, numbers: torch.Tensor) -> "Chats":
         """Those of these numbers."""
@@ -163,11 +170,8 @@ def _read(
 def _processed(processor: "ProcessorMixin", chats: list[list[dict[str, Any]]], where: str) -> dict[str, torch.Tensor]:
     rate = getattr(getattr(processor, "feature_extractor", None), "sampling_rate", None)
     opened = [[_opened(message, rate, where) for message in chat] for chat in chats]
-    options = {"padding": True} if len(chats) > 1 else {}
     try:
-        made: Any = processor.apply_chat_template(
-            opened, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options
-        )
+        made: Any = processor.apply_chat_template(opened, tokenize=True, return_dict=True, return_tensors="pt")
         return dict(made)
     except Exception as error:  # of the template, of a backend that is not installed, of an image of no size
         raise SedetectError(

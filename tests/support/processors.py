@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, WhisperFeatureExtractor
 
 from support.families import FAMILIES, model_class, tiny_config
 from support.models import TINY
@@ -23,12 +23,18 @@ QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 GLM = {"image_token": "<|image|>", "video_token": "<|video|>", "b": "<|begin_of_image|>", "e": "<|end_of_image|>"}
 ERNIE = {f"{kind}{end}_token": f"<|{kind.upper()}{end.upper()}|>" for kind in ("image", "video")
          for end in ("", "_start", "_end")}  # fmt: skip
+MINIMAX = {"image_token": "]<]image[>[", "video_token": "]<]video[>[", "b": "]<]start of image[>[",
+           "e": "]<]end of image[>["}  # fmt: skip
 CASES = {
     "qwen3_vl_moe": ("qwen3_vl", "qwen2_vl", {"patch_size": 16, **SMALL}, QWEN, QWEN_IMAGE),
     "qwen3_5_moe": ("qwen3_vl", "qwen2_vl", {"patch_size": 16, **SMALL}, QWEN, QWEN_IMAGE),
     "glm4v_moe": ("glm4v", "glm4v", SMALL, GLM, "<|begin_of_image|><|image|><|end_of_image|>"),
     "ernie4_5_vl_moe": ("ernie4_5_vl_moe", "ernie4_5_vl_moe", SMALL, ERNIE, "<|IMAGE_START|><|IMAGE|><|IMAGE_END|>"),
     "inkling2": ("inkling2", "inkling2", {}, {"image_token": "<|unused_200054|>"}, "<|unused_200054|>"),
+    "minimax_m3_vl": ("minimax_m3_vl", "minimax_m3_vl", {}, MINIMAX, "]<]image[>["),
+    "glm5_next": ("glm5_next", "glm5_next", {}, {**GLM, "bv": "<|begin_of_video|>", "ev": "<|end_of_video|>"},
+                  "<|begin_of_image|><|image|><|end_of_image|>"),
+    "deepseek_ocr2": ("deepseek_ocr2", "deepseek_ocr2", {}, {"image_token": "<image>"}, "<image>"),
 }  # fmt: skip
 
 
@@ -39,16 +45,21 @@ def part_of(model: str, kind: str, suffix: str) -> type:
     )
 
 
-def make_processor(name: str):
-    of, images, settings, special, image = CASES[name]
+def make_tokenizer(special: dict[str, str]):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.add_special_tokens({"additional_special_tokens": [*special.values()]})
     tokenizer.pad_token = tokenizer.eos_token
     for key, token in special.items():
         setattr(tokenizer, key, token)
         setattr(tokenizer, f"{key}_id", tokenizer.convert_tokens_to_ids(token))
+    return tokenizer
+
+
+def make_processor(name: str):
+    of, images, settings, special, image = CASES[name]
+    tokenizer = make_tokenizer(special)
     parts = [part_of(images, "image_processing", "ImageProcessor")(**settings), tokenizer]
-    if of != "inkling2":
+    if of not in ("inkling2", "deepseek_ocr2"):
         video = part_of(of, "video_processing", "VideoProcessor")
         parts.append(video(draw_on_frames=False) if of == "ernie4_5_vl_moe" else video())  # that needs a font
     template = TEMPLATE.replace("IMAGE", image, 1)
@@ -65,8 +76,32 @@ def build(name: str, processor):
     for key in ("image_token_id", "image_token_index", "video_token_id"):
         if hasattr(config, key):
             setattr(config, key, processor.tokenizer.convert_tokens_to_ids(CASES[name][3].get(key[:11], "</s>")))
+    config.get_text_config().max_position_embeddings = 1024  # of 256, which some images fill
     torch.manual_seed(0)
     return cls._from_config(config, dtype=torch.float32).eval()
+
+
+def omni():
+    """A tiny Qwen3-Omni thinker, which takes sound too, and its processor."""
+    modalities = {f"{kind}_token": f"<|{kind}_pad|>" for kind in ("image", "audio", "video")}
+    ends = {f"{kind}_{end}_token": f"<|{kind}_{end}|>" for kind in ("vision", "audio") for end in ("bos", "eos")}
+    tokenizer = make_tokenizer(modalities | ends)
+    cls = model_class("qwen3_omni_moe", FAMILIES["qwen3_omni_moe"].model)
+    config = tiny_config(cls.config_class, {"text_config": {"vocab_size": len(tokenizer)}})
+    names = {name: name.replace("bos", "start").replace("eos", "end") for name in modalities | ends}
+    for name, token in (modalities | ends).items():
+        setattr(config, f"{names[name]}_id", tokenizer.convert_tokens_to_ids(token))
+    sound = "{% elif c.type == 'audio' %}<|audio_bos|><|audio_pad|><|audio_eos|>{% else %}"
+    template = TEMPLATE.replace("IMAGE", "<|vision_bos|><|image_pad|><|vision_eos|>", 1).replace("{% else %}", sound)
+    processor = part_of("qwen3_omni_moe", "processing", "Processor")(
+        part_of("qwen2_vl", "image_processing", "ImageProcessor")(patch_size=16, **SMALL),
+        part_of("qwen2_vl", "video_processing", "VideoProcessor")(),
+        WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins),
+        tokenizer,
+        chat_template=template,
+    )
+    torch.manual_seed(0)
+    return cls._from_config(config, dtype=torch.float32).eval(), processor
 
 
 def save(name: str, folder: Path) -> Path:

@@ -602,6 +602,7 @@ def test_domains_by_name():
     assert list(check_text({"a": ["x"], "text": ["y"]}, Text(domains=("text",)))) == ["text"]
     message = refusal(check_text, {"a": ["x"]}, Text(domains=("b",)))
     assert message == "domains: there is no 'b'; give some of a, text, images"
+    assert "there is no ''" in refusal(check_text, {"a": ["x"]}, Text(domains=()))
 
 
 def test_long_text_is_silent(tokenizer, caplog):

@@ -225,7 +225,10 @@ def test_sound():
             for record in filter(None, decode(torch.cat((state.outliers, state.first_outliers), 1).flatten(0, 1))):
                 assert ids[record.sequence][record.position] == record.token_id
                 assert next((k for k, number in token.items() if number == record.token_id), "text") == kind
-    sounds[1]["audio"]["sampling_rate"] = 8000
+    sounds[1]["audio"] = object()
+    with pytest.raises(SedetectError, match="heard: chat 1: not a readable sound"):
+        sedetect.profile_model(model, {"heard": chats}, tokenizer=processor.tokenizer, processor=processor)
+    sounds[1]["audio"] = sounds[0]["audio"] | {"sampling_rate": 8000}
     with pytest.raises(SedetectError, match="heard: chat 1: sampled at 8000 Hz, the processor takes 16000"):
         sedetect.profile_model(model, {"heard": chats}, tokenizer=processor.tokenizer, processor=processor)
 

@@ -214,14 +214,16 @@ def _sound(held: Any, rate: int | None, where: str) -> np.ndarray:
     """Samples (n,) of a path or bytes at the rate of the processor, or of what is opened, which has it."""
     if rate is None:
         raise SedetectError(f"{where}: holds audio and the model's processor takes none; give chats without")
-    if isinstance(held, dict):
-        if held.get("sampling_rate") != rate:
-            raise SedetectError(
-                f"{where}: sampled at {held.get('sampling_rate')} Hz, the processor takes {rate}; resample"
-            )
-        return np.asarray(held["array"], np.float32)
-    if not isinstance(held, str | bytes):
+    if isinstance(held, np.ndarray | list):
         return np.asarray(held, np.float32)
+    if not isinstance(held, str | bytes):  # as data sets open it
+        try:
+            samples, given = np.asarray(held["array"], np.float32), held["sampling_rate"]
+        except Exception as error:  # of whichever library opens it
+            raise SedetectError(f"{where}: not a readable sound ({shorten(error)}); fix or remove it") from None
+        if given != rate:
+            raise SedetectError(f"{where}: sampled at {given} Hz, the processor takes {rate}; resample")
+        return samples
     from transformers.audio_utils import load_audio
 
     try:

@@ -397,7 +397,7 @@ def check_text(
 def _chosen(documents: Mapping[str, Iterable[Document]], domains: tuple[str, ...] | None) -> Mapping[str, Any]:
     if domains is None:
         return documents
-    for name in domains:
+    for name in domains or ("",):
         if name not in documents and name not in (ALL, IMAGES):
             known = ", ".join(dict.fromkeys([*documents, ALL, IMAGES]))
             raise SedetectError(Argument("domains"), f": there is no {name!r}; give some of {known}")

@@ -85,9 +85,7 @@ def test_plots(stats, tmp_path):
     assert sedetect.plot(tmp_path).to_dict() == alone
     tail = sedetect.plot(stats, "tail").to_dict()
     assert {*tail["datasets"]} == {"experts", "thresholds"}
-    with pytest.raises(
-        SedetectError, match="chart 'tails': there is none; give one of heatmap, tail, first-rest"
-    ):
+    with pytest.raises(SedetectError, match="chart 'tails': there is none; give one of heatmap, tail, first-rest"):
         sedetect.plot(stats, "tails")
     with pytest.raises(SedetectError, match="results: a Ranking; give statistics, an analysis or a folder"):
         sedetect.plot(sedetect.rank(stats))

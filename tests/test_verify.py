@@ -1,6 +1,7 @@
 """Verification: numbers against plain transformers, what each kind of damage is called, and what passes."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from sedetect.calibration.windows import calibration_windows
 from sedetect.checkpoints.storage import Counterpart
 from sedetect.compression.matching import mismatched_experts
 from sedetect.compression.simulated import fake_quantize
-from sedetect.compression.verification import Limits, verify
+from sedetect.compression.verification import Limits, Verification, verify
 from sedetect.errors import SedetectError
+from sedetect.experiments.divergence import Scores
 from sedetect.stats.place import BankId
 
 TEXT = sedetect.Text(tokens=480, seq_len=16, batch_size=4)
@@ -518,3 +520,67 @@ def test_command_refuses(base, tmp_path):
     assert "L1E9x" in refused(run("verify", base, base, "--protect", "L1E9x", *SMALL))
     empty = put_tokenizer(tmp_path)
     assert "config.json" in refused(run("verify", base, empty, *SMALL))
+
+
+def test_a_runtime_in_place_of_transformers(base, tmp_path, tiny_profile, monkeypatch):
+    def scores(losses, likely, unloaded=()):
+        def runtime(folder, domains, prefix):
+            assert prefix == 1
+            sums = {
+                domain: torch.full((len(one.ids),), losses[folder.name]).double() for domain, one in domains.items()
+            }
+            tokens = {domain: torch.full_like(one.ids[:, 1:], likely[folder.name]) for domain, one in domains.items()}
+            return Scores(sums, tokens, ["rotary", *unloaded] if folder.name == "made" else ["rotary"])
+
+        return runtime
+
+    made = edited(base, tmp_path / "made", rounded())
+    found = verified(base, made, runtime=scores({"base": 30.0, "made": 31.5}, {"base": 4, "made": 4}))
+    assert found.passed and found.overall.agreement == 1 and found.overall.kl is None
+    assert found.overall.predictions == 480 - 480 // 16
+    assert [found.overall.perplexity, found.overall.other] == pytest.approx([math.exp(2), math.exp(2.1)])
+    assert found.overall.change.rise == pytest.approx(math.exp(0.1) - 1)
+    assert [(one.expert, one.stored, one.value) for one in found.experts] == [("L1E3", "equal", None)]
+    assert any("the order of experts were not compared" in note for note in found.notes)
+    assert "KL" not in found.headline and not found.flips and not found.residual_max
+    found.save(tmp_path / "verification.json")
+    assert Verification.load(tmp_path / "verification.json") == found
+
+    worse = scores({"base": 30.0, "made": 80.0}, {"base": 4, "made": 5}, ["lost"])
+    found = verify(base, made, TEXTS, text=TEXT, protected=["L1E4"], runtime=worse)
+    assert found.overall.agreement == 0 and len(found.failures) == 2 + len(found.domains)
+    assert found.failures[0] == "L1E4 is to be protected, and its weights are changed"
+    assert found.failures[1] == "weights that nothing was loaded into: 1, first lost"
+    assert "above the limit of 0.05" in found.failures[2]
+
+    def stops(at):
+        def runtime(folder, domains, prefix):
+            if folder.name == at:
+                raise SedetectError(f"{folder.name}: its shapes are not served")
+            return worse(folder, domains, prefix)
+
+        return runtime
+
+    assert verified(base, made, runtime=stops("made")).failures == ["made: its shapes are not served"]
+    with pytest.raises(SedetectError, match="base: its shapes are not served"):
+        verified(base, made, runtime=stops("base"))
+    found = verify(TINY, TINY, TEXTS, text=TEXT, stats=tiny_profile, protected="candidates", runtime=same_everywhere)
+    assert found.passed and ("L1E28", "equal", True) in [
+        (one.expert, one.stored, one.protected) for one in found.experts
+    ]
+
+
+def same_everywhere(folder, domains, prefix):
+    losses = {domain: torch.ones(len(one.ids), dtype=torch.float64) for domain, one in domains.items()}
+    return Scores(losses, {domain: one.ids[:, 1:] for domain, one in domains.items()}, [])
+
+
+def test_a_runtime_refuses(base):
+    with pytest.raises(SedetectError, match="max_kl: a runtime gives no logits"):
+        verify(base, base, TEXTS, text=TEXT, limits=Limits(kl=0.1), runtime=same_everywhere)
+    command = ("verify", base, base, "--for", "vllm")
+    assert "--for vllm: vLLM is not installed here; install sedetect into vLLM's environment" in refused(run(*command))
+    assert "--device cpu: vLLM chooses its own; leave it out" in refused(run(*command, "--device", "cpu"))
+    assert "--attn eager: vLLM chooses its own; leave it out" in refused(run(*command, "--attn", "eager"))
+    with pytest.raises(SedetectError, match="protected candidates: in a runtime only statistics name them; give stats"):
+        verify(base, base, TEXTS, text=TEXT, protected="candidates", runtime=same_everywhere)

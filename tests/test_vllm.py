@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.models import COMMON, TINY
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
@@ -432,6 +433,31 @@ def saved_model(folder):
             parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 1.0))
     model.save_pretrained(folder)
     return model
+
+
+def test_losses_and_what_was_not_loaded(tmp_path, model):
+    """Of a checkpoint, and of one without a matrix, which vLLM 0.32 runs with what is in memory."""
+    from sedetect.calibration.windows import Windows
+    from sedetect.engines.scoring import VLLM
+    from sedetect.experiments.evaluation import next_logits, window_losses
+
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.2.self_attn.o_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = {domain: torch.tensor(prompts_of(*[size] * 5, seed=size)) for domain, size in (("a", 24), ("b", 40))}
+    domains = {domain: Windows(each, torch.arange(5), domain, {}) for domain, each in ids.items()}
+    run = VLLM(Loading(dtype="float32"))
+    with ThreadPoolExecutor(1 if GPU else 2) as pool:
+        scores, broken = pool.map(lambda folder: run(folder, domains, 2), (TINY, tmp_path))
+    assert (scores.unloaded, broken.unloaded) == ([], ["model.layers.2.self_attn.o_proj.weight"])
+    with torch.no_grad():
+        for domain, each in ids.items():
+            losses = torch.tensor(window_losses(model, each, 2), dtype=torch.float64)
+            torch.testing.assert_close(scores.losses[domain], losses, rtol=1e-4, atol=1e-3)
+            likely = next_logits(model, each, 2).argmax(-1)
+            assert likely.shape == scores.likely[domain].shape
+            assert (likely == scores.likely[domain]).float().mean() > 0.98
 
 
 two_gpus, two_processes = pytest.mark.gpu(number=2), pytest.mark.gpu(number=2 if GPU else 0)

@@ -50,6 +50,10 @@ def verify_command(
         str | None,
         typer.Option(help="experts that must be stored as in BASE: names (L1E28,L9E7), candidates, or export's json"),
     ] = None,
+    runtime: Annotated[
+        Literal["vllm"] | None,
+        typer.Option("--for", help="run both in this engine (default: transformers), without a look inside them"),
+    ] = None,
     stats: Annotated[Path | None, typer.Option(help="statistics of BASE (default: profile it first)")] = None,
     max_increase: Annotated[str, typer.Option(help="largest rise of perplexity in any domain (5% or 0.05)")] = "5%",
     max_kl: Annotated[
@@ -74,6 +78,12 @@ def verify_command(
 
     limits = Limits(_share(max_increase), max_kl)
     check_limits(limits)
+    loading = Loading(device, dtype, None, attn, trust_remote_code)
+    engine = None
+    if runtime is not None:
+        from sedetect.engines.scoring import VLLM
+
+        engine = VLLM(loading)
     if output is not None:
         check_writable(output)
     protected = _protected(protect)
@@ -94,7 +104,8 @@ def verify_command(
             ranking=ranking,
             protected=protected,
             limits=limits,
-            loading=Loading(device, dtype, None, attn, trust_remote_code),
+            loading=loading,
+            runtime=engine,
             progress=show,
         )
     with saved_after(None if output is None else Results(output).verification_path, verification.save):
@@ -139,7 +150,7 @@ def _print(verification: Verification) -> None:
                 f"{one.other:.2f}",
                 f"{change.rise:+.2%}",
                 f"{change.low:+.2%} to {change.high:+.2%}" if math.isfinite(change.high) else "-",
-                f"{one.kl:.4f}",
+                "-" if one.kl is None else f"{one.kl:.4f}",
                 f"{one.agreement:.1%}",
             )
         print_whole(table)

@@ -13,6 +13,9 @@ A checkpoint fails by its weights (tensors missing, left over, of another shape;
 protected and not stored as it was), by a rise of perplexity above its limit in any domain, by a mean KL divergence
 above its limit where there is one, and by massive activations or attention sinks that fall by half or more, where the
 base has them.
+
+With a runtime, both models run in it in place of transformers: their losses and most likely tokens are compared, and
+the weights that it loaded nothing into are failures. What takes a look inside the model is left out, which a note says.
 """
 
 import gc
@@ -40,7 +43,7 @@ from sedetect.compression.protect import ProtectList
 from sedetect.documents import Document, short_repr
 from sedetect.errors import Argument, SedetectError, WeightsError
 from sedetect.experiments.ablation import resolve
-from sedetect.experiments.divergence import Divergence, Outputs, compare_outputs, record
+from sedetect.experiments.divergence import Divergence, Outputs, Scores, compare_outputs, compare_scores, record
 from sedetect.experiments.residual_stream import observe_residual
 from sedetect.files import finite, restored
 from sedetect.models.banks import find_banks
@@ -59,8 +62,15 @@ from sedetect.stats.residual import Residual
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Runtime = Callable[[Path, dict[str, Windows], int], Scores]  # (checkpoint, text, tokens of its prefix)
+
 INCREASE = 0.05
 _DIFFERENCES = 5  # of two configs, named at most
+_RUNTIME = Argument("runtime")
+_NOT_SEEN = (
+    "both models ran in a serving engine: the KL divergence, outputs of super experts, routing, massive activations, "
+    "attention sinks and the order of experts were not compared"
+)
 
 
 @dataclass(frozen=True)
@@ -139,9 +149,10 @@ class Verification(Document):
             count = len(self.failures)
             return f"{name} fails {count} {'check' if count == 1 else 'checks'} against {self.base}"
         assert self.overall is not None  # what did not run has failed
+        kl = "" if self.overall.kl is None else f"KL {self.overall.kl:.4f} nats per token, "
         return (
-            f"{name} passes against {self.base}: perplexity {self.overall.change}, KL {self.overall.kl:.4f} nats per "
-            f"token, the same most likely token in {self.overall.agreement:.1%}"
+            f"{name} passes against {self.base}: perplexity {self.overall.change}, {kl}the same most likely token in "
+            f"{self.overall.agreement:.1%}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,7 +173,8 @@ class Verification(Document):
 
 
 def _divergence(document: dict[str, Any]) -> Divergence:
-    numbers = {name: restored(document[name]) for name in ("perplexity", "other", "kl")}
+    numbers = {name: restored(document[name]) for name in ("perplexity", "other")}
+    numbers["kl"] = None if document["kl"] is None else restored(document["kl"])
     return Divergence(**document | numbers | {"change": read_effect(document["change"])})
 
 
@@ -177,6 +189,7 @@ def verify(
     protected: Sequence[Place | str] | ProtectList | Literal["candidates"] = (),
     limits: Limits = Limits(),
     loading: Loading = Loading(),
+    runtime: Runtime | None = None,
     sequences: int = 8,
     progress: Callable[[str, int], None] = lambda run, tokens: None,
 ) -> Verification:
@@ -191,6 +204,7 @@ def verify(
         protected: experts that must be stored as in the base, which are looked at too; "candidates" for all that the
             statistics find; a protect list of the base (ProtectList.load), by layer with all experts of its layers.
         loading: of both models.
+        runtime: what both run in, in place of transformers (sedetect.engines.scoring.VLLM).
         sequences: windows on which massive activations and attention sinks are observed.
         progress: called with the name of the run ("base", "quantized") and the number of tokens, after every batch.
     Raises:
@@ -198,6 +212,12 @@ def verify(
             wrong with the weights of the quantized checkpoint is said in the result's failures.
     """
     check_limits(limits)
+    if runtime is not None and limits.kl is not None:
+        raise SedetectError(Argument("max_kl"), ": a runtime gives no logits; leave it out, or leave out ", _RUNTIME)
+    if runtime is not None and protected == "candidates" and stats is None:
+        raise SedetectError(
+            Argument("protected"), " candidates: in a runtime only statistics name them; give ", Argument("stats")
+        )
     check_text(texts, text)
     base, quantized = checked_path(base, "a checkpoint"), checked_path(quantized, "a quantized checkpoint")
     prepared = prepare_model(base, loading=loading)
@@ -226,12 +246,23 @@ def verify(
         result.failures.append(str(error))
         return result
     _refuse_other_shape(prepared.empty, made.empty, quantized)
-    for folder in (base, quantized):
+    for folder in (base, quantized) if runtime is None else ():
         if (line := too_large(folder, loading.device, loading.dtype)) is not None:
             raise SedetectError(f"{folder}: {line.partition(':')[0]}; use a device with more memory")
     result.tokens = {domain: windows.ids.numel() for domain, windows in domains.items()}
     files = _check_files(base, quantized, result)
     _compare_settings(prepared, made, quantized, result)
+    if runtime is not None:
+        result.digest, result.other_digest = (join_digest(model_id(one.empty), None) for one in (prepared, made))
+        found = [] if state is None else found_places(ranking or rank(state))
+        guarded = found if protected == "candidates" else guarded
+        sizes = {bank.id: bank.experts for bank in find_banks(prepared.empty)}
+        for place in dict.fromkeys([*guarded, *found]):
+            stored_as = _stored(files, place, sizes[place.bank])
+            result.experts.append(VerifiedExpert(str(place), stored_as, place in guarded))
+        _judge_protected(result)
+        _run_in(runtime, base, quantized, domains, len(prefix_ids(prepared.tokenizer)), progress, result)
+        return result
 
     with tempfile.TemporaryDirectory(prefix="sedetect-") as temporary:
         loaded = prepared.load()
@@ -271,11 +302,40 @@ def verify(
     for place in places:
         other = None if second is None else second.largest[place]
         result.experts.append(VerifiedExpert(str(place), stored[place], place in guarded, first.largest[place], other))
-    _judge_weights(result, first, second)
+    _judge_protected(result)
     if second is not None:
         result.other_digest = second.digest
-        _judge_outputs(result, first, second)
+        _judge_weights(result, first, second)
+        _judge_text(result)
+        _judge_stream(result, first, second)
     return result
+
+
+def _run_in(
+    runtime: Runtime,
+    base: Path,
+    quantized: Path,
+    domains: dict[str, Windows],
+    prefix: int,
+    progress: Callable[[str, int], None],
+    result: Verification,
+) -> None:
+    """Compare two checkpoints by what a runtime gives for each. Raises SedetectError where the base does not run."""
+    progress("base", 0)
+    first = runtime(base, domains, prefix)
+    progress("base", sum(result.tokens.values()))
+    progress("quantized", 0)
+    try:
+        second = runtime(quantized, domains, prefix)
+    except SedetectError as error:
+        result.failures.append(str(error))
+        return
+    progress("quantized", sum(result.tokens.values()))
+    result.domains, result.overall = compare_scores(first, second)
+    if left := sorted({*second.unloaded} - {*first.unloaded}):
+        result.failures.append(f"weights that nothing was loaded into: {len(left)}, first {left[0]}")
+    result.notes.append(_NOT_SEEN)
+    _judge_text(result)
 
 
 def check_limits(limits: Limits) -> None:
@@ -415,21 +475,22 @@ def _same_matrices(base: dict[str, torch.Tensor] | None, made: dict[str, torch.T
     return EQUAL if all(torch.equal(base[name].to(m.dtype), m) for name, m in made.items()) else CHANGED
 
 
-def _judge_weights(result: Verification, first: _Seen, second: _Seen | None) -> None:
+def _judge_protected(result: Verification) -> None:
     for expert in result.experts:
         if expert.protected and expert.stored is None:
             result.notes.append(f"{expert.expert}: nothing tells how its weights are stored")
         elif expert.protected and not str(expert.stored).startswith(EQUAL):
             result.failures.append(f"{expert.expert} is to be protected, and its weights are {expert.stored}")
-    if second is None:
-        return
+
+
+def _judge_weights(result: Verification, first: _Seen, second: _Seen) -> None:
     for code, text in second.notes.items():
         unused = code == "unused_weights" and code not in first.notes
         (result.failures if unused else result.notes).append(text)
     result.failures += mismatched_experts(first.samples, second.samples)
 
 
-def _judge_outputs(result: Verification, first: _Seen, second: _Seen) -> None:
+def _judge_text(result: Verification) -> None:
     limits = result.limits
     for domain, one in result.domains.items():
         if not one.change.rise <= limits.increase:  # NaN too
@@ -445,10 +506,14 @@ def _judge_outputs(result: Verification, first: _Seen, second: _Seen) -> None:
             f"too few windows for an interval in {', '.join(few)}; give more tokens, or shorter windows"
         )
     overall = result.overall
-    if overall is not None and not math.isfinite(overall.kl):
-        result.failures.append(f"the KL divergence of the logits is {overall.kl}")
-    elif overall is not None and limits.kl is not None and overall.kl > limits.kl:
-        result.failures.append(f"a KL divergence of {overall.kl:.4g} nats per token, above the limit of {limits.kl:g}")
+    kl = None if overall is None else overall.kl
+    if kl is not None and not math.isfinite(kl):
+        result.failures.append(f"the KL divergence of the logits is {kl}")
+    elif kl is not None and limits.kl is not None and kl > limits.kl:
+        result.failures.append(f"a KL divergence of {kl:.4g} nats per token, above the limit of {limits.kl:g}")
+
+
+def _judge_stream(result: Verification, first: _Seen, second: _Seen) -> None:
     before, now = first.residual, second.residual
     if before is None or now is None:
         return

@@ -6,7 +6,7 @@ compared batch by batch. So one model, and the logits of one batch of each, are 
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,7 +41,8 @@ class Divergence:
 
     perplexity, other    of the first and the second model
     change               of perplexity, with an interval over windows at 1 - LEVEL
-    kl                   mean over predictions of the KL divergence of the second's distribution from the first's, nats
+    kl                   mean over predictions of the KL divergence of the second's distribution from the first's, nats;
+                         None where a runtime gave no logits
     agreement            share of predictions whose most likely token is the same
     predictions          tokens predicted
     """
@@ -49,7 +50,7 @@ class Divergence:
     perplexity: float
     other: float
     change: Effect
-    kl: float
+    kl: float | None
     agreement: float
     predictions: int
 
@@ -64,6 +65,20 @@ class Given(NamedTuple):
     ids: torch.Tensor
     logits: torch.Tensor
     routes: dict[BankId, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a runtime gave for the windows of a text, by domain; P predictions in each of N windows.
+
+    losses    (N,) float64: negative log-likelihood (nats) of each window, summed over its predictions
+    likely    (N, P) int64: the most likely token at each prediction
+    unloaded  names of the runtime's weights that nothing of the checkpoint was loaded into
+    """
+
+    losses: dict[str, torch.Tensor]
+    likely: dict[str, torch.Tensor]
+    unloaded: list[str]
 
 
 class Outputs:
@@ -183,6 +198,16 @@ def compare_outputs(
     return {domain: one.divergence() for domain, one in sums.items()}, sum(sums.values(), _Sums()).divergence(), flips
 
 
+def compare_scores(first: Scores, second: Scores) -> tuple[dict[str, Divergence], Divergence]:
+    """The second's divergence from the first, by domain and over all text, without the logits' (kl)."""
+    sums = {domain: _Sums() for domain in first.losses}
+    for domain, one in sums.items():
+        one.score(*((scores.losses[domain], scores.likely[domain]) for scores in (first, second)))
+    found = {domain: one.divergence() for domain, one in sums.items()}
+    overall = sum(sums.values(), _Sums()).divergence()
+    return {domain: replace(one, kl=None) for domain, one in found.items()}, replace(overall, kl=None)
+
+
 def kl_divergence(first: torch.Tensor, second: torch.Tensor) -> float:
     """Sum over predictions of KL(softmax(first) || softmax(second)), in nats, of logits (P, V)."""
     total = 0.0
@@ -204,6 +229,11 @@ class _Sums:
         self._kl += sum(map(kl_divergence, first, given.logits))
         self._same += int((first.argmax(-1) == given.logits.argmax(-1)).sum())
         self._predictions += len(given.ids) * predictions(given.ids, prefix)
+
+    def score(self, first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._losses += zip(first[0].tolist(), second[0].tolist())
+        self._same += int((first[1] == second[1]).sum())
+        self._predictions += first[1].numel()
 
     def __add__(self, other: "_Sums") -> "_Sums":
         both = _Sums()

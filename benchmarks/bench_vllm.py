@@ -3,10 +3,10 @@
     python benchmarks/bench_vllm.py --layers 12 [--eager]                  # Qwen3-30B-A3B's shape, dummy weights
     python benchmarks/bench_vllm.py --model tests/data/tiny-moe --eager    # any checkpoint, also on a CPU
 
-Run it with the Python of an environment that has vLLM and sedetect. Each engine is a process of its own; with and
-without a profile, rounds take turns in one engine. A line of JSON per engine, then the ratios to the plain one: medians
-over the rounds, prompt and generated tokens together. Prompts are random tokens, no two alike, and the prefix cache is
-off.
+Run it with the Python of an environment that has vLLM and sedetect. Two engines, without the extension and with it, are
+processes that start at the same time, share the device's memory, and then take turns: one generates while the other
+waits. A line of JSON per round as soon as it is over, then the ratios to the plain engine: medians over the rounds,
+prompt and generated tokens together. Prompts are random tokens, no two alike, and the prefix cache is off.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,8 +25,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 EXTENSION = "sedetect.engines.vllm.Worker"
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """One engine: seconds of each round, by what was under way."""
+def serve(args: argparse.Namespace) -> None:
+    """One engine: for each line of the input, "profile" or another word, the tokens per second of one round."""
     import torch
     import vllm
 
@@ -57,6 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             enable_expert_parallel=args.gpus > 1,
             enable_prefix_caching=False,
             worker_extension_cls=EXTENSION if measured else "",
+            gpu_memory_utilization=0.45,  # beside the other engine
             **options,
         )
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
@@ -70,19 +70,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         llm.generate(prompts, settings, use_tqdm=False)
         return time.perf_counter() - began
 
-    seconds: dict[str, list[float]] = {}
-    generate()  # warm
-    for _ in range(args.rounds):
-        seconds.setdefault("extension" if measured else "plain", []).append(generate())
-        if measured:
-            with sedetect.profile(llm) as prof:
-                seconds.setdefault("profile", []).append(generate())
     tokens = args.prompts * (args.length + args.generate)
-    if measured:
-        computed = prof.stats.header.tokens
-        assert computed == tokens - args.prompts, (computed, tokens)
-    rates = {name: [round(tokens / one, 1) for one in each] for name, each in seconds.items()}
-    return {"vllm": vllm.__version__, "torch": torch.__version__, "tokens": tokens, "tokens_per_second": rates}
+    generate()  # warm
+    print("RESULT", json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "tokens": tokens}), flush=True)
+    for asked in sys.stdin:
+        if asked.strip() == "profile":
+            with sedetect.profile(llm) as prof:
+                seconds = generate()
+            computed = prof.stats.header.tokens
+            assert computed == tokens - args.prompts, (computed, tokens)
+        else:
+            seconds = generate()
+        print("RESULT", json.dumps(round(tokens / seconds, 1)), flush=True)
+
+
+def answer(engine: subprocess.Popen[str]) -> Any:
+    """The next result that an engine prints. Raises SystemExit where it ends before."""
+    assert engine.stdout is not None
+    for line in engine.stdout:
+        if line.startswith("RESULT"):
+            return json.loads(line.removeprefix("RESULT "))
+    raise SystemExit("an engine ended; its error is above")
 
 
 def main() -> None:
@@ -99,15 +107,27 @@ def main() -> None:
     parser.add_argument("--engine", choices=["plain", "measured"], help="only this one, in this process")
     args = parser.parse_args()
     if args.engine is not None:
-        print("RESULT", json.dumps(run(args)))
+        serve(args)
         return
-    rates: dict[str, list[float]] = {}
-    for engine in ("plain", "measured"):
-        command = [sys.executable, Path(__file__), *sys.argv[1:], "--engine", engine]
-        ran = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, check=True)
-        line = next(line for line in ran.stdout.splitlines() if line.startswith("RESULT")).removeprefix("RESULT ")
-        print(line, flush=True)
-        rates |= json.loads(line)["tokens_per_second"]
+    command = [sys.executable, __file__, *sys.argv[1:], "--engine"]
+    pipe = subprocess.PIPE
+    plain, measured = (
+        subprocess.Popen([*command, name], stdin=pipe, stdout=pipe, text=True) for name in ("plain", "measured")
+    )
+    runs = {"plain": plain, "extension": measured, "profile": measured}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    try:
+        for engine in (plain, measured):
+            print(json.dumps(answer(engine)), flush=True)
+        for _ in range(args.rounds):
+            for name, engine in runs.items():
+                print(name, file=engine.stdin, flush=True)
+                rates[name].append(answer(engine))
+            print(json.dumps({name: each[-1] for name, each in rates.items()}), flush=True)
+    finally:
+        for engine in (plain, measured):
+            engine.stdin.close()  # after which it ends
+            engine.wait()
     for name, each in rates.items():
         print(f"{name:10} {median(each):12,.1f} tokens/s  {median(each) / median(rates['plain']):.3f} of plain")
 

@@ -126,8 +126,7 @@ def main() -> None:
             print(json.dumps({name: each[-1] for name, each in rates.items()}), flush=True)
     finally:
         for engine in (plain, measured):
-            engine.stdin.close()  # after which it ends
-            engine.wait()
+            engine.communicate()  # closes its input, after which it ends
     for name, each in rates.items():
         print(f"{name:10} {median(each):12,.1f} tokens/s  {median(each) / median(rates['plain']):.3f} of plain")
 

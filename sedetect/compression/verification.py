@@ -174,7 +174,8 @@ class Verification(Document):
 
 def _divergence(document: dict[str, Any]) -> Divergence:
     numbers = {name: restored(document[name]) for name in ("perplexity", "other")}
-    numbers["kl"] = None if document["kl"] is None else restored(document["kl"])
+    if document["kl"] is not None:  # else none was measured, or NaN, which is among the failures
+        numbers["kl"] = restored(document["kl"])
     return Divergence(**document | numbers | {"change": read_effect(document["change"])})
 
 

@@ -50,8 +50,12 @@ class VLLM:
     def __call__(self, folder: Path, domains: dict[str, Windows], prefix: int) -> Scores:
         """Raises SedetectError, in vLLM's words, for a checkpoint that it does not load or run."""
         windows = [row for one in domains.values() for row in one.ids.tolist()]
-        job = {"folder": str(folder), "windows": windows, "dtype": str(self._loading.dtype).removeprefix("torch.")}
-        job["trust_remote_code"] = self._loading.trust_remote_code
+        job = {
+            "folder": str(folder),
+            "windows": windows,
+            "dtype": str(self._loading.dtype).removeprefix("torch."),
+            "trust_remote_code": self._loading.trust_remote_code,
+        }
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
         environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         with tempfile.TemporaryDirectory(prefix="sedetect-") as temporary:

@@ -58,6 +58,7 @@ class VLLM:
         }
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
         environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; else it wants most of a CPU's memory to be free
         with tempfile.TemporaryDirectory(prefix="sedetect-") as temporary:
             asked, given, log = (Path(temporary) / name for name in ("job.json", "answer.json", "log"))
             asked.write_text(json.dumps(job))

@@ -1,8 +1,10 @@
 """Before anything is imported: no test asks the hub, and none depends on the terminal it is run from.
 
-And which tests run: those marked gpu where there are as many GPUs as they need, those that open a browser where one is.
+And which tests run: those marked gpu where there are as many GPUs as they need, those marked torchvision where it is
+installed, those that open a browser where one is.
 """
 
+import importlib.util
 import os
 import shutil
 
@@ -33,6 +35,8 @@ def pytest_runtest_setup(item):
         needed = marker.kwargs.get("number", 1)
         if torch.cuda.device_count() < needed:
             pytest.skip("needs a GPU" if needed == 1 else f"needs {needed} GPUs")
+    if item.get_closest_marker("torchvision") and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("needs torchvision: its processor has a part without another backend")
 
 
 @pytest.fixture(scope="session")

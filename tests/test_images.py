@@ -1,5 +1,6 @@
 """Calibration with images: chats through a model's own processor, against loops over what the processor gives."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -8,11 +9,11 @@ from functools import cache
 
 import pytest
 import torch
-from support.command import SMALL, run
-from support.conformance import available, hooks
+from support.command import run
+from support.conformance import hooks
 from support.models import TINY
 from support.page import Page
-from support.processors import CASES, draw, omni, save
+from support.processors import CASES, draw, families, omni, save
 
 import sedetect
 from sedetect.calibration.drawn import draw_images
@@ -27,7 +28,6 @@ from sedetect.results import Results
 from sedetect.stats.place import Place
 
 pytest.importorskip("PIL")
-pytest.importorskip("torchvision")
 
 SHORT = sedetect.Text(tokens=1024, seq_len=128, batch_size=4)
 
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(checkpoint):
-    return checkpoint("qwen3_vl_moe")
+    return checkpoint("deepseek_ocr2")
 
 
 def rows_by_loops(folder, processor, chats):
@@ -68,7 +68,7 @@ def rows_by_loops(folder, processor, chats):
     return rows, texts, image
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name in available()])
+@pytest.mark.parametrize("name", families())
 def test_drawn_images_reach_every_expert_that_their_tokens_choose(checkpoint, name):
     folder = checkpoint(name)
     processor = load_processor(folder)
@@ -110,7 +110,6 @@ def test_text_is_measured_as_without_images(folder):
         assert stats.header.sources.keys() == both.domains[domain].header.sources.keys()
         for bank, state in stats.banks.items():
             assert state.equal(both.domains[domain].banks[bank], sums_rtol=0)
-    assert not sedetect.profile_model(TINY, text=SHORT).modalities  # a model of text alone
 
 
 def chat(*contents):
@@ -156,18 +155,32 @@ def test_a_file_of_chats(folder, tmp_path):
         parts[0].stats.merge(parts[0].stats)
 
 
+def test_images_in_parquet_are_those_of_files(folder, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    files = sedetect.profile_model(folder, str(written(tmp_path, [chat([QUESTION, IMAGE], ANSWER)])))
+    stored = chat([QUESTION, {"type": "image", "image": (tmp_path / "a.png").read_bytes()}], ANSWER)
+    parquet.write_table(pa.Table.from_pylist([{"messages": stored}]), tmp_path / "seen.parquet")
+    read = sedetect.profile_model(folder, str(tmp_path / "seen.parquet"))
+    assert read.chats["seen"].source == files.chats["seen"].source
+    for kind, stats in files.modalities.items():
+        for bank, state in stats.banks.items():
+            assert state.equal(read.modalities[kind].banks[bank], sums_rtol=0)
+
+
 def test_tokens_buy_chats_and_a_seed_chooses_them(folder, tmp_path):
-    file = written(tmp_path, [chat([IMAGE, {"type": "text", "text": f"What is {n}?"}], ANSWER) for n in range(12)])
+    file = written(tmp_path, [chat([IMAGE, {"type": "text", "text": f"What is {n}?"}], ANSWER) for n in range(8)])
     whole = sedetect.profile_model(folder, str(file)).chats["seen"]
-    few = [sedetect.profile_model(folder, str(file), text=sedetect.Text(100, seed=seed)).chats["seen"]
+    few = [sedetect.profile_model(folder, str(file), text=sedetect.Text(350, seed=seed)).chats["seen"]
            for seed in (None, 1, 2)]  # fmt: skip
-    assert whole.numbers.tolist() == [*range(12)]
+    assert whole.numbers.tolist() == [*range(8)]
     taken = [chats.numbers.tolist() for chats in few]
     assert taken[0] == [*range(len(taken[0]))] and len({*map(tuple, taken)}) == 3
     for chats in few:
-        assert chats.tokens <= 100 < chats.tokens + max(map(len, whole.ids)) and chats.source == whole.source
+        assert chats.tokens <= 350 < chats.tokens + max(map(len, whole.ids)) and chats.source == whole.source
         assert all(ids.equal(whole.ids[number]) for ids, number in zip(chats.ids, chats.numbers.tolist()))
-    other = written(tmp_path, [chat([IMAGE, {"type": "text", "text": f"What is {n}?"}], ANSWER) for n in range(12)], [])
+    other = written(tmp_path, [chat([IMAGE, {"type": "text", "text": f"What is {n}?"}], ANSWER) for n in range(8)], [])
     draw(61, 40).save(tmp_path / "a.png")
     assert sedetect.profile_model(folder, str(other)).chats["seen"].source != whole.source
 
@@ -202,10 +215,25 @@ def test_what_is_refused(folder, tmp_path):
         sedetect.profile_model(model, tokenizer=processor.tokenizer, processor=processor, text=text)
     model.config.image_token_id += 1
     processor.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
-    with pytest.raises(SedetectError, match="images: chat 0: .*Qwen3VLProcessor"):
+    with pytest.raises(SedetectError, match="images: chat 0: .*DeepseekOcr2Processor"):
         sedetect.profile_model(model, tokenizer=processor.tokenizer, processor=processor, text=text)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+@pytest.mark.parametrize(("of", "images"), [("Qwen3VL", "Qwen2VL"), ("Llama4", "Llama4")])  # a video part; one backend
+def test_a_processor_that_needs_torchvision(folder, tmp_path, of, images):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    parts = {"image_processor": {"image_processor_type": f"{images}ImageProcessor"}}
+    parts["video_processor"] = {"video_processor_type": f"{of}VideoProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": f"{of}Processor", **parts}))
+    with pytest.raises(SedetectError, match=r"its processor cannot be loaded without torchvision; pip install"):
+        sedetect.profile_model(tmp_path, text=sedetect.Text(domains=("images",)))
+    (tmp_path / "processor_config.json").write_text("{")  # not for want of a library
+    with pytest.raises(SedetectError, match=r"its processor cannot be loaded \("):
+        load_processor(tmp_path)
+
+
+@pytest.mark.torchvision
 def test_sound():
     """Chats with sound of two lengths, the second with an image before it."""
     model, processor = omni()
@@ -248,6 +276,7 @@ def test_where_images_are_only_the_default_a_note_says_that_they_are_left_out(fo
 
 
 PLANTED = (
+    "deepseek_ocr2",
     "qwen3_vl_moe",
     "glm4v_moe",
     "minimax_m3_vl",
@@ -285,7 +314,7 @@ def planted(checkpoint, tmp_path_factory):
     return cache(lambda name: plant(checkpoint(name), tmp_path_factory.mktemp("planted") / name))
 
 
-@pytest.mark.parametrize("name", [name for name in PLANTED if name in available()])
+@pytest.mark.parametrize("name", families(PLANTED))
 def test_an_expert_of_images_is_found_and_text_alone_would_prune_it(planted, name):
     folder = planted(name)
     result = sedetect.profile_model(folder, text=SHORT)
@@ -313,38 +342,43 @@ def test_an_expert_of_images_is_found_and_text_alone_would_prune_it(planted, nam
     assert not uses(text, {"text": text}) and not uses(image, {"image": image})
 
 
-def test_commands_show_what_images_use(planted, tmp_path):
-    folder, out = planted("qwen3_vl_moe"), tmp_path / "out"
-    short = ("--tokens", 2048, "--seq-len", 128)
-    printed = run("profile", folder, *short, "-o", out).out
+LITTLE = ("--tokens", 2048, "--seq-len", 128)
+
+
+@pytest.fixture(scope="module")
+def profiled(planted, tmp_path_factory):
+    """A folder of results of images, and what was printed."""
+    out = tmp_path_factory.mktemp("profiled")
+    return out, run("profile", planted("deepseek_ocr2"), *LITTLE, "-o", out).out
+
+
+def test_commands_show_what_images_use(planted, profiled, tmp_path):
+    folder, (out, printed) = planted("deepseek_ocr2"), profiled
     assert "by domain: english none; chinese none; mathematics none; code none; images L1E0\n" in printed
     assert "by modality: text none; image L1E0\n" in printed
     assert re.search(
         r"^image tokens use 2 times as much as text does, or more: .*L1E0 \(\d+% of", printed, re.MULTILINE
     )
     assert re.search(r"^text alone would prune \(25% of each layer, by reap\), .*L1E0", printed, re.MULTILINE)
-    assert re.search(r"^image: 40 tokens in 16 spans; coverage: 24 routed", printed, re.MULTILINE)
+    assert re.search(r"^image: 1,450 tokens in 10 spans; coverage: 16 routed", printed, re.MULTILINE)
     assert {path.name for path in Results(out).modalities.path.iterdir()} == {"text.safetensors", "image.safetensors"}
     ranked = run("rank", out, "--by", "frequency").out
     assert "by modality: image L1E0; text none" in ranked and "by frequency), and all of it not: " in ranked
     alone = run("rank", Results(out).modalities.file("image")).out
     assert alone.startswith("1 candidate: L1E0") and "by modality" not in alone
     other = tmp_path / "other"
-    assert run("profile", folder, *short, "--seed", 1, "-o", other).code == 0
+    assert run("profile", folder, *LITTLE, "--seed", 1, "-o", other).code == 0
     assert "text tokens alone: no candidate in any of 2 runs\n" in run("compare", out, other).out
     assert "image tokens alone: the same candidates in all 2 runs: L1E0\n" in run("compare", out, other).out
     apart = run("compare", *(Results(out).modalities.file(name) for name in ("text", "image")))
     assert apart.code == 1 and apart.out.startswith("the candidates differ")
-    assert run("profile", folder, *short, "--domains", "text", "-o", other).code == 0
+    assert run("profile", folder, *LITTLE, "--domains", "text", "-o", other).code == 0
     assert not list(Results(other).modalities.path.iterdir())
     assert "alone:" not in run("compare", out, other).out
 
 
-def test_the_report_shows_what_images_use(planted, tmp_path):
+def test_the_report_shows_what_images_use(profiled):
     pytest.importorskip("altair")
-    assert run("profile", planted("qwen3_vl_moe"), "--tokens", 2048, "--seq-len", 128, "-o", tmp_path).code == 0
-    assert run("report", tmp_path).code == 0
-    page = Page((tmp_path / "report.html").read_text())
+    assert run("report", profiled[0]).code == 0
+    page = Page((profiled[0] / "report.html").read_text())
     assert "Tokens of each modality alone" in page.text and "text alone would prune" in page.text
-    assert run("profile", TINY, *SMALL, "-o", tmp_path).code == 0 and run("report", tmp_path).code == 0
-    assert "modality" not in Page((tmp_path / "report.html").read_text()).text

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from support.conformance import available, hooks
-from support.processors import CASES, build, draw, make_processor
+from support.conformance import hooks
+from support.processors import CASES, build, draw, families, make_processor
 
 import sedetect
 from sedetect.kernels.records import decode
 
 pytest.importorskip("PIL")
-pytest.importorskip("torchvision")
 
 CHATS = [
     [{"role": "user", "content": [{"type": "image", "image": (60, 40)}, {"type": "text", "text": "What is it?"}]}],
@@ -27,7 +26,7 @@ def pictures(chats):
         ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name in available()])
+@pytest.mark.parametrize("name", families())
 def test_rows_are_those_of_the_processor(name):
     processor = make_processor(name)
     model = build(name, processor)

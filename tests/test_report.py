@@ -296,6 +296,7 @@ def test_a_profile_alone_gives_a_page(tiny_profile, tmp_path):
         code == 0 and out.startswith("2 candidates: L1E28") and [p.name for p in tmp_path.rglob("*.*")] == ["page.html"]
     )
     page = Page((tmp_path / "some" / "page.html").read_text())
+    assert "modality" not in page.text  # of a model of text alone
     assert [i.removeprefix("chart-") for i in page.ids if i.startswith("chart-")] == OF_A_PROFILE
     assert {"experts", "evidence", "details", "run"} <= set(page.ids)
     assert not {"residual", "ablation", "traces"} & set(page.ids)

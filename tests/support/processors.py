@@ -1,12 +1,15 @@
 """Processors of multimodal models, built from the bundled tokenizer, and tiny models that they go with."""
 
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoTokenizer, WhisperFeatureExtractor
 
+from support.conformance import available
 from support.families import FAMILIES, model_class, tiny_config
 from support.models import TINY
 
@@ -34,8 +37,19 @@ CASES = {
     "minimax_m3_vl": ("minimax_m3_vl", "minimax_m3_vl", {}, MINIMAX, "]<]image[>["),
     "glm5_next": ("glm5_next", "glm5_next", {}, {**GLM, "bv": "<|begin_of_video|>", "ev": "<|end_of_video|>"},
                   "<|begin_of_image|><|image|><|end_of_image|>"),
-    "deepseek_ocr2": ("deepseek_ocr2", "deepseek_ocr2", {}, {"image_token": "<image>"}, "<image>"),
+    "deepseek_ocr2": ("deepseek_ocr2", "deepseek_ocr2", {"size": {"height": 192, "width": 192}},
+                      {"image_token": "<image>"}, "<image>"),
 }  # fmt: skip
+PILLOW = {"deepseek_ocr2": {"patch_size": 4}}  # whose processors need Pillow alone, and what these are given
+
+
+def families(names=CASES):
+    """Parameters: those of the names that transformers has, marked torchvision where Pillow is not enough."""
+    return [
+        pytest.param(name, marks=() if name in PILLOW else pytest.mark.torchvision)
+        for name in names
+        if name in available()
+    ]
 
 
 def part_of(model: str, kind: str, suffix: str) -> type:
@@ -58,12 +72,14 @@ def make_tokenizer(special: dict[str, str]):
 def make_processor(name: str):
     of, images, settings, special, image = CASES[name]
     tokenizer = make_tokenizer(special)
-    parts = [part_of(images, "image_processing", "ImageProcessor")(**settings), tokenizer]
-    if of not in ("inkling2", "deepseek_ocr2"):
+    backend = "" if importlib.util.find_spec("torchvision") else "Pil"
+    kind = "image_processing_pil" if backend else "image_processing"
+    parts = [part_of(images, kind, f"ImageProcessor{backend}")(**settings), tokenizer]
+    if of != "inkling2" and name not in PILLOW:
         video = part_of(of, "video_processing", "VideoProcessor")
         parts.append(video(draw_on_frames=False) if of == "ernie4_5_vl_moe" else video())  # that needs a font
     template = TEMPLATE.replace("IMAGE", image, 1)
-    return part_of(of, "processing", "Processor")(*parts, chat_template=template)
+    return part_of(of, "processing", "Processor")(*parts, chat_template=template, **PILLOW.get(name, {}))
 
 
 def build(name: str, processor):

@@ -59,6 +59,7 @@ _WRAPPER = re.compile(
 )
 _VOCABULARY = r"tokenizer.*|vocab.*|merges.*|.*\.model|.*\.tiktoken"
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_IMAGES = {"Pillow": "PIL", "torchvision": "torchvision"}  # what processors of images are made of, by package
 _QUIETLY: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_gated_repo": False,
@@ -349,6 +350,12 @@ def load_processor(model: str | os.PathLike[str], loading: Loading = Loading()) 
                 return None
             found = AutoProcessor.from_pretrained(name, **loading.source)
         except Exception as error:  # of a library that is not installed, a damaged file, another version
+            missing = [package for package, module in _IMAGES.items() if importlib.util.find_spec(module) is None]
+            if missing and re.search("pillow|torchvision", str(error), re.IGNORECASE):
+                raise SedetectError(
+                    f"{name}: its processor cannot be loaded without {' and '.join(missing)}; pip install "
+                    "'sedetect[images]', from the index that torch is from"
+                ) from error
             raise SedetectError(
                 f"{name}: its processor cannot be loaded ({shorten(error)}); pip install 'sedetect[images]', or check "
                 "its files"

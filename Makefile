@@ -15,15 +15,16 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c c
 profile: $(VENV)/installed
 	$(VENV)/bin/sedetect profile tests/data/tiny-moe -o out/tiny-moe
 
-# A process for each core, with one thread.
+# A process for each core, with one thread, and one more: a quarter of the time a test waits for processes of its own.
+PROCESSES = $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() + 1))')
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 $(PYTEST)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PROCESSES) $(PYTEST)
 
 # Not here: most of the architectures, the kernels in Triton's interpreter, streaming, and the studies of the proof.
 QUICK = place stats documents results files tables rows ranking saliency compare verdict plan checkpoint calibration \
 	kernels adapters profile pruning export
 quick: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 8 -m "not slow and not browser and not gpu" \
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PROCESSES) -m "not slow and not browser and not gpu" \
 		$(QUICK:%=tests/test_%.py) 'tests/test_conformance.py::test_family[qwen3_moe]' $(PYTEST)
 
 # vLLM pins other releases than constraints.txt. What pip brings beside torch is built for CUDA and fails to import on a

@@ -56,6 +56,14 @@ def test_locate_a_published_shape(tmp_path):
     assert result["peak"] < 8e9 and result["processor"]["reading"] > 0
 
 
+@pytest.mark.slow
+def test_what_a_state_costs():
+    small = ["--layers", 2, "--hidden", 64, "--experts", 4, "--sequences", 1, "--code", 0.1, "--steps", 30]
+    step, state, share = (line.split() for line in printed("bench_monitor.py", *small).splitlines()[-3:])
+    assert step[:2] == ["a", "step"] and float(step[2]) > 0
+    assert state[:2] == ["a", "state"] and state[-2:] == ["1", "states)"] and share[:2] == ["every", "100"]
+
+
 def test_a_bit_that_differs_is_noticed(tmp_path):
     from shapes import differences
 

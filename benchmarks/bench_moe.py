@@ -24,7 +24,7 @@ Variants that took more than 20 ms take part in every third round. Up to 256 tok
 of their own, so that weights do not stay in the L2, and is replayed as a CUDA graph where it can be captured (eager and
 hooks wait for the device; a graph's memory was taken before, so it shows as none). Kernels are those of ours in a graph
 of the whole call, with an empty L2 before it: the median launch of each. With --calls nothing is captured: every
-variant is called as a layer calls it (ours by sedetect.ops.moe_mlp), eight times at least, so that what the host takes
+variant is called as a layer calls it (ours by sedetect.ops.moe_mlp), eight times in a row, so that what the host takes
 counts.
 
 Why combine takes the statistics of the rows, and not the epilogue of down, which had them as partials for each of its

@@ -169,7 +169,7 @@ class Profile:
         for one in self._measured:
             bank = one.bank
             if not one.served:
-                notes.add(Note("never_ran", f"{bank.id} ({bank.name}) never ran: this profile is not complete"))
+                notes.add(Note("never_ran", f"{bank.name} never ran: this profile is not complete", bank.id))
             elif (
                 self._backend is None
                 and not {"cpu", "cuda"} & one.served

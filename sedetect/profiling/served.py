@@ -107,7 +107,7 @@ def join_workers(parts: list[ModelStats]) -> ModelStats:
         served = {*info.backends, *(banks[name].backends if name in banks else ())}
         banks[name] = replace(info, backends=sorted(served))
     idle = [(bank, banks[str(bank)].module) for bank, state in whole.items() if not state.rows.any()]
-    notes = [Note("never_ran", f"{bank} ({name}) never ran: this profile is not complete") for bank, name in idle]
+    notes = [Note("never_ran", f"{name} never ran: this profile is not complete", bank) for bank, name in idle]
     header = replace(joined.header, banks=banks, notes=sorted_notes([*joined.header.notes, *notes]))
     return ModelStats(dict(sorted(whole.items())), header)
 

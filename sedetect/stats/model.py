@@ -280,9 +280,7 @@ def join_domains(domains: Iterable[ModelStats]) -> ModelStats:
     """The domains of one run merged, without notes on banks that only some of them reach (experts of images)."""
     whole = merge_all(domains)
     ran = {name for name, bank in whole.header.banks.items() if bank.backends}
-    whole.header.notes = [
-        note for note in whole.header.notes if note.code != "never_ran" or note.text.partition(" ")[0] not in ran
-    ]
+    whole.header.notes = [note for note in whole.header.notes if note.code != "never_ran" or str(note.bank) not in ran]
     return whole
 
 

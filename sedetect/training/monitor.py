@@ -37,6 +37,7 @@ class ExpertMonitor(TrainerCallback):
         for step, batch in enumerate(batches):
             monitor.step(model, step)
             ...
+        monitor.measure(model, step + 1)
 
     Before the first step, every `every` steps and after the last one, the experts' statistics, the attention sinks, the
     largest activation of the residual stream and the loss are measured on the same text and kept in the folder

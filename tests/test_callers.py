@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import TINY
+from support.models import TINY, small_cache
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -85,7 +85,7 @@ def test_generate_batch(model, tokenizer, generated):
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=1, pad_token_id=0)
     with sedetect.profile(model, prefix=0) as prof:
-        model.generate_batch(inputs=prompts, generation_config=settings)
+        model.generate_batch(inputs=prompts, generation_config=settings, continuous_batching_config=small_cache())
     assert_same(prof.stats, plain(model, generated), notes=["paged"])
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from support.conformance import available
 from support.families import discover
-from support.models import random_model
+from support.models import random_model, small_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sedetect
@@ -506,7 +506,7 @@ def test_generate_batch(model):
         for prompt in prompts:
             model.generate(torch.tensor([prompt]), settings, attention_mask=torch.ones(1, len(prompt)))
     with sedetect.profile(model) as prof:
-        model.generate_batch(inputs=prompts, generation_config=settings)
+        model.generate_batch(inputs=prompts, generation_config=settings, continuous_batching_config=small_cache())
     stats = prof.stats
     assert PAGED in stats.header.notes and not [n for n in stats.header.notes if n.code == "unmapped"]
     assert (stats.header.tokens, stats.header.sequences) == (alone.stats.header.tokens, 3)

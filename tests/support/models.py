@@ -3,7 +3,14 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    DeepseekV3Config,
+    GptOssConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-moe"
 
@@ -53,6 +60,11 @@ def random_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 1.0))
     return model
+
+
+def small_cache() -> ContinuousBatchingConfig:
+    """For generate_batch(), whose cache otherwise takes nine tenths of the machine's memory: two at once are killed."""
+    return ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256)
 
 
 def snapshot(model):

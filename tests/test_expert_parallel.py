@@ -18,8 +18,9 @@ from sedetect.stats.bank import BankStats
 from sedetect.stats.model import ModelStats
 
 RANK = """
-import inspect, json, os, sys
-sys.path[:0] = json.loads(sys.argv[4])
+import json, sys
+jobs, out = json.loads(sys.argv[1]), sys.argv[2]
+sys.path[:0] = json.loads(sys.argv[3])
 import torch
 import torch.distributed as dist
 from support.models import token_ids
@@ -30,40 +31,61 @@ from sedetect.experiments.ablation import ablate
 from sedetect.stats.place import Place
 
 torch.set_num_threads(1)
-checkpoint, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-known = inspect.signature(DistributedConfig).parameters
-if "ep_size" not in known:  # transformers before 5.23
-    settings = {"tp_size": 2, "tp_plan": "auto"} | ({"enable_expert_parallel": True} if "ep_size" in settings else {})
-model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=DistributedConfig(**settings)).eval()
-result = {}
 def line(run):
     try:
         run()
     except sedetect.SedetectError as error:
         return str(error)
-result["refused"] = line(lambda: sedetect.profile(model))
-if result["refused"] is None:
+def measured(name, checkpoint, settings):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, distributed_config=DistributedConfig(**settings)).eval()
+    refused = line(lambda: sedetect.profile(model))
+    if refused is not None:
+        return {"refused": refused}
     ids = token_ids()
     with sedetect.profile(model, source="text", channels=True, prefix=1) as prof:
         prof.batch(sequence_ids=range(len(ids)))
         logits = model(input_ids=ids).logits
         during = prof.stats
-    prof.stats.save(out + ".safetensors")
-    torch.save(logits, out + ".logits")
-    result["during"] = {str(bank): state.rows.tolist() for bank, state in during.banks.items()}
-    result["notes"] = [[str(note) for note in stats.header.notes] for stats in (during, prof.stats)]
+    prof.stats.save(f"{out}.{name}.safetensors")
+    torch.save(logits, f"{out}.{name}.logits")
     bank = next(bank for bank in during.banks if bank.kind == "routed")
     def switch_off():
         with ablate(model, [Place(*bank, 1)]):
             pass
-    result["ablate"] = line(switch_off)
-    result["coactivation"] = line(lambda: sedetect.profile(model, coactivation=True))
-print(json.dumps(result))
+    return {
+        "during": {str(bank): state.rows.tolist() for bank, state in during.banks.items()},
+        "notes": [[str(note) for note in stats.header.notes] for stats in (during, prof.stats)],
+        "ablate": line(switch_off),
+        "coactivation": line(lambda: sedetect.profile(model, coactivation=True)),
+    }
+print(json.dumps({name: measured(name, *job) for name, job in jobs.items()}))
 dist.destroy_process_group()
 """
+KNOWN = inspect.signature(DistributedConfig).parameters
+ONE_LAYOUT = "ep_size" not in KNOWN  # transformers before 5.23
+PLAN = {"tp_size": 2, "tp_plan": "auto"}
+MEASURED = dict.fromkeys(
+    ("deepseek_v3", "gpt_oss"), PLAN | {"enable_expert_parallel": True} if ONE_LAYOUT else {"tp_size": 2, "ep_size": 2}
+)
+REFUSED = {
+    "tensor-parallel": (PLAN, "split by tensor parallelism.*expert-parallel plan instead"),
+    "fsdp": ({"fsdp_size": 2, "ep_size": 2}, "its ranks send each other rows.*tp_size=N, ep_size=N"),
+    "all-to-all": (
+        {"tp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"}, "its ranks send each other rows",
+    ),
+}  # fmt: skip
 
 
-def run_ranks(checkpoint, folder, **settings):
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Two ranks that load and measure one model after the other: their folder, and what each said of each model."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name in (*MEASURED, "qwen3_moe"):
+        random_model(name).save_pretrained(folder / name)
+    jobs = {name: (str(folder / name), settings) for name, settings in MEASURED.items()}
+    for name, (settings, _) in REFUSED.items():
+        if KNOWN.keys() >= settings.keys():
+            jobs[name] = (str(folder / "qwen3_moe"), settings)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -71,38 +93,36 @@ def run_ranks(checkpoint, folder, **settings):
     for rank in ("0", "1"):
         environment = os.environ | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         environment |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        words = [checkpoint, folder / f"rank{rank}", json.dumps(settings), json.dumps([p for p in sys.path if p])]
-        command = [sys.executable, "-c", RANK, *map(str, words)]
+        words = [json.dumps(jobs), str(folder / f"rank{rank}"), json.dumps([p for p in sys.path if p])]
+        command = [sys.executable, "-c", RANK, *words]
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     results = []
     for process in started:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err.decode()[-3000:]
         results.append(json.loads(out.splitlines()[-1]))
-    return results
+    return folder, results
 
 
-@pytest.fixture(scope="module", params=["deepseek_v3", "gpt_oss"])
-def ranks(request, tmp_path_factory):
-    """What each of two ranks measured and said, and what one process measures."""
-    folder = tmp_path_factory.mktemp(request.param)
-    model = random_model(request.param)
-    model.save_pretrained(folder / "checkpoint")
-    results = run_ranks(folder / "checkpoint", folder, tp_size=2, ep_size=2)
-    ids = token_ids()
+@pytest.fixture(scope="module", params=MEASURED)
+def ranks(request, launched):
+    """What each of two ranks measured and said of a model, and what one process measures."""
+    folder, results = launched
+    model, ids = random_model(request.param), token_ids()
     with sedetect.profile(model, source="text", channels=True, prefix=1) as prof:
         prof.batch(sequence_ids=range(len(ids)))
         logits = model(input_ids=ids).logits
-    return results, folder, prof.stats, logits
+    files = [folder / f"rank{rank}.{request.param}" for rank in (0, 1)]
+    return [result[request.param] for result in results], files, prof.stats, logits
 
 
 def test_every_rank_has_the_statistics_of_all_experts(ranks):
-    results, folder, expected, logits = ranks
-    for rank in (0, 1):
-        stats = ModelStats.load(folder / f"rank{rank}.safetensors")
-        own = torch.load(folder / f"rank{rank}.logits")
+    results, files, expected, logits = ranks
+    for result, file in zip(results, files, strict=True):
+        stats = ModelStats.load(f"{file}.safetensors")
+        own = torch.load(f"{file}.logits")
         assert torch.allclose(own, logits, atol=1e-4)
-        assert results[rank]["notes"][1] == expected.header.notes
+        assert result["notes"][1] == expected.header.notes
         assert list(stats.banks) == list(expected.banks) and stats.header.sources == expected.header.sources
         for bank, state in stats.banks.items():
             alone = expected.banks[bank]
@@ -130,21 +150,12 @@ def test_what_sees_one_ranks_experts_alone_is_refused(ranks):
         assert "coactivation" in result["coactivation"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"tp_size": 2, "tp_plan": "auto"}, "split by tensor parallelism.*expert-parallel plan instead"),
-        ({"fsdp_size": 2, "ep_size": 2}, "its ranks send each other rows.*tp_size=N, ep_size=N"),
-        ({"tp_size": 2, "ep_size": 2, "ep_implementation": "all_to_all"}, "its ranks send each other rows"),
-    ],
-    ids=["tensor-parallel", "fsdp", "all-to-all"],
-)
-def test_other_layouts_are_refused(settings, line, tmp_path):
-    if "ep_size" in settings and "ep_size" not in inspect.signature(DistributedConfig).parameters:
-        pytest.skip("this transformers has one layout of experts")
-    random_model("qwen3_moe").save_pretrained(tmp_path / "checkpoint")
-    for result in run_ranks(tmp_path / "checkpoint", tmp_path, **settings):
-        assert re.search(line, result["refused"])
+@pytest.mark.parametrize("layout", REFUSED)
+def test_other_layouts_are_refused(layout, launched):
+    for result in launched[1]:
+        if layout not in result:
+            pytest.skip("this transformers has one layout of experts")
+        assert re.search(REFUSED[layout][1], result[layout]["refused"])
 
 
 def test_states_among_others():

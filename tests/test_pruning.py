@@ -272,7 +272,7 @@ def test_choosing_globally(tiny_stats):
             assert all(set(kept[bank]) <= set(before[bank]) for bank in kept), "plans are nested"
         before = kept
     assert 9 in map(len, before.values()), "a floor that is reached"
-    frequency = choose_kept(tiny_stats, "frequency", 0.25, budget="global")
+    frequency = choose_kept(tiny_stats, "frequency", 0.3, budget="global")
     assert 28 not in frequency[BankId("decoder", 1, "routed")]
 
 

@@ -313,6 +313,16 @@ def test_what_an_engine_is_refused_for(given, why):
     assert found is None if why is None else why in found
 
 
+def test_releases_that_route_in_their_kernels_are_refused_on_a_cpu(llm, monkeypatch):
+    from sedetect.engines.vllm import refusal
+
+    monkeypatch.setattr("vllm.__version_tuple__", (0, 29, 0))
+    monkeypatch.setattr("sedetect.engines.vllm.current_platform.is_cpu", lambda: True)
+    assert "install vLLM 0.30 or later" in refusal(llm.llm_engine.vllm_config)
+    monkeypatch.setattr("sedetect.engines.vllm.current_platform.is_cpu", lambda: False)
+    assert refusal(llm.llm_engine.vllm_config) is None
+
+
 def test_an_engine_that_did_not_ask_keeps_its_classes(llm, monkeypatch):
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.linear import RowParallelLinear

@@ -14,8 +14,8 @@ is vLLM's too, and is read.
 Which row is which token stands in buffers that captured graphs read too. They count nothing until a profile starts;
 then the runner's preparation of each step fills them. A graph that is being captured, or a dummy run, never counts.
 
-Read in vLLM 0.22.0 and 0.32.0 (two model runners: "v2" prepares its inputs in prepare_inputs, the other one in
-_prepare_inputs).
+Read in vLLM 0.22.0 and 0.30.0 to 0.32.0 (two model runners: "v2" prepares its inputs in prepare_inputs, the other one
+in _prepare_inputs).
 """
 
 import base64
@@ -45,6 +45,7 @@ from vllm.model_executor.layers.fused_moe import activation as activations
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from sedetect.adapters.listed import DOWN_NAMES
@@ -81,6 +82,8 @@ def refusal(config: Any) -> str | None:
     parallel = config.parallel_config
     if not _asked(parallel.worker_extension_cls):
         return f"its engine was started without it; give {_OPTION}"
+    if current_platform.is_cpu() and vllm.__version_tuple__ < (0, 30):
+        return f"on a CPU vLLM {vllm.__version__} routes inside its own experts kernels; install vLLM 0.30 or later"
     if parallel.data_parallel_size > 1:
         return "its data-parallel ranks send each other tokens; start an engine for each, and merge what they give"
     if parallel.tensor_parallel_size > 1 and not parallel.enable_expert_parallel:

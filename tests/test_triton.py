@@ -55,8 +55,10 @@ if INTERPRETED:
         (36, 4, 4, 72, 40),  # tiles of 64 rows, a tail in every dimension
         (200, 1, 1, 40, 24),  # tiles of 128 rows
     ]
+    DTYPES = [torch.float32, torch.bfloat16]  # whole calls in float16 are left to GPUs, its stages are run here too
 else:
     SHAPES = [*SHAPES, (515, 8, 16, 520, 264), (600, 8, 16, 512, 256)]
+    DTYPES = list(TOLERANCES)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +94,7 @@ def test_schedule_example():
     assert schedule.count.tolist() == [2] and schedule.arrived.tolist() == 3 * [[0, 0, 0]]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     "variant",
@@ -108,7 +110,7 @@ def test_moe_mlp(dtype, shape, variant):
     assert_close(f"moe_mlp {shape=} {dtype=}", out.cpu(), loop_over_slots(call), dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gate", GATES, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_fused_gates(dtype, gate, transposed):
@@ -122,7 +124,7 @@ def test_fused_gates(dtype, gate, transposed):
     assert_close(f"{gate}", out.cpu(), loop_over_slots(call, GATES[gate]), dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics_are_those_of_the_stored_output(dtype, shape):
     """Bit for bit those of the h and y that the same kernels store."""

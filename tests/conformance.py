@@ -26,6 +26,7 @@ import torch
 import transformers
 from support.conformance import RTOL, attempt, available, documented
 from support.families import FAMILIES, discover, named_like_experts, tiny_model
+from support.processors import processor_of
 
 
 def main() -> int:
@@ -52,7 +53,7 @@ def main() -> int:
             print(result, flush=True)
     print(f"{failures} of {len(names)} failed" if failures else f"all {len(names)} pass")
     if options.docs is not None and not failures and len(names) == len(FAMILIES):
-        options.docs.write_text(documented(options.docs.read_text(), lines))
+        options.docs.write_text(documented(options.docs.read_text(), lines, processor_of))
     return bool(failures)
 
 

@@ -16,6 +16,7 @@ from support.conformance import (
     documented,
 )
 from support.families import FAMILIES, Family, discover, model_class, tiny_model
+from support.processors import processor_of
 
 from sedetect.models.banks import find_banks, layers_per_stack
 
@@ -43,19 +44,20 @@ def test_an_error_that_nothing_foresaw_says_where():
 
 
 def test_the_table_of_the_docs_is_that_of_a_run():
-    """Every family is in it, with the banks that are checked; of those of this transformers, the class too."""
+    """Every family is in it, with the banks that are checked; of those of this transformers, the classes too."""
     page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     rows = page.split(TABLE_BEGINS)[1].split(TABLE_ENDS)[0].strip().splitlines()[2:]
-    found = {name: (cls, banks) for _, name, cls, banks, _ in ([c.strip() for c in row.split("|")] for row in rows)}
+    found = {name: rest for _, name, *rest, _ in ([c.strip() for c in row.split("|")] for row in rows)}
     assert list(found) == list(FAMILIES)
     for name, family in FAMILIES.items():
         words = (
             family.layers if isinstance(family.layers, str) else "; ".join(f"{k} {v}" for k, v in family.layers.items())
         )
         assert found[name][1] == (words if family.refused is None else f"refused: {family.refused}")
-        assert name not in available() or found[name][0] == model_class(name, family.model).__name__
+        if name in available():
+            assert found[name] == [model_class(name, family.model).__name__, found[name][1], processor_of(name)]
     one = Result("a", "A", "R R")
-    assert documented(f"x{TABLE_BEGINS}\nold\n{TABLE_ENDS}y", [one]).count("| a | A | R R |") == 1
+    assert documented(f"x{TABLE_BEGINS}\nold\n{TABLE_ENDS}y", [one], str.upper).count("| a | A | R R | A |") == 1
 
 
 def test_place_of_the_largest_output():

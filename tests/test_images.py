@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from support.command import run
 from support.conformance import hooks
+from support.families import FAMILIES
 from support.models import TINY
 from support.page import Page
-from support.processors import CASES, draw, families, omni, save
+from support.processors import CASES, build, draw, experts_called, families, make_processor, rows_of, save
 
 import sedetect
 from sedetect.calibration.drawn import draw_images
@@ -45,30 +47,21 @@ def folder(checkpoint):
 def rows_by_loops(folder, processor, chats):
     """By (module, modality, expert): rows of chats that run one by one, unpadded; and the token ids of each chat."""
     model = load_model(folder, sedetect.Loading(multimodal=True))
-    image, rows, texts, calls = model.config.image_token_id, {}, [], []
-    with torch.no_grad(), hooks() as add:
-        for path, module in model.named_modules():
-            if hasattr(module, "is_transposed"):
-                keep = lambda m, args, path=path: calls.append((path, *args[1:]))  # noqa: E731
-                add(module.register_forward_pre_hook(keep))
+    image, rows, texts = model.config.image_token_id, Counter(), []
+    with torch.no_grad(), experts_called(model) as calls:
         for chat in chats:
             inputs = processor.apply_chat_template([chat], tokenize=True, return_dict=True, return_tensors="pt")
+            inputs = inputs.to(model.dtype)  # pixels, of bfloat16 in llama4
             model(**inputs, use_cache=False)
             ids = inputs["input_ids"][0].tolist()
             texts.append(ids)
-            for path, index, gates in calls:
-                mine = ["image" if token == image else "text" for token in ids]
-                if len(index) != len(ids):  # the experts of images or of text alone
-                    vision = inputs["moe_mm_token_type_ids"].flatten() != 0
-                    mine = [k for k, v in zip(mine, vision.tolist()) if v == (".vision_moe." in path)]
-                for kind, experts, weights in zip(mine, index.tolist(), gates.tolist(), strict=True):
-                    for expert, gate in zip(experts, weights):
-                        rows[path, kind, expert] = rows.get((path, kind, expert), 0) + bool(gate)
+            rows.update(rows_of(calls, ["image" if token == image else "text" for token in ids], inputs))
             calls.clear()
     return rows, texts, image
 
 
-@pytest.mark.parametrize("name", families())
+# A checkpoint is as transformers has its class, without what FAMILIES adjusts.
+@pytest.mark.parametrize("name", families(name for name in CASES if FAMILIES[name].adjust is None))
 def test_drawn_images_reach_every_expert_that_their_tokens_choose(checkpoint, name):
     folder = checkpoint(name)
     processor = load_processor(folder)
@@ -236,7 +229,8 @@ def test_a_processor_that_needs_torchvision(folder, tmp_path, of, images):
 @pytest.mark.torchvision
 def test_sound():
     """Chats with sound of two lengths, the second with an image before it."""
-    model, processor = omni()
+    processor = make_processor("qwen3_omni_moe")
+    model = build("qwen3_omni_moe", processor)
     sounds = [{"type": "audio", "audio": {"array": [0.1] * 160 * n, "sampling_rate": 16000}} for n in (100, 50)]
     image = {"type": "image", "image": draw(60, 40)}
     chats = [chat([sounds[0], QUESTION], ANSWER), chat([image, QUESTION, sounds[1]], ANSWER)]
@@ -325,7 +319,7 @@ def test_an_expert_of_images_is_found_and_text_alone_would_prune_it(planted, nam
     chats = result.chats["images"]
     token = int(chats.ids[found.sequence_id][found.position])
     tokenizer = load_processor(folder).tokenizer
-    assert token == found.token_id == tokenizer.convert_tokens_to_ids(CASES[name][3]["image_token"])
+    assert token == found.token_id == tokenizer.convert_tokens_to_ids(CASES[name].special["image_token"])
     kept, kept_by_text = (choose_kept(stats, "reap", 0.25, found_places(sedetect.rank(stats)))
                           for stats in (result.stats, text))  # fmt: skip
     used = uses(result.stats, result.modalities)

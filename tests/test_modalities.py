@@ -1,14 +1,15 @@
 """Text, image, video and audio tokens apart: every row of the experts, against loops over what the model was given."""
 
-import inspect
+from collections import defaultdict
 from pathlib import Path
 from zlib import crc32
 
 import pytest
 import torch
-from support.conformance import available, inputs_of, reference, run
-from support.families import FAMILIES, VOCAB, model_class, tiny_model
+from support.conformance import Seen, available, experts_rows, hooks, inputs_of, reference, run
+from support.families import FAMILIES, VOCAB, tiny_model
 from support.models import TINY, random_model
+from support.processors import multimodal
 
 import sedetect
 from sedetect.compression.pruning import choose_kept
@@ -21,16 +22,6 @@ from sedetect.ranking.saliencies import saliency
 from sedetect.stats.place import BankId, Place
 
 TOKENS = {"image": VOCAB - 1, "video": VOCAB - 2, "audio": VOCAB - 3}
-
-
-def multimodal() -> list[str]:
-    """The families whose forward takes pictures or sound, but for the one whose tokens are given as embeddings."""
-
-    def takes(name):
-        known = inspect.signature(model_class(name, FAMILIES[name].model).forward).parameters
-        return any(one in known for one in ("pixel_values", "input_features", "audio_input_ids"))
-
-    return [name for name in available() if takes(name)]
 
 
 def build(name: str):
@@ -93,8 +84,11 @@ def test_every_row_has_its_modality(name):
         places = [modality_of(int(token), known) == modality for token in ids.flatten()]
         assert (stats.header.tokens, stats.header.sequences) == (sum(places), len(begins[modality]))
         for bank, state in stats.banks.items():
-            if bank.stack != "decoder":
+            if bank.stack == "vision" and modality == "image":
+                assert state.equal(whole.banks[bank], sums_rtol=0)
+            elif bank.stack != "decoder":
                 assert int(state.rows.sum()) == 0  # of which no token is known
+            if bank.stack != "decoder":
                 continue
             seen = expected.seen[stats.header.banks[str(bank)].module]
             for expert in range(state.num_experts):
@@ -107,6 +101,65 @@ def test_every_row_has_its_modality(name):
                         assert int(ids[record.sequence, record.position]) == record.token_id
                         assert modality_of(record.token_id, known) == modality
                         assert ((record.sequence, record.position) in begins[modality]) == first
+
+
+def towers() -> list[str]:
+    """Families with experts in a vision tower."""
+    return [
+        name for name in available() if isinstance(FAMILIES[name].layers, dict) and "vision" in FAMILIES[name].layers
+    ]
+
+
+def with_pictures(video: int) -> dict[str, torch.Tensor]:
+    """A text with images of 4 and 8 patches, and a video of so many frames of 4; four patches are a token."""
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(3))
+    ids[0, [2, 5, 6]], ids[0, 8 : 8 + video] = TOKENS["image"], TOKENS["video"]
+    pixels = torch.randn(12 + 4 * video, 3 * 14 * 14, generator=torch.Generator().manual_seed(4))
+    return {
+        "input_ids": ids,
+        "pixel_values": pixels[:12],
+        "image_grid_thw": torch.tensor([[1, 2, 2], [1, 4, 2]]),
+        "pixel_values_videos": pixels[12:],
+        "video_grid_thw": torch.tensor([[video, 2, 2]]),
+    }
+
+
+@pytest.mark.parametrize("name", towers())
+def test_a_row_of_a_vision_tower_is_a_patch(name):
+    """Its position is its number in its image or video; by plain loops over what the tower's experts are given."""
+    model, inputs = build(name), with_pictures(video=2)
+    calls = []
+    with sedetect.profile(model, modalities=True) as prof, hooks() as add:
+        for path, module in model.named_modules():
+            if ".vision_tower." in path and hasattr(module, "is_transposed"):
+                add(module.register_forward_pre_hook(lambda m, args, path=path: calls.append((path, m, *args))))
+        run(model, inputs)
+    banks = {prof.stats.header.banks[str(bank)].module: bank for bank in prof.stats.banks if bank.routed}
+    assert {(kind, len(x)) for kind, (_, _, x, *_) in zip(("image", "video"), calls)} == {("image", 12), ("video", 8)}
+    places = {"image": [*range(4), *range(8)], "video": [*range(8)]}
+    for kind, (path, module, *given) in zip(("image", "video"), calls, strict=True):
+        seen = defaultdict(Seen)
+        # The place of a row there is (0, token): the patch.
+        experts_rows(seen, module, *given, torch.tensor(places[kind])[:, None], None)
+        state = prof.modalities[kind].banks[banks[path]]
+        assert state.rows.tolist() == [seen[e].rows for e in range(state.num_experts)]
+        assert not prof.modalities["text"].banks[banks[path]].rows.any() and not state.first_rows.any()
+        for expert, record in enumerate(decode(state.peak())):
+            if seen[expert].rows:
+                assert (record.position, record.token_id, record.sequence) == (seen[expert].token, TOKENS[kind], -1)
+    assert not [note for note in prof.stats.header.notes if note.code == "unmapped"]
+
+
+@pytest.mark.parametrize("name", towers())
+def test_where_images_have_as_many_patches_as_videos_a_note_says_that_they_are_not_told_apart(name):
+    model, inputs = build(name), with_pictures(video=3)
+    with sedetect.profile(model, modalities=True) as prof:
+        run(model, inputs)
+    (note,) = (note for note in prof.stats.header.notes if note.code == "unmapped")
+    assert note.text == "rows not mapped: those of the vision stack"
+    bank = next(bank for bank in prof.stats.banks if bank.stack == "vision" and bank.routed)
+    assert int(prof.stats.banks[bank].rows.sum()) == 2 * 24
+    assert {record.position for record in decode(prof.stats.banks[bank].peak()) if record} == {-1}
 
 
 def plant_for_images(model, stats, ids, layer: int, expert: int, scale: float = 1000) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.compare import assert_same
+from support.conformance import available
 from support.families import FAMILIES, tiny_model
 from support.models import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -213,7 +214,10 @@ def test_the_ranking_document_is_json(tiny):
     assert document["super_experts"][0]["token"] == "<|bos|>"
 
 
-@pytest.mark.parametrize("name", ["switch_transformers", "nllb_moe"])
+ENCODERS = {"switch_transformers", "nllb_moe", "diffusion_gemma"}
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS & {*available()}))
 def test_encoder_and_decoder_read_the_text(name):
     """Both stacks see every token; what takes a decoder alone refuses by name."""
     model, tokenizer = tiny_model(name, FAMILIES[name]), load_tokenizer(TINY)

@@ -68,26 +68,35 @@ def attention_weights(output: object, length: int) -> torch.Tensor | None:
     return weights if bool(((last >= 0).all(-1) & (last.sum(-1) < 1.01)).all()) else None
 
 
+def has_encoder(model: nn.Module) -> bool:
+    """Whether a decoder has ids of its own beside those of an encoder; diffusion_gemma's config does not say so."""
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
 def run_tokens(model: "PreTrainedModel", ids: torch.Tensor) -> None:
     """run_inputs of text: one forward over ids (B, L). An encoder and its decoder read the same text."""
     inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
+    if has_encoder(model):
         inputs["decoder_input_ids"] = ids
     run_inputs(model, inputs)
 
 
-def run_inputs(model: "PreTrainedModel", inputs: dict[str, torch.Tensor]) -> None:
+def run_inputs(model: "PreTrainedModel", inputs: dict[str, Any]) -> None:
     """One forward, without a cache, and without all logits but the last, where the model can do so.
 
-    inputs: those of its arguments that are tensors, the others are dropped; pixels and sound in any type.
+    inputs: its arguments, pixels and sound in any type; what it does not name is dropped where it is no tensor.
     """
     known = inspect.signature(model.forward).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in known.values())  # which passes it on
-    wanted: dict[str, int | torch.Tensor] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    wanted: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     if "use_cache" in known or anything:
         wanted["use_cache"] = False
     for name, given in inputs.items():
-        if not isinstance(given, torch.Tensor) or not (name in known or anything):
+        if not isinstance(given, torch.Tensor):
+            if name in known:  # how many crops each image has
+                wanted[name] = given
+            continue
+        if not (name in known or anything):
             continue
         if model.device.type != "meta":  # of offloaded embeddings, whose hooks move the ids
             # without waiting for the forward before
@@ -106,7 +115,7 @@ def run_inputs(model: "PreTrainedModel", inputs: dict[str, torch.Tensor]) -> Non
 
 def refuse_encoder_decoder(model: "PreTrainedModel", what: str) -> None:
     """Raise SedetectError for a model whose decoder does not read the text alone."""
-    if model.config.is_encoder_decoder:
+    if has_encoder(model):
         raise SedetectError(f"{type(model).__name__}: has an encoder and a decoder; {what} takes a decoder-only model")
 
 

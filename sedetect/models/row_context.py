@@ -21,7 +21,7 @@ Tokens of images, video and audio stand in their sequence as text does. Where mo
 each are also given alone, with the first tokens of its spans; see sedetect.models.modalities.
 
 Beams of a beam search are followed by row, not by hypothesis. Encoder-decoder models: the rows of the decoder stack are
-mapped, those of the encoder are not.
+mapped, those of the encoder are not. Rows of a vision tower are its patches; see sedetect.models.patches.
 """
 
 import inspect
@@ -40,6 +40,7 @@ from sedetect.kernels.rows import Rows
 from sedetect.models.caches import by_name, cached_length, caches_in, capacity, like_cache
 from sedetect.models.modalities import by_modality, modality_of, placeholders
 from sedetect.models.padding import Padding
+from sedetect.models.patches import patch_rows
 from sedetect.stats.model import ranges_of
 from sedetect.stats.note import Note
 
@@ -157,6 +158,7 @@ class RowTracker:
         modalities: those to tell apart, of MODALITIES; none by default.
 
     grouped: (T,) bool, the groups of the call under way; None where all its tokens go to the same experts.
+    patches: the rows of a vision tower in the call under way, by their number; see sedetect.models.patches.
     """
 
     def __init__(
@@ -171,6 +173,7 @@ class RowTracker:
         self.prefix = prefix
         self.modalities = modalities
         self.grouped: torch.Tensor | None = None
+        self.patches: dict[int, Rows] = {}
         self._placeholders = placeholders(getattr(model, "config", None))
         self.pending: Batch | None = None
         self.notes: set[Note] = set()
@@ -196,7 +199,9 @@ class RowTracker:
         """The rows of this call's (B, L) tokens, flattened to T = B * L; None where they cannot be mapped."""
         batch, self.pending = self.pending or Batch(), None
         self._cache = self._running = self.grouped = None
-        call = self._read(args, kwargs)
+        arguments = {**dict(zip(self._names, args)), **kwargs}
+        self.patches = patch_rows(arguments, self._placeholders, self.source, self.modalities)
+        call = self._read(arguments)
         if isinstance(call, Note):
             self.notes.add(call)
             return None
@@ -312,9 +317,8 @@ class RowTracker:
             raise SedetectError("prof.batch: earlier forwards had no sequence_ids and this one has; give them to all")
         self._given_ids.append(ids)
 
-    def _read(self, args: tuple, kwargs: dict[str, Any]) -> _Call | Note:
+    def _read(self, arguments: dict[str, Any]) -> _Call | Note:
         """The arguments of one forward, or the note that says why its rows cannot be mapped."""
-        arguments = {**dict(zip(self._names, args)), **kwargs}
         stack = self._stack
         for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
             check_padded(f"{stack}{name}", arguments.get(f"{stack}{name}"))

@@ -13,6 +13,7 @@ from sedetect.adapters.forwards import replace_method
 from sedetect.errors import SedetectError
 from sedetect.kernels.rows import Rows
 from sedetect.models.banks import Bank
+from sedetect.models.patches import TOWERS
 from sedetect.models.row_context import UNMAPPED_CALL, RowTracker
 from sedetect.models.wrappers import unwrap
 from sedetect.stats.note import Note
@@ -59,6 +60,9 @@ class TrackedModel:
                 f"{bank.path}: ran in a thread of its own during a forward of another; call the whole model in each "
                 "thread, or its layers in one alone"
             )
+        patches = self.tracker.patches.get(tokens) if bank.id.stack in TOWERS else None
+        if patches is not None:
+            return patches.to(device)
         if bank.id.stack != "decoder":
             self.tracker.notes.add(Note("unmapped", f"rows not mapped: those of the {bank.id.stack} stack"))
             return Rows.unmapped(tokens, device)

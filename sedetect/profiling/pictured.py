@@ -11,6 +11,7 @@ from sedetect.calibration.records import Document
 from sedetect.calibration.windows import IMAGES, Text
 from sedetect.checkpoints.options import Loading
 from sedetect.errors import Argument, SedetectError
+from sedetect.models.layers import has_encoder
 from sedetect.models.loading import load_processor
 from sedetect.models.modalities import placeholders
 from sedetect.stats.note import Note
@@ -21,16 +22,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pictured:
-    """Domains of chats with images or sound, and the processor that reads them; notes: on images that are left out."""
+    """Domains of chats with images or sound, and the processor that reads them; notes: on images that are left out.
+
+    asked: they were; else images are only the default.
+    """
 
     domains: dict[str, Iterable[Document]] = field(default_factory=dict)
     processor: "ProcessorMixin | None" = None
+    asked: bool = True
     notes: list[Note] = field(default_factory=list)
 
     def chats(self, model: "PreTrainedModel", text: Text, corpus: str) -> tuple[dict[str, Chats], list[Note]]:
-        """make_chats, for this model."""
+        """make_chats, for this model; of an encoder-decoder none. Raises SedetectError where they were asked for."""
         if not self.domains:
             return {}, self.notes
+        if has_encoder(model):
+            why = f"{type(model).__name__}: its encoder reads images and sound, whose rows are not mapped to tokens"
+            if self.asked:
+                raise SedetectError(f"{why}; leave out domain {next(iter(self.domains))!r}")
+            return {}, [*self.notes, Note("images_left_out", f"images left out: {why}")]
         assert self.processor is not None  # find_pictured
         found, notes = make_chats(
             self.processor,
@@ -88,7 +98,7 @@ def find_pictured(
         return Pictured(notes=[Note("images_left_out", f"images left out: {error}")])
     if drawn or not asked:
         domains[IMAGES] = draw_images()
-    return Pictured(domains, processor)
+    return Pictured(domains, processor, asked)
 
 
 def _refuse(model: "str | os.PathLike[str] | PreTrainedModel", domain: str) -> None:

@@ -37,7 +37,7 @@ from sedetect.models.banks import Bank, find_banks
 from sedetect.models.chosen import ChosenWeights
 from sedetect.models.experts import expert_output
 from sedetect.models.identity import join_digest, model_id, model_name
-from sedetect.models.layers import attention_blocks, eager_attention, run_tokens
+from sedetect.models.layers import attention_blocks, eager_attention, has_encoder, run_tokens
 from sedetect.models.loading import load_tokenizer
 from sedetect.models.measure import Measuring
 from sedetect.models.streamed import StreamedModel, open_streamed
@@ -200,7 +200,7 @@ def _refuse(streamed: StreamedModel) -> None:
     """Raise SedetectError for a model whose first token is not what it is in a text."""
     model = streamed.model
     name, config = type(model).__name__, model.config.get_text_config()
-    if model.config.is_encoder_decoder:
+    if has_encoder(model):
         raise SedetectError(
             f"{name}: has an encoder, which reads the whole text; profile it instead (sedetect profile)"
         )

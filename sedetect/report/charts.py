@@ -121,7 +121,10 @@ class Charts(Drawing):
 
     def positions(self) -> Chart:
         x = alt.X(
-            "position:Q", scale=alt.Scale(type="symlog", nice=False), title="position in its sequence", axis=COUNTS
+            "position:Q",
+            scale=alt.Scale(type="symlog", nice=False),
+            title="position in its sequence or image",
+            axis=COUNTS,
         )
         y = alt.Y("value:Q", scale=alt.Scale(type="log"), title="max|y| of the row", axis=LOG)
         kinds = alt.Shape(
@@ -134,7 +137,7 @@ class Charts(Drawing):
         points = self.on("kept").mark_point(size=60, strokeWidth=1.6).encode(
             x=x, y=y, color=self.verdicts("kept"), shape=kinds, tooltip=tips
         )  # fmt: skip
-        text = "The strongest rows of the experts that stand out, by their position in the text."
+        text = "The strongest rows of the experts that stand out, by their position in the text, or in the image."
         return self.chart("positions", text, points, 260)
 
     def residual(self) -> Chart:

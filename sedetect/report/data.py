@@ -133,7 +133,7 @@ def _kept(evidence: Evidence) -> Records:
                     "value": row.value,
                     "gate": row.gate,
                     "domain": info.get("domain", "–"),
-                    "sequence": row.sequence,
+                    "sequence": "–" if row.sequence < 0 else row.sequence,
                     "position": row.position,
                     "token": evidence.token(row.token_id) or (repr(context.token) if context else "–"),
                     "context": None if context is None else [context.before, context.token, context.after],

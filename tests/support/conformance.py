@@ -7,6 +7,7 @@ that they have while profiled.
 import re
 import traceback
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from sedetect.models.attach import SubstitutedDown
 from sedetect.stats.model import ModelStats
 from sedetect.stats.place import BankId, Place
 from support import loops
-from support.families import FALLBACKS, FAMILIES, MODELS, Family, discover, tiny_model
+from support.families import FALLBACKS, FAMILIES, MODELS, VOCAB, Family, discover, tiny_model
 from support.models import snapshot
 
 BATCH, LENGTH = 2, 12
@@ -125,7 +126,7 @@ def reference(
         result = Reference(run(model, inputs))
     for path, module, args in calls:
         if isinstance(module, (nn.Linear, SubstitutedDown)):
-            linear_rows(result.seen[path], module, *args, ids)
+            linear_rows(result.seen[path], module, *args, tokens_of(path, inputs, ids))
         elif not hasattr(module, "is_transposed"):
             rows = args[0][..., 0].numel() // (
                 len(module.down_proj) if type(module).__name__ == "Llama4TextExperts" else 1
@@ -133,8 +134,15 @@ def reference(
             for row, expert, gate, h, y in loops.LOOPS[type(module).__name__](module, *args):
                 result.seen[path][expert].add(y, h, gate, *place_of(row, rows, ids))
         else:
-            experts_rows(result.seen[path], module, *args, ids, group_of(path, inputs))
+            experts_rows(result.seen[path], module, *args, tokens_of(path, inputs, ids), group_of(path, inputs))
     return result
+
+
+def tokens_of(path: str, inputs: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """Those of the rows of a module: of a vision tower (images, patches), where the images are of one size."""
+    if ".vision_tower." not in path or "image_grid_thw" not in inputs:
+        return ids
+    return torch.full((len(inputs["image_grid_thw"]), int(inputs["image_grid_thw"][0].prod())), VOCAB - 1)
 
 
 def group_of(path: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
@@ -217,7 +225,9 @@ def check_statistics(stats: ModelStats, expected: Reference, dtype: torch.dtype)
         peak = state.peak()
         in_max = state.in_max[:, 0, 0].clamp(min=0).to(torch.int32).view(torch.float32)
         for expert in range(state.num_experts):
-            one = seen[expert] if bank.stack == "decoder" else seen[expert].without_places()
+            one = seen[expert]
+            if bank.stack != "decoder":
+                one = replace(one, first_rows=0) if bank.stack == "vision" else one.without_places()
             where = f"{bank} expert {expert}"
             assert int(state.rows[expert]) == one.rows, f"{where}: {int(state.rows[expert])} rows, not {one.rows}"
             assert int(state.first_rows[expert]) == one.first_rows, f"{where}: {one.first_rows} first rows"
@@ -247,10 +257,11 @@ class Result:
         return f"{self.name:<24} {self.architecture:<46} {self.banks:<28} {self.backends:<8} {self.result}"
 
 
-def documented(page: str, results: list[Result]) -> str:
-    """A page with its table of architectures written from the results of a run."""
-    rows = [f"| {one.name} | {one.architecture} | {_banks_of(one)} |" for one in results]
-    table = "\n".join(["| family | class | banks of the layers of a small model |", "|---|---|---|", *rows])
+def documented(page: str, results: list[Result], processor_of: Callable[[str], str]) -> str:
+    """A page with its table of architectures written from the results of a run; processor_of: what reads its images."""
+    rows = [f"| {one.name} | {one.architecture} | {_banks_of(one)} | {processor_of(one.name)} |" for one in results]
+    heads = ("family", "class", "banks of the layers of a small model", "processor of images")
+    table = "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows])
     before, after = page.split(TABLE_BEGINS)[0], page.split(TABLE_ENDS)[1]
     return f"{before}{TABLE_BEGINS}\n{table}\n{TABLE_ENDS}{after}"
 
@@ -293,6 +304,9 @@ def check(name: str, device: str = "cpu", backend: str | None = None, dtype: tor
 def check_backends(family: Family, stats: ModelStats, device: torch.device, backend: str | None) -> str:
     """Every bank is served by the backend asked for, or says why not and is known to; nothing else is noted."""
     wanted = {backend} if backend else {"cpu"} if device.type == "cpu" else {"cuda", "triton"}
+    said = [*map(str, stats.header.notes)]
+    unsaid = [known for known in family.notes if not any(re.search(known, note) for note in said)]
+    assert not unsaid, f"no note says {unsaid}: {said}"
     notes = [note for note in stats.header.notes if not any(re.search(known, str(note)) for known in family.notes)]
     excused = [note for note in notes if any(re.search(why, str(note)) for why in FALLBACKS.get(backend, ()))]
     for bank in stats.banks:

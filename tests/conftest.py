@@ -15,12 +15,15 @@ for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402
-import support.interpreter  # noqa: E402, F401  before anything imports triton
+import support.interpreter  # noqa: E402  before anything imports triton
 import torch  # noqa: E402
 from support.command import run  # noqa: E402
 from support.models import TINY  # noqa: E402
 
 import sedetect  # noqa: E402
+
+if importlib.util.find_spec("torchvision"):
+    import support.vision  # noqa: F401  before a processor imports it
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -54,7 +54,9 @@ def test_rows_are_those_of_the_processor(name):
         assert stats.header.sequences == (len(begins) if kind == "image" else len(ids))
         for bank, state in stats.banks.items():
             path = stats.header.banks[str(bank)].module
-            if bank.routed and bank.stack == "decoder":
+            if bank.stack != "decoder":  # of patches; see test_modalities.py
+                continue
+            if bank.routed:
                 assert state.rows.tolist() == [rows[path, kind, e] for e in range(state.num_experts)], bank
             for first, records in ((True, state.first_outliers), (False, state.outliers)):
                 for record in filter(None, decode(records.flatten(0, 1))):

@@ -45,8 +45,8 @@ $(VLLM)/installed: Makefile
 # makes its Python part run. The other tests are to run without it, as sedetect does.
 VISION ?= build/vision
 test-vision: $(VENV)/installed $(VISION)/installed
-	PYTHONPATH=$(VISION) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m torchvision tests/test_processors.py \
-		tests/test_images.py $(PYTEST)
+	PYTHONPATH=$(VISION) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PROCESSES) -m torchvision \
+		tests/test_processors.py tests/test_images.py $(PYTEST)
 
 $(VISION)/installed: constraints.txt
 	$(PIP) --no-deps --upgrade --target $(VISION) torchvision

@@ -18,11 +18,13 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.heads import LAYERS, put_head
 from support.models import COMMON, TINY
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, Qwen2MoeConfig
 
 import sedetect
 from sedetect.checkpoints.options import Loading
+from sedetect.compression.pruning import prune_checkpoint
 from sedetect.kernels.gate import Gate
 from sedetect.stats.place import BankId
 
@@ -468,6 +470,25 @@ def test_losses_and_what_was_not_loaded(tmp_path, model):
             likely = next_logits(model, each, 2).argmax(-1)
             assert likely.shape == scores.likely[domain].shape
             assert (likely == scores.likely[domain]).float().mean() > 0.98
+
+
+def test_a_pruned_head_drafts(tmp_path):
+    """The head that predicts a further token of a pruned checkpoint is loaded and run, and the text is the model's."""
+    from sedetect.engines.vllm import DRAFTS
+
+    sizes = {"hidden_size": 64, "intermediate_size": 40, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    put_head(tmp_path / "whole", Glm4MoeConfig(**sizes, **heads, n_routed_experts=8, num_experts_per_tok=2))
+    banks = (BankId("decoder", 1, "routed"), BankId("decoder", 2, "routed"), BankId("mtp", LAYERS, "routed"))
+    prune_checkpoint(tmp_path / "whole", tmp_path / "pruned", {bank: [0, 2, 4, 5] for bank in banks})
+    prompts = prompts_of(9, 14)
+    draft = {"method": "mtp", "num_speculative_tokens": 1}
+    result, out = run_apart(tmp_path / "pruned", tmp_path, prompts, speculative_config=draft)
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32).eval()
+    for prompt, tokens in zip(prompts, result["tokens"], strict=True):
+        whole = pruned.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert whole[0, len(prompt) :].tolist() == tokens
+    assert any(DRAFTS in str(note) for note in sedetect.ModelStats.load(out).header.notes)
 
 
 two_gpus, two_processes = pytest.mark.gpu(number=2), pytest.mark.gpu(number=2 if GPU else 0)

@@ -10,7 +10,7 @@ import torch
 from support.compare import assert_same
 from support.conformance import available
 from support.families import FAMILIES, tiny_model
-from support.models import TINY
+from support.models import TINY, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sedetect
@@ -232,3 +232,15 @@ def test_encoder_and_decoder_read_the_text(name):
     ):
         with pytest.raises(SedetectError, match="has an encoder and a decoder; "):
             refused()
+
+
+def test_a_text_of_which_no_token_is_counted_is_refused(monkeypatch):
+    """A profile of nothing would say that there is no candidate."""
+    model, tokenizer = random_model("qwen3_moe"), load_tokenizer(TINY)
+    model.resize_token_embeddings(4096)
+    # As of a model whose experts read tokens of which its forward is not told.
+    monkeypatch.setattr("sedetect.profiling.pipeline.run_tokens", lambda model, ids: model.model(ids))
+    with pytest.raises(
+        SedetectError, match=r"Qwen3MoeForCausalLM ran its \d+ tokens, and none could be counted \(rows"
+    ):
+        sedetect.profile_model(model, tokenizer=tokenizer, text=sedetect.Text(tokens=256, seq_len=16))

@@ -427,13 +427,17 @@ class _Resident:
         return self.done
 
     def _part(self, domains: dict[str, Windows | Chats], batch_size: int) -> dict[str, ModelStats]:
-        """The statistics of each domain; of a domain that stop() left without any, none."""
+        """The statistics of each domain; of a domain that stop() left without any, none.
+
+        Raises SedetectError for a domain of which no token was counted.
+        """
         result, measured = self.result, {}
         for domain, held in domains.items():
             start = time.perf_counter()
             self.prof.begin(held.source, held.info)
             if self.heads is not None:
                 self.heads.begin(held.source, held.info)
+            before = self.done
             for tokens in self._run(held, batch_size):
                 self.done += tokens
                 self.progress(domain, self.done, self.total)
@@ -445,6 +449,10 @@ class _Resident:
             result.seconds += time.perf_counter() - start
             if stats.header.tokens:
                 measured[domain] = stats
+            elif self.done > before:
+                ran = f"{type(self.model).__name__} ran its {self.done - before} tokens, and none could be counted"
+                why = "; ".join(map(str, stats.header.notes))
+                raise SedetectError(f"{domain}: {ran} ({why}); run it inside sedetect.profile(model) yourself")
             if result.interrupted:
                 break
         return measured

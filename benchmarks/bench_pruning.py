@@ -89,7 +89,7 @@ def main() -> None:
     table = Table(title=f"{Path(args.model).name}, {args.dtype}: perplexity, and its mean change")
     for column in ("pruned", "by", "protected", *base, "change"):
         table.add_column(column, justify="left" if column in ("by", "protected") else "right")
-    table.add_row("0 %", "", "", *(f"{value:.2f}" for value in base.values()), "")
+    table.add_row("0%", "", "", *(f"{value:.2f}" for value in base.values()), "")
 
     def add(ratio: float, by: str, safe, values: dict[str, float]) -> None:
         change = statistics.fmean(values[d] / base[d] - 1 for d in base)

@@ -146,7 +146,7 @@ def test_rows_against_edited_weights_and_removed_experts(subject, budget):
             getattr(edited.model.layers[1].mlp.experts, name)[28] = originals[1, name][28]
         kept = {d: p.value for d, p in perplexity(edited, domains, prefix=1).items()}
     rows = {row.name: row for row in budget.rows}
-    assert list(rows) == ["prune 25 %", "int8", "int3"]
+    assert list(rows) == ["prune 25%", "int8", "int3"]
     assert rows["int3"].bare.perplexity == pytest.approx(bare, rel=1e-5)
     assert rows["int3"].kept.perplexity == pytest.approx(kept, rel=1e-5)
     base = {d: p.value for d, p in perplexity(model, domains, prefix=1).items()}
@@ -155,13 +155,13 @@ def test_rows_against_edited_weights_and_removed_experts(subject, budget):
         assert value == pytest.approx(kept[domain] / base[domain] - 1, abs=1e-5)
     assert rows["int3"].kept.mean_change == pytest.approx(sum(rows["int3"].kept.change.values()) / 4)
 
-    for cost, safe in ((rows["prune 25 %"].bare, []), (rows["prune 25 %"].kept, [SUPER])):
+    for cost, safe in ((rows["prune 25%"].bare, []), (rows["prune 25%"].kept, [SUPER])):
         left = choose_kept(stats, "frequency", 0.25, safe)
         gone = [Place(*bank, e) for bank, mine in left.items() for e in range(32) if e not in mine]
         with ablate(model, gone, how="remove"):
             expected = {d: p.value for d, p in perplexity(model, domains, prefix=1).items()}
         assert cost.perplexity == pytest.approx(expected, rel=1e-6)
-    assert rows["prune 25 %"].kept.mean_change < rows["prune 25 %"].bare.mean_change
+    assert rows["prune 25%"].kept.mean_change < rows["prune 25%"].bare.mean_change
 
 
 def test_random_controls_and_sizes(budget):
@@ -169,7 +169,7 @@ def test_random_controls_and_sizes(budget):
     for row in rows.values():
         assert row.bare.kept == [] and row.kept.kept == ["L1E28"]
         assert all(len(c.kept) == 1 and c.kept[0].startswith("L1E") and c.kept != ["L1E28"] for c in row.random)
-    assert rows["prune 25 %"].bare.size == rows["prune 25 %"].kept.size == 0.75
+    assert rows["prune 25%"].bare.size == rows["prune 25%"].kept.size == 0.75
     # float32; gate_up: 96 x 256 in two groups, down: 256 x 48 in one
     weights = 96 * 256 + 256 * 48
     bits = 3 * weights + 16 * (96 * 2 + 256)
@@ -187,7 +187,7 @@ def test_the_document_and_what_it_concludes(budget):
         said[0].startswith("keeping L1E28 beats every random choice in ")
         and " of the 3 rows that it changes" in said[0]
     )
-    assert "it buys most at prune 25 %: +" in said[0]
+    assert "it buys most at prune 25%: +" in said[0]
     within = [row.name for row in budget.rows if row.bare.mean_change <= 0.05]
     assert said[1] == f"within 5% of the unchanged perplexity, nothing kept: {', '.join(within)}" and "int8" in within
 
@@ -212,7 +212,7 @@ def test_command(tmp_path):
     code, out, err = run("budget", TINY, *options, "--by", "frequency", "-o", tmp_path)
     assert code == 0 and err == ""
     assert out.startswith("2 candidates: L1E28") and "keeping L1E28, L9E7 beats" in out
-    for name in ("prune 25 %", "int3"):
+    for name in ("prune 25%", "int3"):
         (line,) = [line for line in out.splitlines() if line.strip().startswith(name)]
         assert len(re.findall(r"[\d.]+%", line)) == 6 and len(line) <= 80
     assert "1,024 tokens that are not among the calibrated windows" in out

@@ -243,7 +243,7 @@ def test_words_for_numbers():
     assert [text.number(x) for x in (None, 1256.0, 0.00123456, 12345.6, 2e6, math.inf)] == [
         "–", "1256", "0.001235", "12,346", "2e+06", "∞",
     ]  # fmt: skip
-    assert [text.percent(x) for x in (0.10449, -0.0021, -0.0001, 0)] == ["+10.4 %", "-0.2 %", "+0.0 %", "+0.0 %"]
+    assert [text.percent(x) for x in (0.10449, -0.0021, -0.0001, 0)] == ["+10.4%", "-0.2%", "+0.0%", "+0.0%"]
     assert text.visible("a\nb\t\u202e\x00é") == "a⏎b\\t\\u202e\\x00é"
 
 
@@ -357,11 +357,11 @@ def test_proof_compression_and_verification_have_sections(decided):
         "control 1",
         "Within 5% of the unchanged perplexity, L1E28 kept: none",
         "int3",
-        "+inf %",
+        "+inf%",
         "By expert, protecting L1E0 buys nothing at equal perplexity",
         "m-int4 fails 1 check against m",
         "a failure",
-        "50.0 %",
+        "50.0%",
     ):
         assert shown in page.text, shown
     assert "–" in page.text[page.text.index("L9E7") :]  # it did not fire in the proof
@@ -410,7 +410,7 @@ def test_what_the_frontier_draws(decided, opened):
     assert made["frontier"].rows[0][1:] == [f"{size / 1e6:.3g}" for size in sizes]
     assert made["frontier"].rows[1][1:] == ["at most 3e-05", "at most 3e-05"]
     points = made["frontier_points"].rows
-    assert points[1] == ["one for all", "3e-05", "10.00", "+2.00 %", "+1.00 % to +3.00 %"] and points[7][3] == "+inf %"
+    assert points[1] == ["one for all", "3e-05", "10.00", "+2.00%", "+1.00% to +3.00%"] and points[7][3] == "+inf%"
     shown, events = opened(decided / "report.html")
     assert shown.locator("#chart-frontier g.mark-symbol.role-mark path").count() == len(found) and events == []
 
@@ -473,7 +473,7 @@ def test_an_ablation_that_breaks_the_model(full):
     assert back.outcomes[0].mean_change == math.inf and math.isnan(back.outcomes[0].residual_max)
     points = datasets(replace(evidence, ablation=back))["ablation"]
     assert len(points) == len(datasets(evidence)["ablation"]) - 1
-    assert "+inf %" in str(ablation_section(back))
+    assert "+inf%" in str(ablation_section(back))
 
 
 def test_figures(full):
@@ -607,7 +607,7 @@ def test_sizes_in_bytes_are_of_the_checkpoint(tiny_profile, tmp_path):
     code, _, err = run("report", tiny_profile, "--model", TINY, "-o", tmp_path / "page.html")
     assert code == 0, err
     page = Page((tmp_path / "page.html").read_text())
-    assert f"by expert, 2 of 320 routed experts: {2 * 3 * 256 * 48 * 1.5:,.0f} bytes, +1.88 %" in page.text
+    assert f"by expert, 2 of 320 routed experts: {2 * 3 * 256 * 48 * 1.5:,.0f} bytes, +1.88%" in page.text
     answer, box, facts = map(page.text.index, ("What was found", "sedetect prove MODEL", "calibration tokens"))
     assert answer < box < facts
     random_model("qwen2_moe").save_pretrained(tmp_path / "other")
@@ -622,8 +622,8 @@ def test_the_cost_of_4_bits(stats):
 
     plain, kept, *others = (Cost([], 0.25, {"code": 9.5}, {"code": x}, x) for x in (0.0135, 0.0093, 0.0131, 0.0142))
     budget = replace(SAMPLES[Budget], rows=[Row("int4", plain, kept, others)])
-    said = "perplexity +1.35 %; with L1E28 in full precision +0.93 %, with random experts of the same layers instead "
-    assert said + "+1.31 % to +1.42 %." in cost(budget)["text"] and cost(budget)["command"] is None
+    said = "perplexity +1.35%; with L1E28 in full precision +0.93%, with random experts of the same layers instead "
+    assert said + "+1.31% to +1.42%." in cost(budget)["text"] and cost(budget)["command"] is None
     for other in (None, replace(budget, rows=[]), replace(budget, rows=[Row("int4", plain, None, [])])):
         assert cost(other)["command"] == "sedetect budget MODEL --stats DIR -o DIR --seq-len 128 --format int4"
 

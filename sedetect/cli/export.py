@@ -40,7 +40,7 @@ def export_command(
         typer.Option(help="frontier.json of budget --frontier: its smallest plan that loads, in place of 4 bits"),
     ] = None,
     increase: Annotated[
-        float | None, typer.Option(min=0, help="of perplexity, at most, by the plan (default: 0.05, which is 5 %)")
+        float | None, typer.Option(min=0, help="of perplexity, at most, by the plan (default: 0.05, which is 5%)")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="checkpoint folder, for group sizes and sizes in bytes")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="file (default: print the list)")] = None,

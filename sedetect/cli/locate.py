@@ -38,7 +38,7 @@ def locate_command(
         str, typer.Option(help="also walk other first tokens: how many, or a list of one-token texts: 'The,1,\\n'")
     ] = "0",
     text: Annotated[str | None, typer.Option(help="walk this short prompt instead of first tokens")] = None,
-    all_layers: Annotated[bool, typer.Option("--all-layers", help="walk all layers, not the first 75 %")] = False,
+    all_layers: Annotated[bool, typer.Option("--all-layers", help="walk all layers, not the first 75%")] = False,
     cache: Annotated[Path | None, typer.Option(help="folder to cache the bytes read from a remote checkpoint")] = None,
     dtype: Dtype = "auto",
     revision: Revision = None,

@@ -49,7 +49,7 @@ class Cost:
     kept          experts left uncompressed (names)
     size          weights of the routed experts, relative to those of the unchanged model
     perplexity    per domain
-    change        per domain, relative to the unchanged model (0.1 is 10 % worse); mean_change their mean
+    change        per domain, relative to the unchanged model (0.1 is 10% worse); mean_change their mean
     """
 
     kept: list[str]
@@ -61,7 +61,7 @@ class Cost:
 
 @dataclass
 class Row:
-    """One compression, "prune 25 %" or a format. kept is None without experts to keep, and random empty then."""
+    """One compression, "prune 25%" or a format. kept is None without experts to keep, and random empty then."""
 
     name: str
     bare: Cost
@@ -255,7 +255,7 @@ class _Run:
 
 
 def _pruned(model: "PreTrainedModel", ratio: float, kept: list[Place], gone: list[Place], sizes: Sizes) -> _Run:
-    name = f"prune {100 * ratio:g} %"
+    name = f"prune {100 * ratio:g}%"
     run = partial(ablate, model, gone, how="remove")
     return _Run(name, kept, 1 - _share(sizes, gone), (name, frozenset(gone)), run)
 

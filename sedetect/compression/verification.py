@@ -77,7 +77,7 @@ _NOT_SEEN = (
 class Limits:
     """What a quantized model may cost.
 
-    increase  largest relative rise of perplexity, in every domain (0.05 is 5 %)
+    increase  largest relative rise of perplexity, in every domain (0.05 is 5%)
     kl        largest mean KL divergence of the logits, in nats per token; None for any
     """
 

@@ -15,10 +15,10 @@ that the same tokens visit in the same layers. What all of them cost at every to
 
 Intervals are over documents (windows of text), each at level / number of candidates (Bonferroni).
 
-The smallest effect, 2 % of perplexity, stands between what nine small trained models showed on 36 to 64 windows of 512
-tokens: experts without a function cost 1.1 % at most at their trigger tokens (their intervals end at 1.5 %); of those
-with one, the weakest member of a set adds 2.1 %, the weakest that works alone costs 9 % (on Chinese alone, of which
-the models saw little in training, 2.4 %). What counts as attention sinks: sedetect.stats.residual.SINK_MASS.
+The smallest effect, 2% of perplexity, stands between what nine small trained models showed on 36 to 64 windows of 512
+tokens: experts without a function cost 1.1% at most at their trigger tokens (their intervals end at 1.5%); of those
+with one, the weakest member of a set adds 2.1%, the weakest that works alone costs 9% (on Chinese alone, of which
+the models saw little in training, 2.4%). What counts as attention sinks: sedetect.stats.residual.SINK_MASS.
 """
 
 import math
@@ -64,7 +64,7 @@ _CHAIN_TEXTS = 8
 def check_numbers(smallest: float, level: float) -> None:
     """Raise SedetectError for arguments of prove that are out of range."""
     if not 0 < smallest < math.inf:
-        raise SedetectError(Argument("smallest"), f" {smallest:g}: must be above 0, as 0.02 for 2 %")
+        raise SedetectError(Argument("smallest"), f" {smallest:g}: must be above 0, as 0.02 for 2%")
     if not 0 < level < 1:
         raise SedetectError(Argument("level"), f" {level:g}: must be above 0 and below 1")
 

@@ -34,7 +34,7 @@ class Outcome:
 
     label         what was done, for people; experts (or weights), how and tokens say it exactly (see ablate)
     perplexity    per domain
-    change        per domain, relative to the unchanged model (0.1 is 10 % worse); mean_change their mean
+    change        per domain, relative to the unchanged model (0.1 is 10% worse); mean_change their mean
     sink_mean     mean attention on the first token (residual.Residual); sinks: of each layer, mean over its heads
     sink_decay    D_sink of each layer against the unchanged model (stream.sink_decay)
     residual_max  largest |x| of the residual stream after any layer but the first and the last

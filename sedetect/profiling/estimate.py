@@ -147,7 +147,7 @@ def _plan_of(streamed: StreamedModel, source: Source) -> Plan:
 
 
 def layers_of_rule(layers: int) -> int:
-    """How many of the decoder's layers locate walks: the first 75 %, in which the published rule looks."""
+    """How many of the decoder's layers locate walks: the first 75%, in which the published rule looks."""
     return max(1, round(0.75 * layers))
 
 

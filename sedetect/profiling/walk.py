@@ -110,7 +110,7 @@ def locate(
         first_tokens: other tokens that texts begin with, each a sequence of its own: so many, or these (ids, or texts
             of one token). The first sequence is always what the tokenizer puts before a text.
         text: a short prompt to walk instead, after what the tokenizer puts before it.
-        all_layers: go on behind the layers of the published rule, the first 75 %.
+        all_layers: go on behind the layers of the published rule, the first 75%.
         cache: a folder that keeps what is read of a remote checkpoint; a second run reads it there.
         loading: as in profile_model; the device is always the CPU.
         told: called once, before a weight is read, with the bytes to read.

@@ -66,6 +66,6 @@ def more_tokens(rows: int, tokens: int, wanted: int = FEW_ROWS) -> int:
     """Further tokens until an expert that saw rows < wanted rows in so many tokens is expected to have wanted.
 
     The rate is rows / tokens. An expert that saw none gets 3 / tokens, the rate above which it would have been seen
-    with 95 % probability (rule of three): its true need is probably larger.
+    with 95% probability (rule of three): its true need is probably larger.
     """
     return math.ceil((wanted - rows) * tokens / (rows or 3))

@@ -20,13 +20,13 @@ def whole(value: int | None) -> str:
 
 
 def percent(change: float, digits: int = 1) -> str:
-    """A relative change: 0.105 is "+10.5 %"."""
-    return f"{round(change * 100, digits) + 0.0:+.{digits}f} %"  # + 0.0: no minus before a zero
+    """A relative change: 0.105 is "+10.5%"."""
+    return f"{round(change * 100, digits) + 0.0:+.{digits}f}%"  # + 0.0: no minus before a zero
 
 
 def share(value: float) -> str:
-    """A part of a whole: 0.105 is "10.5 %"."""
-    return f"{value * 100:.1f} %"
+    """A part of a whole: 0.105 is "10.5%"."""
+    return f"{value * 100:.1f}%"
 
 
 def interval(effect: Effect) -> str:

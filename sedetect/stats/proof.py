@@ -20,7 +20,7 @@ LEVELS = ("candidate", "proved", "refuted", "undecided")
 
 @dataclass(frozen=True)
 class Effect:
-    """A relative change of perplexity (0.1 is 10 % worse), and the interval it lies in. documents: their number."""
+    """A relative change of perplexity (0.1 is 10% worse), and the interval it lies in. documents: their number."""
 
     rise: float
     low: float

@@ -51,6 +51,21 @@ def tiny_profile(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_report(tiny_profile, tmp_path_factory):
+    """(folder, printed): tiny_profile with everything else that a report shows, and the report with its figures."""
+    folder = tmp_path_factory.mktemp("full") / "tiny"
+    shutil.copytree(tiny_profile, folder)
+    short = ("-o", folder, "--seq-len", 64)
+    assert run("analyze", "residual", TINY, *short, "--sequences", 2, "--ablate", "L1E28")[0] == 0
+    assert run("analyze", "trace", TINY, *short, "--experts", "L1E28", "--tokens", 512)[0] == 0
+    stats = ("--stats", folder, "--experts", "L1E28", "--how", "skip", "--controls", 1, "--sequences", 1)
+    assert run("ablate", TINY, *short, *stats, "--tokens", 256)[0] == 0
+    code, out, err = run("report", folder, "--figures")
+    assert code == 0, err
+    return folder, out
+
+
+@pytest.fixture(scope="session")
 def tiny_stats():
     """Statistics of twice as many tokens, to read."""
     return sedetect.profile_model(TINY, text=sedetect.Text(tokens=4096, seq_len=128)).stats

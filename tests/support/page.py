@@ -3,6 +3,10 @@
 import json
 from html.parser import HTMLParser
 
+# The charts of tiny_report, in the order of the page.
+EVERY = ["heatmap", "ablation", "tail", "first-rest", "by-layer", "by-expert", "positions", "residual", "sinks",
+         "coverage", "headroom", "kurtosis"]  # fmt: skip
+
 
 class Page(HTMLParser):
     """What a browser would make of a page: elements, ids, text outside scripts, scripts, and what it would load."""
@@ -32,3 +36,11 @@ class Page(HTMLParser):
 def payload(page: Page) -> dict:
     (data,) = [code for of, code in page.scripts if of.get("type") == "application/json"]
     return json.loads(data)
+
+
+def tooltip(page, cell: int) -> dict[str, str]:
+    """What the heatmap says of its cell of that number (layer by layer), in a browser."""
+    page.locator("#chart-heatmap g.mark-rect").first.locator("path").nth(cell).hover()
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    cells = page.locator("#vg-tooltip-element td").all_inner_texts()
+    return dict(zip((key.rstrip(":") for key in cells[::2]), cells[1::2]))

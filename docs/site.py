@@ -1,5 +1,6 @@
 """What the site has beside the pages in this folder, made when mkdocs builds it: the documents of the top level, a page
-of all commands from the commands themselves, and one of all public names from their docstrings."""
+of all commands from the commands themselves, one of all public names from their docstrings, and the glossary of the
+report."""
 
 import ast
 import re
@@ -18,7 +19,7 @@ FACES = ("", "stats", "ranking", "calibration", "ops", "experiments", "analysis"
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = {page: _linked((ROOT / source).read_text(encoding="utf-8")) for source, page in DOCUMENTS.items()}
-    made |= {"commands.md": _commands(), "api.md": _names()}
+    made |= {"commands.md": _commands(), "api.md": _names(), "glossary.md": _glossary()}
     for page, text in made.items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -62,6 +63,16 @@ def _commands() -> str:
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
             lines.append("")
     return "\n".join(lines)
+
+
+def _glossary() -> str:
+    """Every term of the report and of these pages."""
+    from sedetect.report.glossary import TERMS
+
+    lines = ["# Glossary", "", "The terms of these pages and of the report, which explains them where they stand.", ""]
+    lines += ["| term | meaning |", "|---|---|"]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in TERMS.items()]
+    return "\n".join([*lines, ""])
 
 
 def _names() -> str:

@@ -24,8 +24,9 @@ from sedetect.analysis.outputs import summarize as summarize_outputs
 from sedetect.analysis.tables import layers_table, marked_experts, standings_tables
 from sedetect.analysis.weights import summarize
 from sedetect.report.analyses import Inside
-from sedetect.report.pictures import pictures_of
+from sedetect.report.pictures import pictures_of, telling_layers
 from sedetect.report.style import LIGHT
+from sedetect.report.write import pictures_as_figures
 from sedetect.stats.place import BankId
 
 SHORT = ("--tokens", 256, "--seq-len", 64)
@@ -64,7 +65,8 @@ def test_what_they_print(folder, results):
         assert f"written to {out / f'{kind}-analysis.safetensors'}" in text
         assert [row.split()[0] for row in text.splitlines() if re.match(r" L\d ", row)] == ["L1", "L9"]
     found = summarize(results["weights"].layers[ONE])
-    assert " ".join(f"{round(v, 2) + 0.0:.2f}" for v in found["similarity"].values()) in printed["weights"]
+    (row,) = [row.split() for row in printed["weights"].splitlines() if row.startswith(" L1 ")]
+    assert row[1:4] == [f"{round(v, 2) + 0.0:.2f}" for v in found["similarity"].values()]
     assert "largest of down" in printed["weights"]
     chosen = summarize_outputs(results["outputs"].layers[ONE])["chosen"]
     assert f"{chosen:.3f}" in printed["outputs"]
@@ -221,12 +223,25 @@ def test_figures_and_report(folder, tmp_path):
         f"routing-L{n}-{what}.{form}"
         for n in (1, 9)
         for what in ("choice", "coactivation", "domains")
-        for form in ("png", "svg")
+        for form in ("png", "svg", "txt")
     } <= files
-    assert f"{len(files) // 2} pictures" in text
+    assert f"{len(files) // 3} pictures" in text
     for file in (out / "figures").iterdir():
         start = file.read_bytes()[:8]
-        assert start.startswith(b"\x89PNG" if file.suffix == ".png" else b"<svg")
+        assert start.startswith({".png": b"\x89PNG", ".svg": b"<svg", ".txt": b""}[file.suffix])
+    caption = "Share of each domain's tokens that chose each expert in L9.\ntiny-moe (bfloat16).\n"
+    assert (out / "figures" / "routing-L9-domains.txt").read_text() == caption
+
+
+def test_figures_are_of_the_layers_that_matter(results, marked):
+    """Those with an expert to protect, then one without for comparison."""
+    of = results["weights"]
+    for found, wanted in ((marked, [1, 9]), ({"L9E7": "proved"}, [9, 1]), ({"L9E7": "refuted"}, [9])):
+        assert [bank.layer for bank in telling_layers(of, found)] == wanted
+    every = pictures_as_figures(of, marked)
+    assert (
+        pictures_as_figures(of, marked, [ONE]).keys() == {name for name in every if "-L9-" not in name} < every.keys()
+    )
 
 
 def test_empty_and_odd_layers_are_drawn():
@@ -259,7 +274,7 @@ def test_what_is_not_known_is_a_dash():
         arrays["gate.r2"], arrays["gate.norm"] = torch.tensor([r2]), torch.ones(2)
         weights.layers[BankId("decoder", number, "routed")] = LayerArrays(2, ["a", "b"], arrays)
     cells = layers_table(weights)
-    assert [row[cells.columns.index("R2")] for row in cells.rows] == ["-", "0.50"]
+    assert [row[cells.columns.index("gate R2")] for row in cells.rows] == ["-", "0.50"]
     assert cells.text.endswith("R2, mean of the layers: gate 0.50.")
     routing = Analysis("routing", "m", "d", "float32", {"domains": {"a": 4, "b": 4}, "texts": []})
     for number, entropy in enumerate((math.nan, 0.5)):

@@ -1,6 +1,7 @@
 """The report of a folder of results: its sections, its figures, and folders that it refuses."""
 
 import json
+import re
 import shutil
 import sys
 from unittest import mock
@@ -16,6 +17,7 @@ from sedetect.ranking.stability import agreement, margins
 from sedetect.report import text
 from sedetect.report.data import datasets
 from sedetect.report.evidence import Evidence, load_evidence
+from sedetect.report.glossary import HEADS, TERMS
 from sedetect.report.sections import sections
 from sedetect.report.style import LIGHT
 from sedetect.report.write import write_report
@@ -57,7 +59,7 @@ def test_sections_appear_with_their_data(tiny_report):
         f"{ablation['baseline']['perplexity']['english']:.2f}",
         "1 random, same layers: worst",
         "L1E28: skip, first only",
-        "cannot choose them",
+        "keeping the router from choosing it",
         "position 0",
     ):
         assert shown in page.text
@@ -94,12 +96,29 @@ def test_figures(tiny_report):
     folder, out = tiny_report
     assert f"12 charts as PNG, SVG and PDF in {folder / 'figures'}" in out
     magic = {"png": b"\x89PNG\r\n", "svg": b"<svg", "pdf": b"%PDF-"}
+    magic["txt"] = b""
     files = {f"{name}.{form}" for name in EVERY for form in magic}
     assert {p.name for p in (folder / "figures").iterdir()} == files
     for file in files:
         assert (folder / "figures" / file).read_bytes().startswith(magic[file.rpartition(".")[2]])
     drawn = (folder / "figures" / "heatmap.svg").read_text()
     assert "L1E28" in drawn and "var(--" not in drawn and LIGHT["candidate"] in drawn
+    assert "tiny-moe" in drawn and "Heatmap of the largest output of 320 experts" in drawn
+    caption, measured = (folder / "figures" / "tail.txt").read_text().splitlines()
+    assert "layers below 8" in caption and measured == "tiny-moe (bfloat16): 2,048 tokens in 16 sequences."
+
+
+def test_terms_are_buttons_that_open_their_definitions(tiny_report):
+    """In heads and sentences, and once more in the glossary: those of the page, and no others."""
+    html = (tiny_report[0] / "report.html").read_text()
+    page = Page(html)
+    targets = set(re.findall('popovertarget="([^"]+)"', html))
+    definitions = dict(re.findall(r'<div id="(term-\d+)" popover><b>[^<]+</b> ([^<]+)</div>', html))
+    assert targets == definitions.keys() and len(targets) < len(TERMS)
+    for term in ("super expert", "÷ median", "candidate", "D_sink", "kurtosis"):
+        assert targets > {f"term-{list(TERMS).index(term)}"} and page.text.count(TERMS[term]) == 2
+    assert TERMS["fed by"] not in page.text  # nothing was proved
+    assert set(HEADS.values()) <= TERMS.keys() and not HEADS.keys() & TERMS.keys()
 
 
 def test_a_large_model_gives_a_small_page(tmp_path):

@@ -9,6 +9,7 @@ import sedetect
 from sedetect import ModelStats
 from sedetect.kernels.records import column
 from sedetect.report.evidence import Evidence, load_evidence
+from sedetect.report.glossary import TERMS
 from sedetect.report.style import DARK, LIGHT
 from sedetect.report.write import write_report
 from sedetect.stats.place import BankId
@@ -17,7 +18,7 @@ from sedetect.stats.place import BankId
 def test_the_page_in_a_browser(tiny_report, opened):
     folder, _ = tiny_report
     stats = ModelStats.load(folder)
-    page, events = opened(folder / "report.html")
+    page, events = opened(folder / "report.html", has_touch=True)
     assert page.locator(".chart svg").count() == len(EVERY)
     assert page.locator("#chart-heatmap g.mark-rect").first.locator("path").count() == 320
     assert page.locator("#chart-heatmap text", has_text="L1E28").count() == 2  # and its halo
@@ -34,6 +35,12 @@ def test_the_page_in_a_browser(tiny_report, opened):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
     assert page.locator("nav").evaluate("e => getComputedStyle(e).position") == "sticky"
+    term, definition = page.locator("#experts .term", has_text="÷"), page.locator("[popover]:popover-open")
+    term.first.focus()
+    page.keyboard.press("Enter")
+    assert definition.inner_text() == f"÷ median {TERMS['÷ median']}"
+    page.keyboard.press("Escape")
+    assert definition.count() == 0
     page.set_viewport_size({"width": 400, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     captions = page.locator("caption span")  # in view, however wide their table is
@@ -44,6 +51,11 @@ def test_the_page_in_a_browser(tiny_report, opened):
     page.wait_for_timeout(300)  # for the charts to take the new width
     legends = page.locator(".chart .role-legend").evaluate_all("all => all.map(e => e.getBoundingClientRect().right)")
     assert legends and max(legends) <= 400
+    wide = "all => all.filter(e => e.checkVisibility() && e.scrollWidth > e.clientWidth).length"
+    assert page.locator(".scroll").count() > 10 and page.locator(".scroll").evaluate_all(wide) == 0
+    page.locator("#details h3 .term").first.tap()
+    box = definition.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 400 and box["y"] + box["height"] <= 900
     assert events == []
 
 
@@ -90,5 +102,8 @@ def test_light_dark_and_print(tiny_report, opened, scheme, colors):
     assert seen() == wanted(colors)
     page.emulate_media(media="print", color_scheme=scheme)
     assert seen() == wanted(LIGHT) and not page.locator("nav").is_visible()
+    page.set_viewport_size({"width": 688, "height": 900})  # of A4 between its margins
+    right = page.locator("table").evaluate_all("all => all.map(e => e.getBoundingClientRect().right)")
+    assert len(right) > 10 and max(right) <= 688
     page.emulate_media(media="screen")
     assert page.pdf().startswith(b"%PDF-") and events == []

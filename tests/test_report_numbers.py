@@ -19,7 +19,9 @@ from sedetect.kernels.records import COLUMN, column, float_bits
 from sedetect.models.loading import load_tokenizer
 from sedetect.profiling.record import Run
 from sedetect.report import numbers, text
+from sedetect.report.charts import Charts
 from sedetect.report.data import datasets
+from sedetect.report.drawing import spaced
 from sedetect.report.evidence import Evidence, load_evidence
 from sedetect.report.write import write_report
 from sedetect.stats.bank import BankStats
@@ -171,6 +173,19 @@ def test_nonfinite_and_unseen_experts_are_drawn_as_such(tmp_path):
     assert found["L2E5"]["value"] is None and not found["L2E5"]["inside"] and found["L2E6"]["channel"] == "–"
     write_report(evidence, tmp_path / "r.html")  # JSON without NaN
     assert "NaN or infinity" in Page((tmp_path / "r.html").read_text()).text
+
+
+def test_axes_space_layers_by_their_number():
+    """Dense layers between those with experts keep their place; stacks and kinds stand by themselves."""
+    assert spaced(["L1", "L4", "encoder.L2 vision", "encoder.L2"]) == [
+        "L1", "L2", "L3", "L4", "encoder.L2 vision", "encoder.L2"
+    ]  # fmt: skip
+    stats = synthetic_stats(3, 4)
+    del stats.banks[BankId("decoder", 1, "routed")]
+    data = datasets(Evidence(stats, sedetect.rank(stats)))
+    charts = {chart.name: str(chart.spec) for chart in Charts(data, page=False).all()}
+    assert all("'L0', 'L1', 'L2'" in charts[name] for name in ("by-layer", "coverage", "headroom", "kurtosis"))
+    assert "'L1'" not in charts["heatmap"]
 
 
 def test_words_for_numbers():

@@ -57,7 +57,13 @@ Stats = Annotated[
     Path | None,
     typer.Option(help="statistics of this model, to mark its candidates (default: those in the folder of -o)"),
 ]
-Figures = Annotated[bool, typer.Option("--figures", help="with -o: also draw every layer, as PNG and SVG")]
+Figures = Annotated[
+    bool,
+    typer.Option(
+        "--figures",
+        help="with -o: also draw the layers with candidates and one without, or all of --layers, as PNG and SVG",
+    ),
+]
 
 
 @analyze.command("weights")
@@ -90,7 +96,7 @@ def weights_command(
             loading=Loading(device, dtype, revision, trust_remote_code=trust_remote_code),
             progress=lambda label, done, total: bar.update(task, description=label, completed=done, total=total),
         )
-    _finish(result, known, output, figures)
+    _finish(result, known, output, figures, layers)
 
 
 @analyze.command("outputs")
@@ -127,7 +133,7 @@ def outputs_command(
     text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
     result = _over_text(run, model, known, texts, parse_layers(layers), data, text, loading, against)
-    _finish(result, known, output, figures)
+    _finish(result, known, output, figures, layers)
 
 
 @analyze.command("routing")
@@ -159,7 +165,8 @@ def routing_command(
     run = partial(analyze_routing, batch_size=batch_size)
     text = Text(tokens, seq_len, batch_size, chat_template=chat_template)
     loading = Loading(device, dtype, revision, attn, trust_remote_code)
-    _finish(_over_text(run, model, known, texts, parse_layers(layers), data, text, loading), known, output, figures)
+    result = _over_text(run, model, known, texts, parse_layers(layers), data, text, loading)
+    _finish(result, known, output, figures, layers)
 
 
 def _check(stats: Path | None, output: Path | None, figures: bool) -> _Known | None:
@@ -243,8 +250,8 @@ def _over_text(
     return result
 
 
-def _finish(result: Analysis, known: _Known | None, output: Path | None, figures: bool) -> None:
-    """Print the tables, and write what there is a folder for."""
+def _finish(result: Analysis, known: _Known | None, output: Path | None, figures: bool, layers: str | None) -> None:
+    """Print the tables, and write what there is a folder for. layers: those asked for, all of which are drawn."""
     from sedetect.analysis.tables import marked_experts
 
     marked = {} if known is None else marked_experts(known[2])
@@ -257,7 +264,13 @@ def _finish(result: Analysis, known: _Known | None, output: Path | None, figures
         drawn = Results(output).figures_path
         with progress_bar("pictures") as bar:
             task = bar.add_task("figures", total=None)
-            count = _write_figures()(result, marked, drawn, lambda n, of: bar.update(task, completed=n, total=of))
+            count = _write_figures()(
+                result,
+                marked,
+                drawn,
+                lambda n, of: bar.update(task, completed=n, total=of),
+                every=layers is not None,
+            )
         print_line(f"{count} pictures as PNG and SVG in {drawn}")
 
 
@@ -289,36 +302,37 @@ def _print_tokens(result: Analysis, marked: set[str]) -> None:
 
     known = [(bank, layer) for bank, layer in result.layers.items() if "text.index" in layer.arrays]
     start, shown = 0, known[:_TEXT_LAYERS]
-    cell = _choice if result.kind == "routing" else _largest
+    of, columns = (_choice, [""]) if result.kind == "routing" else (_largest, ["", " norm", " place"])
     for text in result.settings["texts"] if shown else ():
-        cells = Cells(["token", *(layer_name(bank) for bank, _ in shown)])
+        cells = Cells(["token", *(f"{layer_name(bank)}{column}" for bank, _ in shown for column in columns)])
         for place, token in enumerate(text["tokens"], start):
-            cells.rows.append([repr(token), *(cell(layer, place, marked) for _, layer in shown)])
+            cells.rows.append([repr(token), *(cell for _, layer in shown for cell in of(layer, place, marked))])
         start += len(text["tokens"])
         _print_cells(cells)
     if not result.settings["texts"] or not shown:
         return
     what = {
         "routing": "experts chosen for each token, by routing weight",
-        "outputs": "for each token the expert with the largest output, its norm, its place among the chosen (or -)",
+        "outputs": "for each token the expert with the largest output, with its norm and its place among the chosen",
     }[result.kind]
     more = f"; the first {len(shown)} of {len(known)} layers (--layers chooses)" if len(known) > len(shown) else ""
     print_line(what + more + ("; *: one of those above" if marked else ""))
 
 
-def _choice(layer: LayerArrays, token: int, marked: set[str]) -> str:
-    return " ".join(f"{e}{'*' * (layer.members[e] in marked)}" for e in _chosen(layer, token))
+def _choice(layer: LayerArrays, token: int, marked: set[str]) -> list[str]:
+    return [" ".join(f"{e}{'*' * (layer.members[e] in marked)}" for e in _chosen(layer, token))]
 
 
-def _largest(layer: LayerArrays, token: int, marked: set[str]) -> str:
+def _largest(layer: LayerArrays, token: int, marked: set[str]) -> list[str]:
+    """The expert, its norm, and its place among the chosen."""
     norms = layer.arrays["text.norm"][token, : layer.experts]
     if not norms.isfinite().all():
-        return "- (NaN or Inf)"
+        return ["-", "NaN or Inf", "-"]
     if len(norms) > 1 and norms.min() == norms.max():
-        return "- (all equal)"
+        return ["-", "all equal", "-"]
     largest, chosen = int(norms.argmax()), _chosen(layer, token)
-    place = chosen.index(largest) + 1 if largest in chosen else "-"
-    return f"{largest}{'*' * (layer.members[largest] in marked)} {float(norms[largest]):.3g} {place}"
+    place = str(chosen.index(largest) + 1) if largest in chosen else "-"
+    return [f"{largest}{'*' * (layer.members[largest] in marked)}", f"{float(norms[largest]):.3g}", place]
 
 
 def _chosen(layer: LayerArrays, token: int) -> list[int]:

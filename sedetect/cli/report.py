@@ -16,7 +16,10 @@ def report_command(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the page (default: DIR/report.html)")] = None,
     model: Annotated[Path | None, typer.Option(help="checkpoint folder, for sizes in bytes")] = None,
     figures: Annotated[
-        bool, typer.Option("--figures", help="also write the charts as PNG, SVG and PDF to figures/ beside the page")
+        bool,
+        typer.Option(
+            "--figures", help="also write the charts as PNG, SVG and PDF, with captions, to figures/ beside the page"
+        ),
     ] = False,
 ) -> None:
     """Write one HTML page of everything in a folder of results; it opens offline.

@@ -2,7 +2,7 @@
 
 import altair as alt
 
-from sedetect.report.drawing import VERDICTS, Chart, Drawing, ordinal
+from sedetect.report.drawing import VERDICTS, Chart, Drawing, ordinal, spaced
 from sedetect.report.pictures import Picture
 
 _NAMED = 64  # points that carry their name
@@ -28,7 +28,7 @@ class Inside(Drawing):
             alt.Tooltip("row:N", title="layer"), alt.Tooltip("series:N"), alt.Tooltip("value:Q", format=".4~g"),
         ]  # fmt: skip
         base = self.on(of.name).encode(
-            x=self.across("row", of.columns, of.x),
+            x=self.across("row", spaced(of.columns), of.x),
             y=alt.Y("value:Q", title=of.y, scale=alt.Scale(zero=False)),
             color=alt.Color("series:N", title=None, scale=ordinal(colors), legend=legend),
             tooltip=tips,

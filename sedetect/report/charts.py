@@ -6,8 +6,20 @@ from typing import Any
 
 import altair as alt
 
-from sedetect.report.data import FORMATS_OF
-from sedetect.report.drawing import CHANGES, COUNTS, EXPERT, FINE_LOG, LOG, VERDICTS, Chart, Drawing, ordinal, tooltips
+from sedetect.report.data import ELEMENTS, FORMATS_OF, KURTOSIS
+from sedetect.report.drawing import (
+    CHANGES,
+    COUNTS,
+    EXPERT,
+    FINE_LOG,
+    LOG,
+    VERDICTS,
+    Chart,
+    Drawing,
+    ordinal,
+    spaced,
+    tooltips,
+)
 
 
 class Charts(Drawing):
@@ -40,7 +52,7 @@ class Charts(Drawing):
         base = self.on("experts").encode(x=x, y=y, tooltip=tooltips(*EXPERT))
         low, high = min(self.values), max(self.values)
         scale = alt.Scale(type="log", scheme="viridis", domain=[low, high if high > low else low * 10])
-        legend = alt.Legend(title="max|y|", format="~s", tickCount=5, gradientLength=220, orient="top")
+        legend = alt.Legend(title="largest output |y|", format=",", tickCount=5, gradientLength=220, orient="top")
         color = alt.Color("value:Q", scale=scale, legend=legend)
         layers = [base.transform_filter(alt.datum.state == "seen").mark_rect().encode(color=color)]
         for state, name in (("unseen", "unseen"), ("non-finite", "broken")):
@@ -71,8 +83,8 @@ class Charts(Drawing):
 
     def tail(self) -> Chart:
         base = self.on("experts").transform_filter("datum.value > 0")
-        x = alt.X("place:Q", scale=alt.Scale(type="log", nice=False), title="place, by max|y|", axis=FINE_LOG)
-        y = alt.Y("value:Q", scale=alt.Scale(type="log"), title="max|y|", axis=LOG)
+        x = alt.X("place:Q", scale=alt.Scale(type="log", nice=False), title="rank by largest output", axis=FINE_LOG)
+        y = alt.Y("value:Q", scale=alt.Scale(type="log"), title="largest output |y|", axis=LOG)
         points = base.mark_point(size=36, strokeWidth=1.3).encode(
             x=x,
             y=y,
@@ -95,8 +107,8 @@ class Charts(Drawing):
         return self.chart("tail", text, alt.layer(rules, points), 300)
 
     def first_rest(self) -> Chart:
-        x = alt.X("rest:Q", scale=alt.Scale(type="log"), title="max|y| on other tokens", axis=FINE_LOG)
-        y = alt.Y("first:Q", scale=alt.Scale(type="log"), title="max|y| on first tokens", axis=LOG)
+        x = alt.X("rest:Q", scale=alt.Scale(type="log"), title="largest output |y| on other tokens", axis=FINE_LOG)
+        y = alt.Y("first:Q", scale=alt.Scale(type="log"), title="largest output |y| on first tokens", axis=LOG)
         base = self.on("experts").transform_filter("datum.first > 0 && datum.rest > 0")
         points = base.mark_point(filled=True, size=40, opacity=0.85).encode(
             x=x, y=y, color=self.verdicts(), tooltip=tooltips(*EXPERT)
@@ -108,14 +120,19 @@ class Charts(Drawing):
 
     def by_layer(self) -> Chart:
         chart = self.two_series(
-            "layers", self.across("row", self.rows, "layer"), "max|y|", ("largest expert", "median expert")
+            "layers",
+            self.across("row", spaced(self.rows), "layer"),
+            "largest output |y|",
+            ("largest expert", "median expert"),
         )
         text = "The largest and the median of the experts' largest outputs in every layer."
         return self.chart("by-layer", text, self._with_names(chart, "row"), 240)
 
     def by_expert(self) -> Chart:
         x = self.across("column", self.columns, "expert")
-        chart = self.two_series("columns", x, "max|y|", ("all layers", "layers of the rule"), extra=("expert",))
+        chart = self.two_series(
+            "columns", x, "largest output |y|", ("all layers", "layers of the rule"), extra=("expert",)
+        )
         text = "The largest output of every expert number, over all layers and over those in which the rule looks."
         return self.chart("by-expert", text, self._with_names(chart, "column"), 240)
 
@@ -126,7 +143,7 @@ class Charts(Drawing):
             title="position in its sequence or image",
             axis=COUNTS,
         )
-        y = alt.Y("value:Q", scale=alt.Scale(type="log"), title="max|y| of the row", axis=LOG)
+        y = alt.Y("value:Q", scale=alt.Scale(type="log"), title="largest output |y| of the row", axis=LOG)
         kinds = alt.Shape(
             "tokens:N",
             title=None,
@@ -141,7 +158,7 @@ class Charts(Drawing):
         return self.chart("positions", text, points, 260)
 
     def residual(self) -> Chart:
-        chart = self.two_runs("residual", "|x| of the residual stream", ("maximum", "median"), "log")
+        chart = self.two_runs("residual", "element |x| of the residual stream", ("maximum", "median"), "log")
         text = "The largest and the median element of the residual stream after every layer."
         return self.chart("residual", text, chart, 240)
 
@@ -155,7 +172,7 @@ class Charts(Drawing):
     def ablation(self) -> Chart:
         sets = list(dict.fromkeys(record["set"] for record in self.data["ablation"]))
         x = alt.X(
-            "change:Q", title="change of perplexity, mean of the domains", axis=alt.Axis(format="+~%", tickCount=6)
+            "change:Q", title=["change of perplexity,", "mean of the domains"], axis=alt.Axis(format="+~%", tickCount=6)
         )
         y = alt.Y("set:N", scale=alt.Scale(domain=sets), title=None, axis=alt.Axis(labelLimit=320))
         kinds = {"chosen": self.color["proved"], "control": self.color["other"]}
@@ -196,7 +213,7 @@ class Charts(Drawing):
 
     def timeline(self) -> Chart:
         x = alt.X("step:Q", title="training step", axis=alt.Axis(format=",d", grid=False))
-        y = alt.Y("value:Q", scale=alt.Scale(type="log"), title="max|y|", axis=LOG)
+        y = alt.Y("value:Q", scale=alt.Scale(type="log"), title="largest output |y|", axis=LOG)
         legend = alt.Legend(orient="top", symbolType="stroke")
         dashes = alt.Scale(domain=["expert", "median of its layer"], range=[[1, 0], [5, 4]])
         tips = [alt.Tooltip("step:Q", format=",d"), *tooltips("expert", "series", "value")]
@@ -215,7 +232,7 @@ class Charts(Drawing):
         return self.chart("timeline-sinks", text, lines, 260)
 
     def coverage(self) -> Chart:
-        x = self.across("row", self.rows, "layer")
+        x = self.across("row", spaced(self.rows), "layer")
         scale = alt.Scale(type="symlog", constant=10)
         tips = [
             alt.Tooltip("row:N", title="layer"),
@@ -233,11 +250,11 @@ class Charts(Drawing):
         return self.chart("coverage", text, layers, 220)
 
     def headroom(self) -> Chart:
-        x = self.across("row", self.rows, "layer")
-        lines = self.two_series("headroom", x, "largest element", ("max|y|, output", "max|h|, input"))
+        x = self.across("row", spaced(self.rows), "layer")
+        lines = self.two_series("headroom", x, "largest element", ELEMENTS)
         limits = self.on("limits").encode(y="value:Q")
         rules = limits.mark_rule(color=self.color["proved"], strokeDash=[6, 4])
-        labels = limits.mark_text(align="left", dx=4, dy=9, color=self.color["proved"], fontSize=12).encode(
+        labels = limits.mark_text(align="left", dx=4, dy=-7, color=self.color["proved"], fontSize=12).encode(
             x=alt.value(0), text="format:N"
         )
         text = (
@@ -246,8 +263,8 @@ class Charts(Drawing):
         return self.chart("headroom", text, alt.layer(rules, lines, labels), 240)
 
     def kurtosis(self) -> Chart:
-        x = self.across("row", self.rows, "layer")
-        chart = self.two_series("kurtosis", x, "excess kurtosis", ("of the layer", "at most"), "linear")
+        x = self.across("row", spaced(self.rows), "layer")
+        chart = self.two_series("kurtosis", x, "excess kurtosis", KURTOSIS, "linear")
         text = "Excess kurtosis of the experts' largest outputs in every layer, and the most it can be."
         return self.chart("kurtosis", text, chart, 220)
 

@@ -21,13 +21,12 @@ def budget_section(evidence: Evidence) -> dict[str, Any]:
         ends = [percent(changes[0], 2), percent(changes[-1], 2)] if changes else [NONE, NONE]
         kept = [share(row.kept.size), percent(row.kept.mean_change, 2)] if row.kept else [NONE, NONE]
         rows.append([row.name, share(row.bare.size), percent(row.bare.mean_change, 2), *kept, *ends])
-    head = "experts,#size,#nothing kept,#size with them,#they are kept,#random kept: best,#worst"
+    head = "experts,#size,#nothing kept,#size with them,#they are kept,#random kept: best,#random kept: worst"
     base = ", ".join(f"{domain} {value:.2f}" for domain, value in budget.baseline.perplexity.items())
     text = (
         f"Kept: {', '.join(budget.kept) or 'none'}. Size: of the routed experts' weights. Change of perplexity, mean "
-        f"of the domains, on {whole(sum(budget.tokens.values()))} tokens; unchanged ({budget.dtype}): {base}. Formats "
-        f"are simulated: round to nearest, one scale per output channel and {budget.group} inputs. Pruning is by "
-        f"{budget.by}."
+        f"of the domains, on {whole(sum(budget.tokens.values()))} tokens; unchanged ({budget.dtype}): {base}. Pruning "
+        f"is by {budget.by}; scales are of {budget.group} inputs."
     )
     said = [f"{line[0].upper()}{line[1:]}." for line in conclusion(budget)]
     return {"budget": make_table(head, rows), "budget_lines": said, "budget_text": text, "budget_notes": budget.notes}
@@ -57,8 +56,8 @@ def frontier_section(evidence: Evidence) -> dict[str, Any]:
     text = (
         f"Protected: {', '.join(found.protected) or 'none'}. The routed experts take {found.whole / 1e6:.3g} MB at "
         f"{KEPT_BITS} bits. Change of perplexity on {whole(sum(found.tokens.values()))} tokens; unchanged "
-        f"({found.dtype}): {base}. Sensitivity: on {whole(found.sensitivity_tokens)} other tokens. Formats are "
-        f"simulated: round to nearest, one scale per output channel and {found.group} inputs."
+        f"({found.dtype}): {base}. Sensitivity: on {whole(found.sensitivity_tokens)} other tokens. Scales are "
+        f"of {found.group} inputs."
     )
     head = ",".join(["formats", *(f"#MB at {increase:+.0%}" for increase in INCREASES)])
     return {
@@ -83,9 +82,11 @@ def verification_section(evidence: Evidence) -> dict[str, Any]:
         [one.expert, one.stored or NONE, "yes" if one.protected else "no", number(one.value), number(one.other)]
         for one in found.experts[:MOST]
     ]
-    head = "text,#perplexity: base,#quantized,#change,#interval,#KL (nats per token),#same most likely token"
+    head = (
+        "text,#perplexity: base,#perplexity: quantized,#change,#interval,#KL (nats per token),#same most likely token"
+    )
     return {
         "verification": found,
         "verified_text": make_table(head, rows),
-        "verified_experts": make_table("expert,stored,to be protected,#max|y|: base,#quantized", experts),
+        "verified_experts": make_table("expert,stored,to be protected,#max|y|: base,#max|y|: quantized", experts),
     }

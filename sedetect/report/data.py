@@ -12,6 +12,8 @@ from sedetect.report.text import interval
 
 Records = list[dict[str, Any]]
 FORMATS_OF = {"model": "one for all", "layer": "by layer", "expert": "by expert"}  # Curve.by as people read it
+ELEMENTS = ("largest output |y|", "largest input |h|")
+KURTOSIS = ("kurtosis of the layer", "most that it can be")
 KEPT_ROWS = 8  # of an expert's strongest rows on first tokens, and as many on all others
 
 
@@ -27,9 +29,7 @@ def datasets(evidence: Evidence) -> dict[str, Records]:
         "columns": _by_column(experts),
         "kept": _kept(evidence),
         "kurtosis": [
-            r
-            for layer in layers
-            for r in _series(layer, {"of the layer": layer.kurtosis, "at most": layer.kurtosis_most})
+            r for layer in layers for r in _series(layer, dict(zip(KURTOSIS, (layer.kurtosis, layer.kurtosis_most))))
         ],
         "coverage": [{"row": row_name(one.stack, one.layer), "wanted": FEW_ROWS} | asdict(one) for one in layers],
         "headroom": _headroom(layers),
@@ -143,7 +143,7 @@ def _kept(evidence: Evidence) -> Records:
 
 
 def _headroom(layers: list[LayerRow]) -> Records:
-    found = [_series(layer, {"max|y|, output": layer.maximum, "max|h|, input": layer.in_max}) for layer in layers]
+    found = [_series(layer, dict(zip(ELEMENTS, (layer.maximum, layer.in_max)))) for layer in layers]
     return [record for records in found for record in records if record["value"] > 0]
 
 

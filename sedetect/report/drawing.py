@@ -1,5 +1,7 @@
 """How the charts of the report look: colors, axes, legends, and the forms that several charts share."""
 
+import re
+import textwrap
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,6 +10,7 @@ import altair as alt
 from sedetect.report.data import Records
 from sedetect.report.style import FIGURE_FONT, LIGHT, PAGE_FONT, VARIABLES
 
+_LAYER = re.compile(r"(.*?)L(\d+)")  # of "L1", "encoder.L1", "L1 vision"
 VEGA_LITE = "6.4"  # what altair writes; vl_convert must have it
 Scaling = Literal["linear", "log"]
 VERDICTS = ("proved", "candidate", "undecided", "refuted", "other")
@@ -105,7 +108,7 @@ class Drawing:
         y = alt.Y("value:Q", scale=alt.Scale(type=scale), title=title, axis=LOG if scale == "log" else alt.Axis())
         dashes = alt.Scale(domain=list(series), range=[[1, 0], [5, 4]])
         base = self.on(name).encode(
-            x=self.across("row", rows, "layer"),
+            x=self.across("row", spaced(rows), "layer"),
             y=y,
             color=alt.Color("run:N", title=None, scale=ordinal(colors), legend=legend),
             tooltip=[
@@ -156,6 +159,26 @@ def _used(spec: Any) -> set[str]:
         return set()
     own = {spec["data"]["name"]} if "data" in spec else set()
     return own.union(*map(_used, spec.values()))
+
+
+def titled(model: str, text: str) -> dict[str, Any]:
+    """The title of a chart that stands alone: the model, and what the chart shows."""
+    look = {"anchor": "start", "offset": 14, "color": LIGHT["ink"], "subtitleColor": LIGHT["muted"], "fontSize": 16}
+    return look | {"text": model, "subtitle": textwrap.wrap(text, 120), "subtitleFontSize": 13, "subtitlePadding": 5}
+
+
+def spaced(rows: list[str]) -> list[str]:
+    """Layers, with those between them that have no experts, so that an axis spaces them by their number."""
+    stacks: dict[str, dict[int, list[str]]] = {}
+    for row in rows:
+        stack, number = _LAYER.match(row).groups()  # type: ignore[union-attr]
+        stacks.setdefault(stack, {}).setdefault(int(number), []).append(row)
+    return [
+        row
+        for stack, layers in stacks.items()
+        for number in range(min(layers), max(layers) + 1)
+        for row in layers.get(number, [f"{stack}L{number}"])
+    ]
 
 
 def ordinal(colors: dict[str, str]) -> alt.Scale:

@@ -36,14 +36,13 @@ def proof_section(evidence: Evidence) -> dict[str, Any]:
     text = (
         f"Each is switched off only at the tokens where it fires, on {whole(proof.tokens)} tokens in "
         f"{whole(proof.documents)} windows that the statistics did not see; a rise of perplexity by "
-        f"{share(proof.smallest)} matters. Beside the others: what it adds where the other candidates are off too. "
-        f"Controls: other experts that the same tokens visit. {proof.sinks[:1].upper()}{proof.sinks[1:]}."
+        f"{share(proof.smallest)} matters. {proof.sinks[:1].upper()}{proof.sinks[1:]}."
     )
     return {
         "proof": proof,
         "proof_text": text,
         "proof_verdicts": make_table(head, rows),
-        "proof_runs": make_table("switched off,#perplexity,#interval,#sink,#residual", runs),
+        "proof_runs": make_table("switched off,#perplexity,#interval,#attention sink,#residual stream", runs),
     }
 
 
@@ -65,12 +64,12 @@ def residual_section(evidence: Evidence) -> dict[str, Any]:
     text += f" Seen on {sum(residual.sequences.values())} sequences of {residual.seq_len} tokens; massive: |x| above "
     text += f"{number(residual.min_value)} and {number(residual.min_ratio)} times the median."
     rows = [
-        [f"L{layer.layer}", number(layer.maximum, 5), number(layer.ratio, 3), str(layer.channel), str(layer.position),
+        [f"L{layer.layer}", number(layer.maximum), number(layer.ratio, 3), str(layer.channel), str(layer.position),
          evidence.token(layer.token_id) or NONE, whole(layer.massive), number(layer.sink_mean, 3),
          number(max(layer.sinks) if layer.sinks else None, 3)]
         for layer in residual.layers
     ]  # fmt: skip
-    head = "layer,#max|x|,#÷ median,#channel,#position,token,#massive elements,#sink: mean,#strongest head"
+    head = "layer,#max|x|,#over the median,#channel,#position,token,#massive elements,#attention sink,#strongest head"
     return {
         "residual": residual,
         "residual_text": text,
@@ -126,7 +125,14 @@ def ablation_section(experiment: Experiment | None) -> dict[str, Any]:
             rows.append([f"{len(runs)} random, {name}: {what}", *cells, *rest_of])
     decay = [] if layer is None else [f"#D_sink L{layer}"]
     head = ",".join(
-        ["switched off", *(f"#{d.replace(',', ' ')}" for d in domains), "#mean", "#sink", *decay, "#residual"]
+        [
+            "switched off",
+            *(f"#{d.replace(',', ' ')}" for d in domains),
+            "#mean",
+            "#attention sink",
+            *decay,
+            "#residual stream",
+        ]
     )
     text = conclusion(experiment)
     return {"ablation": make_table(head + ",#exact" * asked, rows), "ablation_text": text[:1].upper() + text[1:]}
@@ -141,7 +147,7 @@ def traces_section(evidence: Evidence) -> dict[str, Any]:
         return [
             whole(group.rows),
             whole(group.seen),
-            number(group.maximum, 5),
+            number(group.maximum),
             number(group.mean),
             number(group.gate, 3),
         ]
@@ -152,7 +158,7 @@ def traces_section(evidence: Evidence) -> dict[str, Any]:
         tokens = []
         for token, group in list(trace.tokens.items())[:12]:
             tokens.append([token_text(token, trace.texts[token]), *cells(group)])
-        columns = ",#rows,#of all,#max|y|,#mean,#routing"
+        columns = ",#rows,#of all,#max|y|,#mean,#routing weight"
         kinds = make_table("tokens" + columns, [[name, *cells(group)] for name, group in groups.items()])
         shown.append(
             {
@@ -180,7 +186,7 @@ def timeline_section(evidence: Evidence) -> dict[str, Any]:
         state = found.states[at]
         seen = [number(state.loss), number(state.sink_mean, 3), number(state.residual_max)]
         rows.append([whole(state.step), *seen, *(number(one.values[at]) for one in experts)])
-    head = ",".join(["#step,#loss,#sinks,#residual", *(f"#{one.expert} |y|" for one in experts)])
+    head = ",".join(["#step,#loss,#attention sink,#residual stream", *(f"#{one.expert} |y|" for one in experts)])
     return {"timeline": make_table(head, rows), "timeline_text": [found.headline, *found.findings, *found.notes]}
 
 

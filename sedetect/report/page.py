@@ -15,6 +15,7 @@ from markupsafe import Markup
 from sedetect.report.data import Records
 from sedetect.report.drawing import VEGA_LITE, Chart
 from sedetect.report.evidence import Evidence
+from sedetect.report.glossary import HEADS, TERMS
 from sedetect.report.sections import sections
 from sedetect.report.style import DARK, LIGHT, PAGE_FONT, css_variables
 from sedetect.report.table import Named
@@ -29,7 +30,8 @@ def render_page(evidence: Evidence, data: dict[str, Records], charts: list[Chart
         one["charts"] = [chart for chart in inside if chart.name.startswith(one["kind"])]
     charts = charts + inside
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"num": number, "visible": visible}
+    terms = _Terms()
+    environment.filters |= {"num": number, "visible": visible, "term": terms.button}
     environment.tests["verdict"] = lambda cell: isinstance(cell, Named)
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     css = jinja2.Template(_file("page.css")).render(
@@ -43,6 +45,7 @@ def render_page(evidence: Evidence, data: dict[str, Records], charts: list[Chart
         sections_of_page,
         version=__version__,
         charts={chart.name: chart for chart in charts},
+        terms=terms,
         css=Markup(css),
         bundle=Markup(bundle),
         script=Markup(script),
@@ -52,6 +55,30 @@ def render_page(evidence: Evidence, data: dict[str, Records], charts: list[Chart
             "data": {name: _columnar(data[name]) for name in used},
         },
     )
+
+
+class _Terms:
+    """Terms of the glossary on a page: button is the template's filter, used the terms that it has made buttons of."""
+
+    def __init__(self) -> None:
+        self.used: set[str] = set()
+
+    @jinja2.pass_context  # so that it runs where the page is rendered, not where the template is compiled
+    def button(self, _: jinja2.runtime.Context, shown: str, name: str | None = None) -> str:
+        """shown, as it is where the glossary has no such term. name: the term, where it is shown in other words."""
+        term = name or HEADS.get(shown, shown)
+        if term not in TERMS:
+            return shown
+        self.used.add(term)
+        made = Markup('<button type="button" class="term" popovertarget="{}">{}</button>')
+        return made.format(self.anchor(term), shown.replace("÷ ", "÷\u00a0"))
+
+    def anchor(self, term: str) -> str:
+        return f"term-{list(TERMS).index(term)}"
+
+    def definitions(self) -> list[tuple[str, str]]:
+        """The terms that were used, and what they mean."""
+        return [(term, text) for term, text in TERMS.items() if term in self.used]
 
 
 def _columnar(records: Records) -> dict[str, list]:

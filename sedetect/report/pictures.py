@@ -49,26 +49,32 @@ class Picture:
     log: bool = False
 
 
-def pictures_of(result: Analysis, marked: dict[str, str], *, page: bool) -> list[Picture]:
-    """The pictures of an analysis; for a page, those of all layers together, and of the first layer with an expert to
-    protect (or the first), as far as they are small enough. marked: name -> verdict."""
+def pictures_of(
+    result: Analysis, marked: dict[str, str], *, page: bool, layers: Iterable[BankId] | None = None
+) -> list[Picture]:
+    """The pictures of all layers together, and of single ones: all of them, or these. marked: name -> verdict.
+
+    For a page, of layers only the first with an expert to protect (or the middle one), as far as they are small enough.
+    """
     whole = {"weights": _weights, "outputs": _outputs, "routing": _routing}[result.kind]
     found = [picture for picture in whole(result, marked) if picture.data[picture.name]]
     of_layer = {"weights": _weights_of, "outputs": _outputs_of, "routing": _routing_of}[result.kind]
-    for bank in _for_page(result, marked) if page else result.layers:
+    for bank in telling_layers(result, marked)[:1] if page else result.layers if layers is None else layers:
         layer = result.layers[bank]
         if layer.arrays:
             found += of_layer(result, f"{result.kind}-{layer_name(bank).replace(' ', '-')}", bank, layer, marked, page)
     return [picture for picture in found if not page or len(picture.data[picture.name]) <= _CELLS]
 
 
-def _for_page(result: Analysis, marked: dict[str, str]) -> list[BankId]:
+def telling_layers(result: Analysis, marked: dict[str, str]) -> list[BankId]:
+    """The layers with an expert to protect, and behind them one without for comparison: the middle one of those."""
     special = [
         bank
         for bank, layer in result.layers.items()
         if any(marked.get(member) in PROTECTED for member in layer.members)
     ]
-    return (special or list(result.layers))[:1]
+    others = [bank for bank in result.layers if bank not in special]
+    return special + others[len(others) // 2 :][:1]
 
 
 def _weights(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
@@ -85,7 +91,11 @@ def _weights(result: Analysis, marked: dict[str, str]) -> Iterator[Picture]:
             "cosine of matched matrices",
             "Mean cosine of two experts' matrices after their neurons were matched.",
         ),
-        ("r2", "R2", "How much of the similarity of gate embeddings that of mean neurons explains, in every layer."),
+        (
+            "r2",
+            "share explained (R²)",
+            "How much of the similarity of gate embeddings that of mean neurons explains, in every layer.",
+        ),
     ):
         values = {bank: of.get(field_name, {}) for bank, of in summaries.items()}
         yield _lines(f"weights-{field_name.replace('_', '-')}", result, marked, values, title, text)
@@ -155,7 +165,10 @@ def _weights_of(
         yield _points(f"{name}-{one}-neuron-projection", scores, shares, layer, marked, text)
         if not len(layer.arrays["pairs"]):
             continue
-        for array, value, what in (("matched", "cosine", "Cosine of the matrices"), ("tau", "tau", "Kendall's tau")):
+        for array, value, what in (
+            ("matched", "cosine", "Cosine of the matrices"),
+            ("tau", "Kendall's tau", "Kendall's tau"),
+        ):
             text = f"{what} after matching the {one} neurons of two experts {where}; blank: not matched."
             table = _of_pairs(layer, layer.arrays[f"{one}.{array}"])
             yield _square(f"{name}-{one}-{array}", layer, table, marked, text, value)
@@ -231,7 +244,7 @@ def _routing_of(
     if not page:
         found = lift(arrays["coactivation"], int(arrays["tokens"].sum()))
         text = f"Tokens that chose both experts {where}, as a multiple of chance."
-        yield _square(f"{name}-coactivation", layer, found, marked, text, "x chance")
+        yield _square(f"{name}-coactivation", layer, found, marked, text, "multiple of chance")
 
 
 def _lines(

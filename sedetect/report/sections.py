@@ -8,6 +8,7 @@ from sedetect.ranking.modalities import RATIO, TIMES, uses
 from sedetect.ranking.result import Ranking, SuperExpert
 from sedetect.ranking.stability import agreement, margins
 from sedetect.report.answer import answer_section
+from sedetect.report.captions import captions
 from sedetect.report.compression import budget_section, frontier_section, verification_section
 from sedetect.report.data import Records, row_name
 from sedetect.report.evidence import Evidence
@@ -29,9 +30,6 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
     """The variables of the template."""
     ranking, header = evidence.ranking, evidence.stats.header
     experts = ranking.judged
-    limits = ", ".join(
-        f"{'' if s == 'decoder' else s + ' '}layers below {limit}" for s, limit in ranking.layer_limits.items()
-    )
     anchors = {
         "todo": "What to do",
         "experts": "Experts",
@@ -49,6 +47,7 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "inside": "Inside the layers",
         "details": "Details",
         "run": "What was run",
+        "glossary": "Glossary",
     }
     answer, stability, domains = answer_section(evidence), _stability(evidence), _parts(evidence.domains, "domain")
     if answer["todo"] is None:
@@ -69,9 +68,8 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         "named": _experts(evidence, experts[:MOST]),
         "modules": _modules(evidence, experts[:MOST]),
         "more_named": max(len(experts) - MOST, 0),
-        "limits": limits,
+        "captions": captions(evidence, data),
         "largest": _largest(data["experts"]),
-        "no_first": sum(not (r["first"] and r["rest"]) for r in data["experts"]),
         "contexts": [r for r in data["kept"] if r["context"]],
         "domains": domains,
         **stability,
@@ -86,7 +84,6 @@ def sections(evidence: Evidence, data: dict[str, Records]) -> dict[str, Any]:
         **timeline_section(evidence),
         **inside_section(evidence),
         "coverage_text": coverage(evidence.stats).removeprefix("coverage: ") + ".",
-        "few_rows": FEW_ROWS,
         "thin": _thin(evidence),
         "headroom": _headroom(evidence),
         "layers": _layers(evidence),
@@ -133,16 +130,14 @@ def _experts(evidence: Evidence, experts: list[SuperExpert]) -> Table:
     rows = []
     for e in experts:
         row: list[str] = [Named(e, e.verdict or OTHER), Named(e.verdict or NONE, e.verdict or OTHER)]
-        row += [number(e.value if e.seen else None, 5), number(e.ratio, 3), number(e.next_ratio, 3)]
+        row += [number(e.value if e.seen else None), number(e.ratio, 3), number(e.next_ratio, 3)]
         row += [str(e.channel) if e.seen else NONE]
         row += [evidence.token(e.token_id) or NONE, NONE if e.position < 0 else str(e.position)]
-        row += [
-            f"{number(e.first_max)} / {number(e.rest_max)}",
-            f"{number(e.first_gate, 3)} / {number(e.rest_gate, 3)}",
-        ]
+        row += [number(e.first_max), number(e.rest_max), number(e.first_gate, 3), number(e.rest_gate, 3)]
         rows.append([*row, _yes(e in evidence.ranking.super_experts), *([_yes(e.carried)] if seen else [])])
-    head = "expert,verdict,#max|y|,#÷ median,#÷ next,#channel,token,#position,#|y| first / rest"
-    return make_table(head + ",#routing first / rest,in set" + (",carried" if seen else ""), rows)
+    head = "expert,verdict,#max|y|,#÷ median,#÷ next,#channel,token,#position,#|y| on first tokens,#on others"
+    head += ",#routing weight on first tokens,#on others,in set"
+    return make_table(head + (",carried" if seen else ""), rows)
 
 
 def _modules(evidence: Evidence, experts: list[SuperExpert]) -> list[str]:
@@ -154,11 +149,13 @@ def _modules(evidence: Evidence, experts: list[SuperExpert]) -> list[str]:
 def _largest(experts: Records) -> Table:
     chosen = sorted((r for r in experts if r["value"]), key=lambda r: r["place"])[:MOST]
     rows = [
-        [Named(r["expert"], r["verdict"]), number(r["value"], 5), number(r["first"]), number(r["rest"]),
+        [Named(r["expert"], r["verdict"]), number(r["value"]), number(r["first"]), number(r["rest"]),
          str(r["channel"]), r["token"], str(r["position"]), whole(r["rows"]), r["verdict"], _yes(r["inside"])]
         for r in chosen
     ]  # fmt: skip
-    return make_table("expert,#max|y|,#first tokens,#rest,#channel,token,#position,#rows,verdict,in population", rows)
+    return make_table(
+        "expert,#max|y|,#|y| on first tokens,#on others,#channel,token,#position,#rows,verdict,in population", rows
+    )
 
 
 def _parts(parts: dict[str, tuple[ModelStats, Ranking]], kind: str) -> Table:
@@ -228,19 +225,19 @@ def _headroom(evidence: Evidence) -> Table:
             spaces = [number(limit / largest, 3) if largest else NONE for limit in (FP16_MAX, FP8_MAX)]
             counts = [whole(n) if output else NONE for n in (room.over_fp16, room.over_fp8, room.nonfinite)]
             beyond = [f"{whole(fp16)} of {whole(room.experts)}", f"{whole(fp8)} of {whole(room.experts)}"]
-            rows.append([f"{room.kind}, {what}", number(largest, 5), name or NONE, *spaces, *beyond, *counts])
+            rows.append([f"{room.kind}, {what}", number(largest), name or NONE, *spaces, *beyond, *counts])
     head = "experts,#largest,expert,#headroom fp16,#headroom fp8,#experts over 65504,#experts over 448"
     return make_table(head + ",#elements over 65504,#elements over 448,#NaN or infinite", rows)
 
 
 def _layers(evidence: Evidence) -> Table:
     rows = [
-        [row_name(r.stack, r.layer), whole(r.experts), number(r.maximum, 5), number(r.median), number(r.in_max),
+        [row_name(r.stack, r.layer), whole(r.experts), number(r.maximum), number(r.median), number(r.in_max),
          number(r.kurtosis, 3), number(r.kurtosis_most, 3), whole(r.rows_min), number(r.rows_median, 6),
          whole(r.rows_max)]
         for r in layer_rows(evidence.stats)
     ]  # fmt: skip
-    head = "layer,#experts seen,#max|y|,#median,#max|h|,#kurtosis,#at most,#rows: fewest,#median,#most"
+    head = "layer,#experts seen,#max|y|,#median,#max|h|,#kurtosis,#at most,#rows: fewest,#rows: median,#rows: most"
     return make_table(head, rows)
 
 

@@ -12,12 +12,15 @@ from sedetect.analysis.common import Analysis
 from sedetect.analysis.tables import marked_experts
 from sedetect.files import write_atomic
 from sedetect.report.analyses import Inside
+from sedetect.report.captions import captions
 from sedetect.report.charts import Charts
 from sedetect.report.data import Records, datasets
-from sedetect.report.drawing import VEGA_LITE, Chart
+from sedetect.report.drawing import VEGA_LITE, Chart, titled
 from sedetect.report.evidence import Evidence
 from sedetect.report.page import render_page
-from sedetect.report.pictures import Picture, pictures_of
+from sedetect.report.pictures import Picture, pictures_of, telling_layers
+from sedetect.report.text import whole
+from sedetect.stats.place import BankId
 
 FORMATS: dict[str, Callable[[str], bytes]] = {
     "png": lambda spec: vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2),
@@ -38,11 +41,13 @@ def write_report(evidence: Evidence, path: Path) -> None:
 def write_figures(
     evidence: Evidence, folder: Path, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> int:
-    """Write every chart as folder/<name>.png, .svg and .pdf, and return how many charts there are.
+    """Write every chart as folder/<name>.png, .svg and .pdf, its caption as .txt, and return how many charts there are.
 
     progress is called with (charts done, charts in all). Raises SedetectError where a file cannot be written.
     """
-    return _write(figures_of(evidence), folder, list(FORMATS), progress)
+    header, known = evidence.stats.header, captions(evidence, datasets(evidence))
+    run = f"{header.model} ({header.dtype}): {whole(header.tokens)} tokens in {whole(header.sequences)} sequences."
+    return _write(figures_of(evidence), folder, list(FORMATS), known, run, progress)
 
 
 def write_pictures(
@@ -50,29 +55,42 @@ def write_pictures(
     marked: dict[str, str],
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, of: None,
+    *,
+    every: bool = False,
 ) -> int:
-    """Write every picture of an analysis, of every layer, as folder/<name>.png and .svg; returns how many there are.
+    """Write the pictures of an analysis as folder/<name>.png and .svg, with captions as .txt; returns how many there
+    are.
 
-    marked: verdict by name of the experts to mark. progress and errors as in write_figures.
+    Of single layers, those of telling_layers; every: of all. marked: verdict by name of the experts to mark. progress
+    and errors as in write_figures.
     """
-    return _write(pictures_as_figures(result, marked), folder, ["png", "svg"], progress)
+    figures = pictures_as_figures(result, marked, None if every else telling_layers(result, marked))
+    return _write(figures, folder, ["png", "svg"], {}, f"{result.model} ({result.dtype}).", progress)
 
 
 def figures_of(evidence: Evidence) -> dict[str, dict[str, Any]]:
     """The specification of every chart by its name, with the records that it draws."""
     data, pictures = _inside(evidence)
-    return _with_data(Charts(data, page=False).all() + Inside(pictures, page=False).all(), data)
+    charts = Charts(data, page=False).all() + Inside(pictures, page=False).all()
+    return _alone(charts, data, evidence.stats.header.model)
 
 
-def pictures_as_figures(result: Analysis, marked: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """figures_of every picture of an analysis, of every layer."""
-    pictures = pictures_of(result, marked, page=False)
+def pictures_as_figures(
+    result: Analysis, marked: dict[str, str], layers: list[BankId] | None = None
+) -> dict[str, dict[str, Any]]:
+    """figures_of the pictures of an analysis, of all layers or of these."""
+    pictures = pictures_of(result, marked, page=False, layers=layers)
     data = {name: records for picture in pictures for name, records in picture.data.items()}
-    return _with_data(Inside(pictures, page=False).all(), data)
+    return _alone(Inside(pictures, page=False).all(), data, result.model)
 
 
-def _with_data(charts: list[Chart], data: dict[str, Records]) -> dict[str, dict[str, Any]]:
-    return {chart.name: chart.spec | {"datasets": {name: data[name] for name in chart.data}} for chart in charts}
+def _alone(charts: list[Chart], data: dict[str, Records], model: str) -> dict[str, dict[str, Any]]:
+    """The charts with their records, and a title: what a chart needs away from the page."""
+    return {
+        chart.name: chart.spec
+        | {"title": titled(model, chart.alt), "datasets": {name: data[name] for name in chart.data}}
+        for chart in charts
+    }
 
 
 def _inside(evidence: Evidence) -> tuple[dict[str, Records], list[Picture]]:
@@ -83,12 +101,21 @@ def _inside(evidence: Evidence) -> tuple[dict[str, Records], list[Picture]]:
 
 
 def _write(
-    figures: dict[str, dict[str, Any]], folder: Path, forms: list[str], progress: Callable[[int, int], None]
+    figures: dict[str, dict[str, Any]],
+    folder: Path,
+    forms: list[str],
+    known: dict[str, str],
+    run: str,
+    progress: Callable[[int, int], None],
 ) -> int:
+    """known: captions by name; where there is none, the subtitle says it. run: what all figures are of."""
     for done, (name, figure) in enumerate(figures.items()):
         progress(done, len(figures))
         spec = json.dumps(figure)
         for form in forms:
             drawn = FORMATS[form](spec)
             write_atomic(folder / f"{name}.{form}", partial(Path.write_bytes, data=drawn))
+        caption = known.get(name, " ".join(figure["title"]["subtitle"]))
+        text = f"{caption}\n{run}\n".encode("utf-8", "replace")
+        write_atomic(folder / f"{name}.txt", partial(Path.write_bytes, data=text))
     return len(figures)

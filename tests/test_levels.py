@@ -209,7 +209,7 @@ def test_a_budget_keeps_what_nothing_refutes(judged, tmp_path):
     folder = judged(L1E28="undecided", L9E7="refuted")
     short = ("--tokens", 512, "--seq-len", 128, "--format", "int3", "--ratio", 0.25, "--controls", 1)
     code, out, _ = run("budget", TINY, "--stats", folder, *short, "-o", tmp_path)
-    assert code == 0 and out.startswith("1 undecided: L1E28 (") and "; kept: L1E28 (undecided), which adds" in out
+    assert code == 0 and out.startswith("1 undecided: L1E28 (") and "\nkept: L1E28 (undecided), which adds" in out
     assert json.loads((tmp_path / "budget.json").read_text())["kept"] == ["L1E28"]
 
 

@@ -276,7 +276,9 @@ def test_experts_of_zeros_are_like_no_other():
         without = LayerArrays(4, [f"L1E{e}" for e in range(4)], analyze_group([weights], router[:4], pairs[:1]))
         one, other = (layers_table(analysis_of("weights", layer)) for layer in (with_dead, without))
         assert one.rows == other.rows and one.text == other.text
-    assert "R2" in one.columns and one.rows[0][-1] == "- - -", "gate embeddings of zeros: nothing to explain"
+    assert one.columns[-1] == "down R2" and one.rows[0][-3:] == ["-"] * 3, (
+        "gate embeddings of zeros"
+    )
 
 
 def routing_of(load, coactivation=None, weight=None):
@@ -295,7 +297,7 @@ def routing_of(load, coactivation=None, weight=None):
 def test_routing_where_all_are_chosen_equally():
     layer = routing_of([[50, 50, 50, 50]], torch.full((4, 4), 50))
     (row,) = layers_table(analysis_of("routing", layer)).rows
-    assert row == ["L1", "E0 +3", "100.0%", "4.0 of 4", "-", "0%", "E0 E1 +5", "1"]
+    assert row == ["L1", "E0 +3", "100.0%", "4.0", "-", "0%", "E0 E1 +5", "1"]
     layer = routing_of([[40, 30, 20, 10]])
     assert layers_table(analysis_of("routing", layer)).rows[0][1] == "E0"
 

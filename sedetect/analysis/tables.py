@@ -15,6 +15,13 @@ from sedetect.ranking.coverage import FEW_ROWS
 from sedetect.ranking.result import Ranking
 from sedetect.stats.place import BankId
 
+# Where one routed expert stands in its layer, by what is measured.
+STANDINGS: dict[str, Callable[[LayerArrays, int], dict[str, Standing]]] = {
+    "weights": weights.standings,
+    "outputs": outputs.standings,
+    "routing": routing.standings,
+}
+
 
 @dataclass
 class Cells:
@@ -38,16 +45,11 @@ def layers_table(result: Analysis) -> Cells:
 
 def standings_tables(result: Analysis, marked: dict[str, str]) -> dict[str, Cells]:
     """Title -> where each marked expert stands among those of its layer. marked: name -> verdict."""
-    of: dict[str, Callable[[LayerArrays, int], dict[str, Standing]]] = {
-        "weights": weights.standings,
-        "outputs": outputs.standings,
-        "routing": routing.standings,
-    }
     tables = {}
     for layer in result.layers.values():
         for expert, name in enumerate(layer.members[: layer.experts]):
             if name in marked:
-                found = of[result.kind](layer, expert).items()
+                found = STANDINGS[result.kind](layer, expert).items()
                 rows = [[what, *_standing(one)] for what, one in found]
                 title = f"{name} ({marked[name]}) among the {layer.experts} routed experts of its layer"
                 tables[title] = Cells(["", "value", "median", "place"], rows)
@@ -70,11 +72,12 @@ def _weights(result: Analysis) -> Cells:
     names = {"similarity": "matrices", "neuron_similarity": "mean neurons", "matched": "matched", "r2": "R2"}
     summaries = {bank: weights.summarize(layer) for bank, layer in result.layers.items()}
     shown = _shown(names, summaries)
+    matrices = list(next(iter(summaries.values()))["similarity"])
     rows = [
-        [layer_name(bank), *(" ".join(_two(v) for v in of.get(name, {}).values()) or "-" for name in shown)]
+        [layer_name(bank), *(_two(of.get(name, {}).get(one, math.nan)) for name in shown for one in matrices)]
         for bank, of in summaries.items()
     ]
-    matrices = list(next(iter(summaries.values()))["similarity"])
+    columns = [f"{one} {head}" for head in shown.values() for one in matrices]
     text = (
         f"Cosines of {', '.join(matrices)}, means over the pairs of routed experts of a layer: whole matrices; their "
         "mean neurons; whole matrices after their neurons were matched; R2: how much of the similarity of gate "
@@ -87,7 +90,7 @@ def _weights(result: Analysis) -> Cells:
         known = {name: [of["r2"][name] for of in summaries.values() if "r2" in of] for name in matrices}
         means = [f"{name} {_two(_finite_mean(values))}" for name, values in known.items()]
         text += f" R2, mean of the layers: {', '.join(means)}."
-    return Cells(["layer", *shown.values()], rows, text)
+    return Cells(["layer", *columns], rows, text)
 
 
 def _outputs(result: Analysis) -> Cells:
@@ -127,7 +130,7 @@ def _routing(result: Analysis) -> Cells:
                 layer_name(bank),
                 f"E{busiest}{_more(as_busy)}",
                 f"{int(load[:, busiest].sum()) / tokens:.1%}",
-                f"{effective(load.sum(0)):.1f} of {layer.experts}",
+                f"{effective(load.sum(0)):.1f}",
                 "-" if spread is None else f"{spread:.1f}",
                 *("-" if math.isnan(value) else f"{value:.0%}" for value in distance(load).tolist()),
                 *((f"E{i} E{j}{_more(as_often)}", f"{float(pairs[i, j]):.2g}") if pairs[i, j] > 0 else ("-", "-")),

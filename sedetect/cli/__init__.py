@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from inspect import cleandoc
 from typing import Any, NoReturn
 
 import typer
@@ -47,7 +48,18 @@ def load(command: str | None = None) -> typer.Typer:
         import_module(f"sedetect.cli.{module}")
     places = {name: place for place, name in enumerate(COMMANDS)}
     app.registered_commands.sort(key=lambda one: places[one.name or ""])  # a module may hold several
+    groups = [group.typer_instance for group in app.registered_groups]
+    for one in [
+        app.registered_callback,
+        *(one for typed in (app, *groups) if typed for one in typed.registered_commands),
+    ]:
+        one.help = _unwrapped(one.callback.__doc__)
     return app
+
+
+def _unwrapped(text: str) -> str:
+    """A docstring with a line per paragraph, for the terminal to wrap."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in cleandoc(text).split("\n\n"))
 
 
 def main() -> None:

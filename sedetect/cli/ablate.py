@@ -126,7 +126,7 @@ def _print(experiment: Experiment) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("switched off", no_wrap=True)
     decay = [] if layer is None else ["D_sink"]
-    for name in [*(d[:6] for d in domains), "mean", "sink", *decay, "resid", *(["exact"] if asked else [])]:
+    for name in [*domains, "mean", "sink", *decay, "residual", *(["exact"] if asked else [])]:
         table.add_column(escape(name), justify="right", no_wrap=True)
     base = experiment.baseline
     table.add_row("nothing", *(f"{base.perplexity[d]:.2f}" for d in domains), "", *_rest([base], layer, asked))
@@ -139,19 +139,11 @@ def _print(experiment: Experiment) -> None:
             for word, of in (("min", min), ("max", max)) if len(runs) > 1 else ():
                 table.add_row(f"{name}: {word}", *_summary(runs, domains, partial(of, key=badness)), *blank)
     print_whole(table)
-    decayed = (
-        ""
-        if layer is None
-        else f"D_sink: the share of it that is lost in layer {layer}, which of the layers after it has most; "
-    )
+    layer_said = "" if layer is None else f", D_sink is the share of it that layer {layer} loses"
     text = (
-        "perplexity, then its change, also without random ones of the same layers and anywhere "
-        f"({len(experiment.controls['same layers'])} and {len(experiment.controls['anywhere'])} draws); sink: mean "
-        "attention on the first token; "
-        f"{decayed}resid: the largest value of the residual stream inside; on "
-        f"{experiment.sequences} sequences. In a small model perplexity alone proves little: judge by the controls of "
-        "the same layers, the sinks and the residual together. An expert that a super expert depends on shows the same "
-        "signs: analyze residual tells which one writes."
+        f"each row changes the perplexity in the first; sink is the mean attention on the first token{layer_said}, and "
+        f"residual the largest value of the residual stream inside, on {experiment.sequences} sequences; in a small "
+        "model judge by the controls of the same layers, the sink and the residual together"
     )
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -167,8 +167,8 @@ def trace_command(
         )
     with saved_after(None if output is None else Results(output).traces_path, traces.save):
         print_line(
-            f"{traces.model}: {traces.tokens:,} tokens in {sum(traces.sequences.values()):,} sequences; rows of all "
-            "such tokens came to the expert; max|y| and its mean over them, mean routing weight"
+            f"{traces.model}: {traces.tokens:,} tokens in {sum(traces.sequences.values()):,} sequences; the rows of "
+            "each expert, of all such tokens"
         )
         for trace in traces.experts:
             _print_trace(trace)
@@ -207,12 +207,9 @@ def _print_residual(residual: Residual, tokenizer: PreTrainedTokenizerBase, note
     if residual.formations:
         _print_formations(residual.formations)
     shown = ", ".join(f"{domain} {count}" for domain, count in residual.sequences.items())
-    print_line(
-        f"{residual.model}: {sum(residual.sequences.values())} sequences of {residual.seq_len} tokens ({shown}); "
-        f"massive: |x| > {residual.min_value:g} and at least {residual.min_ratio:g} times the median; sink: attention "
-        "to the first token, mean over sequences, the queries in their last three quarters, and heads; and the largest "
-        "head"
-    )
+    print_line(f"{residual.model}: {sum(residual.sequences.values())} sequences of {residual.seq_len} tokens ({shown})")
+    print_line(f"massive: |x| > {residual.min_value:g} and at least {residual.min_ratio:g} times the median")
+    print_line("sink: attention to the first token, over the queries in the last three quarters of the sequences")
     for note in [*notes, *residual.notes]:
         print_line(f"note: {note}")
 
@@ -254,16 +251,16 @@ def _print_ablated(before: Residual, after: Residual, experts: list[Target]) -> 
     console.print(table)
     print_line(
         f"mean sink {_number(before.sink_mean)} to {_number(after.sink_mean)}; largest |x| between the first and the "
-        f"last layer {before.inner_max:.5g} to {after.inner_max:.5g}; D_sink: 1 - mean over heads of sink without / "
-        "with them, of no meaning in layers whose heads are no sinks"
+        f"last layer {before.inner_max:.5g} to {after.inner_max:.5g}"
     )
+    print_line("D_sink: the share of a layer's sink that is lost, which means nothing in a layer without sinks")
 
 
 def _print_trace(trace: ExpertTrace) -> None:
     print_line(f"{trace.expert}: {trace.rows:,} rows", "bold")
     if not trace.rows:
         return
-    table = plain_table("tokens", "rows", "of all", "max|y|", "mean", "gate")
+    table = plain_table("tokens", "rows", "of all", "max|y|", "mean", "routing weight")
     for name, group in {
         **trace.kinds,
         **{f"position {name}": group for name, group in trace.positions.items()},

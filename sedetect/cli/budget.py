@@ -188,19 +188,18 @@ def _print(budget: Budget, ranking: Ranking) -> None:
         table.add_row(row.name, *cells, *(f"{change:+.2%}" for change in random))
     console.print(table)
     base = ", ".join(f"{domain} {value:.2f}" for domain, value in budget.baseline.perplexity.items())
-    more = ""
+    print_line(
+        f"change of perplexity, mean over domains, on {sum(budget.tokens.values()):,} tokens that are not among the "
+        f"calibrated windows; unchanged ({budget.dtype}): {base}"
+    )
     last = budget.rows[-1] if budget.rows else None
     if last is not None and last.kept is not None:
-        extra = last.kept.size - last.bare.size
         levels = {str(expert): f"{expert} ({expert.verdict})" for expert in ranking.judged if expert.verdict}
         kept = ", ".join(levels.get(name, name) for name in budget.kept)
-        more = f"; kept: {kept}, which adds {extra:.2%} to the size at {last.name}"
-    print_line(
-        "size: of the routed experts' weights; change of perplexity, mean over domains, on "
-        f"{sum(budget.tokens.values()):,} tokens that are not among the calibrated windows; unchanged "
-        f"({budget.dtype}): {base}{more}. Formats: round to nearest, one scale per output channel and {budget.group} "
-        f"inputs. Pruning: by {budget.by}, the same number in each layer."
-    )
+        extra = f"{last.kept.size - last.bare.size:.2%}"
+        print_line(f"kept: {kept}, which adds {extra} to the size of the routed experts at {last.name}")
+    print_line(f"formats round to nearest, with one scale per output channel and {budget.group} inputs")
+    print_line(f"pruning is by {budget.by}, the same number in each layer")
     for note in budget.notes:
         print_line(f"note: {note}")
 
@@ -235,16 +234,17 @@ def _print_frontier(frontier: Frontier, ranking: Ranking) -> None:
         table.add_row(*cells)
     console.print(table)
     base = ", ".join(f"{domain} {value:.2f}" for domain, value in frontier.baseline.items())
-    kept = f"+: {', '.join(frontier.protected)} kept, beyond that size where one format is for all; " * bool(
-        frontier.protected
-    )
     print_line(
-        f"bits: per weight of the routed experts, at most; they are {frontier.whole / 1e6:.3g} MB at {KEPT_BITS}. "
-        f"Change of perplexity on {sum(frontier.tokens.values()):,} tokens: one format for all experts, one by layer, "
-        f"one by expert; {kept}random: the same formats dealt out at random, {len(seeds)} times, on average; unchanged "
-        f"({frontier.dtype}): {base}. Sensitivity: on {frontier.sensitivity_tokens:,} other tokens. Formats: round to "
-        f"nearest, one scale per output channel and {frontier.group} inputs."
+        f"change of perplexity by bits per weight of the routed experts, on {sum(frontier.tokens.values()):,} tokens; "
+        f"unchanged ({frontier.dtype}): {base}"
     )
+    print_line(f"the routed experts take {frontier.whole / 1e6:.3g} MB at {KEPT_BITS} bits")
+    if frontier.protected:
+        print_line(f"+: {', '.join(frontier.protected)} kept, beyond that size where one format is for all")
+    if seeds:
+        print_line(f"random: the same formats dealt out at random, {len(seeds)} times, on average")
+    print_line(f"sensitivity was measured on {frontier.sensitivity_tokens:,} other tokens")
+    print_line(f"formats round to nearest, with one scale per output channel and {frontier.group} inputs")
     for note in frontier.notes:
         print_line(f"note: {note}")
 

@@ -27,7 +27,7 @@ def print_runs(proof: Proof) -> None:
     """The table of what was switched off, and under what conditions."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("switched off", no_wrap=True)
-    for name in ("perplexity", "interval", "sink", "resid"):
+    for name in ("perplexity", "interval", "sink", "residual"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_row("nothing", "", "", _number(proof.sink_mean, ".3f"), f"{proof.residual_max:.4g}")
     for run in [*proof.runs, *proof.controls]:

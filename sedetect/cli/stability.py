@@ -59,12 +59,14 @@ def _print_grid(name: str, grid: Grid) -> None:
     else:
         print_line(f"{name}: the candidates depend on the thresholds", "bold")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("candidates (in the set)")
+    table.add_column("percentile", no_wrap=True)
+    table.add_column("experts", no_wrap=True)
     for fraction in grid.fractions:
         table.add_column(f"{fraction:g} of max", justify="right", no_wrap=True)
     for percentile in grid.percentiles:
-        cells = (f"{len(cell.found)} ({len(cell.named)})" for cell in grid.row(percentile))
-        table.add_row(f"P{percentile:g}", *cells)
+        row = grid.row(percentile)
+        table.add_row(f"P{percentile:g}", "candidates", *(str(len(cell.found)) for cell in row))
+        table.add_row("", "in the set", *(str(len(cell.named)) for cell in row))
     console.print(table)
     if not grid.constant:
         for names in dict.fromkeys(cell.found for cell in grid.cells):

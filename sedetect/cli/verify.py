@@ -171,10 +171,9 @@ def _print(verification: Verification) -> None:
         shares = ", ".join(f"{_layer(bank)} {share:.1%}" for bank, share in verification.flips.items())
         print_line(f"routing choices that differ, differences of earlier layers included: {shares}")
     if verification.overall is not None:
-        print_line(
-            f"perplexity on {sum(verification.tokens.values()):,} tokens, intervals over windows; KL: mean divergence "
-            "of the logits, nats per token; same token: predictions with the same most likely token"
-        )
+        print_line(f"perplexity on {sum(verification.tokens.values()):,} tokens, with intervals over their windows")
+        print_line("KL: mean divergence of the predictions, in nats per token")
+        print_line("same token: predictions with the same most likely token")
     for note in verification.notes:
         print_line(f"note: {note}")
 

@@ -12,6 +12,7 @@ from sedetect.errors import SedetectError
 from sedetect.files import check_readable, file_in, write_json
 
 _WIDTH = 80
+SHOWN = 20  # rows, in a notebook
 
 
 def short_repr(value: Any) -> str:
@@ -57,6 +58,25 @@ def data_frame(records: Sequence[dict[str, Any]]) -> Any:
     except ModuleNotFoundError:
         raise SedetectError("to_dataframe needs pandas; install it with: pip install pandas") from None
     return pandas.DataFrame(records)
+
+
+class Tabular:
+    """A result with a row per thing it measured: a table in a notebook, and a data frame."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """A value per column, for every row; None for what was not measured."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows")
+
+    def to_dataframe(self) -> Any:
+        """A pandas.DataFrame of records. Raises SedetectError where pandas is missing."""
+        return data_frame(self.records())
+
+    def _repr_html_(self) -> str:
+        rows = self.records()
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        more = f" (the first {SHOWN} of {len(rows)})" if len(rows) > SHOWN else ""
+        cells = [[row.get(name) for name in columns] for row in rows[:SHOWN]]
+        return html_table(f"{type(self).__name__}{more}", columns, cells)
 
 
 class Document:

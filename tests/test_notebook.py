@@ -8,17 +8,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.checkpoints import save_random
+from support.documents import SAMPLES
 from support.models import CONFIGS
 from support.page import Page
 from support.synthetic import synthetic_stats
 
 import sedetect
+from sedetect.documents import Tabular
 from sedetect.errors import SedetectError
+from sedetect.experiments.study import Experiment
 from sedetect.kernels.records import COLUMN, float_bits
 from sedetect.ranking.result import SuperExpert
 from sedetect.stats.bank import BankStats
 from sedetect.stats.model import ModelStats
 from sedetect.stats.place import BankId
+from sedetect.stats.proof import Proof
+from sedetect.training.histories import Timeline
 
 HOSTILE = "<script>alert(1)</script>&amp;\"'"
 
@@ -122,6 +127,43 @@ def test_data_frames(stats, ranking, frames):
     judged = ranking.to_dataframe()
     assert [row["name"] for row in judged] == [str(expert) for expert in ranking.judged]
     assert set(judged[0]) == {"name", *SuperExpert.__dataclass_fields__}
+
+
+@pytest.mark.parametrize("of", [one for one in SAMPLES if issubclass(one, Tabular)])
+def test_every_result_is_a_table(of, frames):
+    """Rows with the same columns, of plain values, in a notebook and as a data frame."""
+    result = SAMPLES[of]
+    rows = result.to_dataframe()
+    assert rows and {tuple(row) for row in rows} == {tuple(rows[0])}
+    assert all(value is None or isinstance(value, (str, int, float)) for row in rows for value in row.values())
+    page = Page(result._repr_html_())
+    assert page.tags[0] == "table" and page.tags.count("tr") == len(rows) + 1
+    assert page.tags.count("th") == len(rows[0]) and of.__name__ in page.text
+
+
+def test_what_the_tables_of_results_hold(frames):
+    (row, *_) = SAMPLES[Proof].to_dataframe()
+    (verdict, *_) = SAMPLES[Proof].verdicts
+    assert (row["expert"], row["level"], row["reason"]) == (verdict.expert, verdict.level, verdict.reason)
+    assert row["alone_rise"] == (None if verdict.alone is None else verdict.alone.rise)
+    runs = SAMPLES[Experiment].to_dataframe()
+    assert [run["runs"] for run in runs] == ["baseline", "chosen", "random, same layers"]
+    assert [run["mean_change"] for run in runs] == [0.0, 0.5, 0.25]
+    (state,) = SAMPLES[Timeline].to_dataframe()
+    (expert,) = SAMPLES[Timeline].experts
+    assert state["step"] == SAMPLES[Timeline].states[0].step and state[str(expert.expert)] == 7.5
+
+
+def test_an_analysis_is_a_table_of_its_experts(tmp_path):
+    analysis = sedetect.analyze_weights(save_random(CONFIGS["qwen3_moe"](), tmp_path))
+    layer = next(iter(analysis.layers.values()))
+    rows = analysis.records()
+    assert [row["name"] for row in rows[: layer.experts]] == layer.members[: layer.experts]
+    assert [row["largest of down"] for row in rows[: layer.experts]] == pytest.approx(
+        layer.arrays["down.peak"][: layer.experts].tolist()
+    )
+    page = Page(analysis._repr_html_())
+    assert page.tags.count("tr") == len(analysis.layers) + 1 and "weights. Cosines of gate" in page.text
 
 
 def test_without_pandas(stats, ranking, monkeypatch):

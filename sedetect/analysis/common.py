@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sedetect.calibration.windows import Windows, prefix_ids
-from sedetect.documents import short_repr
+from sedetect.documents import Tabular, html_table, short_repr
 from sedetect.errors import Argument, SedetectError
 from sedetect.files import write_atomic
 from sedetect.models.banks import Bank
@@ -46,7 +46,7 @@ class LayerArrays:
 
 
 @dataclass
-class Analysis:
+class Analysis(Tabular):
     """The result of one analysis, by the bank of routed experts.
 
     kind      one of KINDS
@@ -64,6 +64,22 @@ class Analysis:
     layers: dict[BankId, LayerArrays] = field(default_factory=dict)
 
     __repr__ = short_repr
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row per routed expert, with each of its measures; NaN for what is not known."""
+        from sedetect.analysis.tables import STANDINGS
+
+        return [
+            {"name": name} | {what: one.value for what, one in STANDINGS[self.kind](layer, expert).items()}
+            for layer in self.layers.values()
+            for expert, name in enumerate(layer.members[: layer.experts])
+        ]
+
+    def _repr_html_(self) -> str:
+        from sedetect.analysis.tables import layers_table
+
+        cells = layers_table(self)
+        return html_table(f"{self.model}: {self.kind}. {cells.text}", cells.columns, cells.rows)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write folder/<kind>-analysis.safetensors, tensors named "<stack>.<layer>.<kind>/<array>", atomically."""

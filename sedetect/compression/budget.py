@@ -23,7 +23,7 @@ from sedetect.compression.simulated import (
     routed_banks,
     stored_bits,
 )
-from sedetect.documents import Document, short_repr
+from sedetect.documents import Document, Tabular, short_repr
 from sedetect.errors import SedetectError, check_type
 from sedetect.experiments.ablation import ablate
 from sedetect.experiments.evaluation import perplexity
@@ -70,7 +70,7 @@ class Row:
 
 
 @dataclass
-class Budget(Document):
+class Budget(Tabular, Document):
     """All rows, in order of the weights left, largest first within their kind.
 
     kept       the chosen experts (names)
@@ -93,6 +93,17 @@ class Budget(Document):
     notes: list[str]
 
     __repr__ = short_repr
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row per compression, with each set of experts that was kept: none, these, and random ones."""
+        return [
+            {"compression": row.name, "kept": kept, "experts": ", ".join(cost.kept), "size": cost.size}
+            | {"mean_change": cost.mean_change}
+            | {f"perplexity, {domain}": value for domain, value in cost.perplexity.items()}
+            for row in self.rows
+            for kept, cost in (("none", row.bare), ("chosen", row.kept), *(("random", one) for one in row.random))
+            if cost is not None
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """For budget.json; conclusion is conclusion(self)."""

@@ -41,7 +41,7 @@ from sedetect.compression.simulated import (
     routed_banks,
     stored_bits,
 )
-from sedetect.documents import Document, short_repr
+from sedetect.documents import Document, Tabular, short_repr
 from sedetect.errors import Argument, SedetectError
 from sedetect.experiments.ablation import ablate
 from sedetect.experiments.divergence import LEVEL, kl_divergence
@@ -104,7 +104,7 @@ class Curve:
 
 
 @dataclass
-class Frontier(Document):
+class Frontier(Tabular, Document):
     """All curves.
 
     protected    experts (names)
@@ -132,6 +132,15 @@ class Frontier(Document):
     notes: list[str]
 
     __repr__ = short_repr
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row per allocation."""
+        return [
+            {"by": curve.by, "protected": curve.protected, "seed": curve.seed, "size": point.size}
+            | {"rise": point.change.rise, "low": point.change.low, "high": point.change.high}
+            for curve in self.curves
+            for point in curve.points
+        ]
 
     def curve(self, by: str, protected: bool = False) -> Curve | None:
         """The chosen allocations of a kind."""

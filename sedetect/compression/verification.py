@@ -40,7 +40,7 @@ from sedetect.checkpoints.options import Loading
 from sedetect.checkpoints.storage import CHANGED, EQUAL, Counterpart
 from sedetect.compression.matching import mismatched_experts, sample_experts
 from sedetect.compression.protect import ProtectList
-from sedetect.documents import Document, short_repr
+from sedetect.documents import Document, Tabular, short_repr
 from sedetect.errors import Argument, SedetectError, WeightsError
 from sedetect.experiments.ablation import resolve
 from sedetect.experiments.divergence import Divergence, Outputs, Scores, compare_outputs, compare_scores, record
@@ -103,7 +103,7 @@ class VerifiedExpert:
 
 
 @dataclass
-class Verification(Document):
+class Verification(Tabular, Document):
     """What verify found.
 
     base, quantized          their names; digest, other_digest: as in the header of statistics
@@ -136,6 +136,15 @@ class Verification(Document):
     notes: list[str] = field(default_factory=list)
 
     __repr__ = short_repr
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row per domain, and one of all text."""
+        every = [*self.domains.items(), *([] if self.overall is None else [("all", self.overall)])]
+        return [
+            {"text": name, "perplexity": one.perplexity, "quantized": one.other, "rise": one.change.rise}
+            | {"low": one.change.low, "high": one.change.high, "kl": one.kl, "agreement": one.agreement}
+            for name, one in every
+        ]
 
     @property
     def passed(self) -> bool:

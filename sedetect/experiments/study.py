@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sedetect.calibration.windows import Windows
-from sedetect.documents import Document, short_repr
+from sedetect.documents import Document, Tabular, short_repr
 from sedetect.errors import SedetectError, check_type
 from sedetect.experiments.ablation import ablate, resolve
 from sedetect.experiments.evaluation import Question, exact_match, perplexity
@@ -56,7 +56,7 @@ class Outcome:
 
 
 @dataclass
-class Experiment(Document):
+class Experiment(Tabular, Document):
     """Experts or weights switched off in several ways, and controls of the same size.
 
     model, digest, dtype: as in the header of statistics; tokens: of evaluation text, per domain; sequences: how many
@@ -78,6 +78,17 @@ class Experiment(Document):
     sequences: int
 
     __repr__ = short_repr
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row per run, controls included."""
+        runs = [("baseline", self.baseline), *(("chosen", run) for run in self.outcomes)]
+        runs += [(f"random, {name}", run) for name, drawn in self.controls.items() for run in drawn]
+        return [
+            {"runs": kind, "label": run.label, "experts": ", ".join(run.experts), "mean_change": run.mean_change}
+            | {f"perplexity, {domain}": value for domain, value in run.perplexity.items()}
+            | {"sink_mean": run.sink_mean, "residual_max": run.residual_max, "accuracy": run.accuracy}
+            for kind, run in runs
+        ]
 
     @property
     def sink_layer(self) -> int | None:

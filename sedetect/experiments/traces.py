@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from sedetect.calibration.windows import Windows, batches
-from sedetect.documents import Document, short_repr
+from sedetect.documents import Document, Tabular, short_repr
 from sedetect.errors import SedetectError
 from sedetect.kernels.rows import Rows
 from sedetect.models.attach import attach, run_inner
@@ -96,7 +96,7 @@ class ExpertTrace:
 
 
 @dataclass(frozen=True)
-class Traces(Document):
+class Traces(Tabular, Document):
     """What trace_experts saw: tokens and sequences (per domain) of text, and one ExpertTrace per expert asked for."""
 
     FORMAT = "sedetect-traces"
@@ -110,6 +110,15 @@ class Traces(Document):
     notes: list[str] = field(default_factory=list)
 
     __repr__ = short_repr
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row per expert and group of its rows: kinds of tokens, then positions, then tokens."""
+        return [
+            {"expert": str(trace.expert), "by": by, "group": group} | asdict(found)
+            for trace in self.experts
+            for by, groups in (("kind", trace.kinds), ("position", trace.positions), ("token", trace.tokens))
+            for group, found in groups.items()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The document traces.json: every field, experts by name, tokens as a list; no NaN in it."""

@@ -3,11 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sedetect.documents import Document, data_frame, html_table, short_repr
+from sedetect.documents import SHOWN, Document, data_frame, html_table, short_repr
 from sedetect.files import finite
 from sedetect.stats.place import Place
 
-_SHOWN = 20  # experts, in a notebook
 PROTECTED = ("proved", "candidate", "undecided")
 """The verdicts of experts that pruning and quantization leave alone: all but refuted."""
 
@@ -63,6 +62,8 @@ class SuperExpert(Place):
         """Whether it saw a row."""
         return self.channel >= 0
 
+    __repr__ = short_repr
+
     def _repr_html_(self) -> str:
         fields = {name: value for name, value in asdict(self).items() if value is not None}
         return html_table(str(self), ("field", "value"), list(fields.items()))
@@ -112,9 +113,9 @@ class Ranking(Document):
         rows = [
             (str(e), e.verdict, e.value, e.ratio, e.next_ratio, e.channel if e.seen else None,
              e.position if e.position >= 0 else None, "yes" if e in self.super_experts else "no")
-            for e in self.judged[:_SHOWN]
+            for e in self.judged[:SHOWN]
         ]  # fmt: skip
-        more = f" (the first {_SHOWN} of {len(self.judged)})" if len(self.judged) > _SHOWN else ""
+        more = f" (the first {SHOWN} of {len(self.judged)})" if len(self.judged) > SHOWN else ""
         return html_table(f"{self.model}: {self.headline}{more}", columns, rows)
 
     def to_dataframe(self) -> Any:

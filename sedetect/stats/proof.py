@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sedetect.documents import Document, short_repr
+from sedetect.documents import Document, Tabular, short_repr
 from sedetect.files import PROOF, finite
 
 LEVELS = ("candidate", "proved", "refuted", "undecided")
@@ -83,7 +83,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Proof(Document):
+class Proof(Tabular, Document):
     """What prove found.
 
     model, digest   as in the header of statistics
@@ -117,6 +117,16 @@ class Proof(Document):
 
     __repr__ = short_repr
 
+    def records(self) -> list[dict[str, Any]]:
+        """A row per verdict, with the effect alone and within all that were switched off."""
+        return [
+            {"expert": one.expert, "level": one.level}
+            | _columns("alone", one.alone)
+            | _columns("within", one.within)
+            | {"triggers": one.triggers, "firsts": one.firsts, "reason": one.reason}
+            for one in self.verdicts
+        ]
+
     def of(self, expert: object) -> Verdict | None:
         """The verdict of an expert, a Place or its name; None where it was not tried."""
         return next((verdict for verdict in self.verdicts if verdict.expert == str(expert)), None)
@@ -134,6 +144,10 @@ class Proof(Document):
         for name in ("runs", "controls"):
             fields[name] = [Switching(**one | {"effect": read_effect(one["effect"])}) for one in document[name]]
         return cls(**fields)
+
+
+def _columns(name: str, effect: Effect | None) -> dict[str, float | None]:
+    return {f"{name}_{end}": None if effect is None else getattr(effect, end) for end in ("rise", "low", "high")}
 
 
 def read_effect(document: Mapping[str, Any] | None) -> Effect | None:

@@ -7,7 +7,7 @@ them. x is the output of a decoder layer before any final norm; everything is in
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sedetect.documents import Document, short_repr
+from sedetect.documents import Document, Tabular, short_repr
 from sedetect.files import RESIDUAL
 from sedetect.stats.place import Place, parse_place
 
@@ -113,7 +113,7 @@ class LayerResidual:
 
 
 @dataclass(frozen=True)
-class Residual(Document):
+class Residual(Tabular, Document):
     """What observe_residual saw. digest: as in the header of statistics; sequences: how many of each domain; seq_len,
     prefix: tokens of each, and of its prefix.
 
@@ -139,6 +139,14 @@ class Residual(Document):
     instead: list[str] = field(default_factory=list)
 
     __repr__ = short_repr
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row per layer."""
+        return [
+            {name: value for name, value in asdict(layer).items() if name != "sinks"}
+            | {"sink_mean": layer.sink_mean, "strongest_head": None if layer.sinks is None else max(layer.sinks)}
+            for layer in self.layers
+        ]
 
     @property
     def forming_layers(self) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sedetect.documents import Document, short_repr
+from sedetect.documents import Document, Tabular, short_repr
 from sedetect.errors import SedetectError
 from sedetect.files import TIMELINE
 from sedetect.ranking.rule import rank
@@ -40,7 +40,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Timeline(Document):
+class Timeline(Tabular, Document):
     """What timeline found.
 
     states       of the series, by step
@@ -63,6 +63,14 @@ class Timeline(Document):
     notes: list[str] = field(default_factory=list)
 
     __repr__ = short_repr
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row per state, with the largest |y| of every expert that was a candidate."""
+        return [
+            {"step": state.step, "loss": state.loss, "sink_mean": state.sink_mean, "residual_max": state.residual_max}
+            | {str(one.expert): one.values[at] for one in [*self.experts, *self.passing]}
+            for at, state in enumerate(self.states)
+        ]
 
     @property
     def headline(self) -> str:

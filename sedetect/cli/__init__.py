@@ -48,12 +48,11 @@ def load(command: str | None = None) -> typer.Typer:
         import_module(f"sedetect.cli.{module}")
     places = {name: place for place, name in enumerate(COMMANDS)}
     app.registered_commands.sort(key=lambda one: places[one.name or ""])  # a module may hold several
-    groups = [group.typer_instance for group in app.registered_groups]
-    for one in [
-        app.registered_callback,
-        *(one for typed in (app, *groups) if typed for one in typed.registered_commands),
-    ]:
-        one.help = _unwrapped(one.callback.__doc__)
+    groups = (group.typer_instance for group in app.registered_groups)
+    commands = [*app.registered_commands, *(one for group in groups if group for one in group.registered_commands)]
+    for one in (app.registered_callback, *commands):
+        if one is not None and one.callback is not None:
+            one.help = _unwrapped(one.callback.__doc__ or "")
     return app
 
 

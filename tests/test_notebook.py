@@ -159,11 +159,10 @@ def test_an_analysis_is_a_table_of_its_experts(tmp_path):
     layer = next(iter(analysis.layers.values()))
     rows = analysis.records()
     assert [row["name"] for row in rows[: layer.experts]] == layer.members[: layer.experts]
-    assert [row["largest of down"] for row in rows[: layer.experts]] == pytest.approx(
-        layer.arrays["down.peak"][: layer.experts].tolist()
-    )
+    assert [row["down.peak"] for row in rows[: layer.experts]] == layer.arrays["down.peak"][: layer.experts].tolist()
+    assert len(rows) == sum(of.experts for of in analysis.layers.values())
     page = Page(analysis._repr_html_())
-    assert page.tags.count("tr") == len(analysis.layers) + 1 and "weights. Cosines of gate" in page.text
+    assert page.tags.count("tr") == min(len(rows), 20) + 1 and "router.norm" in page.text
 
 
 def test_without_pandas(stats, ranking, monkeypatch):

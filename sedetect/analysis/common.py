@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sedetect.calibration.windows import Windows, prefix_ids
-from sedetect.documents import Tabular, html_table, short_repr
+from sedetect.documents import Tabular, short_repr
 from sedetect.errors import Argument, SedetectError
 from sedetect.files import write_atomic
 from sedetect.models.banks import Bank
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 
 VERSION = "1"
 KINDS = ("weights", "outputs", "routing")
+# The arrays with a value for each expert.
+_OF_EXPERTS = {
+    "weights": (*(f"{name}.{what}" for name in ("gate", "up", "down") for what in ("norm", "peak")), "router.norm"),
+    "outputs": ("norm_mean", "norm_max"),
+    "routing": ("weight",),
+}
 
 
 @dataclass
@@ -66,20 +72,15 @@ class Analysis(Tabular):
     __repr__ = short_repr
 
     def records(self) -> list[dict[str, Any]]:
-        """A row per routed expert, with each of its measures; NaN for what is not known."""
-        from sedetect.analysis.tables import STANDINGS
-
-        return [
-            {"name": name} | {what: one.value for what, one in STANDINGS[self.kind](layer, expert).items()}
-            for layer in self.layers.values()
-            for expert, name in enumerate(layer.members[: layer.experts])
-        ]
-
-    def _repr_html_(self) -> str:
-        from sedetect.analysis.tables import layers_table
-
-        cells = layers_table(self)
-        return html_table(f"{self.model}: {self.kind}. {cells.text}", cells.columns, cells.rows)
+        """A row per routed expert: the arrays with a value for each, and the tokens of each domain that chose it."""
+        rows = []
+        for layer in self.layers.values():
+            columns = {name: layer.arrays[name] for name in _OF_EXPERTS[self.kind] if name in layer.arrays}
+            if "load" in layer.arrays:
+                columns |= {f"load, {of}": load for of, load in zip(self.settings["domains"], layer.arrays["load"])}
+            for expert, name in enumerate(layer.members[: layer.experts]):
+                rows.append({"name": name} | {what: values[expert].item() for what, values in columns.items()})
+        return rows
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write folder/<kind>-analysis.safetensors, tensors named "<stack>.<layer>.<kind>/<array>", atomically."""

@@ -15,13 +15,6 @@ from sedetect.ranking.coverage import FEW_ROWS
 from sedetect.ranking.result import Ranking
 from sedetect.stats.place import BankId
 
-# Where one routed expert stands in its layer, by what is measured.
-STANDINGS: dict[str, Callable[[LayerArrays, int], dict[str, Standing]]] = {
-    "weights": weights.standings,
-    "outputs": outputs.standings,
-    "routing": routing.standings,
-}
-
 
 @dataclass
 class Cells:
@@ -45,11 +38,16 @@ def layers_table(result: Analysis) -> Cells:
 
 def standings_tables(result: Analysis, marked: dict[str, str]) -> dict[str, Cells]:
     """Title -> where each marked expert stands among those of its layer. marked: name -> verdict."""
+    of: dict[str, Callable[[LayerArrays, int], dict[str, Standing]]] = {
+        "weights": weights.standings,
+        "outputs": outputs.standings,
+        "routing": routing.standings,
+    }
     tables = {}
     for layer in result.layers.values():
         for expert, name in enumerate(layer.members[: layer.experts]):
             if name in marked:
-                found = STANDINGS[result.kind](layer, expert).items()
+                found = of[result.kind](layer, expert).items()
                 rows = [[what, *_standing(one)] for what, one in found]
                 title = f"{name} ({marked[name]}) among the {layer.experts} routed experts of its layer"
                 tables[title] = Cells(["", "value", "median", "place"], rows)

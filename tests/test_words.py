@@ -276,9 +276,7 @@ def test_experts_of_zeros_are_like_no_other():
         without = LayerArrays(4, [f"L1E{e}" for e in range(4)], analyze_group([weights], router[:4], pairs[:1]))
         one, other = (layers_table(analysis_of("weights", layer)) for layer in (with_dead, without))
         assert one.rows == other.rows and one.text == other.text
-    assert one.columns[-1] == "down R2" and one.rows[0][-3:] == ["-"] * 3, (
-        "gate embeddings of zeros"
-    )
+    assert one.columns[-1] == "down R2" and one.rows[0][-3:] == ["-"] * 3, "gate embeddings of zeros"
 
 
 def routing_of(load, coactivation=None, weight=None):

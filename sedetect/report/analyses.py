@@ -5,8 +5,9 @@ import altair as alt
 from sedetect.report.drawing import VERDICTS, Chart, Drawing, ordinal, spaced
 from sedetect.report.pictures import Picture
 
+_LEGEND = 24  # characters of a legend in one line, on a narrow page
 _NAMED = 64  # points that carry their name
-_LABELS = 24  # of an axis
+_LABELS = 12  # of an axis, beside those of marked experts
 
 
 class Inside(Drawing):
@@ -23,7 +24,8 @@ class Inside(Drawing):
     def _lines(self, of: Picture) -> Chart:
         series = list(dict.fromkeys(record["series"] for record in of.data[of.name]))
         colors = dict(zip(series, (self.color[c] for c in ("accent", "candidate", "undecided", "muted"))))
-        legend = alt.Legend(orient="top", symbolType="stroke")
+        long = self.width == "container" and sum(map(len, series)) > _LEGEND
+        legend = alt.Legend(orient="top", symbolType="stroke", labelLimit=300, columns=1 if long else len(series))
         tips = [
             alt.Tooltip("row:N", title="layer"), alt.Tooltip("series:N"), alt.Tooltip("value:Q", format=".4~g"),
         ]  # fmt: skip
@@ -51,7 +53,7 @@ class Inside(Drawing):
         scale = alt.Scale(
             type="log" if of.log else "linear", scheme="viridis", domain=[low, high if high > low else low + 1]
         )
-        legend = alt.Legend(title=of.value, format=".3~g", gradientLength=160, orient="top")
+        legend = alt.Legend(title=of.value, format=",.3~r", gradientLength=160, orient="top")
         x = alt.X("x:N", scale=alt.Scale(domain=of.columns), title=of.x, axis=self._axis(of.columns, of.marked))
         y = alt.Y(
             "y:N",

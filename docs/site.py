@@ -1,8 +1,9 @@
 """What the site has beside the pages in this folder, made when mkdocs builds it: the documents of the top level, a page
-of all commands from the commands themselves, one of all public names from their docstrings, and the glossary of the
-report."""
+of all commands from the commands themselves, one of all public names from their docstrings, the notebook as it was
+run, and the glossary of the report."""
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ FACES = ("", "stats", "ranking", "calibration", "ops", "experiments", "analysis"
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     made = {page: _linked((ROOT / source).read_text(encoding="utf-8")) for source, page in DOCUMENTS.items()}
-    made |= {"commands.md": _commands(), "api.md": _names(), "glossary.md": _glossary()}
+    made |= {"commands.md": _commands(), "api.md": _names(), "glossary.md": _glossary()} | _notebook()
     for page, text in made.items():
         files.append(File.generated(config, page, content=text))
     return files
@@ -33,7 +34,30 @@ def _linked(text: str) -> str:
     """Links as they are between the pages of the site; of files that are no page, the words alone."""
     text = re.sub(r"\]\((?:\.\./)?(?:docs|benchmarks)/", "](", text)
     text = re.sub(r"\]\(\.\./(?=\w+\.md)", "](", text)
+    text = text.replace("](notebook.ipynb)", "](notebook.md)")
     return re.sub(r"\[([^]]+)\]\((?:LICENSE|CITATION\.cff)\)", r"\1", text)
+
+
+def _notebook() -> dict[str, str]:
+    """Files for the notebook: its cells and their outputs as a page, and the pictures in it."""
+    made, parts = {}, []
+    for cell in json.loads((ROOT / "docs/notebook.ipynb").read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            forms = output.get("data", {"text/plain": output.get("text")})
+            data = {kind: "".join(text) for kind, text in forms.items()}
+            if "image/svg+xml" in data:
+                picture = f"notebook-{len(made)}.svg"
+                made[picture] = data["image/svg+xml"]
+                parts.append(f"![the picture that {source} shows]({picture})")
+            elif "text/html" in data:  # pandas' own style of a table aside
+                parts.append(re.sub(r"<style.*?</style>|(?<=<table)[^>]+", "", data["text/html"], flags=re.DOTALL))
+            else:
+                parts.append(f"```text\n{data['text/plain'].rstrip()}\n```")
+    title, *rest = parts
+    download = "[Download the notebook](./notebook.ipynb)"
+    return made | {"notebook.md": "\n\n".join([title, download, *rest]) + "\n"}
 
 
 def _commands() -> str:

@@ -32,6 +32,7 @@ def same(one: str, other: str) -> bool:
     return FRACTION.sub("#", one) == FRACTION.sub("#", other) and numbers[0] == pytest.approx(numbers[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_shows_what_is_stored(stored, tmp_path):
     pytest.importorskip("nbclient", reason="needs nbclient, which runs the notebook")
     from write_notebook import executed

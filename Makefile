@@ -67,7 +67,7 @@ imports: $(VENV)/installed
 	cd build/imports && $(abspath $(VENV))/bin/lint-imports $(CURDIR)/pyproject.toml --no-cache
 
 site: $(VENV)/installed
-	$(VENV)/bin/mkdocs build --quiet --site-dir build/site
+	$(VENV)/bin/mkdocs build --site-dir build/site
 
 # The wheel is built from the sdist, and runs in an environment of its own that sees the packages of the other one, but
 # not the tree, which is installed there.

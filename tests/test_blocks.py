@@ -4,7 +4,6 @@ The blocks of a page run in their order, on little text. Commands that need a GP
 parsed by the command line instead, and the options of scripts are looked up in them.
 """
 
-import contextlib
 import json
 import re
 import shlex
@@ -140,10 +139,9 @@ def run_command(words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", [name for name, page in PAGES.items() if blocks(page)])
 def test_blocks(page, folder):
-    for language, text in (block for block in blocks(PAGES[page]) if block.language):
-        assert language == "python"
     for block in blocks(PAGES[page]):
         if block.language:
+            assert block.language == "python"
             run_python(page, block.text)
             continue
         for words in block.commands:

@@ -130,7 +130,7 @@ def compare(
     Args:
         runs: two or more, or their paths. names: one each; by default their models' names.
         kept: for each run of a pruned model, the experts of the original that it has, per bank (number i there was
-            number kept[bank][i]), as its pruning.json says; names are then those of the original. None for the others.
+            number `kept[bank][i]`), as its pruning.json says; names are then those of the original. None for the rest.
     Raises:
         SedetectError: for fewer than two runs, names that are not one each, and banks that do not match, by name.
     """

@@ -362,7 +362,7 @@ def test_commands_show_what_images_use(planted, profiled, tmp_path):
     assert re.search(r"^image: 1,450 tokens in 10 spans; coverage: 16 routed", printed, re.MULTILINE)
     assert {path.name for path in Results(out).modalities.path.iterdir()} == {"text.safetensors", "image.safetensors"}
     ranked = run("rank", out, "--by", "frequency").out
-    assert "by modality: image L1E0; text none" in ranked and "by frequency), and all of it not: " in ranked
+    assert "by modality: image L1E0; text none" in ranked and "by frequency), but all tokens would not: " in ranked
     alone = run("rank", Results(out).modalities.file("image")).out
     assert alone.startswith("1 candidate: L1E0") and "by modality" not in alone
     other = tmp_path / "other"

@@ -242,7 +242,7 @@ def test_command_line(checkpoint, data, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "run_tokens", interrupting)
     cut = run(*command)
     assert cut.code == 130 and cut.out == ""
-    assert "; 2 layers are finished, and the same command goes on from there" in cut.err
+    assert "; 2 layers are finished; the same command resumes from there" in cut.err
     assert "unfinished profile is there with batch size 3, now it is 2;" in refused(run(*command, "--batch-size", 2))
     done = run(*command)
     assert done.code == 0 and "streamed 4 layers, 2 were finished before: read " in done.out

@@ -141,7 +141,7 @@ def test_a_series_that_ends_without_candidates(tmp_path):
     for name, values in {"a": LARGE, "b": [1.0] * 32, "c": [2.0] * 32, "d": [None] * 32}.items():
         model({(0, "routed"): bank(values)}, 1).save(tmp_path / name)
     out = run("compare", *(tmp_path / name for name in "abc")).out
-    assert out.startswith("the candidates differ; there is none from b (run 2 of 3) on\n")
+    assert out.startswith("the candidates differ; none is left from b (run 2 of 3) on\n")
     row = next(
         line
         for line in run("compare", tmp_path / "a", tmp_path / "d").out.splitlines()

@@ -1,6 +1,6 @@
 """The command line: one module per group of commands, each adding its commands to app.
 
-Options, messages and tables. What is computed belongs in the packages below, which print nothing.
+Options, messages and tables. All computation belongs in the packages below, which print nothing.
 """
 
 import os
@@ -17,7 +17,7 @@ import typer
 from sedetect.cli.shared import app, flag, is_first_rank, stderr
 from sedetect.errors import SedetectError
 
-# The modules that have a command, in the order of the help. Only those of the command that is run are imported.
+# Command modules, in the order of the help. Only the modules that the given command needs are imported.
 COMMANDS = {
     "profile": ("profile",),
     "locate": ("locate",),
@@ -38,11 +38,11 @@ COMMANDS = {
     "compare": ("compare",),
     "report": ("report",),
 }
-UsageError: Any = typer.BadParameter.__base__  # typer brings a click of its own
+UsageError: Any = typer.BadParameter.__base__  # typer vendors its own click
 
 
 def load(command: str | None = None) -> typer.Typer:
-    """The application with a command; with all of them where none has this name."""
+    """The application with the named command, or with all commands where the name is unknown."""
     chosen = [command] if command in COMMANDS else COMMANDS
     for module in dict.fromkeys(module for name in chosen for module in COMMANDS[name]):
         import_module(f"sedetect.cli.{module}")
@@ -65,7 +65,9 @@ def main() -> None:
     """Entry point: wrong arguments and SedetectError become one line on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # tokens and paths may hold what the terminal cannot show
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # tokens and paths may hold characters that the terminal cannot show
     # Read when the libraries are imported: their bars and messages do not come between ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
@@ -87,7 +89,7 @@ def main() -> None:
 
 
 def _note(show: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """Print a warning of the library as a note; others say where they come from."""
+    """Print a warning of sedetect as a note; warnings from elsewhere keep their origin."""
     if category is UserWarning:
         stderr.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
     else:
@@ -95,7 +97,7 @@ def _note(show: Callable[..., None], message: Warning | str, category: type[Warn
 
 
 def _said(error: Any) -> str:
-    """What a usage error says, with the value that was given: pydantic, which checks options, leaves it out."""
+    """The message of a usage error with the given value, which pydantic (it validates the options) leaves out."""
     text: str = error.format_message().replace(": Value error, ", ": ")
     if hasattr(error.__cause__, "errors") and ": Input should " in text:
         value = error.__cause__.errors()[0]["input"]

@@ -1,4 +1,4 @@
-"""sedetect ablate: what the model is without chosen experts."""
+"""sedetect ablate: measure the model without chosen experts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def ablate_command(
     controls: Annotated[int, typer.Option(min=0, help="random sets of the same size, drawn in two ways each")] = 5,
     seed: Annotated[int, typer.Option(help="of random:N")] = 0,
     sequences: Annotated[
-        int, typer.Option(min=1, help="sequences in which residual stream and attention are observed")
+        int, typer.Option(min=1, help="sequences in which the residual stream and attention are observed")
     ] = 8,
     data: Data = None,
     tokens: Annotated[int, typer.Option(help="tokens of evaluation text")] = 16384,
@@ -157,7 +157,9 @@ def _summary(runs: list[Outcome], domains: list[str], of) -> list[str]:
 
 
 def _rest(runs: list[Outcome], layer: int | None, asked: bool) -> list[str]:
-    """Means over the runs: the sinks, D_sink of one layer, the residual maximum, and exact answers where asked."""
+    """Means over the runs: the sinks, D_sink of one layer, the residual maximum and, where tasks were given, exact
+    answers.
+    """
     cells = [_number([r.sink_mean for r in runs], "{:.3f}")]
     if layer is not None:
         cells.append(_number([r.sink_decay[layer] for r in runs], "{:.2f}"))

@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     _Known = tuple[Path, ModelStats, Ranking]  # statistics to mark experts by, and where they lie
 
 DEFAULT_TEXT = "As an open source alternative to"  # the published analysis's
-_TEXT_LAYERS = 8  # that a table by token shows
+_TEXT_LAYERS = 8  # layers that a table by token shows
 Against = Annotated[str | None, typer.Option(help="a dense model of the same width, whose MLPs are compared as F")]
-Layers = Annotated[str | None, typer.Option(help="numbers of layers: 0,5,10-12 (default: all with experts)")]
+Layers = Annotated[str | None, typer.Option(help="layer numbers: 0,5,10-12 (default: all with experts)")]
 Texts = Annotated[
     list[str] | None,
     typer.Option(help=f"a short text to show token by token; may be repeated (default: '{DEFAULT_TEXT}')"),
@@ -170,12 +170,13 @@ def routing_command(
 
 
 def _check(stats: Path | None, output: Path | None, figures: bool) -> _Known | None:
-    """Fail before the work, not after it. Gives the statistics to mark experts by: those of the folder of results where
-    none are named."""
+    """Check the outputs before the work starts, and return the statistics to mark experts by: by default those of the
+    folder of results.
+    """
     if output is not None:
         check_writable(output)
     elif figures:
-        raise SedetectError("--figures: there is no folder for them; give one with -o DIR")
+        raise SedetectError("--figures: needs a folder; give one with -o DIR")
     if figures:
         _write_figures()
     if stats is None and output is not None and Results(output).stats_path.is_file():
@@ -316,7 +317,7 @@ def _print_tokens(result: Analysis, marked: set[str]) -> None:
         "outputs": "for each token the expert with the largest output, with its norm and its place among the chosen",
     }[result.kind]
     more = f"; the first {len(shown)} of {len(known)} layers (--layers chooses)" if len(known) > len(shown) else ""
-    print_line(what + more + ("; *: one of those above" if marked else ""))
+    print_line(what + more + ("; *: an expert marked above" if marked else ""))
 
 
 def _choice(layer: LayerArrays, token: int, marked: set[str]) -> list[str]:

@@ -59,11 +59,14 @@ def residual_command(
     ablated: Annotated[
         str | None,
         typer.Option(
-            "--ablate", help="also without these: candidates, names (L1E28,L8shared), random:N, top-frequency:N"
+            "--ablate",
+            help="also observe with these switched off: candidates, names (L1E28,L8shared), random:N, top-frequency:N",
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="sequences to observe, one at a time")] = 8,
-    min_ratio: Annotated[float, typer.Option(help="smallest multiple of the median of a massive activation")] = 100.0,
+    min_ratio: Annotated[
+        float, typer.Option(help="smallest multiple of the median that counts as a massive activation")
+    ] = 100.0,
     output: Output = None,
     data: Data = None,
     tokens: Tokens = 8192,
@@ -78,7 +81,7 @@ def residual_command(
 ) -> None:
     """Observe the residual stream of MODEL, layer by layer, and its attention sinks.
 
-    --tokens is the text of the profile that 'candidates' needs; observed are --sequences windows.
+    --tokens sets the text for the profile that 'candidates' needs; the observation itself uses --sequences windows.
     """
     from sedetect.calibration.windows import Text, calibration_windows, check_text, prefix_ids
     from sedetect.checkpoints.options import Loading
@@ -234,7 +237,7 @@ def _print_formations(formations: list[Formation]) -> None:
 
 
 def _undone(one: Formation) -> str:
-    """Where half of it is taken away again, and by whom."""
+    """The layer that removes at least half of it again, and the expert that does."""
     if one.undone_in is None:
         return "-"
     return f"L{one.undone_in}" if one.undone_by is None else f"{one.undone_by.expert} {one.undone_by.share:.0%}"

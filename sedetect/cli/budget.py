@@ -1,4 +1,4 @@
-"""sedetect budget: what compression costs, and what keeping a few experts buys."""
+"""sedetect budget: the cost of compression, and the gain from keeping a few experts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def budget_command(
     formats: Annotated[
         list[str] | None, typer.Option("--format", help="fp8, int2 to int8 (default: int8, fp8, int4, int3, int2)")
     ] = None,
-    by: Annotated[Saliency | None, typer.Option(help="the saliency by which to prune (default: reap)")] = None,
+    by: Annotated[Saliency | None, typer.Option(help="saliency to prune by (default: reap)")] = None,
     frontier: Annotated[
         bool, typer.Option("--frontier", help="choose a format for each expert, and for each layer, at several sizes")
     ] = False,
@@ -62,8 +62,8 @@ def budget_command(
     tokens: Annotated[
         int,
         typer.Option(
-            help="tokens of text: half are profiled, half evaluated; with --stats all, on text they did not see; "
-            "--frontier measures sensitivity on half of these"
+            help="tokens of text: half are profiled, half evaluated; with --stats, all are evaluated, on text "
+            "outside the statistics; --frontier measures sensitivity on half of the evaluated ones"
         ),
     ] = 32768,
     seq_len: SeqLen = 512,
@@ -110,10 +110,10 @@ def budget_command(
     prepared = prepare_model(model, loading=Loading(device, dtype, revision, attn, trust_remote_code))
     refuse_without_logits(prepared.empty, "perplexity")
     check_choice(experts, prepared.empty)
-    expert_sizes(prepared.empty)  # refuse what cannot be compressed before anything is measured
+    expert_sizes(prepared.empty)  # refuse unsupported input before anything is measured
     if state is not None:
         check_statistics(state.header, prepared.empty, str(stats))
-    # beyond what the statistics saw, as much as is asked for
+    # as much as was asked for, beyond the text of the statistics
     seen = 0 if state is None else state.header.tokens
     more = replace(text, tokens=tokens + seen)
     calibration = calibration_windows(prepared.empty, prepared.tokenizer, data, more)
@@ -160,7 +160,7 @@ def budget_command(
                 progress=progress,
             )
     if not any(windows.source in state.header.sources for windows in domains.values()):
-        made.notes.append("the statistics are of other windows; they may have seen some of the evaluation text")
+        made.notes.append("the statistics come from other windows and may include some of the evaluation text")
     results = Results(output or "")
     if isinstance(made, Frontier):
         with saved_after(None if output is None else results.frontier_path, made.save):

@@ -1,6 +1,6 @@
-"""What an option may be, so that a wrong choice is refused before the library is imported.
+"""The values that options accept, kept here so that a wrong one is refused before the library is imported.
 
-tests/test_start.py holds each against the library's own table.
+tests/test_start.py compares each with the library's own table.
 """
 
 from enum import StrEnum
@@ -15,10 +15,10 @@ Merge = Literal["nearest", "ream"]
 Runtime = Literal["vllm", "sglang", "transformers"]
 
 
-class How(StrEnum):  # of an option that may be repeated, typer takes no Literal
+class How(StrEnum):  # typer does not support Literal for a repeatable option
     SKIP = "skip"
     RENORMALIZE = "renormalize"
     REMOVE = "remove"
 
 
-GROUP = 128  # inputs per scale, as sedetect.compression.simulated has it
+GROUP = 128  # inputs per scale, as in sedetect.compression.simulated

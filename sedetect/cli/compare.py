@@ -37,7 +37,7 @@ def compare_command(stats: Runs, json: Json = None) -> None:
     from sedetect.ranking.comparison import compare
 
     if len(stats) < 2:
-        raise SedetectError(f"{stats[0]}: one run has nothing to be compared with; give two or more")
+        raise SedetectError(f"{stats[0]}: nothing to compare a single run with; give two or more")
     runs = load_runs(stats)
     kept = [None if pruning is None else pruning.kept for pruning in (_results(path).pruning() for path in stats)]
     comparison = compare(list(runs.values()), list(runs), kept)
@@ -57,7 +57,7 @@ def compare_command(stats: Runs, json: Json = None) -> None:
 
 
 def _results(path: Path) -> Results:
-    """The folder of statistics that were given by it or by their file."""
+    """The folder of an argument, which is that folder or a statistics file in it."""
     return Results(path.parent if path.name == STATS else path)
 
 
@@ -121,7 +121,7 @@ def _headline(comparison: Comparison) -> str:
     if comparison.formed is not None:
         formed = _formed(comparison, comparison.formed)
         if not comparison.runs[-1].found:
-            return f"the candidates differ; there is none from {formed} on"
+            return f"the candidates differ; none is left from {formed} on"
         return f"the candidates differ; those of the last run ({last}) stand from {formed} on"
     return "the candidates differ"
 

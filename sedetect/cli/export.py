@@ -1,4 +1,4 @@
-"""sedetect export: protect lists and channel statistics in the forms that other tools read."""
+"""sedetect export: protect lists and channel statistics in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def export_command(
     to: Annotated[Target, typer.Option(help="imatrix: of profile --channels")],
     runtime: Annotated[
         Runtime | None,
-        typer.Option("--for", help="what is to load the quantized checkpoint; only what was seen to load is written"),
+        typer.Option(
+            "--for",
+            help="runtime that will load the quantized checkpoint; only formats tested to load there are written",
+        ),
     ] = None,
     granularity: Annotated[
         Granularity, typer.Option(help="expert, or layer: all experts of a protected expert's layer")
@@ -60,7 +63,7 @@ def export_command(
         raise SedetectError(f"--increase {increase:g}: chooses among plans; give --plan, or leave it out")
     if plan is not None and (neighbours or with_feeders):
         option = "--with-feeders" if with_feeders else f"--neighbours {neighbours}"
-        raise SedetectError(f"{option}: a plan says what every expert gets; leave it out")
+        raise SedetectError(f"{option}: a plan already sets the format of every expert; leave it out")
     state, ranking = load_ranked(stats)
     if output is not None and to == "imatrix":
         count = write_imatrix(state, output)
@@ -99,7 +102,7 @@ def _export_plan(
     from sedetect.compression.plans import export_plan
 
     if runtime is None:
-        raise SedetectError("--plan: a plan is written for a runtime that was seen to load it; name one with --for")
+        raise SedetectError("--plan: a plan needs a runtime that is tested to load it; name one with --for")
     document, notes = export_plan(Frontier.load(plan), state, to, runtime, granularity, model, increase)
     _write(document, output)
     for note in notes:
@@ -115,7 +118,7 @@ def _write(document: dict | str, output: Path | None) -> None:
 
 
 def _sizes(extra: list[Extra]) -> str:
-    """One line: what each granularity costs, where the experts are otherwise stored in 4 bits."""
+    """One line: the size that each granularity adds where all other experts are stored in 4 bits."""
     parts = []
     for one in extra:
         size = f"{one.share:+.2%}" if one.nbytes is None else f"{one.nbytes:+,.0f} bytes ({one.share:+.2%})"

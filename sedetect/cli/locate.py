@@ -1,4 +1,4 @@
-"""sedetect locate: candidates from the first token, reading the part of a checkpoint that it uses."""
+"""sedetect locate: find candidates from the first token, reading only the weights that it uses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def locate_command(
     model: Anywhere,
     output: Output = None,
     first_tokens: Annotated[
-        str, typer.Option(help="also walk other first tokens: how many, or a list of one-token texts: 'The,1,\\n'")
+        str, typer.Option(help="also try other first tokens: how many, or a list of one-token texts: 'The,1,\\n'")
     ] = "0",
     text: Annotated[str | None, typer.Option(help="walk this short prompt instead of first tokens")] = None,
     all_layers: Annotated[bool, typer.Option("--all-layers", help="walk all layers, not the first 75%")] = False,
@@ -78,7 +78,7 @@ def locate_command(
         )
     try:
         _print(found)
-    finally:  # whoever reads may have left
+    finally:  # the reader of stdout may have left
         if output is not None:
             _save(found, output)
     if output is not None:
@@ -135,7 +135,7 @@ def _print(found: Located) -> None:
     for note in (*found.notes, *found.unmeasured):
         print_line(f"note: {note}")
     if found.candidates:
-        print_line(f"next: {_proving(found.source)} says which of them the model depends on")
+        print_line(f"next: {_proving(found.source)} shows which of them the model depends on")
 
 
 def _proving(source: str) -> str:
@@ -160,7 +160,7 @@ def _cells(one: LocatedExpert, found: Located, several: bool) -> list[str]:
 
 
 def _fires(one: LocatedExpert, found: Located) -> str:
-    """On which first tokens, in words."""
+    """The first tokens on which it fires, in words."""
     on = one.on()
     if not on:
         return "-"  # its rows cannot be told apart
@@ -178,7 +178,7 @@ def _save(found: Located, output: Path) -> None:
     found.stats.save(results.stats_path)
     found.save(results.ranking_path)
     describe_walk(found).save(results.run_path)
-    results.domains.save({})  # what is there is of another run, as below
+    results.domains.save({})  # the old files are of another run, as below
     results.modalities.save({})
     results.rounds.save({})
     for path in (results.pruning_path, results.proof_path, results.residual_path):

@@ -1,4 +1,4 @@
-"""sedetect plan: what a checkpoint is, whether it fits, and what streaming it would read."""
+"""sedetect plan: a checkpoint's size, whether it fits in memory, and how much streaming would read."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _print_memory(plan: Plan, device: torch.device) -> None:
 
 
 def _streamed(plan: Plan, tokens: int, measured: tuple[float, int] | None) -> str:
-    """measured: bytes per second, and of how many; None of a checkpoint that is not on a disk here."""
+    """measured: bytes per second, and the bytes measured; None for a checkpoint that is not on a local disk."""
     from sedetect.checkpoints.memory import size
 
     total, largest = sum(plan.layer_bytes), max(plan.layer_bytes)

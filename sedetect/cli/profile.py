@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from sedetect.profiling.streaming import Streamed
     from sedetect.ranking.result import Ranking
 
-_PROVED = 8  # sequences whose residual stream is observed for a proof, where --residual does not say
+_PROVED = 8  # sequences whose residual stream is observed for a proof without --residual
 Percentile = Annotated[float, typer.Option(help="percentile of the population an expert must exceed")]
 Fraction = Annotated[float, typer.Option(help="fraction of the largest value an expert must exceed")]
 Layers = Annotated[
@@ -85,8 +85,8 @@ def profile_command(
     domains: Annotated[
         str | None,
         typer.Option(
-            help="which domains, by name: 'text' is all of the data, 'images' are drawn (default: text; without --data "
-            "and for a model that takes images, text,images)"
+            help="domains by name: 'text' is all of the data, 'images' the drawn images (default: text; without "
+            "--data and for a model that takes images: text,images)"
         ),
     ] = None,
     channels: Annotated[bool, typer.Option("--channels", help="also record maxima and squares per channel")] = False,
@@ -100,14 +100,14 @@ def profile_command(
         ),
     ] = False,
     mtp: Annotated[
-        bool, typer.Option("--mtp", help="also measure the head that predicts a further token, where there is one")
+        bool, typer.Option("--mtp", help="also measure the multi-token prediction head, if the model has one")
     ] = False,
     residual: Annotated[
         int | None, typer.Option(help="also observe the residual stream and attention of N sequences")
     ] = None,
     prove: Annotated[
         bool,
-        typer.Option("--prove", help="then switch the candidates off where they fire, on text that was not profiled"),
+        typer.Option("--prove", help="then switch the candidates off where they fire, on held-out text"),
     ] = False,
     until_stable: Annotated[int | None, typer.Option(help="stop after N rounds without a change in the set")] = None,
     stream: Annotated[
@@ -181,7 +181,7 @@ def profile_command(
             )
 
         result = ranks.run(measure)
-    if result is None:  # the first rank has it
+    if result is None:  # only the first rank has it
         return
     if result.stats.banks:
         _show(result, output, model)
@@ -189,13 +189,13 @@ def profile_command(
             from sedetect.profiling.resume import discard
 
             discard(unfinished)
-            # of earlier starts, killed while they wrote the results
+            # left by earlier runs that were killed while writing the results
             for folder in (output, Results(output).domains.path):
                 remove_leftovers(folder)
     if result.interrupted:
         if result.streamed is not None and unfinished is not None:
             finished = result.streamed.resumed + result.streamed.layers
-            saved = f"{finished} layers are finished, and the same command goes on from there"
+            saved = f"{finished} layers are finished; the same command resumes from there"
         elif output is None:
             saved = "nothing saved (no -o)"
         else:
@@ -310,7 +310,7 @@ def _show(result: ModelProfile, output: Path | None, model: str) -> None:
         print_domains(console, by_domain)
         print_modalities(console, result.stats, result.modalities, by_modality)
         resumed = result.streamed is not None and result.streamed.resumed > 0
-        print_run(console, result.stats, None if resumed else result.seconds)  # those are not all layers' seconds
+        print_run(console, result.stats, None if resumed else result.seconds)  # the times do not cover all layers
         if result.streamed is not None:
             console.print(_streamed(result.streamed), markup=False, highlight=False, soft_wrap=True)
         if result.rounds:
@@ -321,10 +321,10 @@ def _save(result: ModelProfile, ranking: Ranking, output: Path, model: str) -> N
     from sedetect.profiling.record import describe_run
 
     results = Results(output)
-    result.stats.save(results.stats_path)  # first: the others follow from it, or refine it
+    result.stats.save(results.stats_path)  # first: the others follow from this file or refine it
     write_json(results.ranking_path, ranking_document(ranking, result.tokenizer))
     pruned = Path(model) / results.pruning_path.name
-    if pruned.is_file():  # what compare maps the numbers of experts by
+    if pruned.is_file():  # compare maps expert numbers by this file
         write_atomic(results.pruning_path, lambda temporary: shutil.copyfile(pruned, temporary))
     else:
         results.pruning_path.unlink(missing_ok=True)  # of another run, as below
@@ -342,7 +342,7 @@ def _save(result: ModelProfile, ranking: Ranking, output: Path, model: str) -> N
 
 
 def _streamed(took: Streamed) -> str:
-    """One line: what of the time the layers took."""
+    """One line: how the layers spent the time."""
     resumed = f", {took.resumed} were finished before" if took.resumed else ""
     parts = {
         "read": took.read,

@@ -1,4 +1,4 @@
-"""What a person reads of a proof: a sentence for each candidate, the runs, and the attention sinks."""
+"""Print a proof: a sentence for each candidate, the runs, and the attention sinks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_proof(proof: Proof) -> None:
-    """All of it; print_runs has what stands under the verdicts."""
+    """Print the verdicts, then the details (print_runs)."""
     for verdict in proof.verdicts:
         print_line(f"{verdict.expert}: {verdict.level}: {verdict.reason}", "bold")
         for line in _more(verdict):
@@ -24,7 +24,7 @@ def print_proof(proof: Proof) -> None:
 
 
 def print_runs(proof: Proof) -> None:
-    """The table of what was switched off, and under what conditions."""
+    """Print the table of runs, and the conditions under which experts were switched off."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("switched off", no_wrap=True)
     for name in ("perplexity", "interval", "sink", "residual"):
@@ -52,7 +52,7 @@ def _more(verdict: Verdict) -> list[str]:
         fed = ", ".join(f"{one.expert} ({one.left:.0%} of |y| left without it)" for one in verdict.feeders)
         lines.append(f"fed by {fed}")
     elif verdict.feeders is not None:
-        lines.append("no upstream expert without which it falls silent")
+        lines.append("no upstream expert silences it when switched off")
     return lines
 
 

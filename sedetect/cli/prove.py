@@ -33,15 +33,15 @@ from sedetect.results import Results
 def prove_command(
     model: Model,
     experts: Annotated[
-        str | None, typer.Option(help="names (L1E28,L8shared; default: those that the statistics point to)")
+        str | None, typer.Option(help="names (L1E28,L8shared; default: the candidates of the statistics)")
     ] = None,
     stats: Annotated[Path | None, typer.Option(help="statistics of this model (default: profile it first)")] = None,
     output: Output = None,
-    chain: Annotated[bool, typer.Option(help="also find the upstream experts without which they fall silent")] = False,
+    chain: Annotated[bool, typer.Option(help="also find the upstream experts that they depend on to fire")] = False,
     smallest: Annotated[float, typer.Option(help="smallest relative rise of perplexity that matters")] = 0.02,
     level: Annotated[float, typer.Option(help="probability that any interval misses the true effect")] = 0.05,
     data: Data = None,
-    tokens: Annotated[int, typer.Option(help="tokens of text that the statistics did not see")] = 32768,
+    tokens: Annotated[int, typer.Option(help="tokens of text outside the statistics")] = 32768,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 8,
     device: Device = None,
@@ -93,7 +93,7 @@ def prove_command(
             ),
         )
     if proof is None:
-        print_line("nothing to prove: the statistics point to no expert; name some with --experts to try them")
+        print_line("nothing to prove: the statistics give no candidate; name experts to try with --experts")
         return
     with saved_after(None if output is None else Results(output).proof_path, proof.save):
         print_proof(proof)

@@ -1,4 +1,4 @@
-"""sedetect prune: a checkpoint with fewer experts."""
+"""sedetect prune: write a checkpoint with fewer experts."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def prune_command(
         Spread, typer.Option(help="even: the same number in each layer; global: the lowest of all layers")
     ] = "even",
     floor: Annotated[
-        int | None, typer.Option(help="experts that the global budget leaves a layer (default: top-k)")
+        int | None, typer.Option(help="fewest experts that the global budget leaves in a layer (default: top-k)")
     ] = None,
     protect: Annotated[
         Literal["candidates", "none"],
-        typer.Option(help="candidates: keep them, and proved super experts, whatever their saliency"),
+        typer.Option(help="candidates: keep candidates and proved super experts regardless of saliency"),
     ] = "candidates",
     merge: Annotated[
         Merge | None, typer.Option(help="average pruned experts into kept ones, in groups of this method")
@@ -182,7 +182,7 @@ def prune_command(
 
 
 def _feeders(results: Results, found: list[Place]) -> list[Place]:
-    """The experts that feed those found, where a proof looked for them."""
+    """The feeders of the experts found, where a proof looked for feeders."""
     from sedetect.stats.place import parse_place
 
     proof = results.proof()
@@ -193,7 +193,7 @@ def _feeders(results: Results, found: list[Place]) -> list[Place]:
 
 def _merged(merge: str, groups: Groups, gone: int) -> str:
     merged = [len(group.weights) - 1 for mine in groups.values() for group in mine.values()]
-    return f"merged by {merge}: {sum(merged)} of {gone} pruned experts, into {len(merged)} others; the rest is dropped"
+    return f"merged by {merge}: {sum(merged)} of {gone} pruned experts, into {len(merged)} others; the rest are dropped"
 
 
 def _counted(kept: dict[BankId, list[int]], sizes: dict[BankId, int]) -> str:

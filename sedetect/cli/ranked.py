@@ -1,4 +1,4 @@
-"""What the commands that read statistics for compression share: the option --by, loading, and the table by layer."""
+"""Shared by the commands that read statistics for compression: the option --by, loading, and the table by layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ By = Annotated[Saliency, typer.Option(help="a saliency")]
 
 
 def load_ranked(stats: Path) -> tuple[ModelStats, Ranking]:
-    """Statistics and their ranking; by residual stream and proof too where the folder of a profile holds them."""
+    """Statistics and their ranking, which uses the residual stream and the proof where the profile's folder holds
+    them.
+    """
     from sedetect.ranking.rule import rank
 
     results = Results(stats)
@@ -35,7 +37,7 @@ def load_ranked(stats: Path) -> tuple[ModelStats, Ranking]:
 
 
 def print_saliency(known: Saliencies) -> None:
-    """Where the experts to protect stand, and a table of the lowest and highest of each layer."""
+    """Print the ranks of the experts to protect, and a table of the lowest and highest experts of each layer."""
     found = [
         f"{one['name']} ({one['verdict']}; {one['place']} of {one['of']} from below)" for one in known.super_experts
     ]
@@ -55,7 +57,7 @@ def print_saliency(known: Saliencies) -> None:
     console.print(table)
     text = (
         "each layer's experts with the lowest and the highest saliency, and the median of those that saw rows; "
-        "layers do not compare with each other"
+        "values of different layers are not comparable"
     )
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -24,7 +24,8 @@ def report_command(
 ) -> None:
     """Write one HTML page of everything in a folder of results; it opens offline.
 
-    It shows the profile in DIR, and what prove, ablate, budget, verify, timeline and analyze have written beside it.
+    The page shows the profile in DIR and the results that prove, ablate, budget, verify, timeline and analyze wrote
+    beside it.
     """
     from sedetect.report.make import make_report
 

@@ -36,14 +36,16 @@ MEASURE, PROVE, COMPRESS, FILES = "Measure", "Prove", "Compress", "Files"
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Nobody reads on (`| head`): leave as shells have it, not with 1, which says that sets differ."""
+        """The reader closed the pipe (`| head`): exit as a shell reports it, not with 1, which means that sets
+        differ.
+        """
         try:
             super().on_broken_pipe()
         except SystemExit:
             raise SystemExit(141) from None
 
 
-console = _Console(emoji=False)  # no text of a user is a picture
+console = _Console(emoji=False)  # user text must not turn into emoji
 stderr = _Console(stderr=True, emoji=False)
 
 
@@ -56,7 +58,7 @@ def folder_of(name: str) -> str:
 
     try:
         return snapshot_download(name, local_files_only=True)
-    except Exception:  # of many kinds, all of which say that it is not there
+    except Exception:  # of many kinds, all of which mean that it is missing
         raise SedetectError(
             f"{name}: no such folder, and no hub model in the cache; download it first (hf download {name})"
         ) from None
@@ -78,18 +80,20 @@ BatchSize = Annotated[int, typer.Option(help="windows per forward")]
 Seed = Annotated[int | None, typer.Option(help="choose windows at random (default: text order)")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: cuda if there is one)")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16, float32")]
-Backend = Annotated[str | None, typer.Option(help="cpu, cuda, triton or torch (default: the fastest that serves)")]
+Backend = Annotated[
+    str | None, typer.Option(help="cpu, cuda, triton or torch (default: the fastest that supports the model)")
+]
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub model")]
 Attn = Annotated[str | None, typer.Option(help="attention implementation of transformers")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")]
 
 
-# Of the arguments of the library whose flags are not their names.
+# Library arguments whose flags have other names.
 _FLAGS = {"protected": "--protect", "resume": "-o DIR", "runtime": "--for", "spec": "--experts", "tool": "--to"}
 
 
 def flag(argument: Argument) -> str:
-    """How the command line spells an argument of the library."""
+    """The flag of a library argument."""
     name, value = argument.name.replace("_", "-"), argument.value
     if argument.name in _FLAGS:
         return _FLAGS[argument.name]
@@ -111,12 +115,12 @@ def about(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that reports: the only one, or the first that torchrun started."""
+    """Whether this process reports: the only process, or the first that torchrun started."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
 
 
 def check_writable(folder: Path) -> None:
-    """Fail before the work, not after it, and make no folder that bad input would leave behind."""
+    """Check the folder before the work starts, without creating it: bad input should leave no folder behind."""
     nearest = Results(folder).domains.path
     try:
         while not nearest.exists():
@@ -129,11 +133,11 @@ def check_writable(folder: Path) -> None:
 
 
 def check_file(option: str, path: Path, inputs: Sequence[Path] = ()) -> None:
-    """Fail before the work where a file cannot be written, or would take the place of an input."""
+    """Check before the work starts that a file can be written and does not replace an input."""
     if path.is_dir():
         raise SedetectError(f"{option} {path}: is a folder; give the name of a file in it")
     if path.exists() and not path.is_file():
-        raise SedetectError(f"{option} {path}: is there and is not a file; give another name")
+        raise SedetectError(f"{option} {path}: exists and is not a file; give another name")
     for one in inputs:
         if path.exists() and file_in(one, STATS).exists() and path.samefile(file_in(one, STATS)):
             raise SedetectError(f"{option} {path}: is one of the inputs; give the name of another file")
@@ -144,8 +148,9 @@ def check_file(option: str, path: Path, inputs: Sequence[Path] = ()) -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without garbage collection, for a while: importing makes a million objects that stay, a fifth of its time is
-    spent looking through them. What is there at the end is not looked through again."""
+    """Temporarily disable garbage collection: imports create a million permanent objects, and scanning them takes a
+    fifth of the import time. Objects that exist at the end are never scanned again.
+    """
     gc.disable()
     try:
         yield
@@ -156,10 +161,10 @@ def uncollected() -> Iterator[None]:
 
 @contextmanager
 def hidden(*packages: str) -> Iterator[None]:
-    """Imports inside do not find packages that are not imported yet.
+    """Temporarily hide packages that are not imported yet.
 
     transformers imports scikit-learn (5.17, for assisted generation) and scipy (for the losses of object detectors)
-    where they are installed, which no command uses: a second each.
+    where they are installed; no command uses them, and each takes a second.
     """
     missing = {package: None for package in packages if package not in sys.modules}
     sys.modules.update(missing)  # type: ignore[arg-type]
@@ -195,8 +200,9 @@ def print_line(text: str, style: str | None = None) -> None:
 
 @contextmanager
 def saved_after(path: Path | None, save: Callable[[Path], object]) -> Iterator[None]:
-    """Save to path, where there is one, after what is printed inside: what a full disk refuses was said then. It is
-    saved too where whoever reads has left."""
+    """Save to path, if given, after the output inside was printed, so that a full disk costs only the file. It is
+    saved even if the reader of stdout has left.
+    """
     try:
         yield
     finally:
@@ -207,12 +213,12 @@ def saved_after(path: Path | None, save: Callable[[Path], object]) -> Iterator[N
 
 
 def print_whole(table: Table) -> None:
-    """A table of numbers: too wide for the terminal it wraps, but no number is cut."""
+    """Print a table of numbers; one too wide for the terminal wraps, and numbers are never cut."""
     _Console(width=max(console.width, 200), emoji=False).print(table)
 
 
 def plain_table(*columns: str, left: str = "") -> Table:
-    """A table to fill: numbers to the right; the first column and the one named left to the left."""
+    """An empty table: numbers right-aligned; the first column and the one named by left, left-aligned."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if name == left or not number else "right", no_wrap=True)
@@ -220,7 +226,7 @@ def plain_table(*columns: str, left: str = "") -> Table:
 
 
 def progress_bar(unit: str = "tokens") -> "Progress":
-    """A bar on stderr, on a terminal; elsewhere it would show nothing and leave an empty line."""
+    """A progress bar on stderr if that is a terminal; elsewhere it would only leave an empty line."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     done = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())

@@ -20,11 +20,11 @@ _SHOWN = 20
 
 @app.command("stability", rich_help_panel=PROVE)
 def stability_command(stats: Runs, json: Json = None) -> None:
-    """Show whether the candidates change with the thresholds or the text.
+    """Show whether the candidates change with the thresholds or with the text.
 
-    Every argument gets a grid of thresholds. One folder of a profile is compared over its domains, and over its rounds
-    where it was profiled --until-stable (disjoint shards of the text); several arguments with each other (profiles of
-    one model on different text).
+    Each argument gets a grid of thresholds. A single profile folder is compared across its domains and, if it was made
+    with --until-stable, across its rounds (disjoint shards of the text). Several arguments (profiles of one model on
+    different text) are compared with each other.
     """
     if json is not None:
         check_file("--json", json, stats)
@@ -45,7 +45,9 @@ def stability_command(stats: Runs, json: Json = None) -> None:
     for name, one in agreed.items():
         _print_agreement(name, one)
     if not agreed:
-        print_line("agreement: one part only; give a folder with several domains or rounds, or several profiles")
+        print_line(
+            "agreement: needs at least two parts; give a folder with several domains or rounds, or several profiles"
+        )
     if json is not None:
         Stability(grids, verdicts, agreed, distances).save(json)
 
@@ -76,7 +78,7 @@ def _print_grid(name: str, grid: Grid) -> None:
 
 
 def _print_verdicts(verdicts: dict[str, dict[float, tuple[str, ...]]]) -> None:
-    """A line per threshold of the verdict."""
+    """Print one line per threshold of the verdict."""
     for name, by_value in verdicts.items():
         values = list(by_value)
         usual = by_value[values[len(values) // 2]]
@@ -91,7 +93,7 @@ def _print_verdicts(verdicts: dict[str, dict[float, tuple[str, ...]]]) -> None:
 
 
 def _print_margins(distances: dict[str, dict[str, float]]) -> None:
-    """A line per expert: by what factor it passes each threshold, or misses it."""
+    """Print one line per expert: the factor by which it passes or misses each threshold."""
     for expert, by in list(distances.items())[:_SHOWN]:
         print_line(f"{expert} by threshold: {', '.join(f'{what} {x:.3g}' for what, x in by.items())}")
 

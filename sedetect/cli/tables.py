@@ -1,4 +1,4 @@
-"""What a person reads of a profile: the table of candidates, the coverage line, and super_experts.json."""
+"""Print a profile: the table of candidates, the coverage line, and super_experts.json."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def ranking_table(ranking: Ranking, tokenizer: PreTrainedTokenizerBase | None = 
 
 
 def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
-    """One sentence: what a proof found; first tokens against the rest, in output and routing; what is carried."""
+    """One sentence on an expert: its proof; output and routing on first tokens and on the rest; what later layers
+    carry.
+    """
     parts = [] if expert.reason is None else [f"{expert.verdict}: {expert.reason}"]
     if not expert.seen:
         parts.append("no row in the statistics")
@@ -95,7 +97,7 @@ def evidence(expert: SuperExpert, residual: Residual | None = None) -> str:
 
 
 def print_domains(console: Console, domains: dict[str, Ranking]) -> None:
-    """One line: what is to be protected by each domain alone."""
+    """One line: the experts to protect by each domain alone."""
     found = {name: ", ".join(str(e) for e in r.found) for name, r in domains.items()}
     if len(set(found.values())) == 1:
         _line(console, f"each domain alone ({', '.join(found)}): {next(iter(found.values())) or 'none'}")
@@ -106,8 +108,9 @@ def print_domains(console: Console, domains: dict[str, Ranking]) -> None:
 def print_modalities(
     console: Console, stats: ModelStats, modalities: dict[str, ModelStats], found: dict[str, Ranking], by: str = "reap"
 ) -> None:
-    """What is to be protected by the tokens of each modality alone, what they saw, what is theirs, and what text alone
-    would prune by a saliency. found: the ranking of each."""
+    """For each modality: the experts to protect by its tokens alone, their coverage, the experts it uses more than
+    text, and those that text alone would prune by a saliency. found: the ranking of each.
+    """
     from sedetect.ranking.coverage import coverage
     from sedetect.ranking.modalities import RATIO, TIMES, uses
 
@@ -130,7 +133,8 @@ def print_modalities(
     if "text" in modalities and len(modalities) > 1:
         lost = _few([str(use.place) for use in used if use.lost])
         _line(
-            console, f"text alone would prune ({RATIO:.0%} of each layer, by {by}), and all of it not: {lost or 'none'}"
+            console,
+            f"text alone would prune ({RATIO:.0%} of each layer, by {by}), but all tokens would not: {lost or 'none'}",
         )
 
 
@@ -140,7 +144,7 @@ def _few(names: list[str]) -> str:
 
 
 def print_run(console: Console, stats: ModelStats, seconds: float | None = None) -> None:
-    """What was run: tokens, speed, backends, coverage, and everything the header notes."""
+    """Print a summary of the run: tokens, speed, backends, coverage, and the notes of the header."""
     from sedetect.ranking.coverage import coverage, folded
 
     header = stats.header
@@ -157,13 +161,13 @@ def print_run(console: Console, stats: ModelStats, seconds: float | None = None)
 
 
 def _line(console: Console, text: str) -> None:
-    """Plain text, left to the terminal to wrap."""
+    """Print plain text and leave the wrapping to the terminal."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cells(expert: SuperExpert, tokenizer: PreTrainedTokenizerBase | None, named: bool, observed: bool) -> list[str]:
     token = _token(tokenizer, expert.token_id)
-    partial = token is None or "\ufffd" in token  # some bytes of a character: the id says more
+    partial = token is None or "\ufffd" in token  # part of a multi-byte character: the id says more
     shown = "-" if expert.token_id < 0 else f"#{expert.token_id}" if partial else f"{token!r}"
     style = _STYLES[expert.verdict]
     return [

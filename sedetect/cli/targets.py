@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def check_choices(option: str, spec: str, model: PreTrainedModel, stats: Path | None = None) -> None:
-    """Refuse what choose would, by the model without weights."""
+    """Raise the errors that choose would raise, using the model without its weights."""
     from sedetect.experiments.targets import check_choice, needs_statistics
     from sedetect.models.identity import check_statistics
 
@@ -41,7 +41,7 @@ def choose(
     stats: Path | None = None,
     draw: int = 0,
 ) -> list[Target]:
-    """The experts that an option names, by stats or else by a profile of this text where that takes statistics.
+    """The experts that an option names. Where that takes statistics: from stats, or else from a profile of this text.
 
     draw is the seed of random:N. Where "candidates" finds none, the headline is printed and the list is empty.
     """
@@ -59,7 +59,7 @@ def choose(
                 check_statistics(state.header, model, str(stats))
                 residual, proof = Results(stats).residual(), Results(stats).proof()
         chosen = choose_experts(spec, model, state, draw, residual, proof)
-    if not chosen and state is not None:  # only statistics name none
+    if not chosen and state is not None:  # only a choice by statistics can be empty
         found = rank(state, residual=residual, proof=proof).headline
         console.print(f"{option} {spec}: {found}", markup=False, highlight=False, soft_wrap=True)
     return chosen
@@ -67,7 +67,7 @@ def choose(
 
 @contextmanager
 def _spelled(option: str) -> Iterator[None]:
-    """Refusals inside name the option."""
+    """Errors raised inside name the option."""
     try:
         yield
     except SedetectError as error:

@@ -1,4 +1,4 @@
-"""sedetect timeline: when the experts of a training run became what they are."""
+"""sedetect timeline: when the super experts of a training run formed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def timeline_command(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="folder of an ExpertMonitor, checkpoints of one model in a folder or one by one, or a hub name",
+            help="folder of an ExpertMonitor, a folder of checkpoints of one model, several checkpoints, or a hub name",
             metavar="DIR|CHECKPOINT...|NAME",
         ),
     ],
@@ -56,10 +56,9 @@ def timeline_command(
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show when the experts of a training run, or of a series of checkpoints, became what they are.
+    """Show when the super experts of a training run, or of a series of checkpoints, formed.
 
-    Checkpoints are measured on the same text one after another; with -o each is kept when it is done, and not measured
-    again.
+    Checkpoints are measured one after another on the same text; with -o each result is saved and not measured again.
     """
     if output is not None:
         check_writable(output)

@@ -1,4 +1,4 @@
-"""sedetect verify: whether a quantized checkpoint still is the model that it was made from."""
+"""sedetect verify: check that a quantized checkpoint still behaves like its original."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _SHOWN = 20
 @app.command("verify", rich_help_panel=COMPRESS)
 def verify_command(
     base: Annotated[
-        str, typer.Argument(help="the checkpoint before: a folder, or a hub name in the cache", callback=folder_of)
+        str, typer.Argument(help="the original checkpoint: a folder, or a hub name in the cache", callback=folder_of)
     ],
-    quantized: Annotated[str, typer.Argument(help="the checkpoint that was made from it", callback=folder_of)],
+    quantized: Annotated[str, typer.Argument(help="the checkpoint made from it", callback=folder_of)],
     output: Output = None,
     protect: Annotated[
         str | None,
@@ -52,7 +52,10 @@ def verify_command(
     ] = None,
     runtime: Annotated[
         Literal["vllm"] | None,
-        typer.Option("--for", help="run both in this engine (default: transformers), without a look inside them"),
+        typer.Option(
+            "--for",
+            help="run both in this engine (default: transformers); super experts and routing are not compared then",
+        ),
     ] = None,
     stats: Annotated[Path | None, typer.Option(help="statistics of BASE (default: profile it first)")] = None,
     max_increase: Annotated[str, typer.Option(help="largest rise of perplexity in any domain (5% or 0.05)")] = "5%",
@@ -60,7 +63,7 @@ def verify_command(
         float | None, typer.Option(help="largest mean KL divergence of the logits, nats per token (default: any)")
     ] = None,
     data: Data = None,
-    tokens: Annotated[int, typer.Option(help="tokens of text; with --stats, of text they did not see")] = 16384,
+    tokens: Annotated[int, typer.Option(help="tokens of text; with --stats, text outside the statistics")] = 16384,
     seq_len: SeqLen = 512,
     batch_size: BatchSize = 8,
     device: Device = None,
@@ -68,7 +71,7 @@ def verify_command(
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Check that QUANTIZED still is the model BASE: its weights, perplexity, super experts and routing.
+    """Check that QUANTIZED still behaves like BASE: weights, perplexity, super experts and routing.
 
     Exit codes: 0 where it passes, 1 where a check fails or a limit is exceeded, 2 wrong arguments or input.
     """
@@ -115,7 +118,7 @@ def verify_command(
 
 
 def _protected(value: str | None) -> list[str] | ProtectList | Literal["candidates"]:
-    """What --protect names. Raises SedetectError for a file that is no list of `export --to json`."""
+    """The experts that --protect names. Raises SedetectError for a file not written by `export --to json`."""
     from sedetect.compression.protect import ProtectList
 
     if value is None or value.strip() == "candidates":
@@ -169,7 +172,7 @@ def _print(verification: Verification) -> None:
         print_line(f"attention on first tokens: {sinks[0]:.1%} in the base, {sinks[1]:.1%} quantized")
     if verification.flips:
         shares = ", ".join(f"{_layer(bank)} {share:.1%}" for bank, share in verification.flips.items())
-        print_line(f"routing choices that differ, differences of earlier layers included: {shares}")
+        print_line(f"routing choices that differ (differences caused by earlier layers included): {shares}")
     if verification.overall is not None:
         print_line(f"perplexity on {sum(verification.tokens.values()):,} tokens, with intervals over their windows")
         print_line("KL: mean divergence of the predictions, in nats per token")

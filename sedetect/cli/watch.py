@@ -38,8 +38,8 @@ Every = Annotated[float, typer.Option(help="seconds between two collections", mi
 def watch_command(url: Address, output: Output = None, every: Every = 60) -> None:
     """Measure the experts of a running vLLM server under its traffic, until Ctrl-C.
 
-    The server is started with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls sedetect.engines.vllm.Worker. What it
-    measured is merged with what is in the folder already; Ctrl-C ends the profile on the server.
+    The server is started with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls sedetect.engines.vllm.Worker. New
+    statistics are merged with those already in the folder; Ctrl-C ends the profile on the server.
     """
     if output is None:
         raise SedetectError("watch keeps what it collects; give -o DIR")
@@ -54,7 +54,7 @@ def watch_command(url: Address, output: Output = None, every: Every = 60) -> Non
     served = Served(server_call(url), name, {"domain": name}, None, Measuring())
     served.start(kept.parts)
     if served.source in kept.parts:
-        print_line(f"going on with {served.source}, which was left on the server")
+        print_line(f"resuming {served.source}, which was still running on the server")
     view = _View()
     with (
         interruptible("collecting once more") as stopped,
@@ -69,7 +69,7 @@ def watch_command(url: Address, output: Output = None, every: Every = 60) -> Non
                 if ended:
                     served.stop()
             except SedetectError as error:
-                if served.source not in kept.parts:  # else the same command goes on with it
+                if served.source not in kept.parts:  # otherwise the same command resumes it
                     with suppress(SedetectError):
                         served.stop()
                 raise SedetectError(*error.args, f"; {kept.said}") from None
@@ -85,7 +85,7 @@ def watch_command(url: Address, output: Output = None, every: Every = 60) -> Non
 
 
 class _Kept:
-    """What is kept in the folder: the statistics of each time that it watched, and all together."""
+    """The folder's statistics: one file per session of watching, and all of them merged."""
 
     def __init__(self, results: Results):
         self._results = results
@@ -108,7 +108,7 @@ class _Kept:
 
 
 class _View:
-    """What is shown: tokens, the leaders, and how the set changed."""
+    """The progress shown: tokens, the candidates, and how the set changed."""
 
     def __init__(self) -> None:
         self._tokens: list[tuple[float, int]] = []

@@ -1,4 +1,4 @@
-"""JSON documents: values that are written with the name and version of their form, and read back."""
+"""JSON documents: values written with the name and version of their format, and read back."""
 
 import html
 import json
@@ -16,7 +16,7 @@ SHOWN = 20  # rows, in a notebook
 
 
 def short_repr(value: Any) -> str:
-    """A value as a line per field, large ones by their size: the __repr__ of what holds a whole model's numbers."""
+    """One line per field, with large values abbreviated to their size: the __repr__ for a whole model's numbers."""
     fields = "".join(f"\n    {name}={_brief(field)}," for name, field in vars(value).items() if name[0] != "_")
     return f"{type(value).__name__}({fields}\n)" if fields else f"{type(value).__name__}()"
 
@@ -39,7 +39,7 @@ def _brief(value: Any) -> str:
 
 
 def html_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table for a notebook: text and whole numbers as they are, others with four digits; a dash for None."""
+    """An HTML table for a notebook: text and integers unchanged, floats with four digits; a dash for None."""
 
     def cell(value: Any) -> str:
         shown = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -80,7 +80,7 @@ class Tabular:
 
 
 class Document:
-    """What one JSON file holds: its format, its version, and what a class adds to them in to_dict.
+    """A JSON file: its format, its version, and the fields that a class adds in to_dict.
 
     FORMAT, VERSION    as written; load refuses every other
     FILE      its name in a folder of results, where load takes the folder too
@@ -98,7 +98,7 @@ class Document:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Self:
-        """The inverse of to_dict, in classes that are read back; keys beside its own are left out."""
+        """The inverse of to_dict, in classes that can be read back; unknown keys are ignored."""
         raise NotImplementedError(f"{cls.__name__} is only written")
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -107,7 +107,7 @@ class Document:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what save wrote.
+        """Read a file written by save.
 
         Raises SedetectError for a file that is missing or cannot be read, is not valid JSON, is not of this format and
         version, or lacks what from_dict looks for.

@@ -1,4 +1,4 @@
-"""The exceptions that are the user's to mend, and how other libraries' errors are quoted in it."""
+"""Exceptions for errors that the user can fix, and quoting other libraries' errors in them."""
 
 import textwrap
 from collections.abc import Callable
@@ -19,8 +19,8 @@ class Argument:
 class SedetectError(Exception):
     """Bad input: one line that names the file or module, the value, and the way out.
 
-    Its parts, one after another, are the line. An Argument among them is named as in Python by str, and by its flag on
-    the command line, which prints the line without a traceback and exits with 2.
+    The line joins its parts. str names an Argument as Python does; the command line names it by its flag, prints the
+    line without a traceback and exits with 2.
     """
 
     def __init__(self, *parts: str | Argument):
@@ -30,16 +30,16 @@ class SedetectError(Exception):
         return self.told(str)
 
     def told(self, naming: Callable[[Argument], str]) -> str:
-        """The line with its arguments named in this way."""
+        """The line with its arguments named by this function."""
         return "".join(part if isinstance(part, str) else naming(part) for part in self.args)
 
 
 class WeightsError(SedetectError):
-    """The weights of a checkpoint do not make its model: some are missing, of another shape, or cannot be joined."""
+    """The weights of a checkpoint do not fit its model: some are missing, misshapen, or cannot be joined."""
 
 
 def check_type(name: str, value: object, kind: type) -> None:
-    """Raise SedetectError for an argument that is not of this kind."""
+    """Raise SedetectError for an argument of another type."""
     if not isinstance(value, kind):
         raise SedetectError(Argument(name), f": is a {type(value).__name__}; give a {kind.__name__}")
 

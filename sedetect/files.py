@@ -23,14 +23,14 @@ _TEMPORARY = re.compile(r"\..+\.(safetensors|json)\.\w{8}")  # as _temporary nam
 
 
 def file_in(path: str | os.PathLike[str], name: str | None) -> Path:
-    """The file that a path means: where it is a folder, the one of that name in it."""
+    """The file that a path means: the path itself or, for a folder, the file of that name in it."""
     path = Path(path)
     return path / name if name is not None and path.is_dir() else path
 
 
 def check_readable(file: str | os.PathLike[str]) -> None:
-    """Raise SedetectError for a file that cannot be read, and for what a clone without git-lfs has in place of a large
-    one: text that says where it is.
+    """Raise SedetectError for a file that cannot be read, and for a git-lfs pointer, which a clone without git-lfs has
+    in place of a large file.
     """
     try:
         with Path(file).open("rb") as opened:
@@ -49,8 +49,8 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) 
     path = Path(path)
     temporary = _temporary(path)
     try:
-        if path.exists() and not path.is_file():  # which a file would take the place of
-            raise SedetectError(f"{path}: is there and is not a file; choose another name")
+        if path.exists() and not path.is_file():  # a file would replace it
+            raise SedetectError(f"{path}: exists and is not a file; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # by the umask, which can only be read by setting it
@@ -60,7 +60,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, mode)  # safetensors puts another file in its place, which only its owner may read
+        os.chmod(temporary, mode)  # safetensors replaces the file with one that only its owner may read
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
@@ -70,7 +70,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) 
 
 
 def check_space(folder: str | os.PathLike[str], size: int) -> None:
-    """Raise SedetectError where so many bytes do not fit a folder, which need not exist yet."""
+    """Raise SedetectError if a folder, which need not exist yet, lacks space for size bytes."""
     nearest = next(one for one in (Path(folder).absolute(), *Path(folder).absolute().parents) if one.exists())
     free = shutil.disk_usage(nearest).free
     if free < size:
@@ -89,7 +89,7 @@ def check_new_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary folder of files beside path, which takes its name on leaving; an exception leaves nothing of it.
+    """A temporary folder beside path, renamed to path on exit and deleted on an exception.
 
     Raises SedetectError where path exists with something in it, or cannot be written.
     """
@@ -99,7 +99,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # that of a new file, by the umask
+        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666  # mode of a new file, by the umask
     except OSError as error:
         raise SedetectError(f"{path.parent}: cannot be written ({error.strerror}); choose another folder") from None
     try:
@@ -115,14 +115,16 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what write_atomic left in a folder where its process was killed. No other process may write there."""
+    """Delete the temporary files of killed processes (write_atomic) in a folder. No other process may write there."""
     for file in folder.glob(".*"):
         if _TEMPORARY.fullmatch(file.name):
             file.unlink(missing_ok=True)
 
 
 def finite(value: Any) -> Any:
-    """value with NaN and infinities of its lists and dictionaries as JSON has no words for: None, "inf", "-inf"."""
+    """value with NaN and infinities, also in lists and dictionaries, as None, "inf" and "-inf": JSON cannot express
+    them.
+    """
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -133,7 +135,7 @@ def finite(value: Any) -> Any:
 
 
 def restored(value: float | str | None) -> float:
-    """The inverse of finite, where there must be a number."""
+    """The inverse of finite for a field that must hold a number."""
     return math.nan if value is None else float(value)
 
 
@@ -144,5 +146,5 @@ def write_json(path: str | os.PathLike[str], document: Any, *, allow_nan: bool =
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside path that nothing has."""
+    """An unused name beside path."""
     return path.parent / f".{path.name}.{secrets.token_hex(4)}"

@@ -1,4 +1,4 @@
-"""The folder of results: what the commands write into it, under which names, and reading it back."""
+"""The folder of results: the files that commands write into it, their names, and reading them back."""
 
 import os
 from collections.abc import Callable
@@ -34,13 +34,13 @@ class Parts:
         return self.path / f"{name}.safetensors"
 
     def load(self) -> "dict[str, ModelStats]":
-        """All of them, by name; none where there is no folder. Raises SedetectError for a damaged file."""
+        """Statistics by name of the part; empty without a folder. Raises SedetectError for a damaged file."""
         from sedetect.stats.model import ModelStats
 
         return {file.stem: ModelStats.load(file) for file in sorted(self.path.glob("*.safetensors"))}
 
     def save(self, parts: "dict[str, ModelStats]") -> None:
-        """Write these, and delete the files of parts that are no more."""
+        """Write these, and delete the files of parts that no longer exist."""
         files = {self.file(name): stats for name, stats in parts.items()}
         for stale in set(self.path.glob("*.safetensors")) - files.keys():
             stale.unlink()
@@ -49,10 +49,10 @@ class Parts:
 
 
 class Results:
-    """The results in a folder, or a statistics file alone, beside which nothing is known.
+    """The results in a folder, or a statistics file without one.
 
-    Paths are those of a folder whether or not they exist. What reads a file gives None where it is missing (stats
-    refuses that) and raises SedetectError where it is damaged. Nothing is kept: each call reads again.
+    Paths need not exist. Methods that read a file return None where it is missing (stats raises SedetectError) and
+    raise SedetectError where it is damaged. Nothing is cached: each call reads again.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -99,7 +99,7 @@ class Results:
         return _read(self.residual_path, Observation.load)
 
     def pruning(self) -> "Pruning | None":
-        """Of a pruned model, which experts of the original it has."""
+        """Which of the original's experts a pruned model keeps; None for other models."""
         if not self.pruning_path.is_file():
             return None
         from sedetect.compression.pruning import Pruning  # which imports transformers
@@ -154,7 +154,7 @@ class Results:
         return file_of(self.path, kind)
 
     def analyses(self) -> "dict[str, Analysis]":
-        """Those there are, by kind, in the order of KINDS."""
+        """The analyses that exist, by kind, in the order of KINDS."""
         from sedetect.analysis.common import KINDS, Analysis
 
         paths = {kind: self.analysis_path(kind) for kind in KINDS}

@@ -1,6 +1,6 @@
-"""What a profile reads: texts, and the token windows cut from them.
+"""Calibration data: texts, and the token windows cut from them.
 
-Knows tokenizers; of a model no more than its vocabulary and its positions.
+Knows tokenizers; of a model, only its vocabulary size and number of positions.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""Chats with images or sound: which of a model's calibration they are, and how its own processor reads them.
+"""Chats with images or sound: choosing them for calibration and reading them by the model's own processor.
 
 A chat is a sequence of its own, as long as the processor makes it; chats are not cut into windows. Its number is its
 place in the domain, as a window's is.
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 _MOST = 4096  # chats of a domain that are looked at
-_NAMING = 64  # of them, the first of which name the source
+_NAMING = 64  # of them, the first ones, which name the source
 
 
 @dataclass(eq=False)
 class Chats:
-    """Chats of one domain that are to be run; N of them.
+    """The N chats of one domain to run.
 
     documents  their messages
     ids        token ids (L,) int64 of each
@@ -57,7 +57,7 @@ class Chats:
         return sum(map(len, self.ids))
 
     def batches(self, batch_size: int) -> "list[Chats]":
-        """In order, neighbors of one length together: with padding some models choose other experts."""
+        """Batches in order, of neighbors with equal length: with padding, some models choose other experts."""
         batches: list[list[int]] = []
         lengths: list[int] = []
         for number, ids in zip(self.numbers.tolist(), self.ids):
@@ -69,13 +69,13 @@ class Chats:
         return [self.among(torch.tensor(batch)) for batch in batches]
 
     def among(self, numbers: torch.Tensor) -> "Chats":
-        """Those of these numbers."""
+        """The chats with these numbers."""
         places = torch.isin(self.numbers, numbers).nonzero().flatten().tolist()
         documents, ids = [self.documents[place] for place in places], [self.ids[place] for place in places]
         return replace(self, documents=documents, ids=ids, numbers=numbers)
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What the processor makes of all of them: the arguments of the model's forward."""
+        """The processor's output for all of them: the arguments of the model's forward."""
         where = f"{self.info['domain']}: chats {self.numbers.tolist()}"
         return _processed(self.processor, self.documents, where)
 
@@ -95,7 +95,7 @@ def make_chats(
     vocab_size: int,
     max_positions: int | None = None,
 ) -> tuple[dict[str, Chats], list[Note]]:
-    """The chats of each domain that text.tokens buy, shared evenly over the domains: of each at least one.
+    """The chats of each domain within text.tokens, shared evenly over the domains; at least one of each.
 
     Args:
         placeholders: of the model's config, the token of each modality; see sedetect.models.modalities.
@@ -152,7 +152,7 @@ def _read(
     placeholders: dict[str, int],
     vocab_size: int,
 ) -> torch.Tensor:
-    """The token ids (L,) of one chat, in which everything that it holds has its place."""
+    """The token ids (L,) of one chat; each of its images and sounds must have a placeholder."""
     ids = _processed(processor, [chat], where)["input_ids"][0].to(torch.int64)
     for kind in {part["type"] for part in media(chat)}:
         if kind not in placeholders or not bool((ids == placeholders[kind]).any()):
@@ -173,14 +173,14 @@ def _processed(processor: "ProcessorMixin", chats: list[list[dict[str, Any]]], w
     try:
         made: Any = processor.apply_chat_template(opened, tokenize=True, return_dict=True, return_tensors="pt")
         return dict(made)
-    except Exception as error:  # of the template, of a backend that is not installed, of an image of no size
+    except Exception as error:  # from the template, a backend that is not installed, or an empty image
         raise SedetectError(
             f"{where}: {type(processor).__name__} cannot read it ({shorten(error)}); fix or remove it"
         ) from error
 
 
 def _opened(message: dict[str, Any], rate: int | None, where: str) -> dict[str, Any]:
-    """A copy of a message, with images and sounds that are opened. rate: of the processor's sound, in Hz."""
+    """A copy of a message with its images and sounds opened. rate: sampling rate of the processor, in Hz."""
     content = message["content"]
     if not isinstance(content, list):
         return dict(message)
@@ -196,7 +196,7 @@ def _opened(message: dict[str, Any], rate: int | None, where: str) -> dict[str, 
 
 
 def _image(held: Any, where: str) -> Any:
-    """A PIL image in RGB of a path, bytes, or one that is opened."""
+    """A PIL image in RGB from a path, bytes, or an opened image."""
     if not isinstance(held, str | bytes):
         return held.convert("RGB") if hasattr(held, "convert") else held
     try:
@@ -211,12 +211,12 @@ def _image(held: Any, where: str) -> Any:
 
 
 def _sound(held: Any, rate: int | None, where: str) -> np.ndarray:
-    """Samples (n,) of a path or bytes at the rate of the processor, or of what is opened, which has it."""
+    """Samples (n,) at the processor's rate from a path, bytes, or opened sound, which must have that rate."""
     if rate is None:
         raise SedetectError(f"{where}: holds audio and the model's processor takes none; give chats without")
     if isinstance(held, np.ndarray | list):
         return np.asarray(held, np.float32)
-    if not isinstance(held, str | bytes):  # as data sets open it
+    if not isinstance(held, str | bytes):  # as datasets opens it
         try:
             samples, given = np.asarray(held["array"], np.float32), held["sampling_rate"]
         except Exception as error:  # of whichever library opens it

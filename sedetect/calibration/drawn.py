@@ -1,4 +1,4 @@
-"""Images for calibration that are drawn when they are asked for, with captions: shapes, charts, text, landscapes."""
+"""Calibration images drawn on demand, with captions: shapes, charts, text, landscapes."""
 
 import importlib.util
 import math
@@ -17,12 +17,12 @@ _LINES = (
 
 
 def why_not() -> str | None:
-    """Why no image can be drawn here."""
+    """The reason why images cannot be drawn here; None if they can."""
     return None if importlib.util.find_spec("PIL") else "drawing needs Pillow; pip install 'sedetect[images]'"
 
 
 def draw_images() -> list[list[dict[str, Any]]]:
-    """Sixteen chats, the same in every run, in each of which a picture is asked about and described."""
+    """Sixteen chats, the same in every run; each asks about a picture and describes it."""
     drawn = [draw(number) for number in range(4) for draw in (_shapes, _chart, _text, _landscape)]
     return [
         [
@@ -97,14 +97,14 @@ def _text(number: int) -> tuple[Any, str]:
 
 
 def _landscape(number: int) -> tuple[Any, str]:
-    """What stands for a photograph: a sky that grows lighter, a sun, and hills with texture, in soft colors."""
+    """A substitute for a photograph: a sky gradient, a sun, and textured hills, in soft colors."""
     from PIL import Image
 
     width, height = _canvas(number).size
     y, x = np.mgrid[0:height, 0:width]
     across, down = x / width, y / height
     grain = np.sin(12.9898 * x + 78.233 * y + number) * 43758.5453
-    grain = grain - np.floor(grain)  # (H, W) in [0, 1), without a pattern that one sees
+    grain = grain - np.floor(grain)  # (H, W) in [0, 1), without a visible pattern
     glow = np.exp(-40 * ((across - 0.2 - 0.2 * number) ** 2 + (down - 0.25) ** 2))
     color = np.stack((90 + 120 * down + 90 * glow, 140 + 70 * down + 70 * glow, 210 - 30 * down + 20 * glow), -1)
     for hill in range(3):

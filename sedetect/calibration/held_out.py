@@ -1,4 +1,4 @@
-"""Text that statistics did not see: what is left of calibration windows for evaluation and proof."""
+"""Held-out text: the calibration windows left for evaluation and proof."""
 
 from dataclasses import replace
 
@@ -10,9 +10,9 @@ from sedetect.stats.model import ModelStats
 
 
 def held_out(domains: dict[str, Windows], stats: ModelStats, tokens: int | None = None) -> dict[str, Windows]:
-    """The windows that stats did not see, told by their source and number; a domain without any is left out.
+    """The windows that are not in stats, identified by source and number; a domain without any is left out.
 
-    tokens: take no more than the first windows that make so many, shared as make_windows does.
+    tokens: take only the first windows up to this budget, shared as in make_windows.
 
     A profile with windows of another length has other sources, and is not recognized.
     Raises SedetectError where no window is left.
@@ -27,7 +27,7 @@ def held_out(domains: dict[str, Windows], stats: ModelStats, tokens: int | None 
             left[domain] = replace(windows, ids=windows.ids[~seen], numbers=windows.numbers[~seen])
     if not left:
         raise SedetectError(
-            "the statistics saw all of the evaluation text; give more ",
+            "the statistics include all of the evaluation text; give more ",
             Argument("tokens"),
             " than were profiled, or other ",
             Argument("data"),
@@ -40,7 +40,7 @@ def held_out(domains: dict[str, Windows], stats: ModelStats, tokens: int | None 
 
 
 def refuse_other_windows(domains: dict[str, Windows], stats: ModelStats, seq_len: int) -> None:
-    """Raise SedetectError where stats are of the same text in windows of another length, whose windows are not told."""
+    """Raise SedetectError where stats hold the same text in windows of another length, which cannot be matched."""
     if any(windows.source in stats.header.sources for windows in domains.values()):
         return
     corpora = {windows.info["corpus"] for windows in domains.values()}

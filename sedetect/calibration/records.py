@@ -41,15 +41,15 @@ _PAIRS = (  # prompt, what the prompt is about, answer
 FIELDS = {"text", "content", *CHATS, "system", *(name for pair in _PAIRS for name in pair if name is not None)}
 MEDIA = ("image", "audio")  # types of parts of a message that are read beside text
 _UNREAD = ("video", "image_url", "video_url", "audio_url", "input_audio")
-MEDIA_FIELDS = {"image", "images", "audio", "audios"}  # of a record whose messages have places for them
+MEDIA_FIELDS = {"image", "images", "audio", "audios"}  # fields of a record that fill the places in its messages
 _OPENED = 2**16  # characters that an opened image or sound counts as: it is held in memory
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 
 
 def read_record(record: Any, where: str, folder: Path = Path()) -> Document:
-    """The document of one record; SedetectError naming where it stands if it has none, with the fields it has.
+    """The document of one record. Raises SedetectError, naming the place and the fields, for a record without one.
 
-    folder: where the paths of its images and sounds begin.
+    folder: base of the relative paths of its images and sounds.
     """
     if not isinstance(record, dict):
         raise SedetectError(f"{where} is not an object; every record needs {LAYOUTS}")
@@ -69,7 +69,7 @@ def named(fields: Iterable[Any]) -> str:
 
 
 def characters(document: Document) -> int:
-    """How long it is; of a chat, its contents."""
+    """Its length in characters; for a chat, that of its contents."""
     if isinstance(document, str):
         return len(document)
     if media(document):
@@ -80,7 +80,7 @@ def characters(document: Document) -> int:
 
 
 def media(document: Document) -> list[dict[str, Any]]:
-    """The parts of a chat's messages that are no text but images, sound or video, in their order."""
+    """The parts of a chat's messages that are not text (images, sound, video), in order."""
     if not isinstance(document, list):
         return []
     contents = [message["content"] for message in document if isinstance(message.get("content"), list)]
@@ -115,7 +115,7 @@ def _find(record: dict[str, Any]) -> Document | None:
 
 
 def _chat(turns: Any) -> list[dict[str, Any]] | None:
-    """Messages of role and content; None for what holds no chat."""
+    """Messages with role and content; None for a record without a chat."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return None
     if all({"role", "content"} <= turn.keys() for turn in turns):
@@ -130,7 +130,7 @@ def filled(
 ) -> list[dict[str, Any]]:
     """A chat whose images and sounds are {"type": kind, kind: path, bytes or what is opened}.
 
-    A part that says no more than its type has the next one of the record's own field ("images").
+    A part that has only a type takes the next item of the record's own field ("images").
     """
     unread = [str(part["type"]) for part in media(chat) if part["type"] not in MEDIA]
     if unread:
@@ -148,7 +148,7 @@ def filled(
         if isinstance(held, dict) and "array" not in held:  # as data sets store them
             held = held.get("bytes") or held.get("path")
         if held is None:
-            raise SedetectError(f"{where} has a place for {kind} and nothing in it; give its path as {kind!r}")
+            raise SedetectError(f"{where} has an empty place for {kind}; give its path as {kind!r}")
         return {"type": kind, kind: _path(held, where, folder) if isinstance(held, str) else held}
 
     filled = []
@@ -173,7 +173,7 @@ def _listed(held: Any) -> list[Any]:
 def _path(given: str, where: str, folder: Path) -> str:
     """A path as it stands in a file that is in folder."""
     if "://" in given[:20] or given.startswith("data:"):
-        raise SedetectError(f"{where} has {given[:60]!r} for a file; download it and give its path")
+        raise SedetectError(f"{where} has {given[:60]!r} as a file; download it and give its path")
     found = next((path for path in (folder / given, Path(given)) if path.is_file()), None)
     if found is None:
         raise SedetectError(f"{where}: {folder / given}: no such file; give paths from the file that names them")

@@ -1,6 +1,6 @@
 """Calibration texts: the embedded corpus, files, folders and hub datasets, as documents per domain.
 
-They are read as a stream, no further than whoever goes through them does.
+They are streamed: nothing is read beyond the point to which the caller iterates.
 """
 
 import codecs
@@ -34,7 +34,7 @@ _SEPARATORS = re.compile(r"[\s,]*")
 
 
 class Documents:
-    """The documents of one domain that is longer than HEAD: each pass reads them again, as far as it goes."""
+    """The documents of a domain longer than HEAD; each iteration reads them anew, as far as it goes."""
 
     def __init__(self, read: Callable[[], Iterator[Document]]):
         self._read = read
@@ -48,14 +48,14 @@ def load_texts(data: str | os.PathLike[str] | None = None) -> dict[str, list[Doc
 
     data is None for the embedded corpus (DOMAINS, one document each); a .txt (one document), .jsonl or .json file (an
     object per line, or an array of them), each also as .gz, or a .parquet file; a folder of such files, one domain
-    each; a local clone of a hub dataset; or a hub dataset, "name" or "name:config", of which split "train" is read.
+    each; a local clone of a hub dataset; or the split "train" of a hub dataset, "name" or "name:config".
     A record has "text", or the fields of another known layout (sedetect.calibration.records). A domain is named after
     its file or data set; numbered shards are one domain, and of a data set's splits "train" alone is read.
 
-    The first HEAD characters of each domain are read at once, which is all of most; what is longer is Documents.
+    The first HEAD characters of each domain (most domains whole) are read at once; a longer domain is Documents.
 
-    Raises SedetectError for what does not exist, is empty, is not UTF-8, or holds a record without text; of Documents
-    when what is wrong is come to.
+    Raises SedetectError for data that does not exist, is empty, is not UTF-8, or holds a record without text; Documents
+    raises it on reaching the fault.
     """
     if data is None:
         corpus = importlib.resources.files("sedetect.calibration") / "corpus"
@@ -81,7 +81,7 @@ def load_texts(data: str | os.PathLike[str] | None = None) -> dict[str, list[Doc
 
 
 def _checked(domains: dict[str, Callable[[], Iterator[Document]]], data: str) -> dict[str, list[Document] | Documents]:
-    """What is in them, after a look at the start of each."""
+    """The documents per domain, checked at the start of each."""
     texts = {domain: _begin(read) for domain, read in domains.items()}
     if not any(_has_text(document) for documents in texts.values() for document in documents):
         raise SedetectError(f"{data}: empty; give a file with text in it")
@@ -176,7 +176,7 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _decoded(file: Path) -> Iterator[str]:
-    """The text of a file, a piece at a time."""
+    """The text of a file, piece by piece."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with _opened(file) as opened:
         done = 0
@@ -219,7 +219,7 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def _cut(text: str, start: int) -> int:
-    """Where the piece ends that begins at start."""
+    """The end of the piece that begins at start."""
     middle, most = start + HEAD // 2, start + HEAD
     line = text.rfind("\n", middle, most)
     return (line if line >= 0 else text.rfind(" ", middle, most)) + 1 or most
@@ -247,13 +247,15 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _read_json(file: Path) -> Iterator[Document]:
-    """The objects of an array, or those of a file of lines, which many have under this name."""
+    """The objects of an array, or of JSON lines, which many .json files hold."""
     more = _decoded(file)
     held = next(filter(str.strip, more), "")
     at = len(held) - len(held.lstrip())
     if held[at : at + 1] != "[":
         if held[at:].split("\n", 1)[0].strip() == "{":
-            raise SedetectError(f"{file}: is one object over many lines; give an array of records, or one on each line")
+            raise SedetectError(
+                f"{file}: is one object over several lines; give an array of records, or one record per line"
+            )
         yield from _read_jsonl(file)
         return
     decoder, number, at = json.JSONDecoder(), 0, at + 1
@@ -265,7 +267,7 @@ def _read_json(file: Path) -> Iterator[Document]:
         try:
             record, at = decoder.raw_decode(held, at)
         except (ValueError, RecursionError) as error:
-            rest = "".join(islice(more, 1 + (len(held) - at) // _PIECE))  # as much again, for a long record
+            rest = "".join(islice(more, 1 + (len(held) - at) // _PIECE))  # read twice as much, for a long record
             if not rest:
                 why = getattr(error, "msg", error)
                 raise SedetectError(f"{where} is not valid JSON ({why}); fix or remove it") from None
@@ -311,7 +313,7 @@ def _read_hub(data: str) -> Iterator[Document]:
             yield read_record(row, f"{data}: row {number}")
     except SedetectError:
         raise
-    except Exception as error:  # of the network, the hub, or any file format behind the data set
+    except Exception as error:  # from the network, the hub, or any file format behind the dataset
         raise SedetectError(
             f"{data}: no such file or folder, and not readable as a hub dataset ({shorten(error)}); "
             "check the name and the connection"

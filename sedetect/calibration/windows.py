@@ -1,6 +1,6 @@
 """Calibration: texts in, windows of token ids out.
 
-A corpus is a dictionary of domains, each a list of documents. A domain's documents are tokenised without special
+A corpus is a dictionary of domains, each a list of documents. A domain's documents are tokenized without special
 tokens, concatenated, and cut into consecutive windows; each window begins with what the tokenizer itself puts before a
 text (BOS, for most), because that is what the model saw in training and what triggers most super experts:
 
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 
 ALL, IMAGES = "text", "images"  # names for all domains of a text, and for the drawn images
-_CHUNK = 2**18  # characters that are tokenised at once, of a long domain
-_CHOICE = 8  # of a long domain a seed chooses among so many times the windows that it takes
+_CHUNK = 2**18  # characters of a long domain that are tokenized at once
+_CHOICE = 8  # in a long domain, a seed chooses among this many times the windows needed
 
 
 @dataclass(frozen=True)
 class Text:
-    """How much calibration text is taken, and how it is cut and run.
+    """The amount of calibration text, and how it is cut into windows and run.
 
-    tokens         at most so many, prefixes counted; see make_windows
+    tokens         upper limit, prefixes counted; see make_windows
     seq_len        tokens per window, prefix included
     batch_size     windows per forward
     seed           None takes the first windows of each domain, an integer a random choice of them, see make_windows
@@ -84,7 +84,7 @@ class Windows:
 
 @dataclass
 class Calibration:
-    """Windows per domain. asked: tokens asked for. notes: on each domain left out, and where text ran short."""
+    """Windows per domain. asked: tokens requested. notes: domains left out, and domains short of text."""
 
     domains: dict[str, Windows]
     asked: int
@@ -128,15 +128,15 @@ def make_windows(
 
     Args:
         tokens: budget, prefixes counted. It buys tokens // seq_len windows, at least one per domain, shared evenly
-            over the domains (what does not divide goes to the first ones); what a domain lacks the others give. Text
-            is never repeated: Calibration.used says what came of it.
+            over the domains (the remainder goes to the first ones); other domains fill in for one short of text. Text
+            is never repeated: Calibration.used gives the tokens in fact used.
         seq_len: tokens per window, prefix included.
         seed: None takes the first windows of each domain, an integer a random choice of them: of all that begin in the
             first HEAD characters, or of eight times as many as are taken, where that is more. A note says where the
             text goes on.
         chat_template: put every document through the tokenizer's chat template; a text is one turn of the user.
         corpus: name of the data, for the windows' info.
-        max_positions: longest sequence the model can take, if it is known.
+        max_positions: longest sequence that the model supports, if known.
 
     A domain shorter than one window is left out, with a note.
     Raises SedetectError for a number out of range, a missing chat template, chats without chat_template, two domains
@@ -254,9 +254,9 @@ def _choose(room: int, count: int, seed: int | None) -> np.ndarray:
 
 
 def _fill(streams: "dict[str, _Stream]", total: int, body: int) -> dict[str, int]:
-    """share_windows of the windows that the streams have, which are read no further than that takes."""
+    """share_windows over the windows of the streams, reading each no further than needed."""
     while True:
-        # of one that has not ended, more than it can be given
+        # for a stream that has not ended, more than any domain can be given
         room = {domain: stream.length // body if stream.ended else total + 1 for domain, stream in streams.items()}
         given = share_windows(total, room)
         lacking = [domain for domain, count in given.items() if streams[domain].length < count * body]
@@ -274,7 +274,7 @@ def _tokenise(tokenizer: "PreTrainedTokenizerBase", documents: list[str]) -> lis
 
 
 class _Stream:
-    """The tokens of a domain's documents, one after another, without the tokenizer's prefix; n of them as yet.
+    """The concatenated tokens of a domain's documents without the tokenizer's prefix; n read so far.
 
     The first documents, of HEAD characters in all, are always read, and name the domain: two that begin alike have the
     same windows there.
@@ -296,12 +296,12 @@ class _Stream:
         self._parts: list[np.ndarray] = []
         self.length, self.ended = 0, False
         first = self._next(HEAD)
-        # the tokens stand for the tokenizer: whatever else it may be called, it gave these
+        # the tokens identify the tokenizer, whatever its name
         self.head = (digest(json.dumps(first, sort_keys=True, default=str)), _hash(self.ids()))
         self.head_length = self.length
 
     def read(self, tokens: int) -> int:
-        """Read on until there are so many tokens, or no more text; returns length."""
+        """Read on until that many tokens are there or the text ends; return length."""
         while self.length < tokens and not self.ended:
             self._next(_CHUNK)
         return self.length
@@ -312,7 +312,7 @@ class _Stream:
         return self._parts[0]
 
     def _next(self, most: int) -> list[Document]:
-        """Tokenise the next documents, until they have more than so many characters; returns them."""
+        """Tokenize the next documents, until they exceed that many characters; return their ids."""
         taken: list[Document] = []
         length = 0
         self.ended = True
@@ -380,7 +380,7 @@ def _templated(tokenizer: "PreTrainedTokenizerBase", domain: str, chat: list[dic
 def check_text(
     texts: str | os.PathLike[str] | dict[str, list[str]] | dict[str, list[Document]] | None, text: Text
 ) -> Mapping[str, Iterable[Document]]:
-    """The documents per domain, and SedetectError for what can be refused of them and of text without a tokenizer."""
+    """The documents per domain. Raises SedetectError for every fault that shows without a tokenizer."""
     _check_numbers(text.tokens, text.seq_len, text.seed, 0, None)
     if text.batch_size < 1:
         raise SedetectError(Argument("batch_size"), f" {text.batch_size}: must be at least 1")
@@ -406,7 +406,7 @@ def _chosen(documents: Mapping[str, Iterable[Document]], domains: tuple[str, ...
 
 
 def corpus_name(texts: object) -> str:
-    """What a header calls the texts that profile_model was given."""
+    """The name of profile_model's texts in a header."""
     return "embedded" if texts is None else "texts" if isinstance(texts, dict) else str(texts)
 
 
@@ -420,7 +420,7 @@ def calibration_windows(
 ) -> Calibration:
     """make_windows of texts (as profile_model takes them), checked against the model's vocabulary and positions.
 
-    without: domains that are read otherwise; where there is no other, there are no windows.
+    without: domains that are read in another way; if these are all, there are no windows.
     """
     documents = {domain: found for domain, found in check_text(texts, text).items() if domain not in without}
     if without and not documents:

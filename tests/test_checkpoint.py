@@ -203,13 +203,13 @@ def test_a_link_to_nothing(tmp_path):
     model = put_model(tmp_path / "model")
     (model / "config.json").rename(tmp_path / "blob")
     (model / "config.json").symlink_to("../blobs/5f3a")
-    opened_by_all(model, "config.json: a link to ../blobs/5f3a, where nothing is")
+    opened_by_all(model, "config.json: a link to ../blobs/5f3a, which does not exist")
     (model / "config.json").unlink()
     (tmp_path / "blob").rename(model / "config.json")
     shard = model / "model-00002-of-00004.safetensors"
     shard.unlink()
     shard.symlink_to("../blobs/77aa")
-    opened_by_all(model, "a link to ../blobs/77aa, where nothing is (1 of 4 shards)")
+    opened_by_all(model, "a link to ../blobs/77aa, which does not exist (1 of 4 shards)")
 
 
 def test_experts_that_are_left_out(tmp_path):

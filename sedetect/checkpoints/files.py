@@ -1,4 +1,4 @@
-"""The files of a checkpoint: verified and told apart by their headers, before any weight is read."""
+"""The files of a checkpoint: identified and verified by their headers, before any weight is read."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ _MERGE = "merge_and_unload and save_pretrained of peft"
 _SOURCE = "give the checkpoint that it was made from"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
-# What ranks read, each its own: names of Grok 2, of vLLM's sharded_state, of DeepSeek's convert.py, of Megatron.
+# Files of one rank each, by the names of Grok 2, of vLLM's sharded_state, of DeepSeek's convert.py, of Megatron.
 _OF_A_RANK = r".*-TP-\w+\.safetensors|model-rank-\d+-part-\d+\.safetensors|model\d+-mp\d+\.safetensors|[mt]p_rank_\d+.*"
 _RANKS = (
     "weights that are split for tensor parallelism, a part for each rank",
     "give a checkpoint with whole tensors, or join the parts with the program that split them",
 )
-# What else is taken for a checkpoint: names of files and folders, what they are, and the way out.
+# Things mistaken for a checkpoint: names of files and folders, what they are, and the way out.
 _FOREIGN = (
     (r".*\.gguf", "GGUF weights, which llama.cpp computes with", _SOURCE),
     (
@@ -44,13 +44,13 @@ _FOREIGN = (
     (r".*\.npz", "weights of MLX", _SOURCE),
     (
         r"consolidated.*|params\.json|original",
-        "weights in the publisher's own form",
+        "weights in the publisher's own format",
         "give the folder with config.json and model*.safetensors, in transformers' form",
     ),
     (r".*\.(h5|msgpack)", "weights of TensorFlow or Flax", "convert them to safetensors"),
     (
         r"(?!training_args|optimizer|scheduler|rng_state).*\.(bin|pt|pth|ckpt)(\.index\.json)?",
-        "pickled weights are not read, they can run code",
+        "pickled weights are not read because they can run code",
         "convert the checkpoint with save_pretrained of transformers, which writes safetensors",
     ),
 )
@@ -64,14 +64,14 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 def checked_path(value: object, what: str) -> Path:
-    """A path. Raises SedetectError for anything else, such as a loaded model; what: that it should be of."""
+    """Return a path. Raises SedetectError for anything else, such as a loaded model. what: the thing at the path."""
     if not isinstance(value, (str, os.PathLike)):
         raise SedetectError(f"{type(value).__name__}: is not a path; give that of {what}")
     return Path(value)
 
 
 def source_name(path_or_name: str | os.PathLike[str]) -> str:
-    """The name to give to transformers: an existing folder, or what can only be a hub name.
+    """The name to give to transformers: an existing folder, or a possible hub name.
 
     Raises SedetectError for a file and for a path that does not exist.
     """
@@ -108,8 +108,8 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
             matrix = name.endswith((".weight", "_proj")) and len(entry["shape"]) > 1
             if plain and matrix and entry["dtype"] in _INTEGERS:
                 raise SedetectError(
-                    f"{shard}: {name} is stored as {entry['dtype']}, and config.json has no quantization_config that "
-                    "says what its values stand for; give the checkpoint with its own config"
+                    f"{shard}: {name} is stored as {entry['dtype']}, and config.json has no quantization_config to "
+                    f"interpret them; give the checkpoint with its own config"
                 )
             start, end = entry["data_offsets"]
             stored = _Stored(shard, 8 + len(header) + start, end - start, (entry["dtype"], entry["shape"]))
@@ -123,7 +123,7 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
 
 
 class _Stored(NamedTuple):
-    """Where a file has a tensor: from which byte on, and how many."""
+    """The place of a tensor in a file: first byte and size."""
 
     file: Path
     start: int
@@ -132,7 +132,7 @@ class _Stored(NamedTuple):
 
 
 def _differ(one: _Stored, other: _Stored) -> bool:
-    """Whether two tensors of one name have different values; equal ones in two files do no harm."""
+    """Whether two tensors of one name differ in their values; equal duplicates are harmless."""
     if one is other:
         return False
     if one.form != other.form:
@@ -145,15 +145,15 @@ def _differ(one: _Stored, other: _Stored) -> bool:
 
 
 def is_beyond(name: str, layers: Any) -> bool:
-    """Whether a tensor is of a head that predicts further tokens, which transformers does not load."""
+    """Whether a tensor belongs to a multi-token prediction head, which transformers does not load."""
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     return name.startswith("mtp.") or (isinstance(layers, int) and layer is not None and int(layer[1]) >= layers)
 
 
 def _check_experts(folder: Path, names: Iterable[str], alike: bool) -> None:
-    """Raise for experts whose numbers have a gap, which transformers would close: those behind it would get others.
+    """Raise for a gap in the expert numbers, which transformers would close by renumbering the experts after it.
 
-    alike: one without a tensor that most of its layer have is refused, too (some may be quantized, and others not).
+    alike: also refuse an expert without a tensor that most of its layer have (some may be quantized, others not).
     """
     layers: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
@@ -220,11 +220,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _missing(file: Path) -> str:
-    return f"a link to {os.readlink(file)}, where nothing is" if file.is_symlink() else "missing"
+    return f"a link to {os.readlink(file)}, which does not exist" if file.is_symlink() else "missing"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder. Raises SedetectError that says what a folder without it is."""
+    """config.json of a checkpoint folder. Without one, raises SedetectError saying what the folder holds instead."""
     file = folder / "config.json"
     if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
         raise SedetectError(f"{folder}: cannot be read (Permission denied); give a folder that can")
@@ -240,7 +240,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def adapter_in(folder: str | os.PathLike[str]) -> str | None:
-    """What to do about an adapter that lies beside the weights of a checkpoint folder; None where there is none.
+    """The refusal of an adapter beside the weights of a checkpoint folder; None without one.
 
     transformers loads it into the model, where peft is installed.
     """
@@ -251,7 +251,7 @@ def adapter_in(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _foreign(folder: Path, names: list[str]) -> str | None:
-    """What a folder is that holds these files and folders and no weights that are read, and the way out."""
+    """A description of a folder that holds these files and folders but no usable weights, and the way out."""
     if ADAPTER in names:
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
         return f"{folder}: an adapter without its model ({base}); merge it into that ({_MERGE}) and give the result"
@@ -260,7 +260,9 @@ def _foreign(folder: Path, names: list[str]) -> str | None:
             return f"{folder / found[0]}: {what}; {remedy}"
     inside = [name for name in names if (folder / name / "config.json").is_file()]
     if inside:
-        return f"{folder}: no checkpoint, but {len(inside)} folders in it are; give one of them, such as {inside[-1]}"
+        return (
+            f"{folder}: not a checkpoint, but {len(inside)} of its folders are; give one of them, such as {inside[-1]}"
+        )
     return None
 
 
@@ -274,19 +276,19 @@ def shards_of(folder: Path) -> list[Path]:
     if found is None:
         if numbered:
             raise SedetectError(
-                f"{folder / numbered[0]}: {len(numbered)} shards without {names[-1]}, which says what is in which; "
-                "copy or download it"
+                f"{folder / numbered[0]}: {len(numbered)} shards without {names[-1]}, the index of their tensors; "
+                f"copy or download it"
             )
         if what := _foreign(folder, entries):
             raise SedetectError(what)
         if others := [name for name in entries if name.endswith(".safetensors")]:
-            raise SedetectError(f"{folder / others[0]}: not read under this name; the weights go into {names[0]}")
+            raise SedetectError(f"{folder / others[0]}: is not read under this name; name the weights {names[0]}")
         raise SedetectError(f"{folder}: no {' or '.join(names)} in it; download the weights")
     if found.suffix != ".json":
         if numbered and not named:
             raise SedetectError(
-                f"{found}: {len(numbered)} shards lie beside it, first {numbered[0]}, and some programs read it, some "
-                "them; move away what is not the model"
+                f"{found}: {len(numbered)} shards lie beside it, first {numbered[0]}, and programs differ in which "
+                f"they read; move away the files that are not the model"
             )
         return [found]
     shards = [folder / name for name in shards_named(found)]
@@ -305,7 +307,7 @@ def shards_of(folder: Path) -> list[Path]:
 
 
 def shards_named(index: Path) -> list[str]:
-    """The names of the files that an index says the weights are in, sorted."""
+    """The names of the weight files in an index, sorted."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise SedetectError(f"{index}: names no weights (weight_map); copy or download it again")
@@ -313,7 +315,7 @@ def shards_named(index: Path) -> list[str]:
 
 
 def read_header(file: Path) -> bytes:
-    """The header of a safetensors file. SedetectError where it is damaged or the file's size is not what it says."""
+    """The header of a safetensors file. Raises SedetectError where it is damaged or the file has another size."""
     check_readable(file)
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -340,14 +342,14 @@ def read_header(file: Path) -> bytes:
 def _checked_length(file: Path, tensors: dict[str, Any]) -> int:
     """Bytes of the tensors of a header, which must follow one another, each as long as its shape says.
 
-    Raises SedetectError naming the first that does not; KeyError, TypeError or ValueError for what is not a header.
+    Raises SedetectError naming the first that does not; KeyError, TypeError or ValueError for a malformed header.
     """
     end = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = entry["dtype"], entry["shape"]
         start, after = entry["data_offsets"]
         if dtype not in _BITS:
-            raise SedetectError(f"{file}: {name} is stored as {dtype}, which is not known; download it again")
+            raise SedetectError(f"{file}: {name} is stored as {dtype}, an unknown type; download it again")
         if not all(isinstance(size, int) and size >= 0 for size in shape):
             raise SedetectError(f"{file}: {name} has the shape {shape}; download it again")
         if start != end or 8 * (after - start) != math.prod(shape) * _BITS[dtype]:

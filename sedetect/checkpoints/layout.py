@@ -1,9 +1,10 @@
-"""How a checkpoint stores its experts: which tensor is whose, told from its name and shape, and which refuse to tell.
+"""How a checkpoint stores its experts: the owner of each tensor, by its name and shape.
 
 Experts stand in the MoE block of a decoder layer, model.layers.N.<mlp, block_sparse_moe, feed_forward or mixer>, either
 one by one (experts.E.down_proj.weight) or together, with the expert as the first dimension (experts.down_proj; in
 Granite's models input_linear.weight). Beside them stand the router, of which weights and biases have a row per expert,
-and shared experts, which stay as they are. Any other tensor in a block is refused by name: it may count experts too.
+and shared experts, which stay as they are. Any other tensor in a block is refused by name, because it may have a
+dimension of experts too.
 """
 
 import re
@@ -37,19 +38,19 @@ _ROUTER = {
     "moe_statics.e_score_correction_bias": 1,
     "moe.router.expert_bias": 0,  # beside the block
 }
-# What holds the gate or the up projection of experts, and the down projection.
+# Names of the gate or up projection of experts, and of the down projection.
 _UP = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "input_linear")
 _DOWN = ("down_proj", "w2", "fc2", "output_linear")
-# What a config calls its number of experts; a list of numbers per layer is none of these.
+# Config keys for the number of experts; a list of numbers per layer is not among them.
 NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# And the experts that a token takes.
+# Config keys for the experts per token.
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-# Heads that predict further tokens: transformers does not load them, so that few statistics tell of their experts.
+# Multi-token prediction heads: transformers does not load them, so few statistics cover their experts.
 _PREDICTORS = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint. layer and expert, or layer and dimension: whose it is; neither: nobody's.
+    """One tensor of a checkpoint. layer and expert, or layer and dimension: its owner; neither: no expert's or layer's.
 
     expert: it belongs to this expert alone; dimension: the one that counts the layer's experts.
     """
@@ -64,7 +65,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of a checkpoint by name, in the order of its files; dropped predictor heads are left out.
+    """The tensors of a checkpoint by name, in file order, without dropped predictor heads.
 
     experts: per layer that has them. dropped: number of tensors left out.
     """
@@ -75,9 +76,9 @@ class Layout:
 
 
 def read_layout(folder: Path, config: dict[str, Any], heads: bool = False) -> Layout:
-    """Whose every tensor of a checkpoint folder is, from the headers of its files alone.
+    """The owner of every tensor of a checkpoint folder, from the headers of its files alone.
 
-    config is its config.json; heads keeps the layers after its last, which predict further tokens. Raises
+    config is its config.json; heads keeps the multi-token prediction layers after the last decoder layer. Raises
     SedetectError, naming the tensor, where that cannot be told.
     """
     found: dict[str, Tensor] = {}
@@ -98,7 +99,7 @@ def read_layout(folder: Path, config: dict[str, Any], heads: bool = False) -> La
         match = one or together
         if match is None:
             if "experts." in name and "shared" not in name:
-                raise SedetectError(f"{folder}: {name}: this layout of experts is not known; it cannot be pruned yet")
+                raise SedetectError(f"{folder}: {name}: unknown layout of experts; it cannot be pruned yet")
             continue
         layer = int(match[2])
         if blocks.setdefault(layer, match[1]) != match[1]:
@@ -119,7 +120,7 @@ def renamed(name: str, expert: int) -> str:
 
 
 def is_expert_weight(name: str) -> bool:
-    """Whether a tensor holds what experts compute with, one or all of them; a router's is none."""
+    """Whether a tensor holds weights of one or all experts; a router's does not."""
     within = _ONE.fullmatch(name) or _TOGETHER.fullmatch(name)
     return within is not None and not name.endswith("e_score_correction_bias")  # Laguna's stands among the experts
 
@@ -133,13 +134,13 @@ def router_matrix(folder: Path, layout: Layout, layer: int) -> str:
     ]
     if len(found) != 1:
         raise SedetectError(
-            f"{folder}: layer {layer}: which tensor is its router is not known; merge by ream, or prune"
+            f"{folder}: layer {layer}: its router was not found among the tensors; merge by ream, or prune"
         )
     return found[0]
 
 
 def neuron_dimension(name: str, shape: tuple[int, ...], neurons: int) -> int | None:
-    """The dimension of one expert's tensor that counts its neurons, once or as gate and up; None where none does.
+    """The dimension of one expert's tensor that counts its neurons, once or as gate and up; None if none does.
 
     shape is that of the expert alone. Raises SedetectError where that cannot be told.
     """
@@ -161,7 +162,7 @@ def neuron_dimension(name: str, shape: tuple[int, ...], neurons: int) -> int | N
 def with_fewer_experts(config: dict[str, Any], experts: int, kept: dict[int, int], dropped: bool) -> dict[str, Any]:
     """A config.json for a checkpoint with kept of so many experts, by layer, and without predictor heads where dropped.
 
-    Where layers keep different numbers, per_layer_config says so, which few classes read.
+    Where layers keep different numbers, per_layer_config holds them; few model classes read it.
     Raises SedetectError where the config does not state its number of experts, or names experts by number.
     """
     parts = [config] + ([config["text_config"]] if isinstance(config.get("text_config"), dict) else [])
@@ -189,21 +190,23 @@ def with_fewer_experts(config: dict[str, Any], experts: int, kept: dict[int, int
         document["text_config"] = changed[id(parts[1])]
     if numbered := re.search(r"[\w.]*experts\.\d+[\w.]*", str(document)):
         raise SedetectError(
-            f"config.json: names an expert by number ({numbered[0]}), which would mean another one; "
-            "prune before quantizing"
+            f"config.json: names an expert by number ({numbered[0]}), which pruning would renumber; prune before "
+            f"quantizing"
         )
     return document
 
 
 def _is_predictor(name: str, roots: set[str], layers: int | None) -> bool:
-    """Whether a tensor belongs to a head: a stack of its own, or layers after the last of a stack with experts."""
+    """Whether a tensor belongs to a prediction head: a separate stack, or layers after the last one of a stack with
+    experts.
+    """
     match = re.match(r"((?:.*\.)?)layers\.(\d+)\.", name)
     after = match is not None and match[1] in roots and layers is not None and int(match[2]) >= layers
     return after or name.startswith("mtp.")
 
 
 def _owned(folder: Path, name: str, tensor: Tensor, blocks: dict[int, str], experts: dict[int, int]) -> Tensor:
-    """tensor with its owner; SedetectError for one of a MoE block that is not known."""
+    """tensor with its owner. Raises SedetectError for an unknown tensor of a MoE block."""
     match, beside = _IN_BLOCK.fullmatch(name), _BESIDE.fullmatch(name)
     if match is not None and blocks.get(int(match[2])) == match[1]:
         layer, inside = int(match[2]), match[3]
@@ -217,7 +220,7 @@ def _owned(folder: Path, name: str, tensor: Tensor, blocks: dict[int, str], expe
         return tensor._replace(layer=layer, expert=int(one[3]))
     dimension = 0 if _TOGETHER.fullmatch(name) else _ROUTER.get(inside)
     if dimension is None:
-        raise SedetectError(f"{folder}: {name}: its part in the MoE block is not known; it cannot be pruned yet")
+        raise SedetectError(f"{folder}: {name}: unknown tensor in the MoE block; the checkpoint cannot be pruned yet")
     if len(tensor.shape) <= dimension or tensor.shape[dimension] != experts[layer]:
         raise SedetectError(
             f"{folder}: {name}: shape {tensor.shape} where dimension {dimension} should count the {experts[layer]} "

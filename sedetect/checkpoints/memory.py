@@ -1,4 +1,4 @@
-"""What fits where: the memory there is, and what a checkpoint and the hidden states of a streamed profile take."""
+"""Memory: how much is free, and how much a checkpoint and a streamed profile's hidden states take."""
 
 import json
 import math
@@ -21,7 +21,7 @@ _HIDDEN_SHARE = {"cuda": 0.25, "cpu": 0.5}  # of the free memory; what is larger
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device now; of main memory, what the process's control group (container) leaves."""
+    """Bytes free on a device now; for main memory, within the limit of the process's control group (container)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
@@ -34,7 +34,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def dequantized_here() -> set[str]:
-    """Ways of storing weights ("fp8", "mxfp4") of which transformers makes 16-bit ones when it loads them here.
+    """Storage formats ("fp8", "mxfp4") that transformers converts to 16 bits when it loads them here.
 
     "fp8" where there is no GPU, or one below compute capability 8.9; "mxfp4" without the package kernels.
     """
@@ -50,7 +50,7 @@ def weight_bytes(
 ) -> int:
     """Bytes of a checkpoint folder's weights in memory, floating-point ones in dtype; from the files' headers alone.
 
-    dequantized: what is stored in these ways ("fp8", "mxfp4") takes 16 bits a value instead. Raises SedetectError as
+    dequantized: values stored in these formats ("fp8", "mxfp4") take 16 bits instead. Raises SedetectError as
     check_checkpoint does.
     """
     dtype, total = choose_dtype(dtype), 0
@@ -95,8 +95,9 @@ def too_large(
 
 
 def place_of_hidden(device: torch.device, needed: int) -> torch.device | None:
-    """Where hidden states of so many bytes are kept: on the device up to a quarter of its free memory (a GPU's), in up
-    to half of the free main memory, else None: on disk."""
+    """The place for hidden states of that many bytes: the device if they take at most a quarter of a GPU's free memory,
+    main memory if at most half of it, else None (disk).
+    """
     for place in dict.fromkeys((device, torch.device("cpu"))):
         if needed <= _HIDDEN_SHARE.get(place.type, 0) * free_memory(place):
             return place
@@ -104,7 +105,7 @@ def place_of_hidden(device: torch.device, needed: int) -> torch.device | None:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 31.1 MB, 1.34 TB (powers of 1000, as disks are sold)."""
+    """Bytes as text: 31.1 MB, 1.34 TB (powers of 1000, as for disks)."""
     units = ("bytes", "kB", "MB", "GB", "TB", "PB")
     place = min(len(units) - 1, int(math.log10(max(count, 1)) // 3))
     return f"{count:.0f} bytes" if place == 0 else f"{count / 1000**place:.3g} {units[place]}"
@@ -131,6 +132,6 @@ def choose_dtype(dtype: str | torch.dtype) -> Literal["auto"] | torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise SedetectError(
-            Argument("dtype"), f" {dtype}: no floating-point type of torch; use auto, bfloat16, float16 or float32"
+            Argument("dtype"), f" {dtype}: not a floating-point type of torch; use auto, bfloat16, float16 or float32"
         )
     return found

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 class Loading:
     """How a checkpoint is loaded.
 
-    device             where it goes; None is cuda if there is one, else cpu
+    device             target device; None is cuda if available, else cpu
     dtype              "auto" is the checkpoint's own; otherwise a torch floating-point type or its name
     revision           branch, tag or commit of a hub model
     attn               attention implementation of transformers ("eager", "sdpa", ...); None leaves the choice to it
     trust_remote_code  run model code that comes with the checkpoint
-    multimodal         with its towers of images and sound, of a checkpoint whose text model alone can be loaded too
+    multimodal         load the image and sound towers too, where the text model could be loaded alone
     """
 
     device: "str | torch.device | None" = None
@@ -28,5 +28,5 @@ class Loading:
 
     @property
     def source(self) -> dict[str, Any]:
-        """What of it transformers takes to find and read the files that are no weights."""
+        """The arguments with which transformers finds and reads all files but the weights."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}

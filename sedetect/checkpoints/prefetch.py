@@ -1,8 +1,8 @@
-"""Weights that are read while the libraries that will load them are still being imported.
+"""Read weights while the libraries that will load them are still being imported.
 
 Importing transformers takes longer than bringing 20 GB from the page cache to a GPU, and leaves the other cores and the
-copy engine idle. It holds Python's lock all the while, so this takes it seldom: the bytes of each file come in large
-pieces, as they lie there. This module needs torch alone.
+copy engine idle. The import holds the GIL, so the reader rarely takes it: it reads each file in large contiguous
+pieces. This module needs only torch.
 """
 
 import importlib.util
@@ -27,9 +27,9 @@ _THREADS, _PIECE = 4, 2**25  # bytes; each thread has a pinned buffer of that si
 
 
 class Prefetched(os.PathLike[str]):
-    """A checkpoint folder whose weights are on their way to a GPU; goes wherever a folder goes.
+    """A checkpoint folder whose weights are being copied to a GPU; usable wherever a folder is.
 
-    load_model takes the weights from here, once; whoever else is given it sees the folder. first: the part of the bytes
+    load_model takes the weights from here, once; other functions see only the folder. first: the part of the bytes
     at which reading begins, see Staging.
     """
 
@@ -61,7 +61,7 @@ class Prefetched(os.PathLike[str]):
 
     @contextmanager
     def weights(self) -> "Iterator[dict[str, _Arrived]]":
-        """The tensors by name, to be read once; afterwards nothing is left of them here.
+        """The tensors by name, to be read once; they are freed here afterwards.
 
         Raises SedetectError, where a tensor is indexed or at the end, for a file that ends early.
         """
@@ -78,11 +78,11 @@ class Prefetched(os.PathLike[str]):
 
     @property
     def used(self) -> bool:
-        """Whether the weights were taken already."""
+        """Whether the weights have been taken."""
         return not self._tensors
 
     def close(self) -> None:
-        """Read nothing any more; of weights that were taken, nothing is lost."""
+        """Stop reading; weights already taken stay valid."""
         self._pool.shutdown(cancel_futures=True)
 
     def _carry(self, arena: "_Arena", number: int) -> None:
@@ -120,7 +120,7 @@ class _Arrived:
         for piece in self.arena.pieces[start // _PIECE : -(-end // _PIECE)]:
             if piece is not None:
                 piece.result()
-        # In memory of its own, aligned as any other: the arena goes when all are made.
+        # In separate, aligned memory: the arena is freed once all tensors are made.
         mine = self.arena.bytes[start:end].clone()
         return mine.view(DTYPES[self.stored.dtype]).reshape(self.stored.shape)[index]
 
@@ -137,11 +137,11 @@ def prefetch(
     dtype: str | torch.dtype = "auto",
     first: float = 0.0,
 ) -> Prefetched | None:
-    """Begin to bring the weights of a checkpoint folder to a GPU; first as in Staging. Who gets one closes it.
+    """Start copying the weights of a checkpoint folder to a GPU; first as in Staging. The caller must close the result.
 
-    None where that is no gain or not possible: for hub names and damaged folders (which load_model refuses), for other
-    devices and without accelerate (which puts weights straight on one), for quantized checkpoints and types other than
-    the checkpoint's, which take more memory, for processes that share a GPU, and where memory is short.
+    None where that gains nothing or is impossible: for hub names and damaged folders (which load_model refuses), for
+    other devices and without accelerate (which puts weights straight on one), for quantized checkpoints and types other
+    than the checkpoint's, which take more memory, for processes that share a GPU, and where memory is short.
     """
     if isinstance(model, Prefetched):
         return model

@@ -1,8 +1,8 @@
-"""Where the bytes of a checkpoint come from: a folder, the hub, or the http(s) address of a folder with its files.
+"""Sources of a checkpoint: a folder, the hub, or the http(s) address of a folder with its files.
 
-A checkpoint that is elsewhere is mirrored in a temporary folder: config, tokenizer and the headers of its safetensors
-files as they are there, and in the place of weights holes, which take no disk. So whatever reads configs and headers
-reads them there; weights are read through Source.tensors alone.
+A remote checkpoint is mirrored in a temporary folder: config, tokenizer and safetensors headers are copied, and weights
+are holes in sparse files, which take no disk space. Code that reads configs and headers uses the mirror; only
+Source.tensors reads weights.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from sedetect.files import write_atomic
 CONNECTIONS = 8
 _PIECE = 2**24  # bytes of a request
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-# What lies beside the weights and is read: asked for one by one where there is no list of files.
+# Files needed beside the weights: requested one by one where there is no list of files.
 _BESIDE = (
     "config.json",
     "generation_config.json",
@@ -69,13 +69,13 @@ class Source:
         self._pool = ThreadPoolExecutor(CONNECTIONS, "source")
 
     def tensors(self, stored: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
-        """These tensors, read. May run in several threads. Raises SedetectError, naming the file, where that fails."""
+        """Read these tensors. May run in several threads. Raises SedetectError, naming the file, where that fails."""
         buffers = {tensor: tensor.buffer() for tensor in stored.values()}
         self._fill({tensor: buffer for tensor, buffer in buffers.items() if len(buffer)})
         return {name: tensor.shaped(buffers[tensor]) for name, tensor in stored.items()}
 
     def named(self, text: str) -> str:
-        """A text with the name of the source in the place of its folder."""
+        """text with the source's name in place of its folder."""
         return text.replace(str(self.folder), self.name)
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class _Remote(Source):
         self._web, self._address_of, self._cache, self._sizes = web, address_of, cache, dict(sizes)
 
     def mirror(self, names: list[str] | None, code: bool) -> None:
-        """Make the folder. names: the files that there are, None where nobody says."""
+        """Fill the folder. names: the existing files, or None if unknown."""
         self._bring("config.json")
         config = read_json(self.folder / "config.json")
         wanted = [one for one in names if one.endswith(_KINDS)] if names is not None else list(_BESIDE)
@@ -144,13 +144,13 @@ class _Remote(Source):
             raise SedetectError(f"{self.folder}: no weights in it; give the address of a checkpoint")
         for shard in shards:
             if not _PLAIN.fullmatch(shard):
-                raise SedetectError(f"{self.folder / name}: names a shard {shard!r}, which is no file beside it")
+                raise SedetectError(f"{self.folder / name}: names a shard {shard!r}, which is not a file beside it")
             if names is not None and shard not in names:
                 raise SedetectError(
                     f"{self.folder / shard}: missing ({len(shards)} shards are named); give another one"
                 )
         first, *others = shards
-        self._bring_header(first)  # alone: a server without ranges begins to send all of it
+        self._bring_header(first)  # one at a time: a server without ranges begins to send the whole file
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             list(pool.map(self._bring_header, others))
 
@@ -158,7 +158,7 @@ class _Remote(Source):
         return self._web.stand(self._address_of(name)) is not None
 
     def _bring(self, name: str) -> bool:
-        """Copy a small file; False where there is none."""
+        """Copy a small file; False if it is missing."""
         content = None if self._cache is None else self._cache.load(name, self._version(name), 0, None)
         if content is None:
             content = self._web.get(self._address_of(name), MAX_HEADER)
@@ -170,7 +170,7 @@ class _Remote(Source):
         return True
 
     def _bring_header(self, shard: str) -> None:
-        """A file as long as the one there, with its header and nothing else."""
+        """Create a sparse file of the remote file's length that holds only its header."""
         length = self._ranged(shard, 0, 8)
         count = int.from_bytes(length, "little")
         header = length + (self._ranged(shard, 8, count) if 0 < count <= MAX_HEADER else b"")
@@ -218,7 +218,7 @@ class _Remote(Source):
         return True
 
     def _version(self, name: str) -> str:
-        """What tells one content of a file from another."""
+        """A key that changes with the content of a file."""
         assert self._cache is not None
         stand = self._cache.stand(name, lambda: self._web.stand(self._address_of(name)))
         if stand is not None:
@@ -227,9 +227,9 @@ class _Remote(Source):
 
 
 class _Cache:
-    """Bytes that were read, in a folder: a file for each tensor, or part of one, that was asked for.
+    """A cache of bytes read, in a folder: one file per tensor, or part of one, that was requested.
 
-    known: what is already known of files by name; what is not, a server is asked, once a run.
+    known: metadata of files by name; for other files the server is asked, once per run.
     """
 
     def __init__(self, folder: Path, address: str, known: Mapping[str, Stand]):
@@ -246,7 +246,7 @@ class _Cache:
         return self._stands[name]
 
     def load(self, name: str, version: str, start: int, count: int | None) -> bytes | None:
-        """So many bytes (None: the whole file) from start on, if they are there."""
+        """count bytes (None: the whole file) from start on, if cached."""
         file = self._file(name, version, start, count)
         content = file.read_bytes() if file.is_file() else None
         return content if content is None or count is None or len(content) == count else None
@@ -275,7 +275,7 @@ def open_source(
 ) -> Iterator[Source]:
     """The source of a checkpoint: a folder, a hub name, or the http(s) address of a folder.
 
-    cache: a folder that keeps what is read of a remote one; a second run reads it there. code: fetch the model's own
+    cache: a folder that keeps the bytes read from a remote checkpoint, for later runs. code: fetch the model's own
     code too. Raises SedetectError where the checkpoint cannot be found or its headers are not right, and gives those
     raised inside the context the address in the place of the mirror.
     """
@@ -314,9 +314,9 @@ def open_source(
 def _at_address(
     address: str, revision: str | None, temporary: Path, cache: str | os.PathLike[str] | None
 ) -> tuple[_Remote, list[str] | None]:
-    """The source of an address; nobody says which files there are."""
+    """The source of an address, without a list of its files."""
     if revision is not None:
-        raise SedetectError(Argument("revision"), f" {revision}: an address has none; leave it out")
+        raise SedetectError(Argument("revision"), f" {revision}: an address has no revision; leave it out")
     parts = urlsplit(address)
     folder = temporary / (Path(parts.path).name or "checkpoint")
     folder.mkdir()
@@ -370,20 +370,20 @@ def _of_hub(
 
 
 def _page() -> str:
-    """What the address of a model's page on the hub looks like: its name, and its revision."""
+    """The pattern of a hub model page's address: name and revision."""
     from huggingface_hub import constants
 
     return re.escape(constants.ENDPOINT) + r"/([\w.-]+/[\w.-]+)(?:/tree/([^/]+))?/?"
 
 
 def _in_hub_cache(name: str, revision: str | None) -> Path | None:
-    """The folder of a complete snapshot that was downloaded before."""
+    """The folder of a complete snapshot in the cache."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         check_checkpoint(folder)
-    except Exception:  # of many kinds, all of which say that it is not there
+    except Exception:  # of many kinds, all of which mean that it is missing
         return None
     return folder
 

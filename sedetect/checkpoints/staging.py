@@ -1,4 +1,4 @@
-"""The tensors of safetensors files, and how their bytes get to a GPU while it computes something else.
+"""The tensors of safetensors files, copied to a GPU while it computes.
 
     file  --read, several threads-->  pinned buffer  --copied by the GPU itself, on a stream of its own-->  tensor
 
@@ -93,7 +93,7 @@ class StoredTensor:
         return buffer.view(DTYPES[self.dtype]).reshape(self.shape)
 
     def rows(self, first: int, count: int) -> "StoredTensor":
-        """So many of its rows (along the first dimension), from the first on."""
+        """count of its rows (along the first dimension), from first on."""
         each = self.nbytes // self.shape[0]
         return StoredTensor(self.file, self.start + first * each, (count, *self.shape[1:]), self.dtype)
 
@@ -115,7 +115,7 @@ class Piece(NamedTuple):
 
 
 class Buffer:
-    """Memory that is read into, and from which a device copies by itself. bytes: (N,) uint8."""
+    """Pinned memory to read into, from which a device copies asynchronously. bytes: (N,) uint8."""
 
     def __init__(self, size: int, device: torch.device):
         cuda = device.type == "cuda"
@@ -123,7 +123,7 @@ class Buffer:
         self._copied = torch.cuda.Event(blocking=True) if cuda else None
 
     def wait(self) -> None:
-        """Until the device has what was sent last."""
+        """Wait until the device has received the last copy."""
         if self._copied is not None:
             self._copied.synchronize()
 
@@ -159,10 +159,10 @@ class Staging:
 
     @contextmanager
     def bringing(self, tensors: Iterable[StoredTensor]) -> Iterator[None]:
-        """Within, the tensors arrive one after another, and who indexes one waits until it is sent to the device.
+        """Inside the context, tensors arrive one after another; indexing one waits until it is sent to the device.
 
-        What the caller then does on the stream finds its bytes there. Of what nobody asked for, nothing is left
-        afterwards. Raises SedetectError, where a tensor is indexed or at the end, as read_bytes does.
+        What the caller then does on the stream finds its bytes there. Tensors never indexed are freed at the end.
+        Raises SedetectError, where a tensor is indexed or at the end, as read_bytes does.
         """
         tensors = list(tensors)
         made, targets = None, {}
@@ -172,7 +172,7 @@ class Staging:
                 tensor.arriving = (made, [])
                 targets[tensor] = made.reshape(-1).view(torch.uint8)
         running = self._start(pieces_of(targets, self._size))
-        del made, targets  # from here on, each tensor is its taker's alone
+        del made, targets  # from here on, only the taker holds each tensor
         try:
             yield
         finally:
@@ -188,7 +188,7 @@ class Staging:
         for piece in pieces[begin:] + pieces[:begin]:
             running.append(self._pool.submit(self._carry, piece.file, piece.start, piece.length, piece.targets))
             for tensor in piece.tensors:
-                assert tensor.arriving is not None  # nobody indexes it before all have begun
+                assert tensor.arriving is not None  # no tensor is indexed before all threads have begun
                 tensor.arriving[1].append(running[-1])
         return running
 
@@ -209,7 +209,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     for key, tensor in stored.items():
         if tensor.dtype not in DTYPES:
             raise SedetectError(
-                f"{tensor.file}: {key} is stored as {tensor.dtype}, which is not streamed; load it whole"
+                f"{tensor.file}: {key} is stored as {tensor.dtype}, which cannot be streamed; load it whole"
             )
     return stored
 
@@ -227,13 +227,13 @@ def named_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def use_device(device: torch.device) -> None:
-    """Let this thread work with one GPU alone; by itself it would set up the first one too, in some 100 MB of it."""
+    """Bind this thread to one GPU; otherwise it would also initialize the first one, taking some 100 MB there."""
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def pieces_of(targets: dict[StoredTensor, torch.Tensor], size: int) -> Iterator[Piece]:
-    """The bytes of all tensors in the order of the files: neighbours together, large ones in parts."""
+    """The bytes of all tensors in file order: neighbors together, large tensors in parts."""
     piece: Piece | None = None
     for tensor, target in sorted(targets.items(), key=lambda item: (str(item[0].file), item[0].start)):
         done = 0
@@ -263,5 +263,5 @@ def read_bytes(file: Path, start: int, buffer: torch.Tensor) -> None:
         while view:
             count = opened.readinto(view[:_ONE_READ])
             if not count:
-                raise SedetectError(f"{file}: ends early, it was changed meanwhile; copy or download it again")
+                raise SedetectError(f"{file}: ends early, so it changed during the run; copy or download it again")
             view = view[count:]

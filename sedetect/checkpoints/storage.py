@@ -1,10 +1,10 @@
-"""How one checkpoint stores the weights of another that it was made from, told from the headers of their files.
+"""How a derived checkpoint stores the weights of its original, read from the headers of their files.
 
 A weight that a quantizer took keeps its place under other names: ...down_proj.weight becomes ...down_proj.weight_packed
 with ...down_proj.weight_scale (compressed-tensors) or ...down_proj.qweight with ...down_proj.scales (GPTQ, AWQ), or
 keeps its name, in FP8, with ...weight_scale_inv beside it; a fused ...experts.down_proj becomes ...down_proj_blocks
 with ...down_proj_scales (MXFP4). Where the two checkpoints name a weight differently, or one stores the experts of a
-layer one by one and the other together, the files do not tell.
+layer one by one and the other together, the files alone do not show it.
 """
 
 import math
@@ -20,17 +20,17 @@ from sedetect.checkpoints.files import is_beyond, read_config, shards_of
 from sedetect.checkpoints.staging import DTYPES, StoredTensor, named_tensors, read_bytes
 
 EQUAL, CHANGED, QUANTIZED = "equal", "changed", "quantized"
-_STATES = (EQUAL, CHANGED, QUANTIZED)  # what is said of an expert is the last of what is said of its tensors
+_STATES = (EQUAL, CHANGED, QUANTIZED)  # the class of an expert is the last class among its tensors
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 _EXPERT = re.compile(r"((?:.*\.)?layers\.(\d+)\.(?:.*\.)?(experts|shared_experts?|shared_mlp))\.(?:(\d+)\.)?\w.*")
-_INTEGERS = ("qweight", "qzeros", "scales", "g_idx")  # of GPTQ and AWQ, in the place of weight
+_INTEGERS = ("qweight", "qzeros", "scales", "g_idx")  # of GPTQ and AWQ, instead of weight
 _BESIDE = re.compile(r".*_(scale|scales|scale_inv|global_scale|zero_point|shape)")  # of a base that is quantized itself
 _WORD = {"I32": 32, "U8": 8}  # bits of what packed values are stored in
 _CHUNK = 2**24  # bytes compared at once
 
 
 class Scheme(NamedTuple):
-    """How a config says that weights are quantized: bits, and rows and columns that share a scale (None: all)."""
+    """The quantization that a config declares: bits, and the rows and columns that share a scale (None: all)."""
 
     bits: int
     rows: int | None
@@ -38,9 +38,9 @@ class Scheme(NamedTuple):
 
 
 class Counterpart:
-    """The tensors of a checkpoint, found by the names of those that it was made from.
+    """The tensors of a checkpoint, looked up by their names in the original.
 
-    method: how its config says that it is quantized ("compressed-tensors", "fp8", ...); None where it does not.
+    method: quantization method of its config ("compressed-tensors", "fp8", ...); None without one.
     """
 
     def __init__(self, base: Path, made: Path):
@@ -54,9 +54,9 @@ class Counterpart:
             self._by_module[name.rpartition(".")[0]].append(name)
 
     def missing(self) -> list[str] | None:
-        """The tensors of the base that nothing stands for; None where most of them have other names here.
+        """The tensors of the base without a counterpart; None where most have other names here.
 
-        Left out are those that the model need not have: heads that predict further tokens, a tied output embedding,
+        Optional tensors are left out: heads that predict further tokens, a tied output embedding,
         what lies beside weights that the base has quantized, and experts that are stored in the other form (one by one,
         or together).
         """
@@ -75,8 +75,8 @@ class Counterpart:
         """How the weights of one expert of a decoder layer (None: its shared expert) are stored, of so many experts.
 
         "equal": byte for byte as in the base; "equal, rounded to BF16": the same values in another floating-point
-        type; "changed": floating point, with other values; "quantized (I32)", by the type that holds the values. None
-        where the files do not tell.
+        type; "changed": floating point, with other values; "quantized (I32)", by the type that holds the values; None
+        where the files do not show it.
         """
         states = []
         for name, tensor in self._base.items():
@@ -96,7 +96,7 @@ class Counterpart:
         return max(known, key=lambda state: _STATES.index(re.split("[ ,]", state)[0]))
 
     def wrong_shapes(self) -> list[str]:
-        """The tensors of scales or packed values whose shape is not the one that the config declares, and what it is.
+        """The scales and packed values whose shape is not the one that the config declares, with both shapes.
 
         Only of weights that the base has in floating point, and of schemes that are the same for all layers.
         """
@@ -115,7 +115,7 @@ class Counterpart:
         return lines
 
     def _parts(self, name: str) -> dict[str, StoredTensor]:
-        """The tensors that stand for one of the base; none where it is not known by its name."""
+        """The counterparts of a tensor of the base; empty where its name is unknown here."""
         stem = name.removesuffix(".weight")
         beside = [*self._by_module[stem], *self._by_module[name.rpartition(".")[0]], *self._by_module[name]]
         names = {one for one in beside if one.startswith((f"{name}_", f"{name}.")) and one not in self._base}
@@ -123,7 +123,7 @@ class Counterpart:
         return {one: self._made[one] for one in sorted(names) if one in self._made}
 
     def _state(self, name: str, tensor: StoredTensor, row: int | None) -> str | None:
-        """expert() of one tensor, or of one row of it."""
+        """expert() for one tensor, or for one row of it."""
         parts = self._parts(name)
         other = parts.get(name)
         if other is None or (other.dtype != tensor.dtype and not {tensor.dtype, other.dtype} <= _PLAIN):
@@ -140,7 +140,9 @@ class Counterpart:
 
 
 def _form(name: str) -> str | None:
-    """The set of experts that a tensor is of, and whether it is stored one by one; None of any other tensor."""
+    """The set of experts that a tensor belongs to, and whether that set is stored one by one; None for other
+    tensors.
+    """
     match = _EXPERT.fullmatch(name)
     return None if match is None or match[3] != "experts" else f"{match[1]} {match[4] is None}"
 
@@ -156,7 +158,7 @@ def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _schemes(settings: Mapping[str, Any]) -> Iterator[Scheme]:
-    """Those of a quantization_config; none of a method that is not known, or with exceptions by layer."""
+    """The schemes of a quantization_config; empty for an unknown method, or one with exceptions by layer."""
     method = settings.get("quant_method")
     if method == "compressed-tensors":
         for group in (settings.get("config_groups") or {}).values():
@@ -177,7 +179,7 @@ def _schemes(settings: Mapping[str, Any]) -> Iterator[Scheme]:
 
 
 def _shapes(name: str, tensor: StoredTensor, key: str, part: StoredTensor, scheme: Scheme) -> list[tuple[int, ...]]:
-    """The shapes that a part of a weight (..., M, K) may have under a scheme; none for a part that is not known."""
+    """The shapes that a part of a weight (..., M, K) may have under a scheme; empty for an unknown part."""
     *outer, rows, columns = tensor.shape
     high = 1 if scheme.rows is None else math.ceil(rows / scheme.rows)
     wide = 1 if scheme.columns is None else math.ceil(columns / scheme.columns)

@@ -1,8 +1,8 @@
 """Files at an http(s) address: whole, or ranges of their bytes, through whatever the network does.
 
-A request that fails in a way that may pass (a dropped connection, 429, 5xx) is made again after a while, from the byte
-where it ended. Ranges are what all of this is for: a server that answers with a whole file instead is refused before
-its body is read. Redirects are followed by hand: credentials stay with the origin they are for, and plain http is taken
+A request that fails in a way that may pass (a dropped connection, 429, 5xx) is retried after a pause from the byte
+where it ended. Everything here relies on ranges: a server that answers with a whole file instead is refused before its
+body is read. Redirects are followed by hand: credentials stay with the origin they are for, and plain http is taken
 from the origin the user named alone.
 """
 
@@ -25,14 +25,14 @@ _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
 
 class Stand(NamedTuple):
-    """What a server says of a file: its size, and what changes with its content ("" where it says neither)."""
+    """A server's metadata of a file: its size, and a tag that changes with its content ("" if there is none)."""
 
     size: int
     version: str
 
 
 class Meter:
-    """Counts bytes that were read, in several threads. told is called with the number whenever some arrived."""
+    """Thread-safe counter of bytes read. told is called with the total after each arrival."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -48,7 +48,7 @@ class Meter:
 class Web:
     """Reads files at addresses; meter counts the bytes of every body.
 
-    headers are sent to the origin of home alone, whose scheme may be http. hub: with the session of huggingface_hub
+    headers are sent only to the origin of home, whose scheme may be http. hub: with the session of huggingface_hub
     (its proxies, its offline mode).
     """
 
@@ -65,7 +65,7 @@ class Web:
         self._versions: dict[str, str] = {}
 
     def get(self, address: str, most: int) -> bytes | None:
-        """The body of a file of at most so many bytes; None where there is none (404)."""
+        """The body of a file of at most `most` bytes; None for a missing file (404)."""
         for wait in _waits(address):
             body = bytearray()
             try:
@@ -87,7 +87,7 @@ class Web:
         raise AssertionError  # the last wait raises
 
     def stand(self, address: str) -> Stand | None:
-        """What the server says of a file, without a byte of it; None where it does not say the size."""
+        """The server's metadata of a file, without reading it; None if its size is unknown."""
         for wait in _waits(address):
             try:
                 with self._answer("HEAD", address, {}) as answer:
@@ -124,11 +124,13 @@ class Web:
                 if done > before:
                     break
                 wait(why)
-        assert size is not None  # nobody asks for no bytes
+        assert size is not None  # callers never ask for zero bytes
         return size
 
     def _check_range(self, address: str, answer: Any, start: int, size: int | None) -> int:
-        """The size of the file, of an answer that holds its bytes from start on; SedetectError for any other."""
+        """The size of the file, from an answer with its bytes from start on. Raises SedetectError for any other
+        answer.
+        """
         if answer.status_code == 416:
             raise SedetectError(
                 f"{shown(address)}: ends before byte {start:,}, where its header has more; upload it again"
@@ -150,7 +152,7 @@ class Web:
             raise SedetectError(f"{shown(address)}: has {int(total):,} bytes, expected {size:,}; upload it again")
         version = _version(answer)
         if self._versions.setdefault(address, version) != version:
-            raise SedetectError(f"{shown(address)}: was changed meanwhile; run the command again")
+            raise SedetectError(f"{shown(address)}: changed during the download; run the command again")
         return int(total)
 
     @contextmanager
@@ -172,17 +174,17 @@ class Web:
                     continue
                 if target != address:
                     if answer.status_code in (400, 401, 403, 404, 410) and self._signed.pop(address, ""):
-                        target = address  # its signature may have run out
+                        target = address  # its signature may have expired
                         continue
                     if answer.status_code < 400:
                         self._signed[address] = target
                 yield answer
                 return
-        raise SedetectError(f"{shown(address)}: redirects in a circle; give another address")
+        raise SedetectError(f"{shown(address)}: redirect loop; give another address")
 
 
 def _must_wait(address: str, answer: Any, wait: Callable[..., None]) -> bool:
-    """Whether to ask again, after having waited; SedetectError for a status that will not change."""
+    """Wait and return whether to retry. Raises SedetectError for a permanent status."""
     status = answer.status_code
     if status in _AGAIN:
         wait(f"status {status}", _retry_after(answer.headers.get("retry-after")))
@@ -200,7 +202,7 @@ def _must_wait(address: str, answer: Any, wait: Callable[..., None]) -> bool:
 
 
 def _waits(address: str) -> Iterator[Callable[..., None]]:
-    """Functions wait(why, seconds=None), one for each try: each sleeps, the last raises SedetectError instead."""
+    """One function wait(why, seconds=None) per try: each sleeps; the last raises SedetectError instead."""
     for number in range(_TRIES):
 
         def wait(why: str, seconds: float | None = None, number: int = number) -> None:
@@ -216,7 +218,7 @@ def _waits(address: str) -> Iterator[Callable[..., None]]:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which gives them or a date."""
+    """Seconds from a Retry-After header, which holds seconds or a date."""
     if value is None:
         return None
     if value.isdigit():
@@ -238,6 +240,6 @@ def _origin(address: str) -> tuple[str, str]:
 
 
 def shown(address: str) -> str:
-    """An address without what may be secret in it."""
+    """An address without parts that may be secret."""
     parts = urlsplit(address)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

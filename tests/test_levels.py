@@ -100,7 +100,7 @@ def test_a_headline_says_where_there_are_no_sinks(stats):
     header = stats.header
     layer = LayerResidual(1, 900.0, 101, 0, 3, 2, "code", 0.5, None, 4, 0, [0.01, 0.02])
     seen = Residual(header.model, header.digest, {"code": 1}, 512, 1, 50.0, 100.0, [layer] * 4, [], 0)
-    assert sedetect.rank(stats, residual=seen).headline.endswith("; no attention sinks to speak of")
+    assert sedetect.rank(stats, residual=seen).headline.endswith("; no notable attention sinks")
     for level, said in (("refuted", True), ("proved", False)):  # a proof has looked at other text
         found = sedetect.rank(stats, residual=seen, proof=proof_of(stats, L0E0=level))
         assert ("sinks" in found.headline) is said

@@ -312,7 +312,7 @@ def test_sinks_beside_uniform_attention(residual, without):
     assert (residual.has_sinks, without.has_sinks) == (True, False)
     said = f"{residual.sink_mean:.1%} of the attention on the first token, {residual.best_head:.0%} in the best head; "
     assert residual.sinks_line == f"attention sinks: {said}uniform attention has {uniform:.1%}"
-    assert without.sinks_line.startswith(f"no attention sinks to speak of: {without.sink_mean:.1%} of the attention")
+    assert without.sinks_line.startswith(f"no notable attention sinks: {without.sink_mean:.1%} of the attention")
     for mass, enough in ((uniform + SINK_MASS + 1e-9, True), (uniform + SINK_MASS - 1e-9, False), (0.0, False)):
         assert with_sinks(residual, [mass, mass]).has_sinks is enough
     short = replace(with_sinks(residual, [0.2]), seq_len=8, prefix=1)
@@ -423,6 +423,6 @@ def test_the_residual_stream_tells_a_late_candidate_apart(tiny, residual, withou
     assert nothing.super_experts == [] and [str(e) for e in nothing.found] == ["L1E28", "L9E7"]
     silent = rank(stats, residual=without)  # a sign less, and the others stay
     assert [(str(e), e.carried) for e in silent.found] == [("L1E28", False), ("L9E7", False)]
-    assert silent.headline.startswith("2 candidates: ") and silent.headline.endswith("; no attention sinks to speak of")
+    assert silent.headline.startswith("2 candidates: ") and silent.headline.endswith("; no notable attention sinks")
     with pytest.raises(SedetectError, match="layers 'data' needs"):
         rank(stats, layers="data")

@@ -1,4 +1,4 @@
-"""Serving engines whose own experts are measured. One module per engine, imported only when it is asked for.
+"""Serving engines, profiled as they serve. One module per engine, imported only on request.
 
 Engines and training do not know each other.
 """

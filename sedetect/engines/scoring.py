@@ -1,8 +1,8 @@
-"""Losses of a checkpoint in vLLM, in a process of its own, which gives the device's memory back when it ends.
+"""Losses of a checkpoint in vLLM, in a separate process, which frees the device's memory when it ends.
 
     verify("model", "model-w4a16", runtime=VLLM())
 
-vLLM is imported in that process alone.
+Only that process imports vLLM.
 """
 
 import importlib.util
@@ -24,12 +24,12 @@ from sedetect.errors import Argument, SedetectError, shorten
 from sedetect.experiments.divergence import Scores
 from sedetect.experiments.evaluation import predictions
 
-_SEQUENCES = 8  # at a time, and tokens of a step: their logits are in memory in float32
+_SEQUENCES = 8  # windows at a time, and tokens of a step: their float32 logits are in memory
 _STEP = 2048
 
 
 class VLLM:
-    """A Runtime of verify: both checkpoints by the installed vLLM, on the device that it chooses, without graphs.
+    """A Runtime of verify: runs both checkpoints in the installed vLLM, on the device that it chooses, without graphs.
 
     loading: dtype and trust_remote_code are given to the engine. Raises SedetectError for the others, and where vLLM is
     not installed.
@@ -48,7 +48,7 @@ class VLLM:
         self._loading = loading
 
     def __call__(self, folder: Path, domains: dict[str, Windows], prefix: int) -> Scores:
-        """Raises SedetectError, in vLLM's words, for a checkpoint that it does not load or run."""
+        """Raises SedetectError with vLLM's message for a checkpoint that vLLM cannot load or run."""
         windows = [row for one in domains.values() for row in one.ids.tolist()]
         job = {
             "folder": str(folder),
@@ -58,7 +58,9 @@ class VLLM:
         }
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
         environment.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; else it wants most of a CPU's memory to be free
+        environment.setdefault(
+            "VLLM_CPU_KVCACHE_SPACE", "4"
+        )  # GiB; otherwise it requires most of a CPU's memory to be free
         with tempfile.TemporaryDirectory(prefix="sedetect-") as temporary:
             asked, given, log = (Path(temporary) / name for name in ("job.json", "answer.json", "log"))
             asked.write_text(json.dumps(job))
@@ -84,7 +86,8 @@ class VLLM:
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:
     """For windows (N, L), losses and most likely tokens (N, L - 1) of all tokens but the first; and names of weights
-    that nothing was loaded into."""
+    into which nothing was loaded.
+    """
     import vllm
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -97,7 +100,7 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
         def noted(weights: Any) -> Any:
             wanted = {name for name, _ in model.named_parameters()}
             loaded = read(weights)
-            if loaded is not None:  # else vLLM's class does not tell
+            if loaded is not None:  # otherwise vLLM's class does not report it
                 # 0.30 and 0.31 say experts.w2_weight of what is experts.routed_experts.w2_weight.
                 said = {name.replace(".routed_experts.", ".") for name in loaded}
                 unloaded.update(name for name in wanted if name.replace(".routed_experts.", ".") not in said)
@@ -130,7 +133,7 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
         return {"error": shorten(error), "version": vllm.__version__}
     losses, likely = [], []
     for ids, one in zip(windows, done, strict=True):
-        places = one.prompt_logprobs[1:]  # by token: the one that stands there, and the most likely one
+        places = one.prompt_logprobs[1:]  # by token: the actual one, and the most likely one
         losses.append([-found[token].logprob for token, found in zip(ids[1:], places, strict=True)])
         likely.append([min(found, key=lambda token: found[token].rank) for found in places])
     # Scales of a cache and the like have names that no tensor of the checkpoint has, and values of their own.
@@ -140,7 +143,7 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _last_names(folder: Path) -> set[str]:
-    """What the tensors of a checkpoint are called in their modules, "weight" among them."""
+    """The names of a checkpoint's tensors within their modules, such as "weight"."""
     names: set[str] = set()
     for shard in shards_of(folder):
         with safe_open(shard, framework="pt") as file:

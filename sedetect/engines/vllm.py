@@ -5,11 +5,10 @@
         llm.generate(prompts)
 
 vLLM imports this module in every worker, on every node, before the model is built, and only where that option names
-Worker: so the option is what asks for a profile, and without it nothing of ours is there. On import, the classes of
-the unquantized experts and of the linears are registered as out-of-tree replacements. From then on the experts compute
-by our ops on the engine's own weights, which stay in the layout that they are loaded in; routing, shared experts and
-the rest stay vLLM's, and so does every layer of an engine that is refused. down_proj of shared experts and dense MLPs
-is vLLM's too, and is read.
+Worker: the option enables profiling, and without it vLLM runs unmodified. On import, the classes of the unquantized
+experts and of the linears are registered as out-of-tree replacements. From then on the experts compute by our ops on
+the engine's own weights in their loaded layout; vLLM still computes routing, shared experts and the rest, and every
+layer of an engine that is refused. down_proj of shared experts and dense MLPs is computed by vLLM and only observed.
 
 Which row is which token stands in buffers that captured graphs read too. They count nothing until a profile starts;
 then the runner's preparation of each step fills them. A graph that is being captured, or a dummy run, never counts.
@@ -70,15 +69,15 @@ _LAYER = re.compile(r"(.*?)\.(\d+)\.")
 _PART = 2**24  # bytes of statistics in an answer, at most
 _OPTION = 'worker_extension_cls="sedetect.engines.vllm.Worker"'
 PREFIX_CACHE = (
-    "tokens came from the prefix cache: they were not computed and do not count, first tokens among them; start the "
+    "tokens came from the prefix cache: they were not computed and do not count (first tokens included); start the "
     "engine with enable_prefix_caching=False to measure them"
 )
-UNDER_WAY = "requests were under way when the profile began: their tokens before it, the first among them, do not count"
-DRAFTS = "draft tokens of speculative decoding count, rejected ones beside those that took their place"
+UNDER_WAY = "requests were running when the profile began: their earlier tokens do not count (first tokens included)"
+DRAFTS = "draft tokens of speculative decoding count: both rejected ones and their replacements"
 
 
 def refusal(config: Any) -> str | None:
-    """Why an engine with this configuration is not measured; None if it is."""
+    """The reason why an engine with this configuration cannot be measured; None if it can."""
     parallel = config.parallel_config
     if not _asked(parallel.worker_extension_cls):
         return f"its engine was started without it; give {_OPTION}"
@@ -103,13 +102,12 @@ def refusal(config: Any) -> str | None:
 
 
 def _asked(extension: str) -> bool:
-    """Whether the engine's worker extension is Worker, or a class of the user's made from it."""
+    """Whether the engine's worker extension is Worker or a subclass of it."""
     return bool(extension) and issubclass(resolve_obj_by_qualname(extension), Worker)
 
 
 class StepRows:
-    """Which row of the step under way is which token: buffers that captured graphs read. Between the steps of a
-    profile no row counts."""
+    """The token of each row of the current step, in buffers that captured graphs read. Between steps, no row counts."""
 
     def __init__(self, size: int, device: torch.device):
         self._counted, self._first = (torch.zeros(size, dtype=torch.bool, device=device) for _ in range(2))
@@ -125,7 +123,8 @@ class StepRows:
         return Rows(*(column[:tokens] for column in columns))
 
     def fill(self, known: torch.Tensor, position: torch.Tensor, token_id: torch.Tensor) -> Rows:
-        """The rows of a step's N tokens, and none behind them. known (2, N): the sequence of each token, and the first
+        """Set the rows of a step's N tokens, and clear the rest. known (2, N): the sequence of each token, and the
+        first
         position in it that has not counted before."""
         device, count = self._counted.device, known.shape[1]
         known = (known.pin_memory() if device.type == "cuda" else known).to(device, non_blocking=True)
@@ -143,7 +142,7 @@ class StepRows:
 
 
 class MeasuredBank:
-    """One bank of this worker, and what has been seen of it.
+    """One bank of this worker, and its statistics so far.
 
     experts: of the whole model. here: (E,) numbers of those that this worker has, None for all. top_k, served and
     fallbacks are those of the engine's calls from its start on: a captured graph calls only once.
@@ -163,7 +162,7 @@ class MeasuredBank:
             self.fallbacks.add(why)
 
     def begin(self, measuring: Measuring) -> None:
-        """Forget what was seen; the tensors stay where captured graphs write to."""
+        """Reset the statistics in place: captured graphs write to these tensors."""
         if self.state is not None:
             empty = self._empty(self.state.counts.device, measuring)
             if measuring == self.measuring:
@@ -186,7 +185,7 @@ class MeasuredBank:
         return BankStats.empty(count, device, channels, coactivation, measuring.first_rows and self.routed)
 
     def whole(self) -> BankStats:
-        """What was seen, of all experts, on the CPU. Synchronizes."""
+        """The statistics of all experts, on the CPU. Synchronizes."""
         if self.state is None:
             return self._empty("cpu", self.measuring, whole=True)
         state = self.state.to("cpu")
@@ -199,7 +198,7 @@ class MeasuredBank:
 
 
 class Serving:
-    """What is measured of one engine in this worker: banks by the paths of their modules, and the rows of a step.
+    """The measurement of one engine in this worker: banks by module path, and the rows of a step.
 
     The engine's configuration holds it, beside the layers that its forwards find by name.
     """
@@ -259,7 +258,7 @@ class Serving:
 
 
 def _layer(path: str) -> tuple[str, int]:
-    """(path of the list of layers, number in it) of a module; ("", -1) outside of one."""
+    """(path of the list of layers, index in it) of a module; ("", -1) for a module outside such a list."""
     found = _LAYER.match(path)
     return ("", -1) if found is None else (found[1], int(found[2]))
 
@@ -279,7 +278,8 @@ def _(x, gates, index, path):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("sedetect::vllm_down", mutates_args=("y",))  # so that it stays: nothing is written to y
+# so that the call is not optimized away: nothing is written to y
+@torch.library.custom_op("sedetect::vllm_down", mutates_args=("y",))
 def _down_op(x: torch.Tensor, y: torch.Tensor, path: str) -> None:
     get_forward_context().no_compile_layers[Serving.NAME].down(path, x, y)
 
@@ -301,7 +301,7 @@ class MeasuredExperts(UnquantizedFusedMoEMethod):
     def __init__(self, moe: Any):
         config = get_current_vllm_config()
         clamped = moe.swiglu_limit is not None and not hasattr(activations, "ApplyMoEActivationConfig")
-        if refusal(config) is None and not clamped:  # 0.22 clamps in the kernels that we stand in for
+        if refusal(config) is None and not clamped:  # 0.22 clamps in the kernels that ours replace
             self._serving = Serving.of(config)
         else:
             self.__class__ = UnquantizedFusedMoEMethod
@@ -313,7 +313,7 @@ class MeasuredExperts(UnquantizedFusedMoEMethod):
 
     @property
     def supports_internal_mk(self) -> bool:
-        return True  # no modular kernel of vLLM's takes its place
+        return True  # no modular kernel of vLLM replaces it
 
     def maybe_roundup_sizes(self, *sizes: Any, **named: Any) -> tuple[int, int]:
         return FusedMoEMethodBase.maybe_roundup_sizes(self, *sizes, **named)
@@ -327,7 +327,7 @@ class MeasuredExperts(UnquantizedFusedMoEMethod):
             here[owned[owned >= 0].long()] = (owned >= 0).nonzero().flatten()
             experts = len(owned)
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
-        if hasattr(self, "bank"):  # weights that were loaded anew: graphs know the tensors of before
+        if hasattr(self, "bank"):  # reloaded weights: captured graphs hold the old tensors
             return
         self.gate = self._gate(layer, intermediate)
         self.bank = self._serving.banks[layer.layer_name] = MeasuredBank(
@@ -363,7 +363,7 @@ class MeasuredExperts(UnquantizedFusedMoEMethod):
 
 @PluggableLayer.register_oot(name="RowParallelLinear")
 class MeasuredDown(RowParallelLinear):
-    """The down projection of a shared expert or dense MLP, computed by vLLM and read.
+    """The down projection of a shared expert or dense MLP, computed by vLLM and observed.
 
     Under tensor parallelism the parts of its rows are gathered, and summed where vLLM sums them later.
     """
@@ -395,7 +395,7 @@ class MeasuredDown(RowParallelLinear):
 
 
 class Requests:
-    """The requests under way in a profile: the number of each as a sequence, and how much of it has counted."""
+    """The running requests of a profile: the sequence number of each, and how many of its tokens have counted."""
 
     def __init__(self) -> None:
         self._number: dict[str, int] = {}
@@ -404,13 +404,14 @@ class Requests:
         self.count = self.cached = self.under_way = self.drafts = 0
 
     def schedule(self, output: Any) -> None:
-        """Take note of what a step is to compute."""
+        """Record the tokens that a step will compute."""
         for name in output.finished_req_ids:
             self._number.pop(name, None)
             self._drafted.discard(name)
         new, old = output.scheduled_new_reqs, output.scheduled_cached_reqs
         for request in new:
-            if request.req_id not in self._number:  # else one that was preempted, or goes on with a longer prompt
+            # otherwise a request that was preempted, or continues with a longer prompt
+            if request.req_id not in self._number:
                 self._begin(request.req_id)
                 self.cached += request.num_computed_tokens
         for name in old.req_ids:
@@ -432,14 +433,14 @@ class Requests:
             self.drafts += drafted
             if drafted:
                 self._drafted.add(name)
-            # Where drafts were rejected, others are computed in their places.
+            # Where drafts were rejected, other tokens are computed at their positions.
             if name not in self._drafted:
                 self._counted[name] = max(self._counted[name], self._begins[name] + int(size))
         return torch.from_numpy(np.repeat(known, sizes, axis=0).T.copy())
 
 
 class Followed:
-    """A profile under way in this worker: the runner's steps, followed until it stops."""
+    """A running profile in this worker: it follows the runner's steps until it is stopped."""
 
     def __init__(self, worker: Any, banks: list[MeasuredBank], asked: dict[str, Any]):
         self.source, self._info, self._prefix = asked["source"], asked["info"], asked["prefix"]
@@ -478,7 +479,7 @@ class Followed:
         else:
             runner = self.runner
             names, position, token_id = runner.input_batch.req_ids, runner.positions, runner.input_ids.gpu
-        if self._config.enable_prompt_embeds:  # a token may be none
+        if self._config.enable_prompt_embeds:  # a token may be in none of them
             token_id = torch.full_like(token_id, -1)
         sizes = [scheduler_output.num_scheduled_tokens[name] for name in names]
         known = self.requests.rows(names, sizes, scheduler_output.scheduled_spec_decode_tokens)
@@ -488,7 +489,7 @@ class Followed:
         return inputs
 
     def stats(self) -> ModelStats:
-        """What was seen in this worker so far. Synchronizes with the device."""
+        """The statistics of this worker so far. Synchronizes with the device."""
         model, known = _without_weights(self._config)
         tokens, begun, bare = self.totals.tolist()
         named = _named(self.banks)
@@ -506,7 +507,7 @@ class Followed:
         banks, described = {}, {}
         for bank_id, bank in named.items():
             if not bank.routed and get_tensor_model_parallel_rank():
-                continue  # every rank has measured the same
+                continue  # all ranks have measured the same
             banks[bank_id] = bank.whole()
             notes.update(Note("fallback", why, bank_id) for why in bank.fallbacks)
             path = known[bank_id].path if bank_id in known else bank.path
@@ -538,18 +539,18 @@ class Followed:
 class Worker:
     """The worker extension: what sedetect.profile calls in every worker of an engine.
 
-    Arguments and answers are text, as an HTTP server passes them on; answers are JSON objects, {"refused": why} where
-    something cannot be done.
+    Arguments and answers are text, as an HTTP server passes them on; answers are JSON objects, {"refused": why} where a
+    request cannot be served.
     """
 
-    _sedetect: Followed | None  # vLLM lets no attribute stand here that a worker might have
+    _sedetect: Followed | None  # vLLM forbids attributes here that a worker might have
     _collected: bytes
 
     def sedetect_start(self, asked: str) -> str:
         """Begin a profile. asked: JSON of source, info, prefix, backend, channels, coactivation, first_rows."""
         worker: Any = self
         if (followed := getattr(self, "_sedetect", None)) is not None:
-            under_way = f"a profile of this engine is under way ({followed.source}); leave it first"
+            under_way = f"a profile of this engine is running ({followed.source}); leave it first"
             return json.dumps({"refused": under_way, "source": followed.source})
         why = refusal(worker.vllm_config)
         if why is not None:
@@ -563,24 +564,24 @@ class Worker:
                     f"{fixed[0]}: graphs are compiled when the engine starts; give it enforce_eager=True"
                 )
             if wanted["coactivation"] and worker.vllm_config.parallel_config.tensor_parallel_size > 1:
-                raise SedetectError("coactivation of experts on different ranks is seen by none; leave it out")
+                raise SedetectError("coactivation of experts on different ranks cannot be counted; leave it out")
             self._sedetect = Followed(worker, banks, wanted)
         except SedetectError as error:
             return _refused(str(error))
         return json.dumps({"routed": sum(bank.routed for bank in banks)})
 
     def sedetect_stop(self) -> str:
-        """End the profile; what was collected before is with whoever collected it."""
+        """End the profile; statistics that were not collected are lost."""
         if (followed := getattr(self, "_sedetect", None)) is not None:
             followed.leave()
             self._sedetect = None
         return "{}"
 
     def sedetect_reset(self) -> str:
-        """Forget what was seen. Requests under way go on as if they had begun before the profile."""
+        """Reset the statistics. Running requests continue as if they had begun before the profile."""
         followed = getattr(self, "_sedetect", None)
         if followed is None:
-            return _refused("no profile of this engine is under way; start one first")
+            return _refused("no profile of this engine is running; start one first")
         followed.restart()
         return "{}"
 
@@ -589,7 +590,7 @@ class Worker:
         MiB of them. A call with begin 0 takes what there is then, and the later ones read on in it."""
         followed = getattr(self, "_sedetect", None)
         if followed is None:
-            return _refused("no profile of this engine is under way; start one first")
+            return _refused("no profile of this engine is running; start one first")
         start = int(begin)
         if start == 0:
             self._collected = _as_bytes(followed.stats())
@@ -608,7 +609,7 @@ def _as_bytes(stats: ModelStats) -> bytes:
 
 
 def _banks(worker: Any) -> list[MeasuredBank]:
-    """What is measured in this worker. Raises SedetectError where it has experts that are not."""
+    """The measurement of this worker. Raises SedetectError if it has experts that cannot be measured."""
     model, serving = worker.model_runner.get_model(), Serving.of(worker.vllm_config)
     if getattr(worker.model_runner, "adaptive_verification", None) is not None:
         raise SedetectError("adaptive verification chooses draft tokens on the device; start the engine without it")
@@ -619,7 +620,7 @@ def _banks(worker: Any) -> list[MeasuredBank]:
             found[method.bank.path] = method.bank
         elif isinstance(method, FusedMoEMethodBase):
             raise SedetectError(
-                f"{path}: {type(method).__name__} keeps the experts in a layout that is not read here; serve the "
+                f"{path}: {type(method).__name__} keeps the experts in an unsupported layout; serve the "
                 "unquantized checkpoint, or profile this one with `sedetect profile`"
             )
         elif isinstance(module, MeasuredDown):
@@ -633,7 +634,7 @@ def _without_weights(config: Any) -> tuple[Any, dict[BankId, Bank]]:
     try:
         model = without_weights(str(config.model), deepcopy(config.hf_config))
         return model, {bank.id: bank for bank in find_banks(model)}
-    except SedetectError:  # a class of vLLM's alone
+    except SedetectError:  # a class that only vLLM has
         return None, {}
 
 

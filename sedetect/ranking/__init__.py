@@ -1,4 +1,4 @@
-"""What the statistics say: the rule and its verdicts, saliencies, stability, comparison, coverage.
+"""Conclusions from statistics: the rule and its verdicts, saliencies, stability, comparison, coverage.
 
 Everything here is computed from statistics alone; no model is loaded and nothing is printed.
 """

@@ -1,7 +1,7 @@
 """Compare: two or more profiles side by side. Base against tuned, bf16 against quantized, one language against
 another, base against pruned, or a series of training checkpoints.
 
-The models and precisions may differ, that is the point; their banks (layers, kinds, numbers of experts) may not.
+Models and precisions may differ; their banks (layers, kinds, numbers of experts) must not.
 """
 
 import math
@@ -38,9 +38,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """From one run to the next.
+    """The change from one run to the next.
 
-    joined, left              candidates that the next run has more, or no more
+    joined, left              candidates that the next run gains or loses
     named_joined, named_left  the same of the paper's set
     correlation               Spearman's rank correlation of out_max over the routed and shared experts that saw rows
                               and stayed finite in both, ties at their average rank; None below 2 or without variance
@@ -59,8 +59,8 @@ class Step:
 class Moved:
     """An expert of the paper's set of any run.
 
-    values    its out_max in every run; NaN where it saw nothing or was pruned
-    channels  output channel of that value; None where it saw nothing or was pruned
+    values    its out_max in every run; NaN where it saw no row or was pruned
+    channels  output channel of that value; None where it saw no row or was pruned
     found     whether it is a candidate, per run
     """
 
@@ -85,12 +85,12 @@ class Moved:
 
 @dataclass(frozen=True)
 class Comparison(Document):
-    """What compare found; steps[i] leads from runs[i] to runs[i + 1].
+    """The result of compare; steps[i] leads from runs[i] to runs[i + 1].
 
     moved       by the largest value in any run, descending
     formed      number of the first run from which on every run has the candidates of the last; None for fewer than
                 three runs
-    notes       what the reader must know: runs of models that seem unrelated
+    notes       facts that the reader must know: runs of models that seem unrelated
     """
 
     FORMAT = "sedetect-comparison"
@@ -196,7 +196,7 @@ def compare(
 
 
 def _check_kept(name: str, run: ModelStats, kept: Kept, sizes: dict[BankId, int]) -> None:
-    """Raise SedetectError where the pruning of a run is not that of the models beside it."""
+    """Raise SedetectError where the pruning of a run does not match the other models."""
     for bank, numbers in kept.items():
         mine = run.banks[bank].num_experts if bank in run.banks else 0
         if mine != len(numbers) or (bank in sizes and max(numbers, default=-1) >= sizes[bank]):
@@ -207,7 +207,7 @@ def _check_kept(name: str, run: ModelStats, kept: Kept, sizes: dict[BankId, int]
 
 
 def _original(place: Place, kept: Kept) -> Place:
-    """An expert under its number in the model that was pruned."""
+    """The expert with its number in the original model."""
     if place.bank not in kept:
         return place
     return Place(*place.bank, kept[place.bank][place.number])

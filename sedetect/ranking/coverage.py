@@ -1,4 +1,4 @@
-"""How many rows the experts saw, and notes of several banks folded into one."""
+"""The number of rows that experts saw, and merging equal notes of several banks."""
 
 import math
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from sedetect.stats.model import ModelStats
 from sedetect.stats.note import Note
 from sedetect.stats.place import BankId, Place
 
-FEW_ROWS = 32  # an expert that saw fewer has no maximum to speak of
+FEW_ROWS = 32  # the maximum of an expert that saw fewer means little
 
 
 def folded(notes: Sequence[Note]) -> list[str]:
-    """The lines of the notes, where several banks say the same as one."""
+    """The lines of the notes, with equal notes of several banks merged."""
     said_of: dict[tuple[str, str, bool], list[BankId | None]] = {}
     for note in notes:
         said_of.setdefault((note.code, note.text, note.bank is None), []).append(note.bank)
@@ -42,7 +42,7 @@ def coverage(stats: ModelStats) -> str:
 
 
 def unseen(stats: ModelStats) -> list[Place]:
-    """The routed experts that saw no row: of them nothing was measured."""
+    """The routed experts that saw no row, so that nothing was measured."""
     return [
         Place(*bank, number)
         for bank, state in sorted(stats.banks.items())

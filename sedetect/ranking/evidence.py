@@ -1,4 +1,4 @@
-"""What the rule and the verdicts read of each bank, the rule's two value tests, and what makes a candidate."""
+"""The values of each bank that the rule and the verdicts use, the rule's two value tests, and the candidate test."""
 
 import math
 import sys
@@ -14,30 +14,30 @@ from sedetect.stats.bank import BankStats
 from sedetect.stats.model import Header
 from sedetect.stats.place import BankId, place_of
 
-# Of a candidate by default: see sedetect.ranking.rule.rank. FRACTION is the rule's.
+# Default thresholds of a candidate: see sedetect.ranking.rule.rank. FRACTION is the rule's.
 MIN_VALUE, MIN_RATIO, FRACTION = 50.0, 10.0, 0.1
 
 
 def is_candidate(large: bool, signature: bool | None, carried: bool | None, outstanding: bool) -> bool:
-    """Whether an expert is one: as large as the rule wants, and a sign beside it (sedetect.ranking.rule).
+    """Whether an expert is a candidate: as large as the rule requires, with a further sign (sedetect.ranking.rule).
 
-    None: not observed. A profile and a walk of first tokens both judge by this.
+    None: not observed. Both rank and locate judge by this.
     """
     return large and bool(signature or carried or outstanding)
 
 
 def stands_out(value: float, ratio: float | None, min_value: float = MIN_VALUE, min_ratio: float = MIN_RATIO) -> bool:
-    """Whether an expert does by its value. ratio: of it to the median of others, None where there is none."""
+    """Whether an expert stands out by its value. ratio: value / median of the others; None without a median."""
     return value >= min_value and ratio is not None and ratio >= min_ratio
 
 
-# Of an expert that saw no row, which a proof alone can name: its text is not that of the statistics.
+# For an expert without rows, which only a proof can name: it uses other text than the statistics.
 _NO_ROW = Record(0.0, 1, -1, sys.maxsize, -1, -1, -1, 0.0, 0.0, -1)
 
 
 @dataclass(frozen=True)
 class ValueTests:
-    """The two value tests of one population, sorted ascending; of an empty one nothing passes."""
+    """The two value tests of one population, sorted ascending; nothing passes in an empty one."""
 
     population: np.ndarray
     maximum: float
@@ -63,7 +63,7 @@ class ValueTests:
 
 
 class BankView:
-    """What ranking reads of one bank of E experts, as (E,) NumPy arrays."""
+    """The values of one bank of E experts that ranking uses, as (E,) NumPy arrays."""
 
     def __init__(self, bank: BankId, state: BankStats, header: Header, rows: str):
         self.bank = bank

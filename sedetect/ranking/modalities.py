@@ -1,4 +1,4 @@
-"""What images and sound use: the experts that serve them more than text, and those that text alone would prune."""
+"""Experts by modality: those that images and sound use more than text, and those that text alone would prune."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ TIMES = 2  # as much as text: what an expert of another modality is used at leas
 
 @dataclass(frozen=True)
 class Use:
-    """What the tokens of a modality and those of text make of an expert.
+    """An expert's use by the tokens of a modality and by those of text.
 
     rows    of the modality's tokens
     share   of that modality's rows in its bank; text: of those of text
@@ -32,7 +32,7 @@ class Use:
 
 
 def uses(stats: ModelStats, modalities: Mapping[str, ModelStats], by: str = "reap") -> list[Use]:
-    """Of each modality but text, the routed experts that are its own or lost, those of the largest share first.
+    """For each modality but text, the routed experts that are its own or lost, largest share first.
 
     stats: of all tokens; modalities: of each alone (Profile.modalities); where there is no text, there is no expert.
     by: the saliency that experts are pruned by; candidates stay whatever theirs.
@@ -57,7 +57,7 @@ def uses(stats: ModelStats, modalities: Mapping[str, ModelStats], by: str = "rea
 
 
 def _lowest(stats: ModelStats, by: str) -> dict[BankId, set[int]]:
-    """Bank -> the experts that a pruning of it leaves out."""
+    """Bank -> the experts that pruning it removes."""
     safe = set(found_places(rank(stats)))
     return {
         bank: set([e for e in ascending(values) if Place(*bank, e) not in safe][: int(RATIO * len(values))])

@@ -1,4 +1,4 @@
-"""What a ranking is: the experts that the statistics point to, with their evidence and verdicts."""
+"""The result of ranking: the set and the candidates, with their evidence and verdicts."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,9 +31,9 @@ class SuperExpert(Place):
     signature    whether it fires on first tokens, None: not observed (see rank)
     carried      whether it writes a massive activation that a later layer carries; None: the residual was not observed
     late         whether its layer is beyond the rule's layers
-    verdict      "candidate", "proved", "refuted" or "undecided" (sedetect.stats.proof); None where nothing but the rule
-                 names it
-    reason       the sentence of a proof, None without one
+    verdict      "candidate", "proved", "refuted" or "undecided" (sedetect.stats.proof); None where only the rule names
+    it
+    reason       the sentence of a proof; None without a proof
     """
 
     value: float
@@ -75,10 +75,10 @@ class SuperExpert(Place):
 
 @dataclass(frozen=True)
 class Ranking(Document):
-    """What rank found.
+    """The result of rank.
 
     super_experts     the paper's set, by value, descending; not all of them have a verdict
-    others            candidates outside the set, and what a proof tried beside them, likewise
+    others            candidates outside the set, and other experts that a proof tried, by value, descending
     population        number of experts in A; its maximum, percentile_value and threshold (the fraction of the maximum);
                       the three are NaN for an empty population
     layer_limits      per stack, the first layer that is not in A
@@ -86,7 +86,7 @@ class Ranking(Document):
     nonfinite         experts and dense MLPs whose output had a NaN or Inf, in the order of the forward (other stacks
                       before the decoder; by layer, kind, expert): the first is where such values are born
     criteria          the arguments of rank by name
-    notes             one line each on what the reader must know
+    notes             facts that the reader must know, one line each
     headline          the verdict in one sentence
     """
 

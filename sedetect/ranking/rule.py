@@ -1,8 +1,9 @@
-"""Ranking: which experts of a profile are super experts, and how sure that is.
+"""Ranking: the super experts of a profile, and how strong the evidence is.
 
 rank gives the set of "Unveiling Super Experts in Mixture-of-Experts Large Language Models" (arXiv 2507.23279, Eq. 6
 in the reading of its Algorithm 1 and tool, ZunhaiSu/Super-Experts-Profilling at 573aead) unchanged, and beside it a
-verdict per expert, because that rule names someone in nearly every population, a featureless random one included.
+verdict per expert, because that rule names at least one expert in nearly every population, even a featureless random
+one.
 
 A is the population: out_max of every routed and shared expert in the layers l < round(0.75 * n_layers) of its stack
 (the set L; Python's round, halves to even), experts that saw no row as 0. Dense MLPs are not in A. Expert (l, e) is
@@ -12,7 +13,7 @@ named iff
 
 The paper knows one stack. Of a model with several, A takes all stacks together, each cut at its own L.
 
-A verdict says how far it is shown that a model depends on an expert:
+A verdict states how well it is shown that a model depends on an expert:
 
     candidate    as large as the rule wants (in its set, or above its fraction of max(A) in any layer) and it fires on
                  first tokens, or writes a massive activation that a later layer carries, or stands out by its value
@@ -73,11 +74,11 @@ def rank(
 
     criterion: "paper", the only one. percentile in [0, 100) (NumPy's linear interpolation), fraction of max(A) in
     (0, 1), layers: L as a fraction of the stack's layers in (0, 1]; both value tests are strict.
-    residual is what sedetect.experiments.residual_stream.observe_residual saw of the same model (its decoder stack
-    only): who writes at least half of a massive activation that a later layer carries, and by layers="data", the layers
-    that form such activations as L. That is a few layers, so both value tests are then over the first three quarters
-    (or up to the last of them, where that is later), and L only cuts the set.
-    proof is what sedetect.experiments.proof.prove found of the same model. What it tried has its verdict.
+    residual is the result of sedetect.experiments.residual_stream.observe_residual on the same model (decoder stack
+    only). It shows which experts write at least half of a massive activation that a later layer carries; with
+    layers="data", L is the layers that form such activations. That is a few layers, so both value tests are then over
+    the first three quarters (or up to the last of them, where that is later), and L only cuts the set.
+    proof is the result of sedetect.experiments.proof.prove on the same model. The experts it tried get its verdicts.
     compat="published-tool" takes max(A) // 10, as the published tool does, and asks for fraction=0.1.
     rows="first" ranks routed experts by published_max, the value that the published tool records, instead of out_max;
     an expert's sign, channel, token and gate stay those of its out_max. The tool reads shared experts whole.
@@ -175,7 +176,8 @@ def rank(
             reason=None if tried is None else tried.reason,
         )
 
-    over_all, large_from = {}, {}  # as large as the rule wants, in a late layer too: by the stack's part of A, or all
+    # as large as the rule requires, also in a late layer: by the stack's part of A, or all
+    over_all, large_from = {}, {}
     for stack in limits:
         mine = finite & np.array([bank.stack == stack for bank, _ in experts], dtype=bool)
         over_all[stack] = ValueTests.of(values[mine], criteria)
@@ -223,7 +225,7 @@ def rank(
 
 
 def _check(criteria: dict[str, Any]) -> None:
-    """SedetectError for an argument of rank that is out of its range."""
+    """Raise SedetectError for an argument of rank that is out of its range."""
     if criteria["criterion"] != "paper":
         raise SedetectError(f"criterion {criteria['criterion']!r} is not known; use 'paper'")
     if criteria["compat"] not in (None, "published-tool"):

@@ -1,4 +1,4 @@
-"""Saliencies: how much an expert did, as the methods that prune experts count it, from the statistics alone.
+"""Saliencies: the importance of experts as pruning methods measure it, from statistics alone.
 
 Over the counted rows of expert j (n_j of them), with y its down_proj output and g its routing weight as the model's
 own router gives it:
@@ -21,11 +21,10 @@ renormalized over the chosen experts where the config has norm_topk_prob (since 
 not, though its router does renormalize), whatever else the model's router does (sigmoid, correction bias, groups,
 scaling); its max_activations is signed, so that a large negative
 output does not count; every expert is computed for every token, of which routed ones count; and with "frequency",
-"ean_ca" and "max_activations" its switch to preserve super experts has no effect. Here whoever prunes by any of these
-numbers keeps the protected experts (sedetect.compression.pruning).
+"ean_ca" and "max_activations" its switch to preserve super experts has no effect. Here pruning by any of these
+saliencies keeps the protected experts (sedetect.compression.pruning).
 
-Rows with a NaN or Inf are missing from the sums: the saliency of an expert that gave one is NaN, which is to say
-unknown.
+Rows with a NaN or Inf are missing from the sums: the saliency of an expert that gave one is NaN (unknown).
 """
 
 import math
@@ -61,7 +60,7 @@ SALIENCIES: dict[str, Callable[[BankStats], torch.Tensor]] = {
 
 
 def check_saliency(by: str) -> None:
-    """Raise SedetectError for a name that is none of SALIENCIES."""
+    """Raise SedetectError for a name that is not in SALIENCIES."""
     if by not in SALIENCIES:
         raise SedetectError(Argument("by"), f" {by}: is not a saliency; use one of {', '.join(SALIENCIES)}")
 
@@ -83,18 +82,20 @@ def saliency(stats: ModelStats | str | os.PathLike[str], by: str) -> dict[BankId
 
 
 def ascending(values: torch.Tensor) -> list[int]:
-    """Experts by saliency (E,), lowest first; equal ones by number, NaN last: what is not known is not pruned."""
+    """Experts by saliency (E,), lowest first; equal ones by number, NaN last, so that experts of unknown saliency are
+    not pruned.
+    """
     return values.argsort(stable=True).tolist()
 
 
 def found_places(ranking: Ranking) -> list[Place]:
-    """Ranking.found as bare places: those that protection means."""
+    """Ranking.found as bare places: the experts to protect."""
     return [expert.place for expert in ranking.found]
 
 
 @dataclass(frozen=True)
 class Saliencies(Document):
-    """The saliencies as a file to share; whoever has it can try several ratios without the model.
+    """The saliencies as a file to share, with which several ratios can be tried without the model.
 
     model, digest, dtype, tokens, sequences    as in the statistics' header
     by                 name of the saliency

@@ -43,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """The set under every pair of thresholds; cells by percentile, then by fraction, in the order they were given."""
+    """The set under every pair of thresholds; cells by percentile, then by fraction, in the given order."""
 
     percentiles: tuple[float, ...]
     fractions: tuple[float, ...]
@@ -138,9 +138,9 @@ def margins(stats: ModelStats | str | os.PathLike[str]) -> dict[str, dict[str, f
 
 @dataclass(frozen=True)
 class Agreed:
-    """An expert that is in the set of some part, or a candidate there.
+    """An expert that is in the set of some part, or a candidate in it.
 
-    named, found     in how many parts it is in the paper's set, and is a candidate
+    named, found     number of parts in which it is in the paper's set, and a candidate
     values           its out_max in every part, in the order of the parts; NaN where it gave one or saw no row
     lowest, highest  of the others
     """
@@ -262,7 +262,7 @@ class Stability(Document):
 
 
 class Peak(NamedTuple):
-    """out_max of one expert and its output channel; NaN and None for one that saw nothing."""
+    """out_max of one expert and its output channel; NaN and None for an expert without rows."""
 
     value: float
     channel: int | None

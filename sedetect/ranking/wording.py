@@ -13,7 +13,7 @@ from sedetect.stats.residual import Residual
 
 @dataclass(frozen=True)
 class Judged:
-    """What headline and notes are told of.
+    """The input of headline and notes.
 
     named      the set; others: candidates and what a proof tried beside it
     tests      the value tests of the population
@@ -40,7 +40,7 @@ class Judged:
 
 
 def make_headline(judged: Judged) -> str:
-    """One line: the super experts that are proved, what else the statistics point to, or why there is nothing."""
+    """One line: the proved super experts and the candidates, or the reason why there are none."""
     found = sorted(judged.named + judged.others, key=lambda expert: -expert.value)
     by_verdict = {word: [e for e in found if e.verdict == word] for word in ("proved", *_UNPROVED, "refuted")}
     parts = []
@@ -54,8 +54,9 @@ def make_headline(judged: Judged) -> str:
         if len(parts) == 1:
             parts.insert(0, "no super expert")
     text = "; ".join(parts) or f"no candidate: {_why_none(judged)}"
-    if judged.residual is not None and judged.residual.has_sinks is False and not proved:  # a proof saw sinks itself
-        text += "; no attention sinks to speak of"
+    # a proof observes sinks itself
+    if judged.residual is not None and judged.residual.has_sinks is False and not proved:
+        text += "; no notable attention sinks"
     return text + (f"; non-finite values from {judged.nonfinite[0]} on" if judged.nonfinite else "")
 
 
@@ -82,13 +83,14 @@ def _why_none(judged: Judged) -> str:
         f"|y| {_short(judged.criteria['min_value'])} and {_short(judged.criteria['min_ratio'])}x its layer's median"
     )
     return (
-        f"the rule names {len(named)} of {len(tests.population)} because it always names someone, and the largest, "
+        f"the rule names {len(named)} of {len(tests.population)} because it always names at least one expert; the "
+        f"largest, "
         f"{_described(named[0])}, has no sign of a super expert (to stand out it needs {needed})"
     )
 
 
 def make_notes(judged: Judged) -> list[str]:
-    """What the reader of a ranking must know, one line each."""
+    """Facts that the reader of a ranking must know, one line each."""
     named, percentile, nonfinite = judged.named, judged.criteria["percentile"], judged.nonfinite
     notes = []
     population = len(judged.tests.population)
@@ -103,9 +105,7 @@ def make_notes(judged: Judged) -> list[str]:
     if barred and judged.formed is None:
         notes.append(f"kept out of the set by the percentile alone: {_listed(barred)}")
     if any(expert.verdict == "candidate" for expert in named + judged.others):
-        notes.append(
-            "a candidate is unproved: whether the model depends on it shows when it is switched off (sedetect prove)"
-        )
+        notes.append("a candidate is unproved; switch it off to see whether the model depends on it (sedetect prove)")
     unobserved = sum(expert.signature is None for expert in named)
     if unobserved:
         notes.append(f"first-token signature not observed for {unobserved} of {len(named)} experts of the set")

@@ -1,6 +1,6 @@
-"""What was measured: the statistics of a bank and of a model, where an expert is, what the residual stream showed.
+"""Measurements: the statistics of banks and models, the places of experts, and the residual stream.
 
-Values that merge and are saved. Nothing here runs a model or judges what it finds.
+Values that merge and are saved. Nothing here runs a model or interprets results.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""The state: what one calibration pass learned of every expert, as a mergeable value.
+"""The state: the statistics of every expert from one calibration pass, as a mergeable value.
 
 A bank is the routed experts of one layer, one shared expert, or one dense MLP. BankStats is its state, a commutative
 monoid under merge: counts, maxima and kept rows merge to the same bits in every grouping and order; the float64 sums
@@ -102,7 +102,7 @@ class BankStats:
         coactivation: bool = False,
         published: bool = False,
     ) -> "BankStats":
-        """The state that has seen nothing. channels is (H, I) to keep the per-channel statistics, published keeps
+        """The empty state. channels is (H, I) to keep the per-channel statistics, published keeps
         published_max."""
         e = num_experts
         state = cls(
@@ -122,8 +122,8 @@ class BankStats:
         return state
 
     def kept(self) -> list[torch.Tensor]:
-        """The fields that are there, in their order."""
-        # By name: torch 2.11 does not compile a look at all attributes.
+        """The fields that are set, in order."""
+        # By name: torch 2.11 cannot compile a loop over all attributes.
         return [tensor for tensor in [getattr(self, name) for name in _FIELDS] if tensor is not None]
 
     def replaced(self, tensors: list[torch.Tensor]) -> "BankStats":
@@ -147,15 +147,15 @@ class BankStats:
 
     @property
     def out_max(self) -> torch.Tensor:
-        """(E,) float32: largest |y| over all counted rows; 0 for an expert that saw none, NaN where a NaN was seen."""
+        """(E,) float32: largest |y| over all counted rows; 0 for an expert without rows, NaN where a NaN occurred."""
         return torch.maximum(self.first_max, self.rest_max)
 
     def peak(self) -> torch.Tensor:
-        """(E, 10) int64: the record behind out_max; its value is empty for an expert that saw nothing."""
+        """(E, 10) int64: the record behind out_max; its value is empty for an expert without rows."""
         return merge_records(self.first_outliers[:, :1], self.outliers[:, :1])[:, 0]
 
     def peak_of(self, expert: int) -> Record | None:
-        """The record behind one expert's out_max; None for one that saw nothing."""
+        """The record behind one expert's out_max; None for an expert without rows."""
         (record,) = decode(self.peak()[expert, None])
         return record
 
@@ -165,8 +165,9 @@ class BankStats:
         return [record for record in decode(records[expert]) if record is not None]
 
     def strongest(self, expert: int, count: int) -> list[tuple[Record, bool]]:
-        """Of an expert's kept rows the count strongest on first tokens and the count strongest on others, by value,
-        descending; beside each, whether its token is a first one. Rows whose value is NaN are left out."""
+        """The count strongest of an expert's kept rows on first tokens and the count strongest on others, by value,
+        descending, each with whether its token is a first one. Rows with a NaN value are left out.
+        """
         rows = [(record, first) for first in (True, False) for record in self.kept_rows(expert, first)[:count]]
         return sorted((row for row in rows if not math.isnan(row[0].value)), key=lambda row: -row[0].value)
 
@@ -175,8 +176,9 @@ class BankStats:
         return self.replaced([tensor.detach().to(device, copy=True) for tensor in self.kept()])
 
     def among(self, first: int, num_experts: int) -> "BankStats":
-        """The state of num_experts experts: these are those from first on, the others have seen nothing. It keeps no
-        coactivation, which is of all experts or of none."""
+        """The state of num_experts experts: these are those from first on, and the others are empty. Coactivation is
+        dropped: it needs all experts.
+        """
         channels = None
         if self.channel_max is not None and self.in_channel_max is not None:
             channels = (self.channel_max.shape[1], self.in_channel_max.shape[1])
@@ -187,7 +189,7 @@ class BankStats:
         return whole
 
     def merge(self, other: "BankStats") -> "BankStats":
-        """The state of both. Source numbers must mean the same in both (ModelStats.merge sees to it).
+        """The state of both. Source numbers must mean the same in both (ModelStats.merge ensures it).
 
         Raises SedetectError where the numbers of experts or channels or the optional statistics differ.
         """

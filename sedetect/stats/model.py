@@ -28,15 +28,15 @@ from sedetect.stats.place import BankId, place_of
 
 FORMAT = "sedetect-stats"
 VERSION = "2"
-_READ = ("1", VERSION)  # the digests of version 1 knew a model by the path of its files
-UNCHECKED = "unchecked"  # in place of a checksum in a digest
+_READ = ("1", VERSION)  # digests of version 1 identified a model by the path of its files
+UNCHECKED = "unchecked"  # instead of a checksum in a digest
 
 
 @dataclass
 class Source:
-    """Where sequences came from: ids are unique within a source.
+    """The source of sequences: ids are unique within a source.
 
-    ranges are half-open [start, end) ranges of the sequence ids seen, sorted; info says what they are (corpus, domain,
+    ranges are half-open [start, end) ranges of the sequence ids seen, sorted; info describes them (corpus, domain,
     window length, ...), for people.
     """
 
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass
 class BankInfo:
-    """What is known of a bank beside its statistics."""
+    """Metadata of a bank."""
 
     module: str
     top_k: int
@@ -55,11 +55,11 @@ class BankInfo:
 
 @dataclass
 class Header:
-    """What was run, on what. Equal digest and dtype are what makes two states mergeable; model is for people.
+    """The model and text of a run. Two states merge if their digests and dtypes are equal; model is for people.
 
     digest: "<id>-<checksum>" of the model (sedetect.models.identity); the checksum is "unchecked" where it is unknown.
     layers: decoder layers per stack, dense ones counted. tokens: counted tokens; sequences: sequences they belong to.
-    notes: what the reader must know (unmapped rows, missing prefix, ...), in the order of their lines, each line once.
+    notes: what the reader must know (unmapped rows, missing prefix, ...), sorted by text, without duplicates.
     """
 
     model: str = ""
@@ -88,7 +88,7 @@ class Header:
         return cls(banks=banks, sources=sources, notes=notes, **written)
 
     def merge(self, other: "Header") -> "Header":
-        """Both runs as one. Raises SedetectError for different models or precisions, or the same sequences twice."""
+        """The merged header. Raises SedetectError for different models or precisions, or overlapping sequences."""
         compared = {
             "digest": (self.digest.partition("-")[0], other.digest.partition("-")[0]),
             "dtype": (self.dtype, other.dtype),
@@ -141,7 +141,7 @@ class Header:
 
 @dataclass
 class ModelStats:
-    """The states of all banks of a model, and the header that says what was run."""
+    """The states of all banks of a model, and the header that describes the run."""
 
     banks: dict[BankId, BankStats] = field(default_factory=dict)
     header: Header = field(default_factory=Header)
@@ -242,7 +242,7 @@ class ModelStats:
     def load(cls, path: str | os.PathLike[str]) -> "ModelStats":
         """Read a file written by save, or the stats.safetensors of a folder.
 
-        Raises SedetectError for a missing, foreign or damaged file, or another version.
+        Raises SedetectError for a missing or damaged file, another format, or another version.
         """
         path = file_in(path, STATS)
         if not path.is_file():
@@ -272,7 +272,7 @@ class ModelStats:
 
 
 def merge_all(states: Iterable[ModelStats | str | os.PathLike[str]]) -> ModelStats:
-    """Merge any number of runs, each as opened takes it; none give the empty state."""
+    """Merge any number of runs (statistics or paths, as for opened); without runs, the empty state."""
     return reduce(ModelStats.merge, map(opened, several(states)), ModelStats.empty())
 
 
@@ -285,14 +285,14 @@ def join_domains(domains: Iterable[ModelStats]) -> ModelStats:
 
 
 def several(runs: Any) -> Iterable[Any]:
-    """Several runs. Raises SedetectError for a single one, and for what holds none."""
+    """Several runs. Raises SedetectError for a single run, and for any other type."""
     if isinstance(runs, (str, os.PathLike, ModelStats)) or not isinstance(runs, Iterable):
         raise SedetectError(f"stats: is one {type(runs).__name__}; give several ModelStats or their paths, as a list")
     return runs
 
 
 def opened(stats: ModelStats | str | os.PathLike[str]) -> ModelStats:
-    """Statistics, or those in a file or in a folder of results. Raises SedetectError for anything else."""
+    """Statistics, loaded if they are given as a file or a folder of results. Raises SedetectError for anything else."""
     if isinstance(stats, (str, os.PathLike)):
         return ModelStats.load(stats)
     if not isinstance(stats, ModelStats):
@@ -305,7 +305,7 @@ def opened(stats: ModelStats | str | os.PathLike[str]) -> ModelStats:
 
 
 def join_banks(parts: list[ModelStats]) -> ModelStats:
-    """One run from parts of it that hold different banks over the same sequences."""
+    """Join parts of one run that hold different banks over the same sequences."""
     headers = [part.header for part in parts]
     header = replace(
         headers[0],
@@ -328,7 +328,7 @@ def ranges_of(ids: torch.Tensor) -> list[list[int]]:
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two digests are of one model: equal ids, and equal checksums where both have one."""
+    """Whether two digests identify one model: equal ids, and equal checksums where both have one."""
     (one_id, _, mine), (other_id, _, theirs) = one.partition("-"), other.partition("-")
     return one_id == other_id and (mine == theirs or UNCHECKED in (mine, theirs))
 

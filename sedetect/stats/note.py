@@ -1,4 +1,4 @@
-"""Notes: what whoever reads statistics must know of how they were made."""
+"""Notes: facts about a run that readers of its statistics must know."""
 
 import re
 from collections.abc import Iterable
@@ -12,12 +12,12 @@ _OF_A_BANK = re.compile(r"(\w+\.\d+\.\w+): (.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Note:
-    """One thing to know.
+    """One fact about a run.
 
-    code   what kind of thing it is: "unmapped", "fallback", "unused_weights", ...; "text" where only the text is known
+    code   the kind of note: "unmapped", "fallback", "unused_weights", ...; "text" where only the text is known
     text   one line for people
-    bank   the bank that text is said of; str puts it before text
-    count  the number in text, where there is one that counts what is noted
+    bank   the bank that text is about; str puts it before text
+    count  the number in text, if text counts something
     """
 
     code: str
@@ -34,7 +34,7 @@ class Note:
 
     @classmethod
     def read(cls, stored: dict[str, Any] | str) -> "Note":
-        """The inverse of to_dict; of a header that has lines of text alone, a note that is one."""
+        """The inverse of to_dict; from a header with lines of text only, a note of code "text"."""
         if isinstance(stored, str):
             found = _OF_A_BANK.fullmatch(stored)
             return cls("text", stored) if found is None else cls("text", found[2], BankId.parse(found[1]))
@@ -43,6 +43,6 @@ class Note:
 
 
 def sorted_notes(notes: Iterable[Note]) -> list[Note]:
-    """The notes in the order of their lines, each line once."""
+    """The notes sorted by line, without duplicates."""
     by_line = {str(note): note for note in notes}
     return [by_line[line] for line in sorted(by_line)]

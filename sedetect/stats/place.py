@@ -1,4 +1,4 @@
-"""Names: of a bank, of an expert, and of a single weight of one, as values and as text."""
+"""Names of banks, experts and single weights of experts, as values and as text."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from sedetect.errors import SedetectError
 
 _NAME = re.compile(r"(?:(\w+)\.)?L(\d+)(?:E(\d+)(_\w+)?|((?:shared|dense)(?:_\d+)?)(?:E(\d+))?)")
 
-PREDICTORS = "mtp"  # the stack of a head that predicts further tokens, beside the layers of a model
+PREDICTORS = "mtp"  # the stack of a multi-token prediction head
 
 
 class BankId(NamedTuple):
@@ -23,7 +23,7 @@ class BankId(NamedTuple):
 
     @property
     def base(self) -> str:
-        """kind without what tells banks of one layer apart: "routed" of "routed_vision", "shared" of "shared_1"."""
+        """kind without its suffix: "routed" for "routed_vision", "shared" for "shared_1"."""
         return self.kind.split("_")[0]
 
     @property
@@ -63,7 +63,7 @@ class Place:
 
     @property
     def place(self) -> "Place":
-        """The bare place, without what a subclass knows of the expert."""
+        """The bare Place, without the fields of a subclass."""
         return Place(self.stack, self.layer, self.kind, self.expert)
 
     @property

@@ -1,10 +1,10 @@
-"""What interventions said of candidates: effects with intervals, and the verdicts that follow, as proof.json has them.
+"""The results of interventions on candidates: effects with intervals and the verdicts from them, as in proof.json.
 
 sedetect.experiments.proof makes it. Levels, one vocabulary everywhere:
 
-    candidate  what statistics alone can say of an expert
+    candidate  the most that statistics alone can show of an expert
     proved     the model depends on it: by itself, or with others that stand in for it
-    refuted    it does not, whatever the statistics say
+    refuted    the model does not depend on it, whatever the statistics suggest
     undecided  the text of the proof was not enough, or shows a dependence of another kind
 """
 
@@ -39,9 +39,9 @@ def _percent(value: float) -> str:
 class Switching:
     """One run with outputs switched off at trigger tokens.
 
-    experts         which; of a control, those that the trigger tokens visit beside the candidates
+    experts         those switched off; in a control, others that the trigger tokens visit
     sink_mean       mean attention on the first token, residual_max: largest |x| of the residual stream inside; None
-                    where they were not observed
+    where not observed
     """
 
     label: str
@@ -68,7 +68,7 @@ class Verdict:
                not fire, or was the only one
     triggers   its trigger tokens in the text; firsts: those of them that begin a sequence
     partners   the experts it is proved with, where alone it is not
-    feeders    None where nobody looked for them
+    feeders    None where prove did not look for them
     """
 
     expert: str
@@ -91,7 +91,7 @@ class Proof(Tabular, Document):
     smallest        relative rise of perplexity that matters; level: chance that any interval misses
     sink_mean, best_head, residual_max      of the unchanged model; the first two None without attention weights
     uniform         sink mass of uniform attention in windows of this length; sinks: a sentence on them
-    seconds         what it took
+    seconds         the time it took
     """
 
     FORMAT = "sedetect-proof"
@@ -138,7 +138,7 @@ class Proof(Tabular, Document):
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Proof":
-        """The inverse of to_dict; keys beside its own are left out."""
+        """The inverse of to_dict; unknown keys are ignored."""
         fields = {name: document[name] for name in cls.__dataclass_fields__}
         fields["verdicts"] = [_verdict(one) for one in document["verdicts"]]
         for name in ("runs", "controls"):

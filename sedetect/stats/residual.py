@@ -1,7 +1,7 @@
-"""What was seen of a model's residual stream and attention sinks: layers, formations of massive activations, D_sink.
+"""The observed residual stream and attention sinks of a model: layers, formations of massive activations, D_sink.
 
-sedetect.experiments.residual_stream observes it; here are its parts, its document residual.json, and what is read off
-them. x is the output of a decoder layer before any final norm; everything is in its units.
+sedetect.experiments.residual_stream makes the observation; this module holds its parts, the document residual.json, and
+the conclusions from them. x is the output of a decoder layer before any final norm; everything is in its units.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -12,7 +12,7 @@ from sedetect.files import RESIDUAL
 from sedetect.stats.place import Place, parse_place
 
 SINK_MASS = 0.03
-"""Of all attention, the part on the first token above that of uniform attention from which a model has attention sinks.
+"""A model has attention sinks if the first token's share of all attention exceeds that of uniform attention by this.
 Of nine small trained models in windows of 512 tokens, those with super experts have 0.05 to 0.11 of all attention
 there, those with output gates or learned sinks 0.004 to 0.021; uniform attention has 0.004."""
 
@@ -43,7 +43,7 @@ class Formation:
     explained    attention + the shares of all experts: 1 but for rounding where the layer adds their outputs as they
                  are; elsewhere (norms after a block, residual multipliers) shares compare only with each other, which
                  is what share_of does
-    carried_to   last layer up to which the element stays massive without a gap; layer itself: nobody carries it
+    carried_to   last layer up to which the element stays massive without a gap; layer itself: no later layer does
     vanishes     the layer after which it is not massive any more; None where it lasts to the end
     undone_in    the first later layer that takes half of it away or more; None where none does. undone_by: the expert
                  that writes most against it there (step-down of arXiv 2603.05498), its share of what was carried; None
@@ -74,7 +74,7 @@ class Formation:
         return self.carried_to > self.layer
 
     def share_of(self, expert: Place) -> float:
-        """The part of what is explained that an expert has; 0 for one that is not among the writers."""
+        """An expert's part of what is explained; 0 for an expert that is not among the writers."""
         shares = [writer.share for writer in self.writers if writer.expert == expert]
         return shares[0] / self.explained if shares and self.explained > 0 else 0.0
 
@@ -118,7 +118,7 @@ class Residual(Tabular, Document):
     prefix: tokens of each, and of its prefix.
 
     formations are in the order of the forward, at most 16 per layer and sequence (the largest |x|); found counts all.
-    instead names what the attention blocks have in place of sinks: "learned sinks", "output gates".
+    instead names the mechanisms of the attention blocks that replace sinks: "learned sinks", "output gates".
     """
 
     FORMAT = "sedetect-residual"
@@ -176,11 +176,11 @@ class Residual(Tabular, Document):
 
     @property
     def sinks_line(self) -> str:
-        """One sentence on the attention sinks, and on what the attention blocks have in their place."""
+        """One sentence on the attention sinks, and on the mechanisms that replace them."""
         beside = f"; its attention has {' and '.join(self.instead)}" if self.instead else ""
         if self.sink_mean is None or self.best_head is None:
             return f"attention sinks not observed: the model gives no attention weights{beside}"
-        text = "attention sinks" if self.has_sinks else "no attention sinks to speak of"
+        text = "attention sinks" if self.has_sinks else "no notable attention sinks"
         return (
             f"{text}: {self.sink_mean:.1%} of the attention on the first token, {self.best_head:.0%} in the best head; "
             f"uniform attention has {self.uniform:.1%}{beside}"
@@ -188,7 +188,7 @@ class Residual(Tabular, Document):
 
     @property
     def inner_max(self) -> float:
-        """Largest |x| after any layer but the first and the last: what is neither embedding nor made for the output."""
+        """Largest |x| after any layer but the first and the last, which depend on the embedding and the output."""
         return max(layer.maximum for layer in self.layers[1:-1] or self.layers)
 
     @property
@@ -224,7 +224,7 @@ class Residual(Tabular, Document):
     def from_dict(cls, document: dict[str, Any]) -> "Residual":
         """The inverse of to_dict; keys beside its own are left out."""
         fields = {name: document[name] for name in cls.__dataclass_fields__ if name != "instead"}
-        fields["instead"] = document.get("instead", [])  # which files of 0.1.0 do not say
+        fields["instead"] = document.get("instead", [])  # absent from files of 0.1.0
         fields["layers"] = [LayerResidual(**layer) for layer in document["layers"]]
         fields["formations"] = [_formation(formation) for formation in document["formations"]]
         return cls(**fields)
@@ -235,7 +235,7 @@ def _named(writer: Writer) -> dict[str, Any]:
 
 
 def _formation(document: dict[str, Any]) -> Formation:
-    """The inverse of asdict with _named; files of 0.1.0 do not say what undoes a formation."""
+    """The inverse of asdict with _named; files of 0.1.0 lack the fields on what undoes a formation."""
     writers = [Writer(**w | {"expert": parse_place(w["expert"])}) for w in document["writers"]]
     undone = document.get("undone_by")
     by = None if undone is None else Writer(**undone | {"expert": parse_place(undone["expert"])})
@@ -244,7 +244,7 @@ def _formation(document: dict[str, Any]) -> Formation:
 
 @dataclass(frozen=True)
 class Observation(Document):
-    """The document residual.json whole: a residual stream and, where it was observed too, the same model's without some
+    """The whole document residual.json: a residual stream and, if observed, that of the same model without some
     experts (their names). Residual.load reads the first alone."""
 
     FORMAT, FILE, REMEDY = Residual.FORMAT, Residual.FILE, Residual.REMEDY

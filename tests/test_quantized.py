@@ -224,7 +224,7 @@ def test_what_has_no_kernel_is_refused_and_served_by_another():
     weights = torch.empty(4, 16, 16, dtype=torch.float8_e5m2)
     experts = QuantizedWeights(weights, torch.ones(4, 1, 1), None, torch.float32)
     reason = TritonBackend().refusal(DEVICE, torch.float32, 4, ExpertWeights(None, experts))
-    assert reason == "the weights are quantized in a form that it has no kernel for"
+    assert reason == "it has no kernel for this quantization of the weights"
     _, stored = twins("fp8")
     for layer in stored.model.layers:
         if isinstance(getattr(layer.mlp, "experts", None), FP8Experts):

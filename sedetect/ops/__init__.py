@@ -1,7 +1,7 @@
-"""The kernel layer for other tooling: expert computations that update a BankStats while they run.
+"""The kernel layer, usable by other tools: expert computations that update a BankStats as they run.
 
-One contract (contract), four backends that keep it (reference, cpu, triton, cuda), and the choice between them. Nothing
-here knows a model: tensors in, tensors out.
+One contract (contract), four backends that implement it (reference, cpu, triton, cuda), and the choice between them.
+Nothing here depends on a model: tensors in, tensors out.
 """
 
 import lazy_loader

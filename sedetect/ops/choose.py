@@ -1,8 +1,8 @@
-"""Which backend serves a call: each computes the same stages (sedetect.ops.contract), in its own way.
+"""The choice of a backend for a call. Each implements the same stages (sedetect.ops.contract).
 
-torch is the definition and runs anywhere. cpu is torch's GEMMs with the row statistics of csrc/, taken while the
-output is in cache. triton are the kernels of kernels/, cuda those of csrc/cuda/ for Hopper GPUs. Every stage takes and
-gives what the torch reference of its file in kernels/ documents.
+torch is the reference and runs anywhere. cpu is torch's GEMMs with the row statistics of csrc/, computed while the
+output is in cache. triton is the kernels of kernels/, cuda those of csrc/cuda/ for Hopper GPUs. The torch reference in
+each file of kernels/ documents the arguments and results of its stage.
 """
 
 from typing import Any
@@ -32,9 +32,9 @@ def choose_backend(
     experts: int = 1,
     weights: ExpertWeights | None = None,
 ) -> tuple[Backend[Any], str | None]:
-    """The backend that serves a call, and why it is not the wanted one (None if it is, or none was named).
+    """The backend for a call, and the reason if it is not the wanted one (None if it is, or none was named).
 
-    Without experts and weights: the backend that serves calls of a layer, where nothing about them stands against it.
+    Without experts and weights: the backend for a layer's calls, unless the calls themselves rule it out.
 
     Raises SedetectError for an unknown name.
     """
@@ -49,9 +49,9 @@ def choose_backend(
 
 
 def missing_fast_path(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the backend that is made for a device does not serve its layers of this dtype; None where it does.
+    """The reason why a device's own backend does not serve its layers of this dtype; None if it does.
 
-    Of a CPU's, only that it is not built.
+    For a CPU, the only reason given is that it is not built.
     """
     cpu = BACKENDS["cpu"]
     if device.type == "cpu" and isinstance(cpu, CpuBackend) and cpu.built:

@@ -1,4 +1,4 @@
-"""The contract between the ops and what computes them: the weights that a call is made with, and what a backend does.
+"""The contract between the ops and the backends: the weights of a call, and the stages that a backend implements.
 
 T tokens, k experts per token, S = T*k routed rows, E experts, H hidden, I intermediate.
 """
@@ -23,7 +23,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Halves:
-    """Gate and up projections stored apart, (E, I, H) each, in the place of a gate_up (E, 2I, H)."""
+    """Gate and up projections stored separately, (E, I, H) each, instead of a gate_up (E, 2I, H)."""
 
     gate: torch.Tensor
     up: torch.Tensor
@@ -34,7 +34,7 @@ class Halves:
 
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
-    """What the experts of one layer compute with: down(gate(gate_up(x))) for each of the E experts.
+    """The weights of the experts of one layer: down(gate(gate_up(x))) for each of the E experts.
 
     gate_up       (E, 2I, H), or (E, H, 2I) when transposed; (E, I, H) for experts without a gate; None where x is the
                   input of down already
@@ -55,7 +55,7 @@ class ExpertWeights:
 
     @classmethod
     def of(cls, module: Any, gate: Gate | Function) -> "ExpertWeights":
-        """Those of an experts module of transformers, or of an adapter, which shows the same attributes."""
+        """The weights of an experts module of transformers, or of an adapter, which has the same attributes."""
         up = "gate_up_proj" if module.has_gate else "up_proj"
         biases = {}
         if module.has_bias:
@@ -64,7 +64,7 @@ class ExpertWeights:
 
     @property
     def stacked(self) -> Matrices:
-        """gate_up where it is one stack of matrices, as a call of a backend has it."""
+        """gate_up as one stack of matrices, as in every call of a backend."""
         assert self.gate_up is not None and not isinstance(self.gate_up, Halves)
         return self.gate_up
 
@@ -74,7 +74,7 @@ class ExpertWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is multiplied and of the results; QuantizedWeights are stored in another."""
+        """The dtype of the products and results; QuantizedWeights are stored in another dtype."""
         return self.down.dtype
 
     @property
@@ -83,18 +83,18 @@ class ExpertWeights:
 
     @property
     def matrices(self) -> list[Matrices]:
-        """Those there are, up to three."""
+        """The matrices that exist, up to three."""
         up = [self.gate_up.gate, self.gate_up.up] if isinstance(self.gate_up, Halves) else [self.gate_up]
         return [matrices for matrices in (*up, self.down) if matrices is not None]
 
     @property
     def storage(self) -> set[torch.dtype]:
-        """The types that QuantizedWeights among them are stored in; none where they are plain tensors."""
+        """The storage types of the QuantizedWeights among them; empty for plain tensors."""
         return {matrices.storage for matrices in self.matrices if isinstance(matrices, QuantizedWeights)}
 
     @property
     def fused_gate(self) -> Gate | None:
-        """The gate where it is one that a kernel may compute."""
+        """The gate if a kernel can compute it, else None."""
         return self.gate if isinstance(self.gate, Gate) else None
 
     def apply_gate(self, z: torch.Tensor) -> torch.Tensor:
@@ -107,12 +107,12 @@ class ExpertWeights:
 class Backend(Protocol[Found]):
     """The stages of an experts call, on the device where the tensors are.
 
-    Found is what a backend knows of its rows (RowStats, RowParts): only its own update reads it, but for found.best,
-    (S,) float32, the largest |y| of each row. Rows of no expert hold anything, in tensors and in Found.
+    Found holds a backend's row statistics (RowStats, RowParts). Only its own update reads it, except found.best, (S,)
+    float32, the largest |y| of each row. Rows without an expert are undefined, in tensors and in Found.
 
-    Every stage may assume that refusal said None to the device, the weights' dtype, their number of experts and the
-    weights themselves; that shapes belong together and plan is of these experts (sedetect.ops.functions checks); and
-    that it runs under torch.no_grad. None changes its inputs, but for update.
+    Every stage may assume that refusal returned None for the device, the weights' dtype, their number of experts and
+    the weights themselves; that shapes belong together and plan is of these experts (sedetect.ops.functions checks);
+    and that it runs under torch.no_grad. None changes its inputs, but for update.
     """
 
     name: str
@@ -120,14 +120,14 @@ class Backend(Protocol[Found]):
     def refusal(
         self, device: torch.device, dtype: torch.dtype, experts: int = 1, weights: ExpertWeights | None = None
     ) -> str | None:
-        """Why this backend cannot serve layers of this device and weight dtype, or a call of them; None if it can.
+        """The reason why this backend cannot serve layers of this device and weight dtype, or a call; None if it can.
 
-        weights: those that it is to multiply with, None where it takes the statistics of rows computed elsewhere. A
-        gate whose activation it does not know is a reason: the call then goes to another backend.
+        weights: those of the call, None for statistics of rows computed elsewhere. A gate with an unknown activation is
+        a reason: another backend then takes the call.
         """
 
     def plan(self, top_k_index: torch.Tensor, num_experts: int) -> Plan:
-        """The routing (T, k) int, sorted by expert; indices outside [0, E) are no expert."""
+        """The routing (T, k) int, sorted by expert; indices outside [0, E) are ignored."""
 
     def gate_up(self, x: torch.Tensor, plan: Plan, weights: ExpertWeights) -> torch.Tensor:
         """z (S, 2I) before the gate, sorted by expert, of x (T, H). weights.gate_up is one stack of matrices."""
@@ -147,10 +147,14 @@ class Backend(Protocol[Found]):
         """Statistics of rows computed elsewhere: y (S, H), h (S, I)."""
 
     def combine(self, y: torch.Tensor, plan: Plan, gates: torch.Tensor) -> torch.Tensor:
-        """(T, H) float32: the sum over a token's slots of gates (T, k) times y (S, H), but for rows of no expert."""
+        """(T, H) float32: the sum over a token's slots of gates (T, k) times y (S, H), without rows that have no
+        expert.
+        """
 
     def update(self, state: BankStats, found: Found, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
-        """Merge the statistics of one call into the tables that every state has, in place. gates (T, k), rows of T."""
+        """Merge the statistics of one call into the tables that every state has, in place. gates (T, k); rows of T
+        tokens.
+        """
 
 
 def by_stages(
@@ -163,7 +167,7 @@ def by_stages(
 
 
 def gate_refusal(weights: ExpertWeights, known: frozenset[str]) -> str | None:
-    """Why a backend that knows these activations does not serve the weights; None if nothing is unknown."""
+    """The reason why a backend with these activations cannot serve the weights; None if it can."""
     gate = weights.fused_gate
     if gate is None or gate.activation in known:
         return None

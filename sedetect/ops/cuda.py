@@ -1,9 +1,9 @@
 """The CUDA backend: the kernels of csrc/cuda, for Hopper GPUs.
 
-Plan, both GEMMs and the update of the statistics are its own. The row kernels (combine and row statistics) are
-Triton's, which wait for memory and nothing else. So are the GEMMs where experts have few rows: the weights' traffic
-decides there, and their tiles are smaller; and plans of few slots. Addresses go to sedetect._cuda, which knows nothing
-of torch; a stage is one call of it, because at small T the host is what takes the time.
+It has its own plan, GEMMs and update of the statistics. The row kernels (combine and row statistics), which are bound
+by memory, are Triton's. So are plans of few slots, and the GEMMs where experts have few rows: weight traffic dominates
+there, and Triton's tiles are smaller. sedetect._cuda gets addresses and does not use torch; each stage is one call,
+because at small T the host takes most of the time.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ _cuda: Any = None
 if importlib.util.find_spec("sedetect._cuda") is not None:
     _cuda = importlib.import_module("sedetect._cuda")
 
-# Columns of gate_up's weights from which on its rows are sorted before it, so that the copy engine loads them: sorting
+# Number of gate_up columns from which its rows are sorted first, so that the copy engine can load them: sorting
 # takes as long as 2000 to 8000 columns gain by it (docs/performance-notes.md).
 SORTED_COLUMNS = 8192
 

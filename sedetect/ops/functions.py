@@ -20,7 +20,7 @@ from sedetect.ops.contract import Backend, ExpertWeights, Found, Halves
 from sedetect.stats.bank import BankStats
 
 Served = Callable[[str, str | None], None]
-Parts = Sequence[tuple[BankStats, Rows]]  # further states, each updated with rows of its own
+Parts = Sequence[tuple[BankStats, Rows]]  # further states, each updated with its own rows
 
 
 @torch.no_grad()
@@ -41,14 +41,14 @@ def moe_mlp(
 
     Args:
         x: (T, H); or (T, k, H), an input of its own for every slot.
-        top_k_index: (T, k) int; indices outside [0, E) are no expert. top_k_weights: (T, k), the g.
+        top_k_index: (T, k) int; indices outside [0, E) are ignored. top_k_weights: (T, k), the g.
         weights: matrices, biases and gate of the E experts.
         state: updated in place with the statistics of every counted row (see BankStats).
         post_norm: applied to each row of the down_proj output before its routing weight; not part of the statistics.
-        rows: which token each row is; None counts every row and knows nothing of its place.
-        parts: further states, each updated with rows of its own; without the optional statistics.
-        backend: name, or None for the fastest that serves this device and these weights.
-        served: told the name of the backend that serves the call, and why it is not the one asked for (None if it is).
+        rows: the token of each row; None counts every row, without a position.
+        parts: further states, each updated with its own rows; without the optional statistics.
+        backend: name, or None for the fastest that supports this device and these weights.
+        served: called with the name of the backend used, and the reason if it is not the requested one (else None).
     Returns:
         (T, H) in x's dtype.
     """
@@ -92,7 +92,8 @@ def _hidden(chosen: Backend[Any], x: torch.Tensor, plan: Plan, weights: ExpertWe
 
 @torch.no_grad()
 def every_expert(x: torch.Tensor, weights: ExpertWeights, *, backend: str | None = None) -> torch.Tensor:
-    """What every expert gives for every token, by the stages of moe_mlp: x (T, H) -> y (E, T, H) in the weights' dtype.
+    """The output of every expert for every token, by the stages of moe_mlp: x (T, H) -> y (E, T, H) in the weights'
+    dtype.
 
     No routing, and no statistics are kept.
     """
@@ -116,7 +117,7 @@ def moe_modules(
     backend: str | None = None,
     served: Served | None = None,
 ) -> torch.Tensor:
-    """moe_mlp for experts that are modules and compute themselves. Synchronizes with the host, to loop over them.
+    """moe_mlp for experts that are modules with their own forward. Synchronizes with the host, to loop over them.
 
     Args:
         x, top_k_index, top_k_weights, state, rows, parts, backend, served: as in moe_mlp, x (T, H).
@@ -161,7 +162,7 @@ def down_stats(
         h: (S, I), sorted by expert as plan says. weights: only down and its bias are used.
         gates: (T, k) routing weights. state, rows, parts, backend, served: as in moe_mlp.
     Returns:
-        y (S, H) in the weights' dtype, sorted by expert: the very values the statistics are of.
+        y (S, H) in the weights' dtype, sorted by expert: exactly the values that the statistics cover.
     """
     chosen = _choose(h.device, weights.dtype, weights.experts, weights, backend, served)
     rows = Rows.unmapped(len(gates), h.device) if rows is None else rows
@@ -232,7 +233,7 @@ def _check(
     other: Sequence[int],
     parts: Parts = (),
 ) -> None:
-    """Raise ValueError where shapes, devices or layouts do not belong together: kernels read by pointer."""
+    """Raise ValueError for inconsistent shapes, devices or layouts, because kernels read by pointer."""
     for one, own in parts:
         _check(device, one, experts, tokens, own, routing, other)
     if state.num_experts != experts:

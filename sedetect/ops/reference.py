@@ -1,4 +1,4 @@
-"""The torch backend: the definition of every stage, on any device."""
+"""The torch backend: the reference for every stage, on any device."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""The Triton backend: every stage on the GPU, the statistics taken while the experts are computed.
+"""The Triton backend: every stage on the GPU, with the statistics taken as the experts are computed.
 
-What it finds of rows are RowParts (sedetect.ops.contract.Backend).
+Its row statistics are RowParts (sedetect.ops.contract.Backend).
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +25,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels 
 
 
 def prepare_launches() -> None:
-    """Begin what the first launch waits for otherwise: Triton hashes its own 200 MB, which takes half a second."""
+    """Start early the work that the first launch would wait for: Triton hashes its own 200 MB in half a second."""
     Thread(target=triton.runtime.cache.triton_key, daemon=True).start()
 
 
@@ -45,10 +45,10 @@ class TritonBackend:
         if weights is None:
             return None
         if not weights.storage <= {torch.float8_e4m3fn, torch.uint8}:
-            return "the weights are quantized in a form that it has no kernel for"
+            return "it has no kernel for this quantization of the weights"
         fp8 = torch.float8_e4m3fn in weights.storage and device.type == "cuda"
         if fp8 and torch.cuda.get_device_capability(device) < (8, 9):
-            return "the weights are FP8, which takes compute capability 8.9"
+            return "the weights are FP8, which requires compute capability 8.9"
         return gate_refusal(weights, self.activations)
 
     def plan(self, top_k_index: torch.Tensor, num_experts: int) -> Plan:
@@ -87,7 +87,7 @@ class TritonBackend:
         with on(gates.device):
             update(state, found, plan, gates, rows)
 
-    # The GEMMs: what another backend on a GPU may do in another way.
+    # The GEMMs, which another GPU backend may override.
 
     def _gate_up(
         self,

@@ -1,4 +1,4 @@
-"""What experts are like inside: weights, outputs, routing ("A Closer Look into Mixture-of-Experts").
+"""Analyses of the experts' weights, outputs and routing ("A Closer Look into Mixture-of-Experts").
 
 Arrays and tables of numbers; charts of them belong in report.
 """

@@ -1,4 +1,5 @@
-"""What the analyses of `sedetect analyze weights, outputs, routing` share: their file, and who is compared with whom.
+"""Shared by the analyses of `sedetect analyze weights, outputs, routing`: their file, and the groups of experts
+compared.
 
 The analyses are those of "A Closer Look into Mixture-of-Experts in Large Language Models" (arXiv 2406.18219).
 """
@@ -57,8 +58,8 @@ class Analysis(Tabular):
 
     kind      one of KINDS
     model, digest, dtype    as in the header of statistics
-    settings  what was asked for; texts, domains: what was read, see the function that made it
-    notes     what the reader must know
+    settings  the arguments; texts, domains: the text read, see the function that made it
+    notes     facts that the reader must know
     """
 
     kind: str
@@ -98,7 +99,9 @@ class Analysis(Tabular):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], kind: str) -> "Analysis":
-        """Read what save wrote. Raises SedetectError for a missing, foreign or damaged file, or another version."""
+        """Read what save wrote. Raises SedetectError for a missing or damaged file, another format, or another
+        version.
+        """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -119,13 +122,13 @@ class Analysis(Tabular):
 
 
 def new_analysis(kind: str, model: nn.Module, digest: str | None = None) -> Analysis:
-    """An empty one of a live model. digest: where it is not to be taken of its weights."""
+    """An empty analysis of a live model. digest: used instead of the digest of its weights."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return Analysis(kind, model_name(model), model_digest(model) if digest is None else digest, dtype)
 
 
 def text_settings(domains: dict[str, Windows], texts: Sequence["Text"]) -> dict[str, Any]:
-    """What an analysis over text remembers of it: tokens by domain, and the short texts whole."""
+    """An analysis's record of its text: tokens by domain, and the short texts whole."""
     return {
         "domains": {domain: windows.ids.numel() for domain, windows in domains.items()},
         "texts": [text.to_dict() for text in texts],
@@ -133,13 +136,13 @@ def text_settings(domains: dict[str, Windows], texts: Sequence["Text"]) -> dict[
 
 
 def file_of(folder: str | os.PathLike[str], kind: str) -> Path:
-    """Where the result of an analysis stands in a folder of results."""
+    """The path of an analysis in a folder of results."""
     return Path(folder) / f"{kind}-analysis.safetensors"
 
 
 @dataclass
 class Text:
-    """A short text of which every token is looked at: ids (L,) int64, with what the tokenizer puts before a text."""
+    """A short text to show token by token: ids (L,) int64, with the tokenizer's prefix."""
 
     text: str
     ids: torch.Tensor
@@ -162,7 +165,7 @@ def read_texts(tokenizer: "PreTrainedTokenizerBase", texts: Iterable[str]) -> li
 
 @dataclass
 class Group:
-    """Experts that stand side by side: the routed experts of one bank, and the shared experts of its layer."""
+    """Experts compared with each other: the routed experts of one bank, and the shared experts of its layer."""
 
     routed: Bank
     shared: list[Bank] = field(default_factory=list)
@@ -217,7 +220,7 @@ class Standing(NamedTuple):
 
 
 def standing(values: torch.Tensor, expert: int) -> Standing:
-    """Where one expert stands in values (E,), NaN for what is not known."""
+    """The Standing of one expert in values (E,), NaN for unknown ones."""
     known = values[~values.isnan()].double()
     median = float(known.quantile(0.5)) if len(known) else math.nan
     return Standing(float(values[expert]), median, 1 + int((values > values[expert]).sum()))

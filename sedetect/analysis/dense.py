@@ -28,7 +28,7 @@ _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
 def open_layers(
     path: str | Path, loading: Loading, layers_of: Callable[[nn.Module], dict[str, nn.Module]]
 ) -> "StreamedModel":
-    """A checkpoint of which these modules are loaded one at a time, and nothing else."""
+    """A checkpoint from which only these modules are loaded, one at a time."""
     if checked_path(path, "a checkpoint").is_dir():
         check_checkpoint(path)
     from sedetect.models.streamed import open_streamed
@@ -37,7 +37,7 @@ def open_layers(
 
 
 class DenseModel:
-    """A dense checkpoint, of which one layer at a time has weights."""
+    """A dense checkpoint; only one layer at a time has weights in memory."""
 
     def __init__(self, path: str | Path, loading: Loading):
         self._streamed = open_layers(path, loading, _dense_layers)
@@ -45,7 +45,7 @@ class DenseModel:
         self.name = model_name(self._streamed.model)
 
     def check(self, groups: Sequence[Group]) -> None:
-        """Raise SedetectError where an MLP does not write as many channels as the experts beside it."""
+        """Raise SedetectError if an MLP and the experts beside it differ in output channels."""
         for like in (group.routed for group in groups):
             bank = self._banks.get(like.id.layer)
             if bank is not None and bank.hidden != like.hidden:
@@ -60,7 +60,7 @@ class DenseModel:
         return f"{bank.id}: {self.name} has no MLP in a layer of this number, so {DENSE} takes no part"
 
     def matrices(self, like: Bank, device: torch.device) -> dict[str, torch.Tensor] | None:
-        """Those of the MLP in the layer of that bank; None where the model has fewer layers."""
+        """The matrices of the MLP in that bank's layer; None if the model has fewer layers."""
         with self._loaded(like) as bank:
             if bank is None:
                 return None
@@ -92,7 +92,7 @@ class DenseModel:
 class DenseMlp:
     """An MLP of a dense model: x (T, H) -> (T, H). matrices: gate where it has one, up and down, (I, H) each.
 
-    stateless: why its intermediate states are not known, where they are not.
+    stateless: the reason why its intermediate states are unknown; None if they are known.
     """
 
     def __init__(self, bank: Bank, module: nn.Module, matrices: dict[str, torch.Tensor]):
@@ -121,7 +121,7 @@ class DenseMlp:
         return found.float()
 
     def _adds_up(self, x: torch.Tensor, y: torch.Tensor) -> bool:
-        """Whether the MLP's own result y comes out of these states."""
+        """Whether these states reproduce the MLP's own result y."""
         h, down = self.states(x), self._matrices["down"]
         if "gate" in self._matrices:
             up = self._matrices["up"]

@@ -25,7 +25,7 @@ NAMES = ("gate", "up", "down")
 # Input projections of an MLP that is not a routed expert: apart, the gate first, or in one linear.
 _APART = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))
 _ONE = ("gate_up_proj", "input_linear", "up_proj", "w1", "fc1", "wi")
-_STEP = 1 / 16  # of the up half, by which a gate that is not known is taken apart
+_STEP = 1 / 16  # values of the up half with which an unknown gate is decomposed
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def is_interleaved(bank: Bank) -> bool:
     off, on = own._apply_gate(z)
     moved: list[int] = (off != on).nonzero().flatten().tolist()
     if moved not in ([0], [width // 2]):
-        raise SedetectError(f"{bank.path}: which of its gate_up_proj is the gate is not known; it cannot be compared")
+        raise SedetectError(f"{bank.path}: the gate's half of its gate_up_proj is unknown; it cannot be compared")
     return moved == [width // 2]
 
 

@@ -1,10 +1,10 @@
 """How alike the outputs of a layer's experts are, and whether routers choose large ones: every expert on every token.
 
-In one forward of the model per batch: where a layer's experts are called, all of them are computed on all of its tokens
-beside what the layer itself computes, which stays as it is. y is a down_proj output before the routing weight, as in
-the statistics. Nothing of size (experts, tokens, width) is kept: tokens pass in chunks, of which only sums remain.
+One forward of the model per batch: where a layer's experts are called, all of them are also computed on all of its
+tokens; the layer's own result is unchanged. y is a down_proj output before the routing weight, as in the statistics.
+Nothing of size (experts, tokens, width) is kept: tokens pass in chunks, of which only sums remain.
 
-Shared experts take part where they give the same tokens outputs of the same width. Where a model scales the input of an
+Shared experts take part if their outputs have the same tokens and width. Where a model scales the input of an
 expert by its routing weight (Llama 4), every expert is given a token as its first choice is given it.
 """
 
@@ -159,7 +159,7 @@ class _Observer:
         self._length, self._keep, self._computed = length, keep, False
 
     def end(self) -> None:
-        """The forward is over: what was not called will not be."""
+        """The forward is over: no further calls will come."""
         if self._routing is not None:
             self._compute(*self._routing)
         self._given.clear()
@@ -286,13 +286,13 @@ class _Observer:
         if self._sums is not None and (unranked := self._sums.unranked()):
             found.append(
                 f"{bank.id}: on {unranked:,} of {self._sums.seen:,} tokens the outputs of all experts have one norm, "
-                "so that none is the largest: not ranked"
+                "so none is the largest; not ranked"
             )
         return found
 
 
 def chunk_tokens(members: int, hidden: int, intermediate: int, device: torch.device) -> int:
-    """How many tokens' outputs of all experts are in memory at a time."""
+    """The number of tokens whose outputs of all experts are in memory at a time."""
     return max(1, _CHUNK.get(device.type, _CHUNK["cpu"]) // (members * max(hidden, 2 * intermediate)))
 
 
@@ -313,9 +313,9 @@ class OutputSums:
         self._ranks = zeros(experts * experts, dtype=torch.int64)
 
     def add(self, y: torch.Tensor, chosen: torch.Tensor, logits: torch.Tensor | None) -> None:
-        """y (N, T, H) float32 of T tokens; chosen (T, k) int64, E for slots that are nobody's; logits (T, E).
+        """y (N, T, H) float32 of T tokens; chosen (T, k) int64, E for slots without an expert; logits (T, E).
 
-        Tokens with a NaN or Inf in an output count nowhere. Does not wait for the device.
+        Tokens with a NaN or Inf in an output are left out. Does not wait for the device.
         """
         self.seen += y.shape[1]
         products, norms = _products(y)
@@ -344,11 +344,11 @@ class OutputSums:
             self._ranks.index_add_(0, pair.flatten(), counted.flatten())
 
     def left_out(self) -> int:
-        """How many of the tokens seen count nowhere."""
+        """The number of seen tokens that are left out."""
         return self.seen - int(self._tokens)
 
     def unranked(self) -> int:
-        """How many of the tokens that count have no largest output."""
+        """The number of counted tokens without a largest output."""
         return int(self._tokens - self._ranked)
 
     def arrays(self) -> dict[str, torch.Tensor]:
@@ -396,14 +396,14 @@ def known(layer: LayerArrays, name: str) -> torch.Tensor:
 
 
 def summarize(layer: LayerArrays) -> dict[str, float]:
-    """What the arrays of a layer come to.
+    """A summary of a layer's arrays.
 
     cosine, angular     mean over the pairs of routed experts, without those that give nothing but zeros
     chosen, by_chance   share of the chosen experts that are among as many with the largest norms; if chosen at random
     top                 share of tokens whose expert with the largest logit also has the largest norm
     correlation         of the ranks of logit and norm (Spearman's, mean over tokens)
     shared, dense       mean cosine of the first shared expert, of F, with the routed ones
-    Without what is not known.
+    Unknown values are left out.
     """
     arrays, experts = layer.arrays, layer.experts
     if not arrays or not int(arrays["tokens"]):
@@ -428,8 +428,9 @@ def summarize(layer: LayerArrays) -> dict[str, float]:
 
 
 def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
-    """Where one routed expert stands among those of its layer: by the norms of its outputs on all tokens, and by how
-    alike they are to the others'."""
+    """The Standing of one routed expert in its layer: by the norms of its outputs on all tokens, and by their
+    similarity to the others'.
+    """
     if not layer.arrays:
         return {}
     arrays, experts = layer.arrays, layer.experts

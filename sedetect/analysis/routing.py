@@ -1,7 +1,7 @@
 """Which experts a model chooses: load, co-activation and entropy of every layer, and the choice for each token.
 
-A token's choice is what its layer's experts were called with. Slots of weight 0, and indices that are no expert of the
-bank (skip and identity experts), are nobody's.
+A token's choice is the routing with which its layer's experts were called. Slots of weight 0, and indices outside the
+bank (skip and identity experts), count for no expert.
 """
 
 import math
@@ -88,7 +88,7 @@ def analyze_routing(
         if watch.routers[group.routed.id] is None:
             result.notes.append(f"{group.routed.id}: no router found beside its experts, so its entropy is not known")
         if texts and counter.lost:
-            result.notes.append(f"{group.routed.id}: regroups its tokens; those of the texts are not told apart")
+            result.notes.append(f"{group.routed.id}: regroups its tokens; those of the texts cannot be identified")
         if counter.repeated:
             result.notes.append(REPEATED.format(group.routed.id))
     return result
@@ -101,8 +101,9 @@ def _run(model: "PreTrainedModel", counters: list["_Counter"], ids: torch.Tensor
 
 
 def effective(load: torch.Tensor) -> float:
-    """How many experts a load (E,) spreads over: exp of its entropy; as many as carry it, where they do so evenly. NaN
-    of no load."""
+    """The effective number of experts of a load (E,): exp of its entropy, which is their number where the load is even.
+    NaN without a load.
+    """
     if not int(load.sum()):
         return math.nan
     share = load.double() / load.sum()
@@ -110,8 +111,9 @@ def effective(load: torch.Tensor) -> float:
 
 
 def router_spread(layer: LayerArrays) -> float | None:
-    """Over how many experts a token's routing probabilities spread on average: exp of their entropy, mean over all
-    tokens; None where that of a domain is not known."""
+    """The effective number of experts of a token's routing probabilities: exp of their entropy, mean over all tokens;
+    None if the entropy of a domain is unknown.
+    """
     entropy, tokens = layer.arrays["entropy"].double(), layer.arrays["tokens"]
     return None if entropy.isnan().any() else float(((entropy * tokens).sum() / tokens.sum()).exp())
 
@@ -133,7 +135,7 @@ def lift(coactivation: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
-    """Where one expert stands among those of its layer: by tokens that chose it, and by their mean routing weight."""
+    """The Standing of one expert in its layer: by tokens that chose it, and by their mean routing weight."""
     load = layer.arrays["load"].sum(0)
     share = load.double() / layer.arrays["tokens"].sum().clamp(min=1)
     return {
@@ -196,7 +198,7 @@ class _Counter:
 
 
 def chosen_slots(index: torch.Tensor, weights: torch.Tensor, experts: int) -> torch.Tensor:
-    """(T, k) int64: the expert of every slot, and E for those that are nobody's."""
+    """(T, k) int64: the expert of every slot, and E for slots without one."""
     return index.long().masked_fill((index < 0) | (index >= experts) | (weights == 0), experts)
 
 

@@ -1,4 +1,4 @@
-"""The analyses as tables of ready cells, with the sentence that explains each; the console and the report show them."""
+"""The analyses as tables of formatted cells, each with an explanatory sentence, for the console and the report."""
 
 import math
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def layers_table(result: Analysis) -> Cells:
 
 
 def standings_tables(result: Analysis, marked: dict[str, str]) -> dict[str, Cells]:
-    """Title -> where each marked expert stands among those of its layer. marked: name -> verdict."""
+    """Title -> the Standing of each marked expert in its layer. marked: name -> verdict."""
     of: dict[str, Callable[[LayerArrays, int], dict[str, Standing]]] = {
         "weights": weights.standings,
         "outputs": outputs.standings,
@@ -137,7 +137,8 @@ def _routing(result: Analysis) -> Cells:
     text = (
         f"{_tokens(result):,} tokens. busiest: the expert most tokens chose (+2: and two more as many); effective: "
         "experts over which the load spreads (exp of its entropy); router: over which a token's routing probabilities "
-        "do, on average; off: share of a domain's load that lies elsewhere than that of all domains; pair: chosen "
+        "do, on average; off: share of a domain's load that lies on other experts than that of all domains; pair: "
+        "chosen "
         f"together most, as a multiple of chance (of those with {FEW_ROWS} common tokens or more)."
     )
     return Cells(["layer", "busiest", "share", "effective", "router", *domains, "pair", "lift"], rows, text)
@@ -163,7 +164,7 @@ def _two(value: float) -> str:
 
 
 def _finite_mean(values: list[float]) -> float:
-    """The mean of those that are known; NaN of none."""
+    """The mean of the known values; NaN without any."""
     finite = [value for value in values if math.isfinite(value)]
     return fmean(finite) if finite else math.nan
 

@@ -1,4 +1,4 @@
-"""How alike the experts of a layer are in their weights: similarity, matching and projection of their matrices.
+"""Similarity, matching and projection of the weight matrices of a layer's experts.
 
 From the checkpoint alone, without a forward: the weights of one layer at a time are in memory. The analyses are the
 static ones of arXiv 2406.18219, over every routed bank and the shared experts of its layer:
@@ -167,7 +167,7 @@ def stray(scores: torch.Tensor) -> torch.Tensor:
     """(N,) bool: experts that DBSCAN puts into no cluster by the first two components of scores (N, 3).
 
     The published analysis leaves such experts out of its picture of one model, with a radius of 50, which suits the
-    spread of that model's scores. Here it is 3 times the median distance to the 4th neighbour, whatever the spread.
+    spread of that model's scores. Here it is 3 times the median distance to the 4th neighbor, whatever the spread.
     """
     from sklearn.cluster import DBSCAN
 
@@ -302,7 +302,7 @@ def analyze_weights(
         layers: numbers of the layers; None for all that have routed experts.
         pairs: pairs of experts to match in each layer, drawn at random (the same ones every time); all where there are
             no more, none for 0.
-        progress: called with (what is under way, steps done, steps in all); a step is a layer.
+        progress: called with (current step in words, steps done, steps in all); a step is a layer.
     Returns:
         an Analysis of the kind "weights"; the arrays of a layer are those of analyze_group.
     Raises:
@@ -354,8 +354,8 @@ def analyze_weights(
         del matrices
         streamed.free(number)
     if len(sums) < len(streamed.paths):
-        seen.add("layers were left out: other weights of this architecture are not told apart from these")
-    elif "weights" not in model_dtype(streamed.model):  # those are of another form than where they are dequantized
+        seen.add("layers were left out: other weights of this architecture cannot be distinguished from these")
+    elif "weights" not in model_dtype(streamed.model):  # their layout differs from that of dequantized weights
         streamed.load_rest()
         sums.append(streamed.rest_checksum())
         result.digest = join_digest(known, None if None in sums else sum(one for one in sums if one is not None))
@@ -374,8 +374,7 @@ def _check_finite(path: str, members: list[str], matrices: list[dict[str, torch.
             if not finite.all():
                 member = members[first + int(finite.long().argmin())]
                 raise SedetectError(
-                    f"{path}: {name} of {member} holds NaN or Inf, which has no similarity to anything; fix the "
-                    "checkpoint, or name the other layers (",
+                    f"{path}: {name} of {member} holds NaN or Inf; fix the checkpoint, or name the other layers (",
                     Argument("layers"),
                     ")",
                 )
@@ -388,9 +387,9 @@ def known(layer: LayerArrays, name: str, field: str) -> torch.Tensor:
 
 
 def summarize(layer: LayerArrays) -> dict[str, dict[str, float]]:
-    """What the arrays of a layer come to, {number: {matrix: value}}: means over the pairs of routed experts of
-    similarity and neuron_similarity, over the matched pairs of unmatched, matched and tau; chance and r2. Without what
-    was not taken."""
+    """A summary of a layer's arrays, {number: {matrix: value}}: means over the pairs of routed experts of
+    similarity and neuron_similarity, over the matched pairs of unmatched, matched and tau; chance and r2. Quantities
+    that were not computed are left out."""
     found: dict[str, dict[str, float]] = {}
     for name in (name for name in NAMES if f"{name}.similarity" in layer.arrays):
         for field in ("similarity", "neuron_similarity"):
@@ -404,7 +403,7 @@ def summarize(layer: LayerArrays) -> dict[str, dict[str, float]]:
 
 
 def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
-    """Where one routed expert stands among those of its layer: by the norm and largest weight of its matrices, by how
+    """The Standing of one routed expert in its layer: by the norm and largest weight of its matrices, by how
     alike they are to the others' on average ("gate neurons": their means), and by its gate embedding."""
     found = {}
     for name in (name for name in NAMES if f"{name}.norm" in layer.arrays):
@@ -420,7 +419,7 @@ def standings(layer: LayerArrays, expert: int) -> dict[str, Standing]:
 
 
 def draw_pairs(matrices: list[dict[str, torch.Tensor]], number: int) -> list[tuple[int, int]]:
-    """So many pairs i < j of experts with matrices of the first bank's shape, at random with a fixed seed."""
+    """count pairs i < j of experts with matrices of the first bank's shape, at random with a fixed seed."""
     first = matrices[0]["down"].shape[1:]
     places: list[int] = []
     start = 0
@@ -506,7 +505,7 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _signed(scores: torch.Tensor) -> torch.Tensor:
-    """Scores whose largest, by magnitude, is positive in every component: which sign an axis has is an accident."""
+    """Scores whose largest, by magnitude, is positive in every component: the sign of an axis is arbitrary."""
     flat = scores.reshape(-1, scores.shape[-1]).nan_to_num()
     largest = flat.gather(0, flat.abs().argmax(0, keepdim=True))[0]
     return scores * torch.where(largest < 0, -1.0, 1.0)

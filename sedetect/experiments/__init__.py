@@ -1,4 +1,4 @@
-"""What a change does to a running model: ablation with controls, the residual stream, traces, super weights.
+"""Experiments on a running model: ablation with controls, the residual stream, traces, super weights.
 
 Everything here runs forwards to measure effects; profiling measures the experts themselves.
 """

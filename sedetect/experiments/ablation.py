@@ -1,6 +1,6 @@
 """Ablation: a model without chosen experts, switched off at dispatch. No weight is edited.
 
-Three interventions, which are different questions (arXiv 2507.23279 zeroes down_proj, which for experts without a bias
+Three interventions answer different questions (arXiv 2507.23279 zeroes down_proj, which for experts without a bias
 is "skip"):
 
     skip         the expert's output does not count; the routing weights of the others stay as they are
@@ -41,14 +41,16 @@ TOKENS = ("all", "first", "rest")
 
 @dataclass
 class _Off:
-    """What is switched off in one bank."""
+    """The experts and weights switched off in one bank."""
 
     experts: list[int] = field(default_factory=list)
     weights: list[tuple[int, int, int]] = field(default_factory=list)  # expert, channel, intermediate
 
 
 def resolve(model: nn.Module, what: Iterable[Place | Weight | str]) -> dict[Place | Weight, Bank]:
-    """The bank of everything named, each once, in order. Raises SedetectError for what the model does not have."""
+    """The targets with their banks, each once, in order. Raises SedetectError for a target that the model does not
+    have.
+    """
     banks = {bank.id: bank for bank in find_banks(model)}
     found = {}
     for one in what:
@@ -67,11 +69,11 @@ def resolve(model: nn.Module, what: Iterable[Place | Weight | str]) -> dict[Plac
 def ablate(
     model: nn.Module, what: Iterable[Place | Weight | str], *, how: str = "skip", tokens: str = "all"
 ) -> Iterator[None]:
-    """Run the model without these experts (names or Places) or single weights while the context lasts.
+    """Context manager: run the model without these experts (names or Places) or single weights.
 
     Args:
-        model: a Hugging Face MoE model. It may be under a profile, which then measures the rest.
-        how: "skip", "renormalize" or "remove" (module docstring). Shared experts and weights know only "skip".
+        model: a Hugging Face MoE model. It may be under a profile, which then measures the other experts.
+        how: "skip", "renormalize" or "remove" (module docstring). Shared experts and weights support only "skip".
         tokens: "all", or only at "first" tokens of sequences, or only at the "rest".
     Raises:
         SedetectError: for an expert that the model does not have; for "remove" with a router that cannot be masked, or
@@ -93,7 +95,7 @@ def ablate(
             chosen[bank.id].weights.append((place.number, target.channel, target.intermediate))
         else:
             chosen[bank.id].experts.append(place.number)
-    for off in chosen.values():  # of an expert that is off there is no weight left to take out
+    for off in chosen.values():  # an expert that is off has no weight left to take out
         off.weights = [weight for weight in off.weights if weight[0] not in off.experts]
     with ExitStack() as stack:
         tracked = stack.enter_context(TrackedModel(model)) if tokens != "all" else None
@@ -172,7 +174,7 @@ def _without_down(
 
 
 class _MaskedLogits(TorchFunctionMode):
-    """Sets the columns of removed experts to -inf in whatever linear map gives one column per expert."""
+    """Sets the columns of removed experts to -inf in the linear map that gives one column per expert."""
 
     def __init__(self, num_experts: int, removed: list[int]):
         super().__init__()

@@ -1,8 +1,8 @@
 """The chain to an expert's outlier: upstream experts without which it falls silent at its trigger tokens.
 
-A trigger token reaches a super expert by what earlier experts wrote on it. They show no outlier of their own, and a
-model that loses one loses the super expert with it. Each upstream expert that the token visits is switched off there,
-one by one, and the value of the expert in question is read again. Only the text up to the trigger is run, and only the
+A trigger token reaches a super expert through the outputs of earlier experts. They show no outlier themselves, but a
+model that loses one loses the super expert too. Each upstream expert that the token visits is switched off there, one
+by one, and the value of the expert in question is read again. Only the text up to the trigger is run, and only the
 layers up to the expert: for a BOS token, one token through a few layers.
 """
 
@@ -23,7 +23,7 @@ from sedetect.stats.proof import Feeder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SILENT = 0.5  # of the value, below which an expert counts as silent
+_SILENT = 0.5  # share of the value below which an expert counts as silent
 
 
 class _Read(Exception):
@@ -31,7 +31,9 @@ class _Read(Exception):
 
 
 class _Chain:
-    """Runs a text whose last token is the trigger: what it visits before the expert, and the |y| there."""
+    """Runs a text whose last token is the trigger, and finds the experts it visits upstream and the |y| at the
+    trigger.
+    """
 
     def __init__(self, model: "PreTrainedModel", expert: Place):
         self._model, self._expert = model, expert

@@ -1,7 +1,7 @@
-"""How far a second model is from a first one on the same text: losses, logits, routing, and the outputs of experts.
+"""The divergence of a second model from a first on the same text: losses, logits, routing, and expert outputs.
 
-The first runs alone and leaves what it gave in a folder, a file for each batch; the second runs afterwards and is
-compared batch by batch. So one model, and the logits of one batch of each, are in memory at a time.
+The first model runs alone and writes its outputs to a folder, one file per batch; the second runs afterwards and is
+compared batch by batch. So memory holds one model and the logits of one batch of each.
 """
 
 from collections import defaultdict
@@ -37,7 +37,7 @@ _POSITIONS = 128  # whose distributions over the vocabulary are compared at once
 
 @dataclass(frozen=True)
 class Divergence:
-    """Of the second model from the first, on one text.
+    """The divergence of the second model from the first on one text.
 
     perplexity, other    of the first and the second model
     change               of perplexity, with an interval over windows at 1 - LEVEL
@@ -56,7 +56,7 @@ class Divergence:
 
 
 class Given(NamedTuple):
-    """What a model gave for windows (B, L) of a domain.
+    """The outputs of a model for windows (B, L) of a domain.
 
     logits of next tokens (B, P, V); routes: per bank the experts chosen (T, k), -1 for none
     """
@@ -69,11 +69,11 @@ class Given(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a runtime gave for the windows of a text, by domain; P predictions in each of N windows.
+    """The outputs of a runtime for the windows of one domain; P predictions in each of N windows.
 
     losses    (N,) float64: negative log-likelihood (nats) of each window, summed over its predictions
     likely    (N, P) int64: the most likely token at each prediction
-    unloaded  names of the runtime's weights that nothing of the checkpoint was loaded into
+    unloaded  names of the runtime's weights into which nothing from the checkpoint was loaded
     """
 
     losses: dict[str, torch.Tensor]
@@ -156,7 +156,7 @@ def record(
     batch_size: int = 8,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Run the first model and write what it gives to a folder. Raises SedetectError where it does not fit the disk."""
+    """Run the first model and write its outputs to a folder. Raises SedetectError if they do not fit the disk."""
     for number, given in enumerate(outputs.given(domains, prefix, batch_size, progress)):
         if not number:
             windows = sum(len(one.ids) for one in domains.values())
@@ -178,8 +178,8 @@ def compare_outputs(
 
     Returns:
         its divergence by domain, and over all text; and per bank of routed experts the share of the first model's
-        choices (a token's k experts are k of them) that the second does not make. Choices differ also because layers
-        before gave something else. Banks whose module regroups its tokens are left out.
+        choices (a token's k experts are k of them) that the second does not make. Differences caused by earlier layers
+        count too. Banks whose module regroups its tokens are left out.
     """
     sums: dict[str, _Sums] = {domain: _Sums() for domain in domains}
     changed: dict[BankId, int] = defaultdict(int)

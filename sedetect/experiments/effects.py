@@ -1,4 +1,4 @@
-"""How sure a change of the loss is: intervals from the differences of documents, by random signs.
+"""Confidence intervals of a change of the loss, from differences per document by a sign-flip test.
 
 A document is one window of text, measured twice: with the model as it is, and with an intervention. Its difference is
 that of its mean losses in nats per token, so exp(mean difference) - 1 is the relative change of perplexity over all
@@ -19,9 +19,9 @@ _STEPS = 40  # bisections: far below what 10,000 draws resolve
 def effect(differences: np.ndarray, level: float) -> Effect:
     """The effect behind differences (n,), in nats per token, with an interval at 1 - level.
 
-    The interval holds every shift that the sign-flip test at that level does not refuse: of differences that are
-    symmetric about their mean it covers that mean with 1 - level, whatever their distribution. With fewer than
-    log2(2 / level) documents no test can refuse anything, and the interval is infinite.
+    The interval holds every shift that the sign-flip test at that level does not reject: if the differences are
+    symmetric about their mean, it covers that mean with probability 1 - level, whatever their distribution. With fewer
+    than log2(2 / level) documents the test cannot reject any shift, and the interval is infinite.
     """
     n, mean = len(differences), float(differences.mean())
     if n < math.log2(2 / level):

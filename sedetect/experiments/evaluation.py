@@ -1,4 +1,4 @@
-"""What an intervention costs: perplexity per text domain, and exact answers after greedy decoding."""
+"""The cost of an intervention: perplexity per text domain, and exact answers after greedy decoding."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def perplexity(
     """Perplexity of every domain, over all tokens of its windows but the prefix (and the first, without a prefix).
 
     Args:
-        prefix: how many tokens of each window are the tokenizer's prefix.
+        prefix: number of tokens of each window that are the tokenizer's prefix.
         progress: called with the number of tokens after every batch.
     Raises:
         SedetectError: for an encoder-decoder model, and one without logits.
@@ -84,7 +84,9 @@ def logit_losses(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:
 
 
 def predictions(ids: torch.Tensor, prefix: int) -> int:
-    """How many tokens of a window of ids (B, L) are predicted: all but the prefix, and the first without one."""
+    """The number of predicted tokens in a window of ids (B, L): all but the prefix, or all but the first without
+    one.
+    """
     return ids.shape[1] - max(prefix, 1)
 
 
@@ -130,10 +132,10 @@ def exact_match(
     *,
     progress: Callable[[int], None] = lambda questions: None,
 ) -> float:
-    """Share of questions whose answer is what greedy decoding writes first, white space at its ends apart.
+    """Share of questions for which greedy decoding begins with the answer, ignoring surrounding white space.
 
-    As many tokens are decoded as the answer has, and two more; what follows the answer, but for the rest of its last
-    word or number, does not count.
+    As many tokens are decoded as the answer has, plus two; text after the answer is ignored, unless it continues the
+    answer's last word or number.
     """
     generate: Any = model.generate  # of GenerationMixin, which PreTrainedModel is not
     right = 0

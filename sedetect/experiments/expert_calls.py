@@ -1,4 +1,4 @@
-"""What the experts of a forward were called with, and what each adds to the residual stream."""
+"""The calls of the experts in a forward, and the contribution of each to the residual stream."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from sedetect.stats.place import Place
 
 
 class Written(NamedTuple):
-    """What one expert adds to one element: routing weight x down_proj output. gate is the routing weight."""
+    """The contribution of one expert to one element: routing weight x down_proj output. gate is the routing weight."""
 
     expert: Place
     gate: float
@@ -25,10 +25,10 @@ class Written(NamedTuple):
 
 
 class ExpertCalls:
-    """Remembers, layer by layer, what the experts of a one-sequence forward were called with.
+    """Records, layer by layer, the calls of the experts in a one-sequence forward.
 
-    calls lets attach step into every bank; written() tells what each expert added to one element, by the module's
-    own weights at that one token; forget() lets go of a layer.
+    calls hooks every bank for attach; written() gives the contribution of each expert to one element, by the module's
+    own weights at that token; forget() releases a layer.
     """
 
     def __init__(self, model: nn.Module, banks: list[Bank]):
@@ -73,7 +73,7 @@ class ExpertCalls:
         return y
 
     def _shared_gate(self, bank: Bank, x: torch.Tensor) -> float:
-        """What the block multiplies its shared expert by: Qwen's, the sigmoid of a linear with one output; else 1."""
+        """The factor of the block's shared expert: in Qwen's models the sigmoid of a linear with one output, else 1."""
         block = self._model.get_submodule(bank.path.rpartition(".")[0].rpartition(".")[0])
         ones = (child for child in block.children() if is_linear(child) and linear_sizes(child) == (1, x.shape[-1]))
         gate = next(ones, None)

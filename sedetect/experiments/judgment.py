@@ -1,4 +1,4 @@
-"""From the losses of a proof's runs to verdicts; the levels and what they need are in proof.py."""
+"""Verdicts from the losses of a proof's runs; proof.py defines the levels and their conditions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,14 @@ def alone(place: Place) -> str:
 
 
 def all_but(place: Place, fired: Sequence[Place]) -> str:
-    """The run in which all that fired are off but one: of two, that of the other one alone."""
+    """The label of the run with all fired experts off but one; with two, that of the other one alone."""
     others = [other for other in fired if other != place]
     return alone(others[0]) if len(others) == 1 else f"all but {place}"
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the runs gave, by label (ALL, alone(), all_but()).
+    """The results of the runs, by label (ALL, alone(), all_but()).
 
     changes     (N,) of each run, loss per window against the unchanged model, in nats per token; controls: of each draw
     plain       residual stream of the unchanged model; observed: of each run
@@ -39,12 +39,12 @@ class Evidence:
     observed: Mapping[str, Residual]
 
     def beyond_controls(self, change: np.ndarray, level: float) -> bool:
-        """Whether a change is surely larger than that of the worst control."""
+        """Whether the whole interval of a change lies above that of the worst control."""
         worst = max(self.controls, key=lambda control: float(control.mean()), default=np.zeros_like(change))
         return effect(change - worst, level).low > 0
 
     def falls(self, label: str) -> bool:
-        """Whether a run takes half of the sinks, or of the largest activation, away."""
+        """Whether a run removes half of the sinks, or of the largest activation."""
         old, new = self.plain, self.observed[label]
         fell = new.inner_max <= old.inner_max / 2
         if old.sink_mean is None or new.sink_mean is None:
@@ -85,7 +85,7 @@ def judge(
     as_set = added is not None and within is not None and _matters(added, within, evidence, smallest, level)
     as_set = as_set and effect(evidence.changes[ALL], level).low > 0
     if as_set and evidence.falls(ALL) and evidence.plain.has_sinks:
-        # Who else is needed for that: those that add as much.
+        # The other experts needed for that: those that add as much.
         left = {other: evidence.changes[ALL] - evidence.changes[all_but(other, fired)] for other in others}
         partners = [other for other, change in left.items() if effect(change, level).rise >= smallest]
         partners = partners or [max(left, key=lambda other: float(left[other].mean()))]
@@ -108,16 +108,14 @@ def _matters(change: np.ndarray, measured: Effect, evidence: Evidence, smallest:
 
 
 def _undecided(change: np.ndarray, evidence: Evidence, smallest: float, level: float) -> str:
-    """Why, and what it would take."""
+    """The reason, and the means to decide."""
     measured = effect(change, level)
     if measured.rise >= smallest and evidence.beyond_controls(change, level):
         if evidence.plain.has_sinks is False:
-            return (
-                f"{measured} without it, which is not a super expert's work: the model has no attention sinks to carry"
-            )
+            return f"{measured} without it, but not as a super expert: the model has no attention sinks"
         if evidence.plain.has_sinks is None:
-            return f"{measured} without it, but the model shows no attention weights, so its sinks are not known"
-        return f"{measured} without it, but sinks and largest activation stay, so it is not a super expert's work"
+            return f"{measured} without it, but the model gives no attention weights, so its sinks are unknown"
+        return f"{measured} without it, but not as a super expert: sinks and largest activation stay"
     if not math.isfinite(measured.high):
         needed = math.ceil(math.log2(2 / level))
         return f"{len(change)} documents are too few for any interval; at least {needed} are needed"

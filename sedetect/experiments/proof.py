@@ -1,4 +1,4 @@
-"""Proof: whether a model depends on the experts that its statistics point to.
+"""Proof: test whether a model depends on the candidates of its statistics.
 
 An expert may have every statistical sign of a super expert (arXiv 2507.23279) and no function: two may stand in for
 each other, a gate or a learned sink may have taken the work away. So outputs are switched off where they are extreme,
@@ -70,7 +70,7 @@ def check_numbers(smallest: float, level: float) -> None:
 
 
 def check_names(model: nn.Module, names: str | None) -> None:
-    """Raise SedetectError for what candidates_of refuses, before anything is measured."""
+    """Raise the errors of candidates_of before anything is measured."""
     if names is not None:
         resolve(model, [parse_place(name.strip()) for name in names.split(",")])
 
@@ -112,7 +112,7 @@ def prove(
     sequences: int = 8,
     progress: Callable[[str, int, int, float], None] = lambda label, done, total, seconds: None,
 ) -> Proof:
-    """Switch candidates off at their trigger tokens and judge what that does (module docstring).
+    """Switch candidates off at their trigger tokens and judge the effect (module docstring).
 
     Args:
         model: in eval mode, unchanged.
@@ -215,12 +215,12 @@ def prove(
         controls=[Switching(f"control {n + 1}", [], effect(change, each)) for n, change in enumerate(drawn)],
         seconds=time.perf_counter() - begun,
         sinks=plain.sinks_line,
-        notes=[] if drawn else ["no controls: the router chooses nobody else at the trigger tokens"],
+        notes=[] if drawn else ["no controls: the router chooses no other expert at the trigger tokens"],
     )
 
 
 def _plan(fired: list[Place]) -> dict[str, list[Place]]:
-    """The runs by label, and what is off in each."""
+    """The runs by label, and the experts switched off in each."""
     runs = {ALL: fired} if len(fired) > 1 else {}
     runs |= {alone(place): [place] for place in fired}
     if len(fired) > 2:
@@ -229,7 +229,7 @@ def _plan(fired: list[Place]) -> dict[str, list[Place]]:
 
 
 class _Text:
-    """The text of a proof, and its losses under whatever is attached to the model. share: of the layers that run."""
+    """The text of a proof, and its losses under the current interventions. share: fraction of the layers that run."""
 
     def __init__(self, model: "PreTrainedModel", ids: torch.Tensor, prefix: int, batch_size: int):
         self._model, self._ids, self._prefix, self._batch_size = model, ids, prefix, batch_size
@@ -237,7 +237,7 @@ class _Text:
         self.share = 1.0
 
     def losses(self, batches: int | None = None) -> np.ndarray:
-        """(N,) mean loss of each window in nats per token; of the first batches only, where there is a number."""
+        """(N,) mean loss of each window in nats per token; with batches, of the first batches only."""
         sums: list[float] = []
         with nullcontext() if self._below is None else self._below.replay():
             for ids in torch.split(self._ids, self._batch_size)[:batches]:
@@ -245,7 +245,7 @@ class _Text:
         return np.array(sums) / predictions(self._ids, self._prefix)
 
     def skip(self, below: Below, base: np.ndarray) -> None:
-        """Leave these layers out from now on, where that gives the losses of base."""
+        """From now on skip these layers, if that reproduces the losses of base."""
         if not below.usable:
             return
         self._below = below

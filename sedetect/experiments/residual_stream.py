@@ -1,5 +1,5 @@
-"""The residual stream of a model, layer by layer: where massive activations form, who writes them, who carries them,
-and how strong the attention sinks are.
+"""The residual stream of a model, layer by layer: where massive activations form, which experts write them, which
+layers carry them, and the strength of the attention sinks.
 
 Decoder layers, and the attention blocks directly in them, are observed by forward hooks; experts and MLPs are stepped
 into where sedetect.models.attach attaches. Attention weights exist only under eager attention, which is switched on for
@@ -7,8 +7,8 @@ the run. x is the output of a decoder layer before any final norm, one (L, H) pe
 median is in the units of x.
 
 Massive activation: |x| > 100 and at least min_ratio times the median |x| of that layer in that sequence. Sun et al.
-(arXiv 2402.17762) ask for about 1000 times; tests/data/tiny-moe reaches 574 after the layer that writes it, 242 before
-the last (the median grows, the activation does not), and 20 without its super expert. The default is 100 for that.
+(arXiv 2402.17762) use about 1000 times; tests/data/tiny-moe reaches 574 after the layer that writes it, 242 before
+the last (the median grows, the activation does not), and 20 without its super expert. Hence the default of 100.
 """
 
 import math
@@ -63,7 +63,7 @@ def observe_residual(
     digest: str | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Residual:
-    """Run a bounded number of sequences, one at a time, and record the residual stream and the attention sinks.
+    """Run up to this many sequences, one at a time, and record the residual stream and the attention sinks.
 
     Args:
         model: a Hugging Face MoE model in eval mode, possibly under sedetect.experiments.ablation.ablate: an expert
@@ -71,9 +71,9 @@ def observe_residual(
             Attention is eager during the run; hooks and attention implementations are restored on exit, also after an
             exception.
         domains: as calibration_windows gives them; the first windows of each, in turn, are observed.
-        prefix: how many tokens of each window are the tokenizer's prefix.
-        sequences: how many windows in all, fewer where there are not so many.
-        digest: the model's, where it is known; of the unchanged one, if something is switched off.
+        prefix: number of tokens of each window that are the tokenizer's prefix.
+        sequences: largest number of windows in all.
+        digest: the model's, if known; that of the unchanged model under an ablation.
         progress: called with the number of tokens after every sequence.
     Raises:
         SedetectError: for a model in training mode, with an encoder, without a decoder with experts, or with layers
@@ -162,7 +162,7 @@ class Seen:
 
 
 class SequenceWatch:
-    """What one sequence after another shows of the residual stream, layer by layer: begin(), then see() every layer.
+    """The residual stream over a series of sequences, layer by layer: begin(), then see() for every layer.
 
     layers, formations: what was seen of all sequences; several watches may add to the same. found counts all
     formations, kept or not. written: as ExpertCalls.written, of rows of the sequence.
@@ -186,7 +186,7 @@ class SequenceWatch:
         self.attended: list[torch.Tensor] = []  # outputs (L, H) of the attention blocks of the layer under way
 
     def see(self, number: int, given: torch.Tensor, out: torch.Tensor) -> None:
-        """Layer number was given (L, H) and made out (L, H) of it."""
+        """Record that layer number mapped its input (L, H) to out (L, H)."""
         before, after = (torch.nan_to_num(x.float(), 0, 0, 0) for x in (given, out))
         size = after.abs()
         median = float(size.median())
@@ -220,7 +220,7 @@ class SequenceWatch:
         self.attended.clear()
 
     def _undoer(self, number: int, kept: Formation, carried: float, shape: tuple[int, int]) -> Writer | None:
-        """The expert of a layer that writes most against what was carried into it."""
+        """The expert of a layer that writes most against the carried activation."""
         written = list(self._written(number, shape, kept.position, kept.channel))
         against = [Writer(w.expert, -w.amount / carried, w.gate) for w in written if w.amount * carried < 0]
         return max(against, key=lambda writer: writer.share, default=None)

@@ -1,4 +1,4 @@
-"""Ablation experiments: what a set of experts is worth, beside controls of the same size.
+"""Ablation experiments: the effect of a set of experts, beside controls of the same size.
 
 Perplexity alone proves little in a small model, where first-layer experts can work as look-up tables of tokens and
 cost much when they are missing. So three things are judged together: the perplexity beside that of random experts of
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Outcome:
     """One run over the evaluation text.
 
-    label         what was done, for people; experts (or weights), how and tokens say it exactly (see ablate)
+    label         the run in words; experts (or weights), how and tokens state it exactly (see ablate)
     perplexity    per domain
     change        per domain, relative to the unchanged model (0.1 is 10% worse); mean_change their mean
     sink_mean     mean attention on the first token (residual.Residual); sinks: of each layer, mean over its heads
@@ -130,13 +130,13 @@ def _outcome(document: dict[str, Any]) -> Outcome:
 
 @dataclass(frozen=True)
 class Trials:
-    """What an experiment tries.
+    """The runs of an experiment.
 
     hows       interventions of ablate for the experts; "skip" alone serves shared experts and weights
     positions  also only at first tokens, and only at all others
     controls   number of random sets of the same size, in the same layers and anywhere
-    sequences  how many sequences the residual stream and the attention are observed on
-    questions  to answer each time
+    sequences  number of sequences in which the residual stream and the attention are observed
+    questions  answered in each run
     """
 
     hows: Sequence[str] = ("skip", "renormalize", "remove")
@@ -157,7 +157,7 @@ def run_experiment(
     batch_size: int = 8,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> Experiment:
-    """Switch experts off, and as many others, and measure what it costs.
+    """Switch experts off, and random controls of the same size, and measure the cost.
 
     Args:
         domains: evaluation windows per domain, each beginning with prefix tokens of the tokenizer's prefix.
@@ -223,7 +223,7 @@ def run_experiment(
 
 
 def badness(change: float) -> float:
-    """A change of perplexity to compare by: NaN, of a model that gives no numbers any more, is worse than any."""
+    """A change of perplexity as a sort key: NaN (a broken model) is worse than any number."""
     return math.inf if math.isnan(change) else change
 
 

@@ -33,7 +33,7 @@ from sedetect.models.layers import run_tokens
 from sedetect.ranking.result import Ranking, SuperExpert
 from sedetect.stats.place import BankId, Place, place_of
 
-_ROUNDING = 0.02  # of an output in 16 bits, relative to what is summed up
+_ROUNDING = 0.02  # error of a 16-bit output, relative to its summands
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +83,7 @@ class SuperWeight:
 
     @property
     def intermediate(self) -> int:
-        """Intermediate channel of the super weight."""
+        """The intermediate channel of the super weight."""
         return self.top[0].intermediate
 
     @property
@@ -97,7 +97,7 @@ class SuperWeight:
 
     @property
     def share(self) -> float:
-        """How much of the outlier this one weight explains."""
+        """The share of the outlier that this weight explains."""
         return self.top[0].share
 
     def to_dict(self) -> dict[str, Any]:

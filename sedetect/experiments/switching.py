@@ -1,4 +1,4 @@
-"""Outputs of experts switched off at chosen tokens of known text, and the layers below them computed once.
+"""Switch off expert outputs at chosen tokens of known text, computing the layers below only once.
 
 Text is known window by window: N windows of L tokens. Which tokens an expert is switched off at is decided on the
 unchanged model, so that it stays the same tokens when something else is off as well.
@@ -26,10 +26,10 @@ Off = Mapping[BankId, torch.Tensor]
 
 
 class WindowWatch:
-    """Context manager that tells, inside a forward of the model, which windows it reads.
+    """Context manager that identifies, inside a forward of the model, the windows of its input.
 
     Args:
-        windows: (N, L) ids of all text that may come; two windows of equal ids are one.
+        windows: (N, L) ids of all text that may occur; windows with equal ids are one.
     """
 
     def __init__(self, model: "PreTrainedModel", windows: torch.Tensor):
@@ -71,7 +71,7 @@ def _here(bank: Bank, watch: WindowWatch, off: torch.Tensor, tokens: int, device
     """(T, m): what is off at the T tokens of this call."""
     here = off[watch.numbers].flatten(0, 1)
     if len(here) != tokens:
-        raise SedetectError(f"{bank.id} ({bank.path}): regroups its tokens, so none of them can be told apart")
+        raise SedetectError(f"{bank.id} ({bank.path}): regroups its tokens, so they cannot be identified")
     return here.to(device)
 
 
@@ -107,7 +107,7 @@ class Below:
 
     def __init__(self, layers: nn.ModuleList, number: int, watch: WindowWatch):
         self._layers, self._watch = list(layers)[:number], watch
-        self.share = 1 - number / len(layers)  # of the layers, that still run
+        self.share = 1 - number / len(layers)  # fraction of the layers that still run
         self._kept: dict[int, torch.Tensor] = {}
         self.usable = number > 0
 

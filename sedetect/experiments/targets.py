@@ -1,4 +1,4 @@
-"""Which experts an experiment is about: the names a command line takes, and random controls beside them."""
+"""The targets of an experiment: names as on the command line, and random controls."""
 
 import re
 from collections import Counter
@@ -25,7 +25,7 @@ def needs_statistics(spec: str) -> bool:
 
 
 def check_choice(spec: str, model: nn.Module) -> None:
-    """Raise SedetectError for what choose_experts refuses, before anything is measured."""
+    """Raise the errors of choose_experts before anything is measured."""
     if spec != "candidates" and _number(spec, model) is None:
         resolve(model, _names(spec))
 
@@ -38,7 +38,7 @@ def choose_experts(
     residual: Residual | None = None,
     proof: Proof | None = None,
 ) -> list[Target]:
-    """What a command line names.
+    """The experts or weights that a command-line choice names.
 
     "candidates" (proved ones too, refuted ones not; by residual stream and proof where they are given; an empty list
     where there is none) and
@@ -61,7 +61,7 @@ def choose_experts(
 
 def _given(spec: str, stats: ModelStats | None) -> ModelStats:
     if stats is None:
-        raise SedetectError(f"--experts {spec}: is chosen by statistics; give those of the model")
+        raise SedetectError(f"--experts {spec}: needs statistics; give those of the model")
     return stats
 
 
@@ -91,7 +91,7 @@ def routed_experts(model: nn.Module) -> list[Place]:
 def random_controls(model: nn.Module, experts: Sequence[Target], number: int) -> dict[str, list[list[Target]]]:
     """Up to number disjoint sets of random targets, as many as experts: of the same banks, and of any routed bank.
 
-    Keys "same layers" and "anywhere". Fewer sets, or none, where the experts that are left do not suffice. Shared
+    Keys "same layers" and "anywhere". Fewer sets, or none, if too few experts are left. Shared
     experts have no peers.
     """
     generator = np.random.default_rng(0)

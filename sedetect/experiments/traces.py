@@ -213,7 +213,7 @@ class _Rows(NamedTuple):
 
 
 class _Tracer:
-    """Steps into the banks of the chosen experts, and gathers their rows. domain: number of the text under way."""
+    """Hooks the banks of the chosen experts and collects their rows. domain: number of the current text."""
 
     def __init__(self, model: nn.Module, experts: list[Place], tracked: TrackedModel):
         self.tracked, self.domain = tracked, 0
@@ -262,7 +262,7 @@ class _Tracer:
 
 
 class _Texts:
-    """All the text that was run, and what its tokens are: gives rows their groups."""
+    """All the text that was run, and the kinds of its tokens: assigns rows to groups."""
 
     def __init__(self, domains: dict[str, Windows], tokenizer: "PreTrainedTokenizerBase | None"):
         self.domains, self.tokenizer = list(domains), tokenizer

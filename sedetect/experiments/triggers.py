@@ -1,4 +1,4 @@
-"""Where experts fire in known text, and what else the same tokens visit in the same banks."""
+"""Trigger tokens of experts in known text, and the other experts that these tokens visit in the same banks."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -68,7 +68,7 @@ class Triggers:
         return int(self._watch.numbers[row // self._length]), row % self._length
 
     def off(self, places: list[Place], windows: int) -> Off:
-        """These switched off at their trigger tokens."""
+        """Off: these experts at their trigger tokens."""
         plans: dict[BankId, torch.Tensor] = {}
         for bank, mine in self._in_bank.items():
             chosen = [place for place in mine if place in places]
@@ -80,7 +80,7 @@ class Triggers:
         return plans
 
     def everywhere(self, places: list[Place], windows: int) -> Off:
-        """These switched off at every token."""
+        """Off: these experts at every token."""
         plans: dict[BankId, torch.Tensor] = {}
         for bank, mine in self._in_bank.items():
             numbers = [place.number for place in mine if place in places]

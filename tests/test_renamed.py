@@ -63,7 +63,7 @@ def test_activation_of_listed_experts():
     for expert in bank.module.experts:
         rename(expert, "act_fn", "nonlinearity")
     assert expert_matrices(model, bank)["gate"].shape == (8, 24, 32)
-    with pytest.raises(SedetectError, match=r"\(Expert\): which activation it has is not known"):
+    with pytest.raises(SedetectError, match=r"\(Expert\): its activation is unknown"):
         gate_states(bank, torch.randn(5, bank.hidden))
 
 

@@ -257,7 +257,7 @@ def test_statistics_come_in_parts(llm, monkeypatch):
 
 
 def test_refused(llm, monkeypatch):
-    with sedetect.profile(llm), pytest.raises(sedetect.SedetectError, match="a profile of this engine is under way"):
+    with sedetect.profile(llm), pytest.raises(sedetect.SedetectError, match="a profile of this engine is running"):
         sedetect.profile(llm).__enter__()
     with pytest.raises(sedetect.SedetectError, match="prof.batch: an engine knows its rows"):
         sedetect.profile(llm).batch(mask=None)

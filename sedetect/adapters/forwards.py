@@ -1,4 +1,4 @@
-"""Another forward for a module, for a while."""
+"""Temporarily replace a module's forward."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -28,7 +28,7 @@ from sedetect.ops.functions import moe_modules
 DOWN_NAMES = ("down_proj", "w2", "output_linear")
 EXPERT_DOWN_NAMES = (*DOWN_NAMES, "wo", "fc2")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_Routing = Callable[[list[Any]], tuple[torch.Tensor, torch.Tensor]]  # what routers gave -> (index, weights), (T, k)
+_Routing = Callable[[list[Any]], tuple[torch.Tensor, torch.Tensor]]  # output of the routers -> (index, weights), (T, k)
 # Of its input projections: the gate first, where there are two.
 _UP_NAMES = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"), ("wi",), ("fc1",))
 _SIGNS = 16  # channels of a block's output that tell experts apart
@@ -59,7 +59,7 @@ class _Listed:
         if len(parts) < len(linears):
             name = type(linears[0]).__name__
             raise SedetectError(
-                f"{name}: weights in this form cannot be read; load the model unquantized, with adapters merged"
+                f"{name}: weights in this format cannot be read; load the model unquantized, with adapters merged"
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -103,8 +103,8 @@ class ListedExperts(Adapter):
         linears = {name for name, child in first.named_children() if is_linear(child)}
         if linears != {*self.up_names, self.down_name}:
             raise SedetectError(
-                f"{self.path} ({type(first).__name__}): of {', '.join(sorted(linears))} it is not known which are gate "
-                "and up, so that they cannot be read one by one"
+                f"{self.path} ({type(first).__name__}): of {', '.join(sorted(linears))} gate and up cannot be "
+                f"identified, so that the experts cannot be read one by one"
             )
         return _Listed(self._linears(*self.up_names))
 
@@ -130,7 +130,7 @@ class ListedExperts(Adapter):
         first = self.experts[0]
         own = next((getattr(first, name) for name in names if hasattr(first, name)), None)
         if own is None:
-            raise SedetectError(f"{self.path} ({type(first).__name__}): which activation it has is not known")
+            raise SedetectError(f"{self.path} ({type(first).__name__}): its activation is unknown")
         return own(x)
 
     def compute(self, x, top_k_index, top_k_weights, state, **how):
@@ -174,7 +174,7 @@ class NllbMoeExperts(ListedExperts):
 
 @dataclass
 class _Watched:
-    """What a block did in one call with experts that give zeros.
+    """A record of one call of a block whose experts return zeros.
 
     output    its result, (..., H) or a tuple that begins with it
     routed    what its routers returned
@@ -194,7 +194,7 @@ class ListedBlock(ListedExperts):
     """A ModuleList of experts in a block of unknown code, whose forward runs with experts that give zeros.
 
     That leaves everything else the block does (shared experts, router logits, the form of its result); the experts then
-    add what the block's router asked for. Which of the routings below the block means is found by a probe. A second
+    add what the block's router asked for. A probe finds which of the routings below the block uses. A second
     gate, a capacity or a scale may act later, so every call is checked: each expert must be given the rows that the
     routing names, and the block must weight its results as the routing does. The weights are the derivatives of its
     output by its experts' results, which forward-mode differentiation gives beside the zeros.
@@ -271,7 +271,7 @@ class ListedBlock(ListedExperts):
         return watched
 
     def _difference(self, x: torch.Tensor, watched: _Watched, index: torch.Tensor, weights: torch.Tensor) -> str | None:
-        """What the block did otherwise than this routing (T, k) twice of x (T, H) says; None where nothing is."""
+        """How the block deviated from this routing (T, k) twice of x (T, H); None if it did not."""
         experts, keys = len(self.experts), _keys(x)
         index = torch.where((index >= 0) & (index < experts), index, experts)
         by_expert = keys.new_zeros(experts + 1, keys.shape[1])
@@ -283,7 +283,7 @@ class ListedBlock(ListedExperts):
         else:
             routed = by_expert.index_add(0, index.reshape(-1), keys.repeat_interleave(index.shape[1], 0))[:-1]
         if not torch.equal(given[:-1], routed):
-            return "this block gives its experts other rows than its router chooses"
+            return "this block gives its experts rows that its router did not choose"
         signs = nn.functional.pad(self._signs, (0, 0, 0, 1))[:, : x.shape[-1]]  # none for no expert
         combined = torch.einsum("tk,tkp->tp", weights.float(), signs[index])
         theirs = torch.zeros_like(combined) if watched.combined is None else watched.combined
@@ -292,7 +292,7 @@ class ListedBlock(ListedExperts):
         size = weights.float().abs().sum(1, keepdim=True)
         if torch.isclose(theirs / size, combined / size, rtol=0, atol=tolerance, equal_nan=True).all():
             return None
-        return "this block weights its experts otherwise than its router says"
+        return "this block weights its experts differently from its router"
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -300,7 +300,7 @@ class ListedBlock(ListedExperts):
         if any(isinstance(weight, DTensor) for weight in block.parameters()):
             raise SedetectError(
                 f"{self.path} ({type(block).__name__}): a list of experts whose weights ranks share (fully_shard, "
-                "tensor parallelism) is not measured; load it whole"
+                "tensor parallelism) cannot be measured; load it whole"
             )
         x = torch.randn(1, 256, down.shape[1], generator=torch.Generator().manual_seed(0))
         # That of the router, where the experts' own does not tell what they are given.
@@ -317,8 +317,8 @@ class ListedBlock(ListedExperts):
         finally:
             restore()
         raise SedetectError(
-            f"{self.path}: {type(block).__name__} ({type(self.experts[0]).__name__}): how this block routes to its "
-            "experts is not understood, so that they cannot be measured"
+            f"{self.path}: {type(block).__name__} ({type(self.experts[0]).__name__}): the routing of this block is "
+            f"not understood, so its experts cannot be measured"
         )
 
     def _understands(self, block: nn.Module, x: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Which adapter serves which experts outside transformers' experts interface, and what no adapter serves."""
+"""The adapters by class of experts outside transformers' experts interface, and the classes without one."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ from sedetect.errors import SedetectError
 
 # Classes whose experts cannot be measured at all.
 REFUSED = {"DogeCDMoE": "its experts are rows of an embedding and have no down_proj matrix"}
-# Experts that are no MLPs, and have no down_proj to speak of: attention experts.
+# Experts that are not MLPs and have no down_proj: attention experts.
 NOT_MLPS = {"JetMoeMoA"}
 _KEPT = "_sedetect_adapter"  # the attribute of a module that holds its adapter
 
@@ -60,8 +60,8 @@ def adapt(path: str, module: nn.Module, parent: nn.Module) -> Adapter | None:
                 attrgetter(name)(made)
             except AttributeError:
                 raise SedetectError(
-                    f"{path} ({type(module).__name__}): transformers {version('transformers')} has its {name} in "
-                    "another form than is known; install an older one, or a newer sedetect"
+                    f"{path} ({type(module).__name__}): transformers {version('transformers')} has its {name} in an "
+                    f"unknown form; install an older one, or a newer sedetect"
                 ) from None
         kept[_KEPT] = made
     return kept[_KEPT]

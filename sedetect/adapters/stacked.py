@@ -23,7 +23,7 @@ from sedetect.stats.bank import BankStats
 
 
 class ExpertsModule(Protocol):
-    """What is read of a transformers experts module and of an adapter.
+    """The attributes read from a transformers experts module and from an adapter.
 
     Experts without a gate have up_proj in the place of gate_up_proj. The biases are there where has_bias says so, and
     post_expert_norm where has_post_expert_norm is there and says so.
@@ -50,7 +50,7 @@ class ExpertsModule(Protocol):
 
 
 def as_experts(module: nn.Module) -> ExpertsModule:
-    """A module that is known to be one of experts; torch types the attributes of an nn.Module as tensors or modules."""
+    """Cast to an experts module: torch types the attributes of an nn.Module as tensors or modules."""
     return cast(ExpertsModule, module)
 
 
@@ -66,7 +66,7 @@ class Adapter(nn.Module):
     def __init__(self, path: str, module: nn.Module, parent: nn.Module):
         super().__init__()
         self.path = path
-        self.failure: SedetectError | None = None  # what it met since it was attached that makes statistics wrong
+        self.failure: SedetectError | None = None  # faults since it was attached that make statistics wrong
         self.config = SimpleNamespace()
         self._module, self._parent = weakref.ref(module), weakref.ref(parent)
         self._attached = 0
@@ -127,14 +127,15 @@ class Adapter(nn.Module):
         """The experts by our ops; see ops.moe_mlp."""
         if self.down_proj.is_meta:  # of a module inside, whose own hook would bring them if it were called
             raise SedetectError(
-                f"{type(self.module).__name__}: its weights are offloaded, and are not measured so; load the model on "
+                f"{type(self.module).__name__}: its weights are offloaded, so they cannot be measured; load the "
+                f"model on "
                 "devices that hold them, or stream it (sedetect profile --stream)"
             )
         weights = ExpertWeights.of(self, how.pop("gate", self._apply_gate))
         return moe_mlp(x, top_k_index, top_k_weights, weights, state, **how)
 
     def translate(self, own_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the redirected forward does: the module's own arguments and result, computed by self."""
+        """The redirected forward: takes the module's arguments and returns its result, computed by self."""
         return self(*args, **kwargs)
 
     def redirect(self) -> Callable[[], None]:

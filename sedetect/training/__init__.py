@@ -1,4 +1,4 @@
-"""Training runs that are followed while they happen, and series of checkpoints.
+"""Live training runs, and series of checkpoints.
 
 Training and engines do not know each other.
 """

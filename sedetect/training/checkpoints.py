@@ -70,17 +70,19 @@ def follow(
 
 
 def _expanded(models: list[str]) -> list[str]:
-    """The checkpoints in a folder that is none itself, in place of it."""
+    """The checkpoints in a folder that is not a checkpoint itself."""
     if len(models) == 1 and Path(models[0]).is_dir() and not (Path(models[0]) / "config.json").exists():
         found = sorted(str(file.parent) for file in Path(models[0]).glob("*/config.json"))
         if not found:
-            raise SedetectError(f"{models[0]}: no checkpoint, no series, and no checkpoints in it; give one of them")
+            raise SedetectError(
+                f"{models[0]}: is neither a checkpoint nor a series nor a folder of checkpoints; give one of these"
+            )
         return found
     return models
 
 
 def _steps(names: list[str]) -> list[int]:
-    """The number in each name, where all have one of their own; else places."""
+    """The number in each name if these are distinct, else places."""
     found = [_STEP.search(Path(name).name) for name in names]
     steps = [int(next(filter(None, one.groups()))) for one in found if one is not None]
     return steps if len(set(steps)) == len(names) else list(range(len(names)))

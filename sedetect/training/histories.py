@@ -1,4 +1,4 @@
-"""What a series shows: when its experts became what they are in the end, beside sinks, residual stream and loss."""
+"""The history of a series: when its final candidates formed, beside sinks, residual stream and loss."""
 
 import os
 from dataclasses import asdict, dataclass, field
@@ -15,7 +15,7 @@ from sedetect.stats.place import Place, parse_place
 from sedetect.stats.residual import SINK_MASS
 from sedetect.training.series import Series, State
 
-_PASSING = 8  # of the candidates that are none in the end, the largest are kept
+_PASSING = 8  # number of the largest former candidates to keep
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Timeline(Tabular, Document):
 
     states       of the series, by step
     experts      the candidates of the last state, by |y|, descending
-    passing      candidates of earlier states that are none in the last, by their largest |y|, at most 8
+    passing      candidates of earlier states that are not candidates in the last, by their largest |y|, at most 8
     sinks_from   the first step from which on there are attention sinks (SINK_MASS above uniform attention) to the end;
                  None: there are none in the end, or they were not observed
     notes        one line each
@@ -74,7 +74,7 @@ class Timeline(Tabular, Document):
 
     @property
     def headline(self) -> str:
-        """One sentence: what there is in the end, and since when."""
+        """One sentence: the final candidates, and since when."""
         last = self.states[-1].step
         if not self.experts:
             return f"no candidate at step {last}"
@@ -190,7 +190,7 @@ def _since(true: list[bool], steps: list[int]) -> int | None:
 def _notes(last: ModelStats, states: list[State], passing: int) -> list[str]:
     notes = []
     if len(states) == 1:
-        notes.append("one state is not a series: nothing is known of when anything began")
+        notes.append("one state is not a series; the time of any formation is unknown")
     if all(state.sink_mean is None for state in states):
         notes.append("attention sinks not observed: the model gives no attention weights")
     if passing > _PASSING:

@@ -1,4 +1,4 @@
-"""ExpertMonitor: a profile of a fixed small text every so many steps of a training run."""
+"""ExpertMonitor: a profile of a fixed small text at regular steps of a training run."""
 
 import os
 import warnings
@@ -31,7 +31,7 @@ class ExpertMonitor(TrainerCallback):
 
         trainer.add_callback(ExpertMonitor("run/experts", log=trainer.log))
 
-    or, in a loop of one's own,
+    or, in your own loop,
 
         monitor = ExpertMonitor("run/experts", tokenizer=tokenizer)
         for step, batch in enumerate(batches):
@@ -41,9 +41,8 @@ class ExpertMonitor(TrainerCallback):
 
     Before the first step, every `every` steps and after the last one, the experts' statistics, the attention sinks, the
     largest activation of the residual stream and the loss are measured on the same text and kept in the folder
-    (sedetect.training.series), which `sedetect timeline` reads. Training goes on as if nothing had happened: modes,
-    random numbers, gradients and compiled graphs are as before. Where every rank has the whole model, the first one
-    measures.
+    (sedetect.training.series), which `sedetect timeline` reads. Training is not affected: modes, random state,
+    gradients and compiled graphs are restored. Where every rank has the whole model, the first one measures.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class ExpertMonitor(TrainerCallback):
         self._banks: list[Bank] = []
 
     def step(self, model: nn.Module, step: int) -> State | None:
-        """Measure, where it is time to; the first call begins the series at its step."""
+        """Measure if this step is due; the first call begins the series at its step."""
         if self._meter is None:
             return self.measure(model, step)
         return self._measure(model, step, checked=False) if step % self._every == 0 else None
@@ -88,7 +87,7 @@ class ExpertMonitor(TrainerCallback):
         if self._meter is None:
             self._meter = self._begin(whole, step)
         if self._meter.model is not whole:
-            raise SedetectError(f"{self.series.path}: follows another model; give each model a monitor of its own")
+            raise SedetectError(f"{self.series.path}: follows another model; give each model its own monitor")
         first = not dist.is_initialized() or dist.get_rank() == 0
         together = is_sharded(model) or any(bank.here is not None for bank in self._banks)
         if not (first or together):
@@ -97,7 +96,7 @@ class ExpertMonitor(TrainerCallback):
         if first:
             try:
                 self.series.append(state, stats)
-            except SedetectError as error:  # no reason to end a training run
+            except SedetectError as error:  # must not end a training run
                 warnings.warn(f"step {step} is not in the series: {error}", stacklevel=2)
             if self._log is not None:
                 self._log(scalars(state, stats))
@@ -139,7 +138,7 @@ class ExpertMonitor(TrainerCallback):
 
 
 def scalars(state: State, stats: ModelStats) -> dict[str, float]:
-    """What is logged of a state, by name."""
+    """The scalars of a state to log, by name."""
     ranking = rank(stats)
     values = {
         "experts/loss": state.loss,

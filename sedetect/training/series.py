@@ -29,7 +29,7 @@ class State:
     sink_mean   mean over layers and heads of the attention on the first token (LayerResidual.sinks); None without
                 attention weights. best_head: of the head with most
     residual_max    largest |x| after any layer but the first and the last (Residual.inner_max)
-    seconds     what it took
+    seconds     the time it took
     """
 
     step: int
@@ -58,14 +58,14 @@ class Series:
         return ModelStats.load(self.stats_path(state.step))
 
     def states(self) -> list[State]:
-        """By step; none where nothing was measured. Of a step that is there twice, the later line.
+        """States by step; empty if nothing was measured. A later line replaces an earlier one of the same step.
 
-        Raises SedetectError for a file that cannot be read, or is none of ours.
+        Raises SedetectError for a file that cannot be read, or is not a series.
         """
         if not self.file.exists():
             return []
         check_readable(self.file)
-        lines = self.file.read_bytes().split(b"\n")[:-1]  # what follows the last line's end is not whole
+        lines = self.file.read_bytes().split(b"\n")[:-1]  # text after the last newline is incomplete
         try:
             states = [State(**json.loads(line)) for line in lines]
             found = {state.step: state for state in states}
@@ -74,7 +74,7 @@ class Series:
             raise SedetectError(f"{self.file}: damaged ({error}); measure the series again into a new folder") from None
 
     def append(self, state: State, stats: ModelStats) -> None:
-        """Keep a state. Raises SedetectError where the folder cannot be written."""
+        """Save a state. Raises SedetectError where the folder cannot be written."""
         stats.save(self.stats_path(state.step))
         try:
             with self.file.open("ab") as file:
@@ -85,7 +85,7 @@ class Series:
             raise SedetectError(f"{self.file}: cannot be written ({error.strerror}); free space") from None
 
     def check(self, source: str, digest: str) -> None:
-        """Raise SedetectError where the states that are there are of another text, or of another model."""
+        """Raise SedetectError if the existing states are of another text or another model."""
         for state in self.states():
             if state.source != source:
                 raise SedetectError(f"{self.path}: holds a series on other text; give a new folder, or the same text")
@@ -93,7 +93,7 @@ class Series:
                 raise SedetectError(f"{self.path}: holds a series of another model; give a new folder")
 
     def cut(self, step: int) -> None:
-        """Forget the states after a step, and what a killed process left of a line."""
+        """Delete the states after a step, and a partial line of a killed process."""
         kept = [state for state in self.states() if state.step <= step]
         if not self.file.exists():
             return

@@ -1,7 +1,6 @@
 """One state of a model on a fixed text, in one forward per batch: its experts, residual stream, sinks and loss.
 
-The model is left as it was: its mode, module by module, random numbers, gradients, attention implementation, and what
-torch.compile has made of it.
+The model is restored: the mode of each module, random state, gradients, attention implementation, and compiled graphs.
 """
 
 import sys
@@ -84,7 +83,9 @@ class StateMeter:
             self._prof = SourcesProfile(model, banks, self._unchecked, prefix=next(iter(text.prefix), None))
 
     def measure(self, step: int, name: str = "", *, checked: bool = True) -> tuple[State, ModelStats]:
-        """step, name: as State has them. checked: take the weights' checksum, which on a GPU is most of the time."""
+        """step, name: as State has them. checked: compute the weights' checksum, which on a GPU takes most of the
+        time.
+        """
         start = time.perf_counter()
         windows, prefix = self._text.windows, len(self._text.prefix)
         loss = 0.0
@@ -103,7 +104,7 @@ class StateMeter:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """A model in eval mode, without compiled graphs; its modes and the random numbers go on afterwards as before."""
+    """Context manager: the model in eval mode, without compiled graphs; restores its modes and the random state."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:

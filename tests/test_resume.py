@@ -218,7 +218,7 @@ def test_another_model_and_damaged_files_are_refused(checkpoint, begun, tmp_path
         sedetect.profile_model(checkpoint, **settings, resume=folder)
     (folder / "progress.json").write_text("{}")
     with pytest.raises(
-        SedetectError, match="progress.json: is a document without format.* delete its folder to begin anew"
+        SedetectError, match="progress.json: is a document without format.* delete its folder to start over"
     ):
         sedetect.profile_model(checkpoint, **settings, resume=folder)
     with pytest.raises(SedetectError, match="holds something else than an unfinished profile"):

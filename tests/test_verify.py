@@ -550,7 +550,7 @@ def test_a_runtime_in_place_of_transformers(base, tmp_path, tiny_profile, monkey
     found = verify(base, made, TEXTS, text=TEXT, protected=["L1E4"], runtime=worse)
     assert found.overall.agreement == 0 and len(found.failures) == 2 + len(found.domains)
     assert found.failures[0] == "L1E4 is to be protected, and its weights are changed"
-    assert found.failures[1] == "weights that nothing was loaded into: 1, first lost"
+    assert found.failures[1] == "weights into which nothing was loaded: 1, first lost"
     assert "above the limit of 0.05" in found.failures[2]
 
     def stops(at):

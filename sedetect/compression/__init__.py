@@ -1,6 +1,6 @@
-"""What to do with the answer: prune, merge, budget, simulate quantization, and protect lists for quantizers.
+"""Applications of a ranking: pruning, merging, budgets, simulated quantization, and protect lists for quantizers.
 
-Who is protected is ranking's to say. Nothing here quantizes for good: that is what the other tools are for.
+ranking decides which experts are protected. Nothing here writes quantized weights: quantizers do.
 """
 
 import lazy_loader

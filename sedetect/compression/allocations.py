@@ -1,4 +1,4 @@
-"""What each routed expert gets, under a size limit: by cost, by a format for all, or dealt out at random.
+"""The format of each routed expert under a size limit: by cost, one for all, or dealt out at random.
 
 A multiple-choice knapsack, solved by milp of scipy (HiGHS): exact to a stated gap. It holds what a greedy ascent of the
 convex hull would have to patch: an end of few large groups (layers), and the number of experts that a layer must keep
@@ -22,7 +22,7 @@ Plan = dict[BankId, list[str]]  # per routed bank, the format of each expert, KE
 
 @dataclass(frozen=True)
 class Costs:
-    """What each level costs.
+    """The cost of each level.
 
     levels   KEPT, the formats, and PRUNED where the model can be pruned
     places   the routed experts; banks: of each, the number of its bank in the model
@@ -57,7 +57,9 @@ def check_milp() -> None:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A curve to be: per point, its limit (bits), the level of each expert by number, and the optimizer's gap."""
+    """An unevaluated curve: per point, its limit (bits), the level of each expert by number, and the optimizer's
+    gap.
+    """
 
     by: str
     protected: bool
@@ -98,7 +100,7 @@ def allocations(costs: Costs, limits: list[float], uniform: list[float], safe: n
 
 
 def choose(costs: Costs, by: str, limit: float, safe: np.ndarray) -> tuple[tuple[int, ...], float] | None:
-    """The level of each expert that cost least within limit (bits), and the gap; None where nothing is as small."""
+    """The cheapest level of each expert within limit (bits), and the gap; None if no choice is that small."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array, csr_array, vstack
 

@@ -1,8 +1,8 @@
-"""A budget: what compression of the experts costs, and what keeping a few of them buys.
+"""A budget: the cost of compressing the experts, and the gain from keeping a few of them.
 
 Every row is one compression of the routed experts (a pruning ratio, or a simulated weight format), evaluated with no
 expert kept, with chosen experts (the super experts) kept, and with as many random experts of the same layers kept in
-their place. Everything happens in memory, and the model is afterwards as it was.
+their place. Everything happens in memory, and the model is restored afterwards.
 """
 
 import statistics
@@ -76,7 +76,7 @@ class Budget(Tabular, Document):
     kept       the chosen experts (names)
     baseline   the unchanged model
     tokens     evaluated, per domain
-    notes      what was left out, and why
+    notes      what was left out, with the reason
     """
 
     FORMAT = "sedetect-budget"
@@ -136,7 +136,7 @@ def _cost(document: dict[str, Any]) -> Cost:
 
 @dataclass(frozen=True)
 class Compressions:
-    """What a budget compares.
+    """The compressions that a budget compares.
 
     by       the saliency by which pruning chooses
     ratios   shares of each layer's experts to prune
@@ -219,13 +219,13 @@ def make_budget(
 
 
 def conclusion(budget: Budget) -> list[str]:
-    """What the rows say: what keeping buys, and how far compression goes."""
+    """A conclusion from the rows: the gain from keeping, and the strongest compression within LIMIT."""
     lines = []
     names = ", ".join(budget.kept)
     compared = [(row, row.kept) for row in budget.rows if row.kept is not None and row.random]
     changed = [(row, kept) for row, kept in compared if kept.perplexity != row.bare.perplexity]
     if compared and not changed:
-        lines.append(f"keeping {names} changes nothing: no row takes anything from it")
+        lines.append(f"keeping {names} changes nothing: no row compresses any of them")
     if changed:
         better = [row for row, kept in changed if _bad(kept) < min(map(_bad, row.random))]
         most, kept = max(changed, key=lambda pair: _gain(pair[0].bare, pair[1]))
@@ -250,13 +250,13 @@ def _bad(cost: Cost) -> float:
 
 
 def _gain(bare: Cost, kept: Cost) -> float:
-    """What keeping takes from the change of perplexity; 0 where both are infinite."""
+    """The reduction in the change of perplexity by keeping; 0 where both are infinite."""
     return 0.0 if _bad(bare) == _bad(kept) else _bad(bare) - _bad(kept)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One evaluation to come. Runs with equal same are the same (pruning that takes none of the kept anyway)."""
+    """One planned evaluation. Runs with equal same are identical (pruning that spares all kept experts anyway)."""
 
     name: str
     kept: list[Place]
@@ -285,7 +285,7 @@ def _gone(
 
 
 def _share(sizes: Sizes, experts: list[Place]) -> float:
-    """Of all experts' weights, the part that is in these experts."""
+    """The share of all experts' weights that these experts hold."""
     return sum(sizes[p.bank][0] for p in experts) / sum(one * e for one, e in sizes.values())
 
 

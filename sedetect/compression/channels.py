@@ -1,8 +1,8 @@
-"""What the per-channel statistics give to other tools: importance matrices for llama.cpp.
+"""Per-channel statistics for other tools: importance matrices for llama.cpp.
 
 Measured is the input of each expert's down_proj, h, per intermediate channel (profile --channels): sum of h^2 over the
-expert's finite rows, before the routing weight. So it speaks of down_proj alone; inputs of gate_proj and up_proj are
-not measured.
+expert's finite rows, before the routing weight. It covers only down_proj; inputs of gate_proj and up_proj are not
+measured.
 """
 
 import os
@@ -20,7 +20,7 @@ _GGUF = {"routed": "ffn_down_exps", "shared": "ffn_down_shexp", "dense": "ffn_do
 
 
 def write_imatrix(stats: ModelStats, path: str | os.PathLike[str]) -> int:
-    """Write an importance matrix in llama.cpp's GGUF form; returns its number of entries.
+    """Write an importance matrix in llama.cpp's GGUF format; return its number of entries.
 
     Per bank: blk.<layer>.ffn_down_exps.weight.in_sum2 (E, I) and .counts (E, 1), both float32, as llama-imatrix writes
     them: sums of squares, and rows they are over. Shared experts are ffn_down_shexp, dense MLPs ffn_down. Tensors that

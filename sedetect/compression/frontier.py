@@ -1,4 +1,4 @@
-"""The frontier: how small the routed experts can be at which perplexity, if each has the bits that it needs.
+"""The frontier: size of the routed experts against perplexity, with a suitable number of bits for each.
 
 Every expert, or every layer's experts together, gets a weight format (sedetect.compression.simulated), stays as it is,
 or is pruned, so that the model changes least at a given size. How much each would change it is measured:
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEVELS = ("int8", "int4", "int3", "int2")
-KEPT_BITS = 16  # of an expert that stays as it is, whatever type it is computed in
+KEPT_BITS = 16  # bits of a kept expert, whatever its compute type
 INCREASES = (0.01, 0.05)
 _SHARE = 0.75  # the smallest size, of that of the smallest format; reached by pruning alone
 
@@ -112,7 +112,7 @@ class Frontier(Tabular, Document):
     baseline     perplexity of the unchanged model per domain
     tokens       evaluated, per domain; sensitivity_tokens: of the text that sensitivity was measured on, in all
     sensitivity  per bank and format (and "pruned": without half of its experts), KL divergence in nats per token
-    notes        what was left out, and why
+    notes        what was left out, with the reason
     """
 
     FORMAT = "sedetect-frontier"
@@ -286,12 +286,12 @@ def size_at(frontier: Frontier, curve: Curve | None, increase: float) -> float |
 
 
 def is_bound(curve: Curve, size: float) -> bool:
-    """Whether a size_at is that of the smallest point, so that a smaller one may do."""
+    """Whether a size_at is the smallest point's, so that an even smaller size may suffice."""
     return size == min((point.size for point in curve.points), default=None)
 
 
 def conclusion(frontier: Frontier) -> list[str]:
-    """At equal perplexity: the sizes with protection, without, and of one format for all; and what that says."""
+    """At equal perplexity: the sizes with protection, without, and of one format for all, with a conclusion."""
     lines = []
     names = ", ".join(frontier.protected)
     for increase in INCREASES:
@@ -318,7 +318,7 @@ def conclusion(frontier: Frontier) -> list[str]:
 
 
 def _buys(frontier: Frontier, by: str, names: str) -> str:
-    """What protection buys where formats are given by expert, layer or to the whole model."""
+    """The gain from protection where formats are chosen by expert, by layer or for the whole model."""
     what = "with one format for all" if by == "model" else f"by {by}"
     bare, kept = frontier.curve(by), frontier.curve(by, True)
     pairs = [(increase, size_at(frontier, bare, increase), size_at(frontier, kept, increase)) for increase in INCREASES]
@@ -359,7 +359,7 @@ def _halves(domains: dict[str, Windows]) -> tuple[dict[str, Windows], dict[str, 
     few = next((domain for domain, windows in domains.items() if len(windows.ids) < 2), None)
     if few is not None:
         raise SedetectError(
-            f"{few}: one window, which cannot be for sensitivity and evaluation both; give more ",
+            f"{few}: one window cannot serve both sensitivity and evaluation; give more ",
             Argument("tokens"),
             " or a smaller ",
             Argument("seq_len"),
@@ -397,7 +397,7 @@ def measure(
         restore()
     idle = sum(int((error[-1] == 0).sum()) for error in errors.values())
     if idle:
-        notes.append(f"{idle} experts did nothing on the text of the sensitivity: they cost nothing in any format")
+        notes.append(f"{idle} experts had no effect on the sensitivity text: they cost nothing in any format")
     halves = {bank.id: min(bank.experts // 2, bank.experts - top_k[bank.id]) for bank in banks}
     least = {bank.id: errors[bank.id][-1].argsort()[: halves[bank.id]].tolist() for bank in banks}
     prunes = _prunes(model, banks, least, windows[0][:1], notes)
@@ -417,7 +417,9 @@ def measure(
     layers = (total / sum(len(ids) * predictions(ids, prefix) for ids in windows)).numpy()
     bad = [str(bank.id) for bank, one in zip(banks, layers) if not np.isfinite(one).all()]
     if bad:
-        raise SedetectError(f"{bad[0]}: the model gives no finite numbers with its experts in a format; leave it out")
+        raise SedetectError(
+            f"{bad[0]}: the model's outputs are not finite with its experts in this format; leave it out"
+        )
 
     places = [Place(*bank.id, e) for bank in banks for e in range(bank.experts)]
     cost = np.zeros((len(places), len(levels)))
@@ -480,12 +482,12 @@ def _prunes(
     ids: torch.Tensor,
     notes: list[str],
 ) -> bool:
-    """Whether experts can be pruned, one layer more than another; else a note says why not."""
+    """Whether layers can be pruned to different numbers of experts; if not, a note gives the reason."""
     if router_groups(model.config.to_dict()) > 1:
         notes.append("nothing is pruned: the router chooses groups of experts first")
         return False
     if not all(least.values()):
-        notes.append("nothing is pruned: a layer has no expert more than its router chooses")
+        notes.append("nothing is pruned: a layer has no more experts than its router chooses")
         return False
     try:
         with ablate(model, [Place(*bank.id, e) for bank in banks for e in least[bank.id]], how="remove"):
@@ -504,7 +506,7 @@ def _of_layer(bank: Bank, level: str, least: list[int]) -> list[str]:
 
 @contextmanager
 def _planned(model: "PreTrainedModel", plan: Mapping[BankId, list[str]], group: int) -> Iterator[None]:
-    """Run the model as a plan has it; banks that it does not name stay as they are."""
+    """Run the model with a plan applied; banks that it does not name are unchanged."""
     levels = {Place(*bank, e): level for bank, one in plan.items() for e, level in enumerate(one)}
     gone = [place for place, level in levels.items() if level == PRUNED]
     formats = {place: level for place, level in levels.items() if level not in (KEPT, PRUNED)}

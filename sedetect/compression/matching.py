@@ -1,4 +1,4 @@
-"""Whether the experts of a model are those of another, told from samples of their weights.
+"""Check by samples of the weights that the experts of one model are those of another.
 
 A sample is the same few rows and columns of an expert's matrices. Rounding moves a weight little and at random, so that
 the sample of a quantized expert has a large cosine with that of its own expert, and a small one with all others:
@@ -23,11 +23,11 @@ Samples = Mapping[BankId, torch.Tensor]
 """Per bank of routed experts: one sample per expert (E, N) float32."""
 _ROWS, _COLUMNS = 16, 128  # of each matrix
 _ALIKE = 0.1
-_NEARER = 0.05  # by so much of a cosine another expert must be nearer than its own
+_NEARER = 0.05  # margin of cosine by which another expert must be nearer than its own
 
 
 def sample_experts(model: "PreTrainedModel") -> dict[BankId, torch.Tensor]:
-    """The samples of a model's routed experts; none of those whose weights cannot be read one by one."""
+    """The samples of a model's routed experts, without banks whose weights cannot be read one by one."""
     samples = {}
     for bank in find_banks(model):
         if not bank.id.routed:
@@ -42,7 +42,7 @@ def sample_experts(model: "PreTrainedModel") -> dict[BankId, torch.Tensor]:
 
 
 def mismatched_experts(base: Samples, made: Samples) -> list[str]:
-    """A sentence for every layer of which experts hold the weights of another expert, or weights of no expert.
+    """A sentence for every layer in which experts hold the weights of another expert, or of no expert.
 
     Nothing is said where no expert of any layer resembles its own: a quantizer that rotates weights leaves that, and
     the logits tell whether the model is the same.

@@ -1,4 +1,4 @@
-"""Merging: experts that pruning takes are averaged into experts that stay, in place of being dropped.
+"""Merging: pruned experts are averaged into kept ones instead of being dropped.
 
 A merged expert is W = sum w_i W_i over the kept expert and those that go into it, with weights w_i of sum 1, its biases
 likewise. The router keeps the row of the kept expert, as a pruned one does.
@@ -21,8 +21,8 @@ Where this "ream" differs from the published code: distances are of the unmerged
 not measured again behind each merged layer; the saliency is that of the profile; neurons are compared by their weights,
 all of them, and not by activations and principal components too; an expert that saw no row is dropped.
 
-Exempt experts (the protected ones and their feeders) take none and are merged into none; so it is with experts that
-gave a NaN or Inf.
+Exempt experts (the protected ones, their feeders, and experts that gave a NaN or Inf) are neither merged nor merged
+into.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -98,7 +98,7 @@ class Group:
 
 
 Groups = dict[BankId, dict[int, Group]]
-"""Per bank: kept expert -> what it is merged from; those that stay as they are are left out."""
+"""Per bank: kept expert -> its Merge; kept experts without one are left out."""
 
 
 def group_nearest(
@@ -221,7 +221,7 @@ class _Sums:
         flat = x[:, 0] if x.dim() == 3 and len(x) == len(index) else x.reshape(-1, x.shape[-1])
         logits = self._watch.take(bank, len(flat))
         if logits is None:
-            raise SedetectError(f"{bank.path}: the logits of its router are not of its tokens; merge by nearest")
+            raise SedetectError(f"{bank.path}: its router's logits do not match its tokens; merge by nearest")
         logits = logits[:, : bank.experts].double()
         chances = logits.softmax(-1)
         step = max(1, _CHUNK // (bank.experts * bank.hidden))
@@ -257,13 +257,13 @@ def _cosines(products: torch.Tensor) -> torch.Tensor:
 
 
 def _free(bank: BankId, stay: list[int], exempt: set[Place], unknown: torch.Tensor) -> tuple[list[int], list[int]]:
-    """The experts that may take others, and those that may be taken."""
+    """The experts that may be merged into, and those that may be merged."""
     free = [e for e in range(len(unknown)) if Place(*bank, e) not in exempt and not unknown[e]]
     return [e for e in free if e in stay], [e for e in free if e not in stay]
 
 
 def _weighted(taken: dict[int, list[int]], of: torch.Tensor) -> dict[int, Group]:
-    """Groups with weights in proportion to what of (E,) says; experts of which it says 0 are left out."""
+    """Groups with weights in proportion to the values of (E,); experts of value 0 are left out."""
     groups = {}
     for kept, members in taken.items():
         parts = {kept: float(of[kept])} | {e: float(of[e]) for e in members if of[e] > 0}

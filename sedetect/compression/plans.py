@@ -1,4 +1,4 @@
-"""Plans of a frontier in the mixed-precision forms of the tools whose checkpoints were seen to load."""
+"""Plans of a frontier in the mixed-precision formats of tools whose checkpoints were tested to load."""
 
 from collections import defaultdict
 from pathlib import Path

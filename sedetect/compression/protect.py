@@ -1,4 +1,4 @@
-"""Protect lists: proved and candidate super experts, in the form in which each quantizer takes what it leaves alone.
+"""Protect lists: proved and candidate super experts, in the config format of each quantizer.
 
     experts = protect_list(stats, neighbours=2)
     document, notes = export(stats, experts, "gptqmodel")
@@ -73,7 +73,7 @@ class Protected:
 
     @property
     def tail(self) -> str:
-        """module from its layer on, without what stands before: "layers.1.mlp.experts"."""
+        """module from its layer on, without the prefix: "layers.1.mlp.experts"."""
         match = re.search(r"[^.]+\.\d+\..*", self.module)
         return match[0] if match else self.module
 
@@ -84,7 +84,7 @@ class Protected:
 
 @dataclass(frozen=True)
 class ProtectList(Document):
-    """A protect list in this package's own form: the modules to leave alone, and all that is known of the experts."""
+    """A protect list in this package's own format: the modules to skip, and all data on the experts."""
 
     FORMAT = "sedetect-protect-list"
     REMEDY = "write one by `sedetect export STATS --to json -o FILE`"
@@ -111,7 +111,7 @@ class ProtectList(Document):
         return made
 
     def places(self, sizes: dict[BankId, int]) -> list[Place]:
-        """The experts that it protects of a model whose banks have so many: by layer, all routed ones beside them."""
+        """The experts protected in a model with these bank sizes; by layer, all routed experts of their banks."""
         named = [parse_place(expert["name"]) for expert in self.experts]
         if self.granularity == "expert":
             return named
@@ -129,8 +129,8 @@ def protect_list(
     as neighbours.
 
     stats may be the path of a statistics file, or of a folder of results. ranking is rank(stats) where it is not given.
-    With the proof of a chain as feeders, also the experts without which the protected ones fall silent.
-    Raises SedetectError where there is nothing to protect, and for a proof that followed no chain.
+    With the proof of a chain as feeders, also the experts that feed the protected ones.
+    Raises SedetectError if there is nothing to protect, and for a proof without a chain.
     """
     if neighbours < 0:
         raise SedetectError(Argument("neighbours"), f" {neighbours}: must be at least 0")
@@ -157,7 +157,9 @@ def protect_list(
 
 
 def _feeders(proof: Proof, found: list[Place]) -> list[Place]:
-    """The experts that feed those found, without them. Raises SedetectError for a proof that looked for none."""
+    """The feeders of the experts found, without these. Raises SedetectError for a proof that did not look for
+    feeders.
+    """
     verdicts = [verdict for verdict in proof.verdicts if parse_place(verdict.expert) in found]
     if all(verdict.feeders is None for verdict in verdicts):
         raise SedetectError(
@@ -177,7 +179,7 @@ def export(
 ) -> tuple[dict[str, Any] | str, list[str]]:
     """The protect list experts of stats in a tool's form (a JSON document, or text), and what the reader must know.
 
-    runtime: what is to load the quantized checkpoint (RUNTIMES); only what was seen to load there is written.
+    runtime: the one that will load the quantized checkpoint (RUNTIMES); only settings tested to load there are written.
     model: the one that stats are of, or its checkpoint folder, by whose shapes the tools of SHAPED choose groups.
     Raises SedetectError for an unknown tool, granularity or runtime, for what the tool cannot express or the runtime
     does not load, and where a model is needed and missing, another one, or of shapes that no group divides.
@@ -223,14 +225,14 @@ def export(
 
 
 def kept_experts(stats: ModelStats, experts: list[Protected], granularity: str) -> dict[BankId, int]:
-    """How many routed experts of each bank a list leaves alone."""
+    """The number of routed experts of each bank that a list protects."""
     kept = Counter(e.place.bank for e in experts if e.routed)
     return {bank: stats.banks[bank].num_experts if granularity == "layer" else count for bank, count in kept.items()}
 
 
 @dataclass(frozen=True)
 class Extra:
-    """What a list costs at one granularity: kept of the experts (all routed ones) in 16 bits, where the others have 4.
+    """The size of a list at one granularity: kept of the experts (all routed ones) in 16 bits, the others in 4.
 
     share of the size of all of them in 4 bits; nbytes: None where the shapes are not known
     """
@@ -245,7 +247,7 @@ class Extra:
 def extra_sizes(
     stats: ModelStats, experts: list[Protected], model: nn.Module | str | Path | None = None
 ) -> list[Extra]:
-    """Per granularity, what a protect list of stats costs.
+    """Per granularity, the size of a protect list of stats.
 
     model: the one that stats are of, or its checkpoint folder, for its shapes; without it every routed expert counts
     the same. Raises SedetectError for another model.
@@ -258,7 +260,7 @@ def extra_sizes(
         from sedetect.models.loading import empty_model
 
         live = unwrap(model) if isinstance(model, nn.Module) else empty_model(model)
-        if not same_model(stats.header.digest, join_digest(model_id(live), None)):  # sizes are all that is read of it
+        if not same_model(stats.header.digest, join_digest(model_id(live), None)):  # only sizes are read
             raise SedetectError(
                 Argument("model"),
                 f" {model}: the statistics are of another model ({stats.header.model}); give the folder of that one",
@@ -277,7 +279,7 @@ def extra_sizes(
 
 
 def protected_names(experts: list[Protected], tool: str, granularity: str) -> list[str]:
-    """By what a tool's document leaves the experts alone: names or patterns of modules, one way for each tool."""
+    """The names or patterns by which each tool's document skips the experts."""
     return list(dict.fromkeys(NAMES[tool](experts, granularity)))
 
 
@@ -287,7 +289,8 @@ def as_protected(stats: ModelStats, place: Place, why: str) -> Protected:
     path, _, name = module.rpartition(".")
     if place.bank.routed and name != "experts":
         raise SedetectError(
-            f"{place}: {module} does not hold its experts by number; protect the layer by hand, no list can name them"
+            f"{place}: {module} does not hold its experts by number, so no list can name them; protect the layer by "
+            f"hand"
         )
     if name in DOWN_NAMES:
         module = path  # of a shared expert, whose bank is its down_proj

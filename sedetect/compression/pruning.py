@@ -13,7 +13,7 @@ saliencies as they are: a reap is the mean length of what an expert adds to the 
 layers. Divided by each layer's mean, of which one super expert may be the most, it was worse in most runs
 (docs/performance-notes.md).
 
-Files are streamed: what is in memory at a time is one output file, at most MAX_FILE, and one tensor.
+Files are streamed: memory holds one output file, at most MAX_FILE, and one tensor at a time.
 """
 
 import json
@@ -83,7 +83,7 @@ _TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True)
 class Pruning(Document):
-    """What pruning.json says of a pruned checkpoint: the experts kept, per bank, and facts of whoever chose them."""
+    """The document pruning.json: the experts kept per bank, and facts from the caller."""
 
     FORMAT = "sedetect-pruning"
     FILE = "pruning.json"
@@ -116,7 +116,7 @@ def choose_kept(
     """The experts to keep, ascending, per routed bank: all but the floor(ratio * E) of lowest saliency.
 
     budget "even" takes so many from every layer. "global" takes that share of all experts, the lowest of all layers,
-    and leaves a layer floor experts, by default and at least top_k. What a smaller ratio takes, a larger one takes too.
+    and leaves a layer floor experts, by default and at least top_k. A larger ratio prunes a superset of a smaller one.
 
     protected experts are kept whatever their saliency, and others go in their place. One that saw no row has a saliency
     of 0 and goes first (sedetect prune names those). groups is the router's n_group:
@@ -192,7 +192,7 @@ def router_groups(config: dict[str, Any]) -> int:
 
 
 def experts_per_token(config: dict[str, Any]) -> int | None:
-    """How many experts a config.json gives to a token; None where it does not say so by a name that is known."""
+    """The experts per token by a config.json; None if it has none of the known keys."""
     text = config.get("text_config") or config
     return next((text[name] for name in TOP_K if isinstance(text.get(name), int)), None)
 
@@ -215,7 +215,7 @@ def check_budget(budget: str, floor: int | None) -> None:
 
 
 def check_prunable(source: str | Path, ratio: float, *, budget: str = "even", floor: int | None = None) -> None:
-    """What prune_checkpoint and choose_kept refuse of a checkpoint and a ratio, before any statistics are there."""
+    """Raise the errors of prune_checkpoint and choose_kept that need no statistics."""
     check_budget(budget, floor)
     config = prunable_config(source)
     layout = read_layout(Path(source), config)
@@ -268,19 +268,19 @@ def prune_checkpoint(
 ) -> list[str]:
     """Write a copy of a checkpoint folder that has only the kept experts, renumbered in their order.
 
-    The tokenizer and whatever else lies beside the weights is copied, but README.md and folders in it. pruning.json
-    says which experts were kept: number i of a layer was number kept[i].
+    The tokenizer and other files beside the weights are copied, except README.md and folders. pruning.json lists the
+    kept experts: number i of a layer was number kept[i].
 
     Args:
         source: a folder with config.json and safetensors files.
-        out: a folder that is new or empty; nothing of it appears before all is written.
+        out: a new or empty folder; it appears only once everything is written.
         kept: as choose_kept gives it; every layer with experts, the same number in each unless the model's class reads
             a number per layer.
         groups: what experts to keep are merged from (sedetect.compression.merging); the others are dropped.
-        facts: what pruning.json says beside kept and merged.
+        facts: further fields of pruning.json.
         progress: called with bytes written, and in all.
     Returns:
-        notes: what the reader must know.
+        notes: facts that the reader must know.
     Raises:
         SedetectError: for a layout that is not known, naming the tensor, before anything is written.
     """
@@ -313,11 +313,11 @@ def prune_checkpoint(
     notes = []
     if layout.dropped:
         notes.append(
-            f"{layout.dropped} tensors of heads that predict further tokens left out: no statistics tell of their "
-            "experts (sedetect profile --mtp measures those of a known form)"
+            f"{layout.dropped} tensors of multi-token prediction heads left out: the statistics do not cover their "
+            f"experts (sedetect profile --mtp measures known ones)"
         )
     if top_k is None:
-        notes.append(f"config.json does not say how many experts a token takes; check that {least} are enough")
+        notes.append(f"config.json has no known key for the experts per token; check that {least} are enough")
     return notes
 
 
@@ -330,7 +330,7 @@ def _beside_weights(source: Path) -> list[Path]:
 
 
 def _number_gone(experts: int, ratio: float, top_k: int, groups: int) -> int:
-    """How many of a layer's experts a ratio prunes. Raises SedetectError where that does not work."""
+    """The number of a layer's experts that a ratio prunes. Raises SedetectError for an impossible number."""
     check_ratio(ratio)
     gone = math.floor(round(ratio * experts, 9))  # 0.29 * 100 is 28.999...
     if not gone:
@@ -356,14 +356,14 @@ def _number_gone(experts: int, ratio: float, top_k: int, groups: int) -> int:
 
 
 def _of_expert(files: dict[Path, Any], layout: Layout, name: str, expert: int) -> torch.Tensor:
-    """The tensor of another expert that stands for the same as this one's of that name."""
+    """The tensor of another expert that corresponds to this one's tensor of that name."""
     other = renamed(name, expert)
     values: torch.Tensor = files[layout.tensors[other].file].get_tensor(other)
     return values
 
 
 def _number_gone_globally(sizes: list[int], ratio: float, top_k: int, groups: int, floor: int | None) -> int:
-    """How many of all layers' experts a ratio prunes. Raises SedetectError where that does not work."""
+    """The number of all layers' experts that a ratio prunes. Raises SedetectError for an impossible number."""
     check_ratio(ratio)
     if groups > 1:
         raise SedetectError(
@@ -392,7 +392,7 @@ def _number_gone_globally(sizes: list[int], ratio: float, top_k: int, groups: in
 
 
 def _check_groups(config: dict[str, Any], number: int) -> None:
-    """Raise where groups of the size that is left do not hold what the router takes from them."""
+    """Raise if the remaining groups are too small for the router's choice within a group."""
     text = config.get("text_config") or config
     groups, chosen, top_k = router_groups(config), text.get("topk_group") or 1, experts_per_token(config) or 1
     size = number // groups

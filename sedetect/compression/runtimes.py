@@ -1,4 +1,4 @@
-"""Which runtime loads what a quantizer writes, as seen; and what a quantizer must know of the model's linear modules.
+"""Tested pairs of quantizer and runtime, and the properties of a model's linear modules that quantizers need.
 
 docs/quantizers.md has the releases, the checkpoints and the perplexities behind LOADS and REASONS.
 """
@@ -18,16 +18,16 @@ from sedetect.stats.model import ModelStats, same_model
 
 RUNTIMES = ("vllm", "sglang", "transformers")
 GROUPS = (128, 64, 32, 16)
-SERVED_GROUPS = (128, 64, 32)  # what vLLM's kernels for experts in 4 bits take
+SERVED_GROUPS = (128, 64, 32)  # group sizes that vLLM's 4-bit expert kernels support
 
-# (tool, runtime) -> granularities that were seen to load with every protected matrix in 16 bits.
+# (tool, runtime) -> granularities tested to load with every protected matrix in 16 bits.
 LOADS: dict[tuple[str, str], tuple[str, ...]] = {
     ("llm-compressor", "vllm"): ("layer",),
     ("auto-round", "transformers"): ("expert", "layer"),
     ("bitsandbytes", "transformers"): ("expert", "layer"),
 }
 
-# (tool, runtime, granularity) -> formats beside 16 bits that were seen to load in one checkpoint.
+# (tool, runtime, granularity) -> formats beside 16 bits tested to load in one checkpoint.
 MIXED: dict[tuple[str, str, str], tuple[str, ...]] = {
     ("llm-compressor", "vllm", "layer"): ("int4",),
     # Rounding to nearest leaves modules of 3 bits in 16 without a word.
@@ -51,7 +51,7 @@ REASONS: dict[tuple[str, str, str], str] = {
 
 
 def check_runtime(tool: str, runtime: str, granularity: str) -> None:
-    """Raise SedetectError, with a combination that was seen to load, unless this one was."""
+    """Raise SedetectError, naming a combination tested to load, unless this one was tested."""
     if runtime not in RUNTIMES:
         raise SedetectError(Argument("runtime"), f" {runtime}: is not known; use one of {', '.join(RUNTIMES)}")
     loads = LOADS.get((tool, runtime), ())
@@ -71,14 +71,14 @@ def check_runtime(tool: str, runtime: str, granularity: str) -> None:
 
 
 def seen_in(tool: str) -> str:
-    """One line: where this tool's checkpoints were seen to load, for those who name no runtime."""
+    """One line for calls without a runtime: the runtimes tested to load this tool's checkpoints."""
     seen = [f"{runtime} by {' or '.join(loads)}" for (other, runtime), loads in LOADS.items() if other == tool]
     return f"no runtime named (--for); checkpoints of {tool} were seen to load in: {', '.join(seen) or 'none yet'}"
 
 
 @dataclass(frozen=True)
 class Linears:
-    """The linear modules of a model, as far as settings depend on them.
+    """The properties of a model's linear modules on which settings depend.
 
     group       inputs per scale: the largest of GROUPS that divides the inputs of every routed expert's matrix
     others      modules outside the routed experts, from their layer on ("layers.*.self_attn.q_proj", "lm_head"), with
@@ -103,7 +103,7 @@ def read_linears(model: nn.Module | str | Path, stats: ModelStats, tool: str, ru
     from sedetect.models.loading import empty_model
 
     live = unwrap(model) if isinstance(model, nn.Module) else empty_model(model)
-    if not same_model(stats.header.digest, join_digest(model_id(live), None)):  # shapes are all that is read of it
+    if not same_model(stats.header.digest, join_digest(model_id(live), None)):  # only shapes are read
         raise SedetectError(
             Argument("model"), f" {model}: the statistics are of another model ({stats.header.model}); give that one"
         )

@@ -1,4 +1,4 @@
-"""Simulated weight formats: what the weights of the experts would be after a round trip through fewer bits.
+"""Simulated weight formats: the experts' weights after a round trip through fewer bits.
 
     int8, int4, int3, ... int2    symmetric integers: scale = max|w| / (2**(bits - 1) - 1),
                                   w -> round(w / scale) * scale, halves to even; no zero point
@@ -28,7 +28,7 @@ _FP8 = torch.float8_e4m3fn
 
 
 def bits_of(name: str) -> int:
-    """Bits per weight of a format, scales apart. Raises SedetectError for a name that is none."""
+    """Bits per weight of a format, scales apart. Raises SedetectError for an unknown name."""
     if name == "fp8":
         return 8
     if name[:3] == "int" and name[3:] in ("2", "3", "4", "5", "6", "7", "8"):
@@ -65,14 +65,14 @@ def expert_weights(module: nn.Module) -> dict[str, int]:
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     if not all(isinstance(module._parameters.get(name), nn.Parameter) for name in names):
         raise SedetectError(
-            f"{type(module).__name__}: stores its experts in a form whose compression cannot be simulated; "
-            "prune or quantize a checkpoint of it instead"
+            f"{type(module).__name__}: the storage of its experts has no simulated compression; prune or quantize a "
+            f"checkpoint of it instead"
         )
     return dict.fromkeys(names, 1 if module.is_transposed else 2)
 
 
 def routed_banks(model: nn.Module) -> list[Bank]:
-    """The banks of routed experts: what compression is simulated for. Shared experts are not among them."""
+    """The banks whose compression is simulated: routed experts, not shared ones."""
     return [bank for bank in find_banks(model) if bank.id.routed]
 
 
@@ -86,7 +86,7 @@ def expert_sizes(model: nn.Module) -> dict[BankId, tuple[int, int]]:
 
 @contextmanager
 def quantized_experts(model: nn.Module, name: str, kept: Iterable[Place] = (), *, group: int = GROUP) -> Iterator[None]:
-    """Run the model with the weights of its routed experts in a simulated format, while the context lasts.
+    """Context manager: run the model with the weights of its routed experts in a simulated format.
 
     The kept experts stay as they are, as do shared experts and everything else. No parameter is edited: each layer is
     quantized for the length of its own call, so that no copy of the model is needed.

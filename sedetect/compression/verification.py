@@ -1,4 +1,4 @@
-"""Verification: whether a quantized checkpoint still is the model that it was made from.
+"""Verification: check that a quantized checkpoint still behaves like its original.
 
     verification = verify("model", "model-w4a16")
     verification.passed, verification.failures
@@ -75,7 +75,7 @@ _NOT_SEEN = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What a quantized model may cost.
+    """The acceptable cost of quantization.
 
     increase  largest relative rise of perplexity, in every domain (0.05 is 5%)
     kl        largest mean KL divergence of the logits, in nats per token; None for any
@@ -87,7 +87,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class VerifiedExpert:
-    """One expert that was looked at.
+    """One compared expert.
 
     stored        how the quantized checkpoint stores its weights: "equal" to the base's, "equal, rounded to BF16",
                   "changed", "quantized (I32)"; None where nothing tells
@@ -113,7 +113,7 @@ class Verification(Tabular, Document):
     flips                    per bank of routed experts, the share of the base's choices that differ
     residual_max, sink_mean  of the base and of the quantized model (Residual.inner_max, Residual.sink_mean)
     failures                 a sentence for every check that was not passed
-    notes                    what else is to be known
+    notes                    further facts that the reader must know
     """
 
     FORMAT = "sedetect-verification"
@@ -218,8 +218,8 @@ def verify(
         sequences: windows on which massive activations and attention sinks are observed.
         progress: called with the name of the run ("base", "quantized") and the number of tokens, after every batch.
     Raises:
-        SedetectError: for bad input, for two models of different shape, and for a base that cannot be loaded. What is
-            wrong with the weights of the quantized checkpoint is said in the result's failures.
+        SedetectError: for bad input, for two models of different shape, and for a base that cannot be loaded. Faults in
+        the weights of the quantized checkpoint are listed in the result's failures.
     """
     check_limits(limits)
     if runtime is not None and limits.kl is not None:
@@ -236,13 +236,13 @@ def verify(
         unread = join_digest(model_id(prepared.empty), None)  # without the checksum of its weights
         if not same_model(protected.digest, unread):
             raise SedetectError(
-                Argument("protected"), f": a list of another model ({protected.model}); give one of the base"
+                Argument("protected"), f": made for another model ({protected.model}); give a list of the base"
             )
         named: Sequence[Place | str] = protected.places({bank.id: bank.experts for bank in find_banks(prepared.empty)})
     else:
         named = () if protected == "candidates" else protected
     guarded = [parse_place(place) if isinstance(place, str) else place for place in named]
-    resolve(prepared.empty, guarded)  # refuse what the model does not have
+    resolve(prepared.empty, guarded)  # refuse experts that the model does not have
     state = None if stats is None else opened(stats)
     origin = "stats" if stats is state else str(stats)
     if state is not None:
@@ -330,7 +330,7 @@ def _run_in(
     progress: Callable[[str, int], None],
     result: Verification,
 ) -> None:
-    """Compare two checkpoints by what a runtime gives for each. Raises SedetectError where the base does not run."""
+    """Compare two checkpoints by a runtime's outputs for each. Raises SedetectError if the base does not run."""
     progress("base", 0)
     first = runtime(base, domains, prefix)
     progress("base", sum(result.tokens.values()))
@@ -343,7 +343,7 @@ def _run_in(
     progress("quantized", sum(result.tokens.values()))
     result.domains, result.overall = compare_scores(first, second)
     if left := sorted({*second.unloaded} - {*first.unloaded}):
-        result.failures.append(f"weights that nothing was loaded into: {len(left)}, first {left[0]}")
+        result.failures.append(f"weights into which nothing was loaded: {len(left)}, first {left[0]}")
     result.notes.append(_NOT_SEEN)
     _judge_text(result)
 
@@ -357,7 +357,7 @@ def check_limits(limits: Limits) -> None:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one model showed.
+    """The observations of one model.
 
     notes     of its loading, by code; largest: |y| of the experts looked at; residual: None where it cannot be observed
     samples   of all routed experts (matching.py); matrices: of the experts of which the files do not tell, by name
@@ -402,7 +402,7 @@ def _windows(
     text: Text,
     state: ModelStats | None,
 ) -> dict[str, Windows]:
-    """Those to compare on: of statistics that were given, none that they saw."""
+    """The windows to compare on; with given statistics, only windows that these did not see."""
     if state is None:
         return calibration_windows(prepared.empty, prepared.tokenizer, texts, text).domains
     more = replace(text, tokens=text.tokens + state.header.tokens)
@@ -412,7 +412,7 @@ def _windows(
 
 
 def _refuse_other_shape(base: "PreTrainedModel", made: "PreTrainedModel", name: Path) -> None:
-    """Raise SedetectError where two models are not of one class, with the same experts and the same vocabulary."""
+    """Raise SedetectError if two models differ in class, experts or vocabulary."""
     if type(base) is not type(made):
         raise SedetectError(
             f"{name}: a {type(made).__name__}, and the base is a {type(base).__name__}; give a checkpoint made from it"
@@ -456,12 +456,12 @@ def _compare_settings(prepared: PreparedModel, made: PreparedModel, folder: Path
 
 
 def _check_files(base: Path, quantized: Path, result: Verification) -> Counterpart:
-    """What the headers of two checkpoints tell, without their weights."""
+    """The comparison of two checkpoints' headers, without their weights."""
     files = Counterpart(base, quantized)
     result.method = files.method
     missing = files.missing()
     if missing is None:
-        result.notes.append("its tensors are not named as the base's: what the files tell of them was not compared")
+        result.notes.append("its tensors have other names than the base's, so the files were not compared")
     elif missing:
         result.failures.append(f"tensors of the base without a counterpart: {len(missing)}, first {missing[0]}")
     if wrong := files.wrong_shapes():
@@ -479,7 +479,7 @@ def _stored(files: Counterpart, place: Place, experts: int) -> str | None:
 
 
 def _same_matrices(base: dict[str, torch.Tensor] | None, made: dict[str, torch.Tensor] | None) -> str | None:
-    """What the loaded weights of an expert tell of how they are stored."""
+    """The storage class of an expert, from its loaded weights."""
     if base is None or made is None:
         return None
     return EQUAL if all(torch.equal(base[name].to(m.dtype), m) for name, m in made.items()) else CHANGED
@@ -488,9 +488,9 @@ def _same_matrices(base: dict[str, torch.Tensor] | None, made: dict[str, torch.T
 def _judge_protected(result: Verification) -> None:
     for expert in result.experts:
         if expert.protected and expert.stored is None:
-            result.notes.append(f"{expert.expert}: nothing tells how its weights are stored")
+            result.notes.append(f"{expert.expert}: the storage of its weights is unknown")
         elif expert.protected and not str(expert.stored).startswith(EQUAL):
-            result.failures.append(f"{expert.expert} is to be protected, and its weights are {expert.stored}")
+            result.failures.append(f"{expert.expert} must be protected, but its weights are {expert.stored}")
 
 
 def _judge_weights(result: Verification, first: _Seen, second: _Seen) -> None:

@@ -1,4 +1,4 @@
-"""The banks of a Hugging Face MoE model: where its experts are, and how large.
+"""The banks of a Hugging Face MoE model: the places and sizes of its experts.
 
 Experts behind transformers' experts interface are found by what they hold, others by their adapters
 (sedetect.adapters.registry); the down_proj of the shared experts and dense MLPs beside them are banks too.
@@ -41,7 +41,7 @@ _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Bank:
     """One bank of a live model; path is that of its module there.
 
-    here, group: where the ranks of an expert-parallel model share the experts, those of this rank, and the ranks.
+    here, group: in an expert-parallel model, the experts of this rank, and the group of ranks.
     """
 
     id: BankId
@@ -145,7 +145,7 @@ def _kept_twice(path: str) -> SedetectError:
 
 
 def _without_experts(model: "PreTrainedModel") -> SedetectError:
-    """Of a model in which no bank is found: of a dense checkpoint, or one whose experts this class does not have."""
+    """The refusal of a model without a bank: a dense checkpoint, or one whose class lacks its experts."""
     name, config = type(model).__name__, model.config.get_text_config()
     counts = {key: getattr(config, key, None) for key in NUMBER_OF_EXPERTS}
     key = next((key for key, count in counts.items() if isinstance(count, int) and count > 1), None)
@@ -287,7 +287,7 @@ def _refuse_weights(model: nn.Module, path: str, experts: nn.Module, sharded: bo
     unknown = None if isinstance(experts, Adapter) else _unknown_part(module)
     if unknown is not None:
         raise SedetectError(
-            f"{path} ({name}): what its {unknown} does to the experts' outputs is not known; install an older "
+            f"{path} ({name}): the effect of its {unknown} on the experts' outputs is unknown; install an older "
             "transformers, or a newer sedetect"
         )
     if sharded and isinstance(experts, Adapter):
@@ -320,7 +320,7 @@ def _unknown_part(module: nn.Module) -> str | None:
 
 
 def _refuse_unreachable(path: str, module: nn.Module, known: list[str]) -> None:
-    """Raise for experts whose outputs no backend of ours would see."""
+    """Raise for experts whose outputs none of the backends would see."""
     name = type(module).__name__
     if name in REFUSED:
         raise SedetectError(f"{path} ({name}): {REFUSED[name]}; this model cannot be profiled")

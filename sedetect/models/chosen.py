@@ -1,4 +1,4 @@
-"""Of a streamed model, the weights that a few tokens use: rows of embeddings, what is not experts, chosen experts.
+"""The weights of a streamed model that a few tokens use: rows of embeddings, non-expert weights, chosen experts.
 
 Every tensor keeps its shape and its place in the model, so that the model's own modules, adapters and ops compute with
 true token ids and expert numbers. A tensor of all experts, or of all tokens, is memory without pages, of which rows are
@@ -124,7 +124,7 @@ class ChosenWeights:
         return self._source.tensors(self.common(layer))
 
     def load(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Make the weights of a layer, but for its experts, of what read gave."""
+        """Make the weights of a layer, without its experts, from the tensors that read returned."""
         info = self._streamed.convert(tensors)
         apart: tuple[str, ...] = ()
         for one in self._layers[layer].values():
@@ -166,13 +166,13 @@ class ChosenWeights:
         self._loaded |= {(bank, e) for e in new}
 
     def free(self, layer: int) -> None:
-        """Give the weights of a layer back."""
+        """Free the weights of a layer."""
         to_meta(self._streamed.layers[layer])
         self._loaded = {(bank, e) for bank, e in self._loaded if bank not in self._layers[layer]}
         give_back_freed_memory()
 
     def _find(self, layer: int, bank: Bank) -> _Experts | None:
-        """Where the experts of a bank are; None where they cannot be told apart, and are loaded with the layer."""
+        """The place of a bank's experts; None if they cannot be told apart and are loaded with the layer."""
         targets = {key: self._streamed.targets[key] for key in self._streamed.stored[layer]}
         if isinstance(bank.module, ListedExperts):
             paths = [self._paths[id(expert)] for expert in bank.module.experts]

@@ -1,4 +1,4 @@
-"""One expert of a live module by itself: the input and the output of its down_proj."""
+"""A single expert of a live module: the input and the output of its down_proj."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Which fused gate a module's own gate is: found by probing it, never by its name."""
+"""Identify a module's gate as one of the fused gates: by probing it, never by its name."""
 
 from collections.abc import Callable, Iterable
 

@@ -1,4 +1,4 @@
-"""Which model it is: its name, for people, and a digest that is one for all runs of it.
+"""The identity of a model: its name, for people, and a digest that is equal for all its runs.
 
 A digest is an id and a checksum, "0123456789abcdef-0123456789abcdef". The id is of the text model's config and of which
 of its modules have weights; the checksum is of all weights that run on text, taken where they are. Neither knows of
@@ -61,7 +61,7 @@ def model_name(model: nn.Module) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """What makes two runs runs of one model, see above.
+    """The digest that identifies runs of one model (module docstring).
 
     The checksum is "unchecked" where weights are nowhere to be read (on the meta device without accelerate's hooks, or
     in a form of a package's own). All ranks of an expert-parallel model call this together. Raises SedetectError for
@@ -128,12 +128,12 @@ def other_model(header: Header, found: str, name: str, remedy: str, dtype: str) 
 
 
 def digest_notes(model: nn.Module, found: str) -> list[Note]:
-    """What there is to know of a digest."""
+    """Notes on a digest."""
     if not found.endswith(UNCHECKED):
         return []
     text = (
-        f"{type(model).__name__}: no checksum of its weights was taken; statistics of other weights of this "
-        "architecture are not told apart from these"
+        f"{type(model).__name__}: its weights have no checksum; statistics of other weights of this architecture "
+        f"cannot be distinguished from these"
     )
     return [Note("unchecked_weights", text)]
 
@@ -214,7 +214,7 @@ def _id(model: nn.Module, weights: dict[str, Weight]) -> str:
 
 
 def stable_config(model: nn.Module) -> dict[str, Any]:
-    """What the config of the text model says of what it computes."""
+    """The fields of the text model's config that affect its computation."""
     config: Any = model.config
     stable: dict[str, Any] = _stable(_text_config(config).to_dict())
     return stable

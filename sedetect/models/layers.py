@@ -1,4 +1,4 @@
-"""The decoder layers of a live model: where they are, what their attention gives, and how text is run through them.
+"""The decoder layers of a live model: their paths, their attention outputs, and running text through them.
 
 Layers and the attention blocks directly in them may be hooked; experts and MLPs are stepped into where
 attach.py attaches.
@@ -41,7 +41,7 @@ def attention_blocks(layer: nn.Module, path: str, banks: list[Bank]) -> list[nn.
 
 
 def sink_substitutes(blocks: Iterable[nn.Module]) -> list[str]:
-    """What attention blocks have that takes the place of attention sinks: "learned sinks", "output gates".
+    """Mechanisms of attention blocks that replace attention sinks: "learned sinks", "output gates".
 
     Learned sinks are a parameter of that name in transformers; a gate is read off the source of the block's forward.
     """
@@ -128,7 +128,7 @@ def refuse_without_logits(model: "PreTrainedModel", what: str) -> None:
 
 @contextmanager
 def eager_attention(model: "PreTrainedModel") -> Iterator[None]:
-    """Attention that returns its weights, while the context lasts. A model that cannot switch keeps what it has."""
+    """Context manager: attention that returns its weights. A model that cannot switch keeps its implementation."""
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in list(configs.values()):
         nested = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]

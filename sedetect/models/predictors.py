@@ -1,4 +1,4 @@
-"""The head of a checkpoint that predicts a further token (MTP), which transformers does not load with the model.
+"""The multi-token prediction (MTP) head of a checkpoint, which transformers does not load with the model.
 
 It is what transformers makes of it (MtpModel), whose definition this is: for the token at position p, with h the hidden
 state that the model gives its lm_head at position p - 1,
@@ -28,8 +28,8 @@ def check_predictor(model: "PreTrainedModel", source: Any) -> None:
     heads = getattr(config, "num_mtp_layers", None)
     if not heads:
         raise SedetectError(
-            f"{name}: its config names no head that predicts further tokens in a form known to transformers "
-            "(num_mtp_layers); profile it without"
+            f"{name}: its config has no multi-token prediction head known to transformers (num_mtp_layers); profile "
+            f"it without"
         )
     if heads > 1:
         raise SedetectError(
@@ -37,8 +37,8 @@ def check_predictor(model: "PreTrainedModel", source: Any) -> None:
         )
     if getattr(model.config, "quantization_config", None) is not None:
         raise SedetectError(
-            f"{name}: its head that predicts a further token is stored quantized, which is not measured; give an "
-            "unquantized checkpoint"
+            f"{name}: its head that predicts a further token is stored quantized, which cannot be measured; give an "
+            f"unquantized checkpoint"
         )
 
 

@@ -1,4 +1,4 @@
-"""Row context: which row of a forward is which token, learned from the arguments of the model's own forward.
+"""Row context: the token of each row of a forward, from the arguments of the model's own forward.
 
 The experts see (T, H) rows and nothing else. RowTracker reads mask, positions and token ids off each top-level call
 before the model runs, and follows sequences through the key-value cache and through generate(). Everything that depends
@@ -56,16 +56,16 @@ UNMAPPED_SHAPE = _unmapped("the token ids are not (batch, length)")
 UNMAPPED_MASK = _unmapped("the attention mask is not (batch, length), so padding was counted")
 UNMAPPED_RESIZED = _unmapped("a cache was continued with another batch size")
 UNMAPPED_PACKED = _unmapped("several sequences packed into one row; give prof.batch(sequence_ids=...) one per token")
-PAGED = Note("paged", "continuous batching: positions and first tokens are known, which sequence a token is of is not")
+PAGED = Note("paged", "continuous batching: positions and first tokens are known, the sequence of a token is not")
 PAGED_GPU = Note(
     "warm_up", "continuous batching: its warm-up on a GPU was counted too; give generate_batch(warmup=False)"
 )
 LOST = (
-    "counted tokens were taken out of a cache afterwards (rejected drafts, a cropped cache): they count beside those "
-    "that took their place"
+    "counted tokens were taken out of a cache afterwards (rejected drafts, a cropped cache): they count as well as "
+    "their replacements"
 )
 MIXED = (
-    "texts flattened into one row may see each other's tokens: transformers keeps them apart where no cache is made; "
+    "texts flattened into one row may see each other's tokens: transformers separates them only without a cache; "
     "give use_cache=False"
 )
 NO_PREFIX = (
@@ -116,7 +116,7 @@ class Generation:
 
 @dataclass
 class Batch:
-    """What the caller said of the next forward; see Profile.batch."""
+    """The caller's description of the next forward; see Profile.batch."""
 
     sequence_ids: torch.Tensor | None = None
     positions: torch.Tensor | None = None
@@ -194,7 +194,7 @@ class RowTracker:
         self._totals: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     @torch.compiler.disable
-    @torch.inference_mode(False)  # what is kept here may be advanced outside of it
+    @torch.inference_mode(False)  # the state kept here may be advanced outside of it
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> Rows | None:
         """The rows of this call's (B, L) tokens, flattened to T = B * L; None where they cannot be mapped."""
         batch, self.pending = self.pending or Batch(), None
@@ -294,7 +294,7 @@ class RowTracker:
         if mixed := totals.get("mixed"):
             self.notes.add(Note("mixed", f"{mixed} {MIXED}", count=mixed))
         if unknown := totals.get("untyped"):
-            text = f"{unknown} tokens given as embeddings are of no known modality; give mm_token_type_ids"
+            text = f"{unknown} tokens given as embeddings have an unknown modality; give mm_token_type_ids"
             self.notes.add(Note("untyped", text, count=unknown))
         self.notes.update(self._padding.notes(sequences))
         return tokens, sequences
@@ -652,7 +652,7 @@ class RowTracker:
 
 
 def unmapped_unknown(name: str) -> Note:
-    return _unmapped(f"the model was called with {name}, which is not a cache that is known here")
+    return _unmapped(f"the model was called with {name}, which is not a known cache")
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -3,7 +3,7 @@
 The model is made by transformers' own from_pretrained, of which one step is replaced: instead of all weights, only
 those outside the decoder layers are loaded. Everything else (class, precision, attention, names and conversions of
 weights, quantization) is as in a resident model, and load() later uses the same conversion for one layer's weights.
-What is missing, left over or misshapen is known before a byte is read, from a conversion of tensors without data.
+Missing, unused or misshapen weights are found before a byte is read, by converting tensors without data.
 
 What it takes of the internals of transformers (5.17 to 5.24): two static methods of PreTrainedModel, one of the FP8
 quantizer, and transformers.core_model_loading.

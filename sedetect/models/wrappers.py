@@ -1,4 +1,4 @@
-"""What stands around a model, or around its modules, and is not part of it: of compile, PEFT, DDP, or of the user."""
+"""Wrappers around a model or its modules: torch.compile's, PEFT's, DDP's, or the user's."""
 
 import sys
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What a checkpoint is and what profiling it takes, from its config and the headers of its safetensors files alone."""
+"""The size of a checkpoint and the cost of profiling it, from its config and safetensors headers alone."""
 
 import os
 import time
@@ -43,7 +43,7 @@ class Plan:
     layer_memory, rest_memory            likewise, their bytes in memory on a GPU
     width         of the hidden states
     located       bytes that locate reads of the layers, of one first token
-    notes         what the reader must know: weights that the model has no place for
+    notes         facts that the reader must know: weights without a place in the model
     """
 
     model: str
@@ -82,11 +82,13 @@ class Plan:
         return self.parameters - self.routed + round(self.routed * self.top_k * len(self.experts) / total)
 
     def weights(self, dtype: torch.dtype) -> int:
-        """Bytes of all weights in this precision; in that in which they are held, as they are held."""
+        """Bytes of all weights in this precision; in the precision `held`, quantized weights as they are held."""
         return self.rest_memory + sum(self.layer_memory) if dtype == self.held else self.parameters * dtype.itemsize
 
     def streamed(self, dtype: torch.dtype) -> int:
-        """Bytes of weights that streaming holds at most: what is outside the layers, and three of the largest layer."""
+        """The most bytes of weights that streaming holds: those outside the layers, and three times the largest
+        layer.
+        """
         if dtype == self.held:
             return self.rest_memory + 3 * max(self.layer_memory)
         return (self.rest_parameters + 3 * max(self.layer_parameters)) * dtype.itemsize
@@ -154,8 +156,7 @@ def layers_of_rule(layers: int) -> int:
 def measure_read(folder: str | Path, limit: int = SAMPLE) -> tuple[float, int]:
     """(bytes per second, bytes read) of one thread that reads the start of a checkpoint's largest file from disk.
 
-    The pages read are dropped from the system's cache first, where it allows that: what is there already would be read
-    faster than the rest.
+    Where possible, the pages are first dropped from the system's cache, because cached pages would read faster.
     """
     file = max(shards_of(Path(folder)), key=lambda file: file.stat().st_size)
     count = min(limit, file.stat().st_size)

@@ -1,4 +1,4 @@
-"""A profile of the head that predicts a further token, beside that of its model: over the same text, in one pass."""
+"""A profile of the multi-token prediction head with that of its model: over the same text, in one pass."""
 
 from dataclasses import replace
 from types import TracebackType

@@ -1,4 +1,4 @@
-"""What a walk of first tokens found: the document super_experts.json of `sedetect locate`, and how it is worded."""
+"""The result of a walk of first tokens: the document super_experts.json of `sedetect locate`, and its wording."""
 
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -57,10 +57,10 @@ class LocatedExpert(Place):
 
 @dataclass(frozen=True)
 class Located(Document):
-    """What a walk found.
+    """The result of locate.
 
     model, source     the model's name, and where it was read: as it was given to locate
-    layers, of        decoder layers that ran, and that there are
+    layers, of        decoder layers run, and in all
     tokens            text of every token of the walk, by its id
     first_tokens      ids of the first token of each sequence, the tokenizer's own first
     candidates        by value, descending
@@ -68,7 +68,7 @@ class Located(Document):
     read, stored      bytes read, and bytes of the checkpoint's tensors
     seconds           from the first byte to the verdict
     unmeasured        experts of the checkpoint that are not in the walked model, a line each
-    notes             what the reader must know, a line each
+    notes             facts that the reader must know, one line each
     stats, residual   what was measured, as of a profile; not in the document
     """
 
@@ -120,12 +120,12 @@ class Located(Document):
 
 
 def blind_spots(layers: int, of: int, text: bool) -> list[Note]:
-    """What a walk cannot see."""
+    """Notes on the limits of a walk."""
     seen = "a short prompt" if text else "first tokens alone"
     unseen = f"a walk of {seen}: experts that fire later in a text are not seen"
     notes = [Note("located", f"{unseen}, there are no medians of layers and no percentile, and nothing is proved")]
     if layers < of:
-        why = "the published rule does not look there"
+        why = "the published rule does not consider them"
         notes.append(Note("located_layers", f"layers {layers} to {of - 1} did not run: {why}", count=of - layers))
     return notes
 

@@ -57,20 +57,20 @@ ROUND_WINDOWS = 2  # of each domain per round: some thousand tokens, so that a r
 
 @dataclass
 class ModelProfile:
-    """What profile_model measured.
+    """The result of profile_model.
 
     stats         of all domains together
     domains       per domain; they merge to stats
     modalities    of the tokens of text, images and sound alone, where they were told apart (Profile.modalities)
     seconds       in the model's forwards and the statistics, without loading
-    device        name of what the model ran on
+    device        name of the model's device
     asked         tokens asked for; stats.header.tokens were used
     interrupted   stop() ended it early
-    residual      what was seen of the residual stream, where it was asked for and nothing interrupted the profile
-    proof         what a proof of the candidates found, likewise; None where there was no candidate
+    residual      the observed residual stream, if requested and the profile was not interrupted
+    proof         the proof of the candidates, likewise; None without candidates
     windows       the windows of each domain that there were to run; see sedetect.experiments.super_weights
     chats         likewise the chats with images or sound
-    streamed      how streaming the model layer by layer went, where it was streamed
+    streamed      statistics on streaming the model, if it was streamed
     rounds        after each round, the tokens so far and the experts to protect (Ranking.found), largest first; empty
                   where profiling was not in rounds
     stable_after  tokens after which the final set first stood, where as many rounds as asked for (one, if none were)
@@ -126,9 +126,9 @@ def profile_model(
     Args:
         model: a checkpoint folder, a hub name, or a loaded model (then tokenizer is needed).
         texts: None for the embedded corpus, a path or hub dataset as load_texts takes them, or domain -> documents.
-        text: how much of it is taken, and how it is cut and run.
+        text: the amount taken, and how it is cut and run.
         loading: how a checkpoint is loaded.
-        measuring: what is measured, and by what.
+        measuring: the statistics to keep, and the backend.
         processor: of a loaded model that is to see images or hear sound; a checkpoint brings its own.
         residual: afterwards observe the residual stream and the attention sinks of this many windows, as
             observe_residual does; rank takes what it saw.
@@ -297,7 +297,7 @@ def _prepare(
 
 
 def _planned(result: ModelProfile, calibration: Calibration, whole: bool, rounds: _Rounds) -> list[Note]:
-    """What there is to know of the text that was run, whole or in part."""
+    """Notes on the text that was run, whole or in part."""
     if result.interrupted:
         return []
     if whole:
@@ -322,7 +322,7 @@ def _observe(
         result.residual = observe_residual(model, domains, prefix=prefix, sequences=sequences, progress=progress)
     except _Stopped:
         result.interrupted = True
-    except Exception as error:  # the profile is done, and is not lost for whatever fails here
+    except Exception as error:  # the profile is done and must not be lost by a failure here
         why = Note("no_residual", f"the residual stream was not observed: {shorten(error)}")
         result.stats.header.notes = sorted_notes([*result.stats.header.notes, why])
 
@@ -349,7 +349,7 @@ def _prove(
         )
     except _Stopped:
         result.interrupted = True
-    except Exception as error:  # the profile is done, and is not lost for whatever fails here
+    except Exception as error:  # the profile is done and must not be lost by a failure here
         why = Note("no_proof", f"nothing was proved: {shorten(error)}")
         result.stats.header.notes = sorted_notes([*result.stats.header.notes, why])
 
@@ -386,7 +386,9 @@ def _part(
 
 
 def _must_stream(model: Any, stream: bool | None, loading: Loading) -> bool:
-    """What stream comes to: the caller's word, or whether a checkpoint folder is too large for the device."""
+    """The effective value of stream: the caller's choice, or whether a checkpoint folder is too large for the
+    device.
+    """
     if not isinstance(model, (str, os.PathLike)):
         if stream:
             raise SedetectError(f"{type(model).__name__}: a loaded model is not streamed; give the checkpoint's folder")
@@ -399,7 +401,7 @@ def _must_stream(model: Any, stream: bool | None, loading: Loading) -> bool:
 
 @dataclass
 class _Resident:
-    """A profile of a loaded model that is under way.
+    """A running profile of a loaded model.
 
     total: tokens there are to run; done: tokens that were run.
     """
@@ -477,7 +479,7 @@ class _Resident:
             yield ids.numel()
 
     def _round(self, measured: dict[str, ModelStats], rounds: _Rounds) -> bool:
-        """Take down what a round came to, and say whether it was the last that is needed."""
+        """Record a round's result, and return whether it was the last one needed."""
         result = self.result
         result.rounds.append((self.done, _candidates(merge_all(result.domains.values()))))
         result.stable_after = _stable_after(result.rounds, rounds.until_stable or 1)

@@ -23,12 +23,12 @@ from sedetect.stats.model import ModelStats, join_domains, merge_all
 if TYPE_CHECKING:
     from sedetect.profiling.pipeline import ModelProfile
 
-_PATIENCE = timedelta(days=7)  # ranks wait for the slowest; that one died is seen at once, by its closed connection
+_PATIENCE = timedelta(days=7)  # ranks wait for the slowest; a dead rank is noticed at once, by its closed connection
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one torchrun, and which of them this is."""
+    """The processes of one torchrun, and this process's rank."""
 
     rank: int = 0
     count: int = 1
@@ -57,7 +57,7 @@ class Ranks:
     def run(self, measure: Callable[[], "ModelProfile"]) -> "ModelProfile | None":
         """measure() on every rank: all of it merged on rank 0, None on the others.
 
-        Raises SedetectError on every rank where one raises it, or ends before it is done.
+        Raises SedetectError on every rank if one raises it or exits early.
         """
         if self.count == 1:
             return measure()
@@ -115,4 +115,4 @@ def _end(number: int, frame: object) -> None:
 
 
 def _ended() -> SedetectError:
-    return SedetectError("a rank ended before it was done; no result was written, see its message and start again")
+    return SedetectError("a rank exited early, so nothing was written; see its error and start again")

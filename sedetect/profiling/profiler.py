@@ -1,4 +1,4 @@
-"""profile: a context manager under which a model's own forward measures its experts."""
+"""profile: a context manager in which a model's own forward measures its experts."""
 
 import uuid
 from contextlib import ExitStack
@@ -67,7 +67,7 @@ class Profile:
         parallel = next((bank for bank in self._banks if bank.here is not None), None)
         if parallel is not None and measuring.coactivation:
             raise SedetectError(
-                f"{parallel.path}: coactivation of experts on different ranks is seen by none; leave it out, or load "
+                f"{parallel.path}: coactivation of experts on different ranks cannot be counted; leave it out, or load "
                 "the model on one device"
             )
         self._digest = model_digest(self._model) if digest is None else digest
@@ -105,7 +105,7 @@ class Profile:
             self._join_ranks()
 
     def _failed(self) -> SedetectError | None:
-        """What a bank met in this profile that makes its statistics wrong."""
+        """Faults of a bank in this profile that make its statistics wrong."""
         if not self._attached:
             return self._failure
         adapters = (one.bank.module for one in self._measured if isinstance(one.bank.module, Adapter))
@@ -129,7 +129,7 @@ class Profile:
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> None:
-        """Say what the rows of the next forward are, where its arguments do not.
+        """Describe the rows of the next forward where its arguments do not.
 
         Args:
             sequence_ids: (B,) one per row of the batch, or (B, L) one per token for packed sequences; int64, at least
@@ -157,7 +157,7 @@ class Profile:
 
     @property
     def stats(self) -> ModelStats:
-        """What was measured so far, on the CPU. Synchronizes with the device.
+        """The statistics so far, on the CPU. Synchronizes with the device.
 
         Raises SedetectError where a block of remote code used its experts otherwise than its router says.
         """
@@ -202,7 +202,7 @@ class Profile:
 
     @property
     def modalities(self) -> dict[str, ModelStats]:
-        """stats of the tokens of each modality alone, where they were asked for; of one that was not seen, none.
+        """The statistics of each modality's tokens alone, if requested; a modality that did not occur is left out.
 
         First tokens are those of its spans: of an image, say. Rows that are not mapped are in none of them.
         """
@@ -233,7 +233,7 @@ class Profile:
 class SourcesProfile(Profile):
     """A profile that is attached once and measures one source after another, each with statistics of its own.
 
-    begin() a source, run its forwards, take() what was measured. The block may be entered again.
+    begin() a source, run its forwards, take() its statistics. The block may be entered again.
     """
 
     def __init__(
@@ -299,7 +299,7 @@ def profile(
             vllm.LLM that was started with worker_extension_cls="sedetect.engines.vllm.Worker" (docs/serving.md).
         source: name of the text the sequences come from; sequence ids given by prof.batch are unique within it. A
             random name by default, with a running count as ids.
-        info: what to remember of the source, as JSON values.
+        info: facts on the source to save, as JSON values.
         prefix: token id that the tokenizer puts before every text, if it does; the profile notes sequences without it.
         pad_token_id: token id of padding that no attention mask hides (lm_eval gives none): a run of it at one end of
             the sequences of a batch does not count. Where the id is also the beginning (or the end) of a sequence, the
@@ -317,6 +317,6 @@ def profile(
         if pad_token_id is not None:
             raise SedetectError("pad_token_id: an engine knows which rows are padding; leave it out")
         if modalities:
-            raise SedetectError("modalities: inside an engine, tokens are not told apart; leave it out")
+            raise SedetectError("modalities: an engine's tokens cannot be told apart; leave it out")
         return ServedProfile(model, source, info, prefix, measuring)
     return Profile(cast(nn.Module, model), source, info, prefix, measuring, pad=pad_token_id)

@@ -1,4 +1,4 @@
-"""Proof of what statistics point to, on text that they did not see."""
+"""Proof of the candidates of statistics, on held-out text."""
 
 import os
 from collections.abc import Callable
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proving:
-    """What is proved, and how.
+    """The settings of a proof.
 
-    experts     names, separated by commas; None: what the statistics point to (candidates_of)
+    experts     names, separated by commas; None: the candidates of the statistics (candidates_of)
     tokens      of text for the proof, all of windows that the statistics did not see
     smallest, level, chain      as prove takes them
     """
@@ -45,7 +45,7 @@ def prove_profile(
     residual: Residual | None = None,
     progress: Callable[[str, int, int, float], None] = lambda label, done, total, seconds: None,
 ) -> Proof | None:
-    """prove, of what statistics of this model point to; None where they point to nothing.
+    """prove for the candidates of this model's statistics; None without candidates.
 
     Args:
         texts, text: those of the profile, of which other windows are taken.

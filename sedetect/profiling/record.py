@@ -1,4 +1,4 @@
-"""run.json: when and on what a profile ran, and the texts that its statistics know only by number.
+"""run.json: date and device of a profile, and the texts of tokens that its statistics hold only by id.
 
 Statistics merge; the day, the machine and the seconds of a run do not. So they stand here, beside the statistics,
 together with the texts of tokens, which take the tokenizer and the calibration text to find again.
@@ -36,11 +36,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Run(Document):
-    """What a profile's statistics do not hold.
+    """The facts of a profile that its statistics do not hold.
 
     digest      of the model, as in the statistics' header
     date        when it ended: ISO 8601, UTC, to the second
-    device      name of what the model ran on
+    device      name of the model's device
     seconds     in the model's forwards and the statistics
     asked       tokens asked for
     tokens      text of every token on which an expert's largest |y| appeared, by id
@@ -74,7 +74,7 @@ class Run(Document):
 
 
 def describe_run(result: "ModelProfile", ranking: Ranking) -> Run:
-    """What there is to say of a profile that has a tokenizer; ranking names the experts whose contexts are kept."""
+    """The record of a profile that has a tokenizer; ranking names the experts whose contexts are kept."""
     tokenizer, banks = result.tokenizer, result.stats.banks
     assert tokenizer is not None  # profile_model gives its own
 
@@ -112,4 +112,4 @@ def _around(ids: list[int], at: int, text_of: Callable[[list[int]], str]) -> tup
     before, after = before.rstrip("\ufffd"), after.lstrip("\ufffd")
     if len(before) + len(after) < len(text) and text.startswith(before) and text.endswith(after):
         token = text[len(before) : len(text) - len(after)]
-    return before.lstrip("\ufffd"), token, after.rstrip("\ufffd")  # what is cut at the far ends
+    return before.lstrip("\ufffd"), token, after.rstrip("\ufffd")  # characters cut at the far ends

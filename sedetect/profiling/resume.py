@@ -1,4 +1,4 @@
-"""What a streamed profile keeps between layers: the hidden states, and in a folder all that it takes to go on.
+"""The state of a streamed profile between layers: the hidden states, and a folder with all that resuming needs.
 
     FOLDER/progress.json                  what is being run, and how many layers are finished; written last
     FOLDER/statistics/<layer>.<domain>.safetensors
@@ -38,7 +38,7 @@ class Finished(Document):
 
     FORMAT = "sedetect-progress"
     FILE = "progress.json"
-    REMEDY = "delete its folder to begin anew"
+    REMEDY = "delete its folder to start over"
 
     layers: int
     computed: float
@@ -57,8 +57,8 @@ class Progress:
     """A streamed profile's folder.
 
     run: what must be equal for a run to go on, as JSON values. layers: how many are finished, computed: seconds they
-    took, over all starts. seconds: spent writing by this start, waited: of them, those in which nothing was computed.
-    Raises SedetectError where the folder holds another run, or what is not a run of ours.
+    took, over all starts. seconds: spent writing by this start, waited: the part of `seconds` that stalled computation.
+    Raises SedetectError where the folder holds another run, or something other than a run.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any]):
@@ -95,7 +95,7 @@ class Progress:
         self.waited += time.perf_counter() - start
 
     def statistics(self, domains: int) -> list[list[ModelStats]]:
-        """Of every finished layer, the statistics of each domain."""
+        """The statistics of each domain, for every finished layer."""
         return [[ModelStats.load(self._statistics(i, d)) for d in range(domains)] for i in range(self.layers)]
 
     def write_hidden(self, layer: int, batch: int, hidden: torch.Tensor) -> None:
@@ -110,7 +110,7 @@ class Progress:
         self.waited += time.perf_counter() - start
 
     def close(self) -> None:
-        """Until nothing is written any more, whatever became of it."""
+        """Wait until all writes have ended, successful or not."""
         self._writer.shutdown()
 
     def read_hidden(self, layer: int, batch: int) -> torch.Tensor:
@@ -134,7 +134,7 @@ class Progress:
         self.seconds += time.perf_counter() - start
 
     def _wait(self, left: int) -> None:
-        """Until no more than so many batches are left to be written. Raises what went wrong."""
+        """Wait until at most this many batches are left to write. Raises the error of a failed write."""
         while len(self._writing) > left:
             self._writing.popleft().result()
 
@@ -174,7 +174,7 @@ class HiddenStates:
         self._kept: dict[int, torch.Tensor] = {}
 
     def close(self) -> None:
-        """Let no thread of ours run on."""
+        """Stop all writer threads."""
         if self._progress is not None:
             self._progress.close()
 

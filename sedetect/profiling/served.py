@@ -1,4 +1,4 @@
-"""The profile of a model in a serving engine, whose workers measure it: what is asked of them, and what they answer.
+"""The profile of a model in a serving engine, measured by its workers: the requests to them and their answers.
 
 Nothing of an engine is imported here. A call is a worker extension's method with text as arguments, made in every
 worker; answers are JSON objects (sedetect.engines.vllm.Worker). Statistics come as the bytes of our files, in parts.
@@ -34,7 +34,7 @@ Call = Callable[..., Sequence[str]]  # (method, *arguments) -> the answers of al
 
 
 class Engine(Protocol):
-    """What is used of a vllm.LLM."""
+    """The part of vllm.LLM that is used."""
 
     llm_engine: Any
 
@@ -51,7 +51,7 @@ class Served:
         self._asked = json.dumps({"source": self.source, "info": info or {}, "prefix": prefix, **asdict(how)})
 
     def start(self, known: Collection[str] = ()) -> None:
-        """Begin, or go on with a profile that is under way, where its source is a known one.
+        """Begin a profile, or resume a running one whose source is known.
 
         Raises SedetectError where the engine or its model cannot be measured; it serves on as before.
         """
@@ -73,7 +73,7 @@ class Served:
         self._call("sedetect_stop")
 
     def collect(self) -> ModelStats:
-        """What all workers have seen so far, as one."""
+        """The statistics of all workers so far, merged."""
         parts: list[bytearray] = []
         begin, end = 0, 1
         while begin < end:
@@ -96,7 +96,9 @@ def _read(content: bytes) -> ModelStats:
 
 
 def join_workers(parts: list[ModelStats]) -> ModelStats:
-    """One run from what the workers of an engine saw of the same tokens: each its layers, its experts, or both."""
+    """One run from the statistics of an engine's workers over the same tokens: each has its layers, experts, or
+    both.
+    """
     whole: dict[BankId, BankStats] = {}
     for part in parts:
         for bank, state in part.banks.items():
@@ -193,12 +195,12 @@ class ServedProfile:
                 raise
 
     def batch(self, **given: Any) -> None:
-        """As Profile.batch has it; an engine is always refused."""
+        """As Profile.batch; always refused for an engine."""
         raise SedetectError("prof.batch: an engine knows its rows; leave it out")
 
     @property
     def stats(self) -> ModelStats:
-        """What was measured so far. Raises SedetectError before the block is entered."""
+        """The statistics so far. Raises SedetectError before the block is entered."""
         if self._running:
             return self._served.collect()
         if self._stats is None:

@@ -1,4 +1,4 @@
-"""A profile of a model of which one decoder layer at a time has weights: every batch passes a layer before the next.
+"""A streamed profile: only one decoder layer at a time has weights, and every batch passes it before the next one.
 
 For each layer and batch the model's own forward is called, on the batch's token ids. The layers before pass on what
 they are given, the layer itself runs on the hidden states kept from the layer before, and there the forward ends:
@@ -46,7 +46,7 @@ _WHOLE = ("load it whole (", Argument("stream", False), ")")
 
 @dataclass
 class Streamed:
-    """How a streamed profile went.
+    """Statistics on the progress of a streamed profile.
 
     layers were run here, resumed were found finished. Seconds: read and convert weights (in a thread), compute batches
     (of resumed layers too), wait for weights, write what a resumed run needs.
@@ -83,7 +83,7 @@ def stream_profile(
         prefix: as in sedetect.profile.
         resume: a folder to continue from, and to keep what continuing takes; see sedetect.profiling.resume.
         report: called with ("layer 3 of 48", tokens done in it) after every batch.
-        stop: asked before every batch.
+        stop: called before every batch.
     Raises:
         SedetectError: before any layer is read, for a model whose layers hand on more than hidden states, for a folder
             with another run, and without resume for hidden states that do not fit the memory.
@@ -170,7 +170,7 @@ def _identity(
     prefix: int | None,
     measuring: Measuring,
 ) -> dict[str, Any]:
-    """What must be equal for two runs to give the same bits."""
+    """The settings that must be equal for two runs to give the same bits."""
     model = streamed.model
     return {
         "model": model_name(model),
@@ -193,7 +193,7 @@ def _identity(
 
 
 def _place(streamed: StreamedModel, domains: dict[str, Windows], resume: Path | None) -> torch.device | None:
-    """Where the hidden states of all batches are kept."""
+    """The storage of the hidden states of all batches."""
     tokens = sum(windows.ids.numel() for windows in domains.values())
     width = streamed.model.get_input_embeddings().get_parameter("weight").shape[1]
     needed = tokens * width * streamed.model.dtype.itemsize
@@ -257,7 +257,7 @@ def only_layer(
 
 @contextmanager
 def _forwards(forwards: Iterable[Callable[..., Any]], modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let the first of the modules compute these for the time being."""
+    """Temporarily replace the forwards of these modules."""
     with ExitStack() as undo:
         for module, forward in zip(modules, forwards):
             undo.callback(replace_forward(module, forward))

@@ -1,4 +1,4 @@
-"""locate: a walk of one-token sequences through a checkpoint, of which it reads what these tokens use.
+"""locate: a walk of one-token sequences through a checkpoint, reading only the weights that these tokens use.
 
 Super experts write their outlier on the first token of a sequence, and in a causal model the first token's rows do not
 depend on what follows. So one token, run by the model's own modules, shows them, and takes of each layer what is not
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 # profile asks for, which takes the median of all tokens. docs/locate.md has the margins of trained checkpoints.
 MASSIVE_RATIO = 50.0
 _DOMAIN = "first tokens"
-# What texts begin with: letters, digits, a line's end, Chinese, code.
+# Beginnings of texts: letters, digits, a newline, Chinese, code.
 _BEGINNINGS = (
     "The",
     "I",
@@ -126,7 +126,7 @@ def locate(
         check_type("text", text, str)
     if isinstance(first_tokens, str) or not isinstance(first_tokens, (int, Sequence)):
         raise SedetectError(
-            Argument("first_tokens"), f" {first_tokens!r}: is not a list of tokens; give a list, or how many"
+            Argument("first_tokens"), f" {first_tokens!r}: is not a list of tokens; give a list or a number"
         )
     if loading.device not in (None, "cpu"):
         raise SedetectError(Argument("device"), f" {loading.device}: locate computes on the CPU; leave it out")
@@ -197,7 +197,7 @@ def _single(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
 
 
 def _refuse(streamed: StreamedModel) -> None:
-    """Raise SedetectError for a model whose first token is not what it is in a text."""
+    """Raise SedetectError for a model whose first token alone differs from the same token in a text."""
     model = streamed.model
     name, config = type(model).__name__, model.config.get_text_config()
     if has_encoder(model):
@@ -219,7 +219,7 @@ def _not_causal(name: str, where: str) -> SedetectError:
 
 
 def _entering(kept: torch.Tensor | None, given: torch.Tensor) -> torch.Tensor:
-    """What goes into a layer: what the one before left, or for the first, what the model gives it."""
+    """The input of a layer: the output of the one before, or for the first, the input from the model."""
     return given if kept is None else kept
 
 
@@ -401,7 +401,7 @@ class _Walk:
                 yield self._look_inside(bank, one)
 
     def _judged(self, one: LocatedExpert, carried: bool | None) -> LocatedExpert | None:
-        """The candidate that it is by all layers so far, with ratio and signature; None: it is none."""
+        """The expert as a candidate by all layers so far, with ratio and signature; None if it is not one."""
         stats = next(part for part in self.parts if one.bank in part.banks)
         views = {key: BankView(key, state, stats.header, "all") for key, state in stats.banks.items()}
         view = views[one.bank]

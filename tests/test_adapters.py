@@ -316,18 +316,18 @@ def test_forms_that_agree_are_measured():
 
 def test_a_block_whose_experts_choose_is_refused():
     model = as_remote_code(random_model("qwen3_moe"), ExpertChoiceBlock, "proj")
-    with pytest.raises(SedetectError, match=r"ExpertChoiceBlock \(Expert\): how this block routes"):
+    with pytest.raises(SedetectError, match=r"ExpertChoiceBlock \(Expert\): the routing of this block"):
         sedetect.profile(model)
 
 
 def test_a_block_that_is_not_understood_is_refused_before_any_forward():
     model = as_remote_code(random_model("qwen3_moe"), OddBlock, "proj")
-    with pytest.raises(SedetectError, match=r"OddBlock \(Expert\): how this block routes"):
+    with pytest.raises(SedetectError, match=r"OddBlock \(Expert\): the routing of this block"):
         sedetect.profile(model)
     for layer in model.model.layers:  # a list by another name
         layer.mlp.block.pool = layer.mlp.block.experts
         del layer.mlp.block.experts
-    with pytest.raises(SedetectError, match=r"OddBlock \(Expert\): how this block routes"):
+    with pytest.raises(SedetectError, match=r"OddBlock \(Expert\): the routing of this block"):
         sedetect.profile(model)
 
 

@@ -231,7 +231,7 @@ def test_pairs_with_and_without_a_template(tokenizer):
         (b'[{"text": "a"} "b"]', "record 1 is not an object"),
         (b'[{"text": "a"}', "record 1 is not valid JSON"),
         (b"[]", "empty"),
-        (b'{\n "data": [{"text": "a"}]}', "is one object over many lines"),
+        (b'{\n "data": [{"text": "a"}]}', "is one object over several lines"),
         (b'{"data": [{"text": "a"}]}', "line 1 has no text, only 'data'"),
         (b"[" * 10000, "record 0 is not valid JSON"),
         (b'[{"text": "\xff"}]', "not UTF-8 at byte 11"),
@@ -568,12 +568,12 @@ def test_images_in_parquet(tmp_path):
     ("record", "said"),
     [
         (chat_of({"type": "image", "path": "b.png"}), "b.png: no such file; give paths from the file"),
-        (chat_of({"type": "image", "url": "https://a.org/b.png"}), "'https://a.org/b.png' for a file; download it"),
-        (chat_of({"type": "image", "image": "data:image/png;base64,AA"}), "for a file; download it"),
+        (chat_of({"type": "image", "url": "https://a.org/b.png"}), "'https://a.org/b.png' as a file; download it"),
+        (chat_of({"type": "image", "image": "data:image/png;base64,AA"}), "as a file; download it"),
         (chat_of({"type": "video", "path": "b.mp4"}), "a part of type 'video'; give text, image and audio"),
         (chat_of({"type": "image_url", "image_url": {"url": "b"}}), "a part of type 'image_url'"),
-        (chat_of({"type": "image"}), "a place for image and nothing in it"),
-        (chat_of({"type": "audio"}) | {"images": ["x"]}, "a place for audio and nothing in it"),
+        (chat_of({"type": "image"}), "an empty place for image"),
+        (chat_of({"type": "audio"}) | {"images": ["x"]}, "an empty place for audio"),
     ],
 )
 def test_images_that_cannot_be_had(tmp_path, record, said):

@@ -384,7 +384,7 @@ OTHERS = {
     "mlx": (["config.json", "weights.npz"], "weights of MLX"),
     "meta": (["params.json", "consolidated.00.pth"], "in the publisher's own form"),
     "original": (["config.json", "original/"], "in the publisher's own form"),
-    "other name": (["config.json", "weights.safetensors", "training_args.bin"], "weights go into model.safetensors"),
+    "other name": (["config.json", "weights.safetensors", "training_args.bin"], "name the weights model.safetensors"),
     "trainer": (["checkpoint-100/config.json", "checkpoint-200/config.json"], "such as"),
 }
 

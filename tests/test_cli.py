@@ -166,7 +166,7 @@ def test_same_as_the_library(small, small_stats):
 def test_no_candidate_in_a_random_model(small, small_stats):
     code, out, err = run("profile", small, *SMALL)
     assert code == 0 and err == ""
-    assert out.startswith("no candidate: the rule names 1 of 16 because it always names someone")
+    assert out.startswith("no candidate: the rule names 1 of 16 because it always names at least one expert")
     assert "written to" not in out
     document = ranked(small_stats.with_name("super_experts.json"))
     assert [expert["verdict"] for expert in document["super_experts"]] == [None]

@@ -364,17 +364,19 @@ def test_export_command(planned, tmp_path):
     assert json.loads((tmp_path / "ar.json").read_text())["layer_config"] == {
         "model.layers.2.mlp.experts.": {"bits": 2}
     }
-    assert "--plan: a plan is written for a runtime that was seen to load it" in refused(run(*given))
+    assert "--plan: a plan needs a runtime that is tested to load it" in refused(run(*given))
     assert "no plan by expert is of" in refused(run(*given, "--for", "transformers", "--increase", 0.001))
     for option in (["--with-feeders"], ["--neighbours", 2]):
-        assert f"{' '.join(map(str, option))}: a plan says what every expert gets" in refused(run(*given, *option))
+        assert f"{' '.join(map(str, option))}: a plan already sets the format of every expert" in refused(
+            run(*given, *option)
+        )
     alone = run("export", tmp_path, "--to", "json", "--increase", 0.1)
     assert "--increase 0.1: chooses among plans; give --plan" in refused(alone)
 
 
 def test_models_and_text_that_it_refuses(subject):
     model, stats, domains, _ = subject
-    with pytest.raises(SedetectError, match="code: one window, which cannot be for sensitivity and evaluation both"):
+    with pytest.raises(SedetectError, match="code: one window cannot serve both sensitivity and evaluation"):
         make_frontier(model, domains | {"code": windows(1)}, stats, [], prefix=1)
     with pytest.raises(SedetectError, match="L1E8: Qwen3MoeForCausalLM has no such expert"):
         make_frontier(model, domains, stats, [Place("decoder", 1, "routed", 8)], prefix=1)
@@ -423,7 +425,7 @@ def test_command_refuses(tmp_path):
     for options, said in (
         (("--ratio", 0.25), "--ratio: --frontier prunes by measured sensitivity"),
         (("--by", "reap"), "--by: --frontier prunes by measured sensitivity"),
-        (("--tokens", 256, "--seq-len", 32), "one window, which cannot be for sensitivity and evaluation both"),
+        (("--tokens", 256, "--seq-len", 32), "one window cannot serve both sensitivity and evaluation"),
     ):
         assert said in refused(run("budget", TINY, "--frontier", *options, "-o", tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -320,7 +320,7 @@ def test_refusals(folder, checkpoints, tmp_path):
         assert code == 2 and len(err.strip().splitlines()) == 1, err
         return err
 
-    assert "--figures: there is no folder for them" in refused("analyze", "weights", TINY, "--figures")
+    assert "--figures: needs a folder" in refused("analyze", "weights", TINY, "--figures")
     assert "--layers 3-: 3- is not a layer" in refused("analyze", "routing", TINY, "--layers", "3-")
     assert "--layers 10: has no routed experts" in refused("analyze", "outputs", TINY, "--layers", "10", *SHORT)
     assert "--pairs -1: must be at least 0" in refused("analyze", "weights", TINY, "--pairs", -1)

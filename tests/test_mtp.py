@@ -136,7 +136,7 @@ def test_without_its_statistics_it_is_left_out(made, tmp_path):
     folder, _, _ = made
     plain = sedetect.profile_model(folder, text=TEXT).stats
     notes = prune_checkpoint(folder, tmp_path / "without", choose_kept(plain, "reap", 0.5, groups=2))
-    assert "tensors of heads that predict further tokens left out" in notes[0]
+    assert "tensors of multi-token prediction heads left out" in notes[0]
     assert json.loads((tmp_path / "without" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
@@ -153,7 +153,7 @@ def test_a_sibling_of_the_same_form(tmp_path):
 def test_what_is_refused(made, tmp_path):
     folder, longer, result = made
     tiny = Path("tests/data/tiny-moe")
-    assert "its config names no head" in refused(run("profile", tiny, "--mtp"))
+    assert "its config has no multi-token prediction head" in refused(run("profile", tiny, "--mtp"))
     assert "streamed layer by layer" in refused(run("profile", folder, "--mtp", "--stream"))
     with pytest.raises(SedetectError, match="a loaded model is without its head"):
         sedetect.profile_model(longer, text=TEXT, tokenizer=result.tokenizer, mtp=True)

@@ -118,7 +118,7 @@ def test_proved_and_refuted():
     [
         ({"falls": []}, "sinks and largest activation stay"),
         ({"plain": Seen(0.009, 1000)}, "has no attention sinks"),
-        ({"plain": Seen(None, 1000)}, "shows no attention weights"),
+        ({"plain": Seen(None, 1000)}, "gives no attention weights"),
         ({"controls": [(0.15, 0.05)]}, "which other experts at the same tokens may cost as well"),
         ({"documents": 4}, "4 documents are too few"),
     ],

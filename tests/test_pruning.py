@@ -173,7 +173,7 @@ def test_predictor_heads_are_left_out(tmp_path):
     (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     kept = choose_kept(stats, "reap", 0.5, groups=2)
     (note,) = prune_checkpoint(tmp_path / "source", tmp_path / "out", kept)
-    assert note.startswith(f"{len(extra)} tensors of heads that predict further tokens left out")
+    assert note.startswith(f"{len(extra)} tensors of multi-token prediction heads left out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     for layer, name in names.items():
         assert torch.equal(written[name], tensors[name][kept[BankId("decoder", layer, "routed")]])
@@ -425,9 +425,9 @@ def _numbered(tensors, config):
 @pytest.mark.parametrize(
     "edit, said",
     [
-        (_unknown_tensor, "model.layers.1.mlp.gate.tid2eid: its part in the MoE block is not known"),
+        (_unknown_tensor, "model.layers.1.mlp.gate.tid2eid: unknown tensor in the MoE block"),
         (_odd_shape, r"mlp.gate.weight: shape \(7, 32\) where dimension 0 should count the 8 experts of layer 1"),
-        (_other_layout, "text_moe.experts.0.down_proj.weight: this layout of experts is not known"),
+        (_other_layout, "text_moe.experts.0.down_proj.weight: unknown layout of experts"),
         (_second_set, "talker.layers.1.mlp.experts.0.down_proj.weight: a second set of experts in layer 1"),
         (_no_number, "8 experts in the weights, but none of num_experts, .* says so"),
         (_numbered, r"names an expert by number \(model.layers.0.mlp.experts.3.down_proj\)"),

@@ -249,7 +249,7 @@ def test_quantized_linears_in_a_list_of_experts(kind):
         assert torch.allclose(stats.banks[bank].norm_sum, state.norm_sum, rtol=1e-4)
     weight = Weight(Place("decoder", 0, "routed", 1), 5, 7)
     if kind is packed:
-        refused = pytest.raises(SedetectError, match="PackedLinear: weights in this form cannot be read")
+        refused = pytest.raises(SedetectError, match="PackedLinear: weights in this format cannot be read")
         with refused, torch.no_grad(), ablate(stored, [weight]):
             stored(input_ids=token_ids().to(DEVICE))
 

@@ -327,7 +327,9 @@ def test_featureless_population_yields_no_candidate(scale):
     ranking = rank(model({(l, "routed"): bank(row) for l, row in enumerate(values)}, 48))
     assert len(ranking.super_experts) == 24
     assert {e.verdict for e in ranking.super_experts} == {None} and ranking.found == []
-    assert ranking.headline.startswith("no candidate: the rule names 24 of 4608 because it always names someone")
+    assert ranking.headline.startswith(
+        "no candidate: the rule names 24 of 4608 because it always names at least one expert"
+    )
 
 
 def test_absolute_and_ratio_thresholds_each_decide():

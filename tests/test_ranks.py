@@ -169,8 +169,8 @@ def test_parts_have_every_batch_once(checkpoint, data, expected):
 @pytest.mark.parametrize(
     ("ending", "codes", "message"),
     [
-        ("killed", [2, -9], "a rank ended before it was done; no result was written, see its message"),
-        ("terminated", [2, 2], "a rank ended before it was done; no result was written, see its message"),
+        ("killed", [2, -9], "a rank exited early, so nothing was written; see its error"),
+        ("terminated", [2, 2], "a rank exited early, so nothing was written; see its error"),
         ("refused", [2, 2], "no weights here; look for them"),
     ],
 )

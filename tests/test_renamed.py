@@ -53,7 +53,7 @@ def test_gate_and_up_of_listed_experts(monkeypatch, names):
     for compute in (expert_hidden, expert_output):
         assert torch.allclose(compute(bank.module, x, 3), compute(other.module, x, 3), rtol=1e-4, atol=1e-5)
     for read in (lambda: expert_matrices(nn.Module(), other), lambda: gate_states(other, x)):
-        with pytest.raises(SedetectError, match=f"of {', '.join(sorted(names))} it is not known which are gate and up"):
+        with pytest.raises(SedetectError, match=f"of {', '.join(sorted(names))} gate and up cannot be identified"):
             read()
 
 
@@ -101,7 +101,7 @@ def test_layout_of_gate_and_up(name):
     found = expert_matrices(nn.Module(), bank)
     assert all(torch.equal(own[matrix], found[matrix]) for matrix in own)
     bank.module._apply_gate = lambda z: z[..., 1:].unfold(-1, bank.intermediate, 1).prod(-2)
-    with pytest.raises(SedetectError, match="which of its gate_up_proj is the gate is not known"):
+    with pytest.raises(SedetectError, match="the gate's half of its gate_up_proj is unknown"):
         expert_matrices(nn.Module(), bank)
 
 
@@ -114,7 +114,7 @@ def test_parts_of_experts_behind_the_interface():
     model = random_model("qwen3_moe")
     experts = model.model.layers[1].mlp.experts
     experts.output_norm = Mean()
-    with pytest.raises(SedetectError, match="what its output_norm does to the experts' outputs is not known"):
+    with pytest.raises(SedetectError, match="the effect of its output_norm on the experts' outputs is unknown"):
         find_banks(model)
     own = experts._apply_gate
     experts._apply_gate = lambda z: experts.output_norm(own(z))  # where our computation calls it too

@@ -176,7 +176,7 @@ def test_shards_elsewhere_are_not_followed(tmp_path):
     index = json.loads(file.read_text())
     index["weight_map"]["x"] = "../../secret.safetensors"
     file.write_text(json.dumps(index))
-    with serving({NAME: folder}) as server, pytest.raises(SedetectError, match="which is no file beside it"):
+    with serving({NAME: folder}) as server, pytest.raises(SedetectError, match="which is not a file beside it"):
         read(server.files(NAME))
 
 

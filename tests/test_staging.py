@@ -132,7 +132,7 @@ def test_a_file_that_ends_early(stored):
     with stored[0].file.open("rb+") as file:
         file.truncate(max(t.start for t in stored if t.file == stored[0].file and t.nbytes) + 1)
     for take in (False, True):
-        refused = pytest.raises(SedetectError, match="ends early, it was changed meanwhile")
+        refused = pytest.raises(SedetectError, match="ends early, so it changed during the run")
         with refused, Staging(CPU, None, threads=2, size=512).bringing(stored):
             for tensor in stored if take else ():
                 tensor[...]

@@ -240,7 +240,7 @@ def test_a_tensor_anywhere_in_a_file(tmp_path, start):
     assert torch.equal(stored[...], values) and torch.equal(stored[1:3], values[1:3])
     assert start % 4 or stored[...].data_ptr() % 64 == start % 64
     assert StoredTensor(tmp_path / "f", start, (0, 7), "BF16")[...].shape == (0, 7)
-    with pytest.raises(SedetectError, match="ends early, it was changed meanwhile"):
+    with pytest.raises(SedetectError, match="ends early, so it changed during the run"):
         StoredTensor(tmp_path / "f", start + 8, (5, 7), "F32")[...]
 
 

@@ -289,7 +289,7 @@ def test_the_command_on_checkpoints(folder, tmp_path):
         run("timeline", tmp_path / "another-400", "-o", tmp_path / "out", *flags)
     )
     (tmp_path / "another-400").rename(run_folder / "checkpoint-400")
-    assert "no checkpoint, no series" in refused(run("timeline", tmp_path / "out" / "states"))
+    assert "is neither a checkpoint nor a series" in refused(run("timeline", tmp_path / "out" / "states"))
     both = run("timeline", run_folder / "checkpoint-400", run_folder / "checkpoint-2000", "--revisions", "a,b")
     assert "2 models: --revisions are of one" in refused(both)
 

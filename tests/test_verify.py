@@ -183,7 +183,7 @@ DAMAGES = {
     ),
     "a protected expert that was rounded": (
         rounded(kept="none"),
-        "L1E3 is to be protected, and its weights are changed",
+        "L1E3 must be protected, but its weights are changed",
     ),
 }
 
@@ -230,7 +230,7 @@ def test_fp8(base, tmp_path):
     made = in_fp8(base, tmp_path / "made")
     found = verified(base, made)
     assert found.method == "fp8" and 0 < found.overall.kl < 0.5
-    assert found.failures == ["L1E3 is to be protected, and its weights are quantized (F8_E4M3)"]
+    assert found.failures == ["L1E3 must be protected, but its weights are quantized (F8_E4M3)"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sedetect.compression.verification.found_places", lambda ranking: [])
         found = verify(base, made, TEXTS, text=TEXT, limits=Limits(9.0), sequences=2)
@@ -404,7 +404,7 @@ def test_a_super_expert_that_was_lost(broken, tmp_path, tiny_profile):
     assert result.code == 1 and result.err == ""
     document = json.loads((tmp_path / "out" / "verification.json").read_text())
     failures = "\n".join(document["failures"])
-    assert not document["passed"] and "L1E28 is to be protected, and its weights are changed" in failures
+    assert not document["passed"] and "L1E28 must be protected, but its weights are changed" in failures
     assert "massive activations fell from" in failures
     for failure in document["failures"]:
         assert f"failed: {failure}\n" in result.out
@@ -495,7 +495,7 @@ def test_lists_that_cannot_be_taken(base, tmp_path, tiny_profile):
     file = tmp_path / "list.json"
     assert run("export", tiny_profile, "--to", "json", "-o", file).code == 0
     command = ("verify", base, base, *SMALL, "--protect")
-    assert "--protect: a list of another model (tiny-moe); give one of the base" in refused(run(*command, file))
+    assert "--protect: made for another model (tiny-moe); give one of the base" in refused(run(*command, file))
     way_out = "write one by `sedetect export STATS --to json -o FILE`"
     assert f"nowhere.json: no such file; {way_out}" in refused(run(*command, tmp_path / "nowhere.json"))
     recipe = tmp_path / "recipe.yaml"
@@ -549,7 +549,7 @@ def test_a_runtime_in_place_of_transformers(base, tmp_path, tiny_profile, monkey
     worse = scores({"base": 30.0, "made": 80.0}, {"base": 4, "made": 5}, ["lost"])
     found = verify(base, made, TEXTS, text=TEXT, protected=["L1E4"], runtime=worse)
     assert found.overall.agreement == 0 and len(found.failures) == 2 + len(found.domains)
-    assert found.failures[0] == "L1E4 is to be protected, and its weights are changed"
+    assert found.failures[0] == "L1E4 must be protected, but its weights are changed"
     assert found.failures[1] == "weights into which nothing was loaded: 1, first lost"
     assert "above the limit of 0.05" in found.failures[2]
 

@@ -263,7 +263,7 @@ def test_refused(llm, monkeypatch):
         sedetect.profile(llm).batch(mask=None)
     with pytest.raises(sedetect.SedetectError, match="pad_token_id: an engine knows"):
         sedetect.profile(llm, pad_token_id=1)
-    with pytest.raises(sedetect.SedetectError, match="modalities: inside an engine"):
+    with pytest.raises(sedetect.SedetectError, match="modalities: an engine's tokens"):
         sedetect.profile(llm, modalities=True)
     with pytest.raises(sedetect.SedetectError, match="nothing was measured"):
         _ = sedetect.profile(llm).stats

@@ -144,7 +144,7 @@ def test_what_was_killed_goes_on(server, tmp_path):
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     (source,) = ModelStats.load(folder).header.sources
-    assert out.splitlines()[0] == f"going on with {source}, which was left on the server"
+    assert out.splitlines()[0] == f"resuming {source}, which was still running on the server"
     assert ModelStats.load(folder).header.tokens == 10 * server.collected
 
 

@@ -1,4 +1,4 @@
-"""The optional statistics, asked for by name: per-channel maxima and squares, co-activation, and the first rows.
+"""The optional statistics, enabled by name: per-channel maxima and squares, co-activation, and the first rows.
 
 These torch definitions serve every backend. The channels read the down_proj output and its input once more; the
 others need only the routing and the row statistics.
@@ -44,7 +44,7 @@ def update_coactivation_torch(state, top_k_index: torch.Tensor, gates: torch.Ten
 
 
 def update_published_torch(state, best: torch.Tensor, plan: Plan, gates: torch.Tensor, rows: Rows) -> None:
-    """What the published tool records of each expert, max|y| of the first row it is given (E,), in place.
+    """The published tool's value per expert, max|y| of the first row it is given (E,), in place.
 
     ZunhaiSu/Super-Experts-Profilling (573aead) hooks the down_proj of each expert and reads output[0], one sequence per
     forward. In transformers 4.51 (Qwen3MoeSparseMoeBlock, MixtralSparseMoeBlock) an expert's rows stand in the order

@@ -14,7 +14,7 @@ from sedetect.kernels import tiles
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the stages need beside order and offsets on a GPU; all of it on the device, the same for every backend.
+    """Data that the stages need on a GPU beside order and offsets; all of it on the device, the same for every backend.
 
     row      (S,) int32: sorted row of each slot, the inverse of order
     rows     sorted rows of a tile; a tile belongs to one expert

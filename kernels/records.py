@@ -54,7 +54,7 @@ EMPTY = -1
 
 
 def empty_records(num_experts: int, k: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Records of experts that saw nothing: (E, K, 10) int64, every value -1 and everything else 0."""
+    """Records of experts without rows: (E, K, 10) int64, every value -1 and everything else 0."""
     records = torch.zeros(num_experts, k, len(RECORD), dtype=torch.int64, device=device)
     records[:, :, COLUMN["value"]] = EMPTY
     return records

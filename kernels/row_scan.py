@@ -1,4 +1,4 @@
-"""Row scan: the largest element of a row and what else the statistics need, inside a kernel.
+"""Row scan: the largest element of a row and the other row statistics, inside a kernel.
 
 Which element is the largest is found in two steps, because an index beside every element costs more than the search:
 the largest |value| of every part of the row (one maximum an element), and later, for rows that enter a list of kept

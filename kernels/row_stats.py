@@ -1,4 +1,4 @@
-"""Row statistics: what one routed row contributes, read off the down_proj output as the layer stores it."""
+"""Row statistics: the contribution of one routed row, from the down_proj output as the layer stores it."""
 
 from dataclasses import dataclass
 
@@ -49,9 +49,10 @@ class RowStats:
 
 @dataclass
 class RowParts:
-    """What the GPU kernels find of every row, in the place of RowStats: how large its largest elements are, and which
-    part of it has them. Their update looks up where in the part, and counts what is NaN or too large, only for the few
-    rows that enter a list of kept records or have something to count. Until then y and h must stay as they are.
+    """The GPU kernels' statistics of every row, instead of RowStats: the magnitude of its largest elements, and the
+    part of the row that has them. Their update looks up where in the part, and counts what is NaN or too large, only
+    for the few rows that enter a list of kept records or have something to count. Until then y and h must stay as they
+    are.
 
     best      (S,) float32: largest |y| of a row; NaN if it has one
     part      (S,) int32: the first part of y with it; parts are y_part_width columns wide

@@ -1,4 +1,4 @@
-"""Rows: which token each row of an experts call is, and whether it counts."""
+"""Rows: the token of each row of an experts call, and whether it counts."""
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
@@ -8,7 +8,7 @@ import torch
 
 @dataclass
 class Rows:
-    """Which row of the model's forward is which token; T tokens in the order the experts see them.
+    """The token of each row of the model's forward; T tokens in the order in which the experts see them.
 
     counted   (T,) bool: not padding, not after the end of its sequence
     first     (T,) bool: first counted token of its sequence
@@ -29,7 +29,7 @@ class Rows:
 
     @classmethod
     def unmapped(cls, tokens: int, device: torch.device | str) -> "Rows":
-        """Rows of which nothing is known: all count, none is first."""
+        """Rows without known tokens: all count, none is first."""
         unknown = torch.full((tokens,), -1, dtype=torch.int64, device=device)
         everything = torch.ones(tokens, dtype=torch.bool, device=device)
         return cls(everything, ~everything, unknown, unknown, unknown)
@@ -38,7 +38,7 @@ class Rows:
         return [self.counted, self.first, self.sequence, self.position, self.token_id]
 
     def to(self, device: torch.device) -> "Rows":
-        # The host would read a copy to it that nobody waits for before it is made.
+        # Without a wait, the host would read an asynchronous copy before it is made.
         return self._mapped(lambda t: t.to(device, non_blocking=device.type == "cuda"))
 
     def take(self, index: torch.Tensor) -> "Rows":

@@ -1,4 +1,4 @@
-"""What do the analyses of one MoE layer cost, beside the loops they replace?
+"""Measure the cost of the analyses of one MoE layer, compared with the loops they replace.
 
     python benchmarks/bench_analysis.py                  Qwen3-30B-A3B's layer (E 128, H 2048, I 768), bfloat16, CUDA
     python benchmarks/bench_analysis.py --device cpu     a small layer, to see that it runs
@@ -130,7 +130,7 @@ def outputs_sedetect(layer: Layer, backend: str) -> torch.Tensor:
 
 
 def peak(run: Callable[[], object], device: str) -> tuple[object, int | None]:
-    """Its result, and the bytes it took at most."""
+    """The result of run, and its peak memory in bytes; None if unknown."""
     if device != "cuda":
         return run(), None
     torch.cuda.empty_cache()

@@ -27,7 +27,7 @@ LAYER, EXPERT = 4, 100  # of the planted one, in layer 0 of a model of two
 
 
 def walk(address: str, all_layers: bool) -> dict:
-    """What a walk finds, reads and takes, in this process."""
+    """The result, bytes read and duration of a walk in this process."""
     import sedetect
     from sedetect.checkpoints.source import Source
 
@@ -67,8 +67,10 @@ def walk(address: str, all_layers: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("folder", help="where the files of holes are, or are put; with --walk their address")
-    parser.add_argument("--layers", type=int, help="a model of so many with experts, all of which run; at least 2")
+    parser.add_argument(
+        "folder", help="folder of the sparse checkpoint files, created if missing; with --walk, their address"
+    )
+    parser.add_argument("--layers", type=int, help="number of layers with experts, all of which run; at least 2")
     parser.add_argument("--walk", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.walk:

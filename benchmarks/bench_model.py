@@ -1,4 +1,4 @@
-"""How fast is a profiled forward, beside the model's own forwards and beside hooks?
+"""Measure the speed of a profiled forward, compared with the model's own forwards and with hooks.
 
     python benchmarks/bench_model.py                   CUDA
     python benchmarks/bench_model.py --device cpu
@@ -40,7 +40,7 @@ MODELS = ("tiny-moe", "qwen3")
 
 
 def hooked_experts(module: nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """transformers' eager experts loop, with what a hook on each expert's down_proj would record."""
+    """transformers' eager experts loop, with the records of a hook on each expert's down_proj."""
     out = torch.zeros_like(x)
     mask = nn.functional.one_hot(index, num_classes=module.num_experts).permute(2, 1, 0)
     for e in mask.sum(dim=(-1, -2)).gt(0).nonzero()[:, 0]:
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--backend")
-    parser.add_argument("--layers", type=int, default=4, help="of the slice of Qwen3-30B-A3B (CUDA)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the slice of Qwen3-30B-A3B (CUDA)")
     args = parser.parse_args()
     results, dtypes = [], (torch.float32, torch.bfloat16)
     if "tiny-moe" in args.models:

@@ -1,4 +1,4 @@
-"""How fast is one MoE layer with its statistics, beside transformers, hooks, and what the hardware allows?
+"""Measure the speed of one MoE layer with its statistics, compared with transformers, hooks, and the hardware's limits.
 
     python benchmarks/bench_moe.py                              all shapes, T = 1 to 32768 (CUDA)
     python benchmarks/bench_moe.py --shapes qwen3 --tokens 8192 --kernels
@@ -93,7 +93,7 @@ class Ceilings(NamedTuple):
     bandwidth: float
 
     def floor(self, shape: Shape, calls: list[Call]) -> float:
-        """Seconds that a call cannot be faster than, on average."""
+        """The hardware's lower bound on the mean seconds per call."""
         tokens, size = len(calls[0].x), calls[0].x.element_size()
         flops = 6 * tokens * shape.top_k * shape.hidden * shape.intermediate
         hit = sum(len(call.index.unique()) for call in calls) / len(calls)
@@ -137,7 +137,7 @@ def make_calls(shape: Shape, tokens: int, device: str, skew: float, eager: bool 
 
 
 def lean(x, index, weights, gate_up_weight, down_weight, statistics: bool):
-    """The layer as one would write it by hand on torch's grouped_mm."""
+    """A hand-written layer on torch's grouped_mm."""
     tokens, k = index.shape
     experts = gate_up_weight.shape[0]
     expert, order = index.flatten().sort(stable=True)
@@ -160,7 +160,7 @@ def lean(x, index, weights, gate_up_weight, down_weight, statistics: bool):
 def make_variants(
     layer: nn.Module, shape: Shape, calls: list[Call], device: str, wanted: set[str], eager: bool = False
 ) -> dict[str, Callable[[], object]]:
-    """What to time: each runs all calls once, as a graph where calls are few and small, and not eager."""
+    """The variants to time: each runs all calls once, as a graph if calls are few and small and eager is False."""
     weights = (layer.gate_up_proj, layer.down_proj)
     experts = ops.ExpertWeights(*weights, Gate())
 
@@ -268,7 +268,7 @@ def kernel_times(replay: Callable[[], object], rounds: int) -> dict[str, float]:
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int | None:
-    """Memory that one run takes beyond what is allocated before; None where it is not known."""
+    """Peak memory of one run beyond the memory allocated before, in bytes; None if unknown."""
     if device != "cuda":
         return None
     run()  # compiles
@@ -288,8 +288,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--skew", type=float, default=0.0, help="added to the logit of expert 0")
-    parser.add_argument("--calls", action="store_true", help="no graphs: what a call costs, the host counted in")
-    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel of ours (CUDA)")
+    parser.add_argument("--calls", action="store_true", help="no graphs: the cost of a call, including the host")
+    parser.add_argument("--kernels", action="store_true", help="also the time of each sedetect kernel (CUDA)")
     args = parser.parse_args()
     shapes, tokens_list, names = {name: SHAPES[name] for name in args.shapes}, args.tokens, args.variants
     if args.device == "cpu":

@@ -1,4 +1,4 @@
-"""What does a state of ExpertMonitor cost a training run?
+"""Measure the cost of a state of ExpertMonitor in a training run.
 
     python benchmarks/bench_monitor.py --text EN MATH ZH --code 40        and whatever else the example takes
 
@@ -33,7 +33,7 @@ def load_example() -> ModuleType:
 
 
 class Timed(ExpertMonitor):
-    """Notes when each step begins, once the device has done what came before it."""
+    """Records the start of each step, after the device has finished the previous work."""
 
     begun: ClassVar[list[float]] = []
 

@@ -1,4 +1,5 @@
-"""What does pruning cost: by saliency, with super experts protected, merged in place of dropped, by a global budget?
+"""Measure the cost of pruning: by saliency, with super experts protected, merged instead of dropped, by a global
+budget.
 
     python benchmarks/bench_pruning.py
 
@@ -76,7 +77,7 @@ def main() -> None:
         return seen.setdefault(key, values)
 
     def at_random(kept):
-        """As many of each layer, with the protected ones among them."""
+        """The same number of random experts per layer, with the protected ones among them."""
         drawn = {}
         for bank, mine in kept.items():
             order = torch.randperm(stats.banks[bank].num_experts, generator=generator).tolist()

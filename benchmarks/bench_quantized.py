@@ -1,4 +1,4 @@
-"""How fast is one MoE layer with its statistics when its weights are stored in 8 or 4 bits, beside bf16?
+"""Measure the speed of one MoE layer with its statistics and weights stored in 8 or 4 bits, compared with bf16.
 
     python benchmarks/bench_quantized.py                        DeepSeek-V3's layer, T = 16, 256 and 8192 (CUDA)
     python benchmarks/bench_quantized.py --backends triton cuda     one beside the other
@@ -29,7 +29,7 @@ Weights = torch.Tensor | QuantizedWeights
 
 
 def make_weights(shape: Shape, device: str) -> dict[str, ops.ExpertWeights]:
-    """Those of each format, of the size that trained weights have."""
+    """Weights in each format, with the magnitude of trained weights."""
     generator = torch.Generator(device).manual_seed(0)
     made: dict[str, list[Weights]] = {name: [] for name in BYTES}
     for rows, columns in ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)):

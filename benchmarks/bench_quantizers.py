@@ -1,4 +1,5 @@
-"""What a protect list does for today's quantizers: perplexity of their checkpoints, in the runtime that loads them.
+"""Measure the effect of a protect list with current quantizers: perplexity of their checkpoints, in the runtime that
+loads them.
 
     python benchmarks/bench_quantizers.py MODEL --env DIR --out DIR --tool auto-round --bits 4
 
@@ -289,7 +290,7 @@ def run_vllm(job: dict[str, Any], ids: Any) -> float:
 
 
 def work(job: dict[str, Any]) -> None:
-    """What a process in the environment of a tool does; its last line is the answer."""
+    """Run a job in the environment of a tool; the last printed line is the answer."""
     from importlib.metadata import distributions
 
     from safetensors.torch import load_file
@@ -323,7 +324,7 @@ def work(job: dict[str, Any]) -> None:
 
 
 def python_of(root: Path, name: str) -> Path:
-    """The interpreter of an environment, made where it is missing. Raises CalledProcessError where pip fails."""
+    """The interpreter of an environment, created if missing. Raises CalledProcessError if pip fails."""
     python = root / name / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", root / name], check=True)
@@ -332,7 +333,7 @@ def python_of(root: Path, name: str) -> Path:
 
 
 def run_in(python: Path, job: dict[str, Any], log: Path, limit: int) -> dict[str, Any]:
-    """work(job) by another interpreter; {"error": ...} where it stops or takes longer than limit (seconds)."""
+    """work(job) by another interpreter; {"error": ...} if it fails or exceeds limit (seconds)."""
     hidden = {"PYTHONPATH", "PYTHONHOME"}  # this project's packages are not the tool's
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TQDM_DISABLE": "1"}
@@ -378,7 +379,7 @@ def prepare(model: Path, out: Path, windows: int) -> None:
 
 
 def export_form(model: Path, out: Path, name: str, bits: int, protect: str) -> tuple[Path, list[str]]:
-    """What `sedetect export STATS --to TOOL --for RUNTIME --granularity G --model MODEL` writes, for any list."""
+    """The output of `sedetect export STATS --to TOOL --for RUNTIME --granularity G --model MODEL`, for any list."""
     import numpy as np
 
     from sedetect.cli.ranked import load_ranked
@@ -466,12 +467,12 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
-    parser.add_argument("--env", type=Path, required=True, help="folder of virtual environments, made where missing")
+    parser.add_argument("--env", type=Path, required=True, help="folder of virtual environments, created if missing")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tool", action="append", choices=SETTINGS, help="default: all")
-    parser.add_argument("--bits", type=int, action="append", help="default: those that each tool has")
+    parser.add_argument("--bits", type=int, action="append", help="default: all that each tool supports")
     parser.add_argument("--list", action="append", choices=LISTS, help="default: all")
-    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, evaluated")
+    parser.add_argument("--windows", type=int, default=8, help="windows of 512 tokens to evaluate")
     parser.add_argument("--limit", type=int, default=1800, help="seconds per step")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How much faster are several GPUs, and do they give what one gives?
+"""Measure the speedup of several GPUs, and check that their results equal those of one.
 
     python benchmarks/bench_ranks.py --ranks 2 4            one run of torchrun for each number
     python benchmarks/bench_ranks.py --ranks 2 --small      two processes on a CPU
@@ -52,7 +52,7 @@ def random_model(small: bool, device: str) -> nn.Module:
 
 
 def tokenised_once() -> AbstractContextManager:
-    """Texts that come again, while the context lasts, are not tokenised again."""
+    """Within the context, tokenize repeated texts only once."""
     tokenise, known = windows._tokenise, {}
 
     def remember(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> list[list[int]]:
@@ -70,7 +70,7 @@ def tell(ranks: Ranks, what: str) -> None:
 
 
 def worker(options: argparse.Namespace) -> None:
-    """What every rank runs; the first prints its result as JSON."""
+    """The work of every rank; the first prints its result as JSON."""
     with join() as ranks, tokenised_once():
         tell(ranks, "together")
         device = ranks.device(options.device)
@@ -139,9 +139,9 @@ def main() -> int:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend")
-    parser.add_argument("--sequences", type=int, default=64, help="windows, of 2048 tokens (small: 32)")
+    parser.add_argument("--sequences", type=int, default=64, help="number of windows of 2048 tokens (small: 32)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--checkpoint", type=Path, help="also stream this one")
+    parser.add_argument("--checkpoint", type=Path, help="also stream this checkpoint")
     options = parser.parse_args()
     if "LOCAL_RANK" in os.environ:
         worker(options)

@@ -1,4 +1,5 @@
-"""How long from the command to the answer, beside what transformers takes to import, load and run the same batches?
+"""Measure the time from the command to the result, compared with transformers' time to import, load and run the same
+batches.
 
     python benchmarks/bench_start.py /tmp/slice           16 layers of Qwen3-30B-A3B's shape, 20 GB, made if missing
 
@@ -61,7 +62,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
 
 
 def cut_batches(folder: Path, tokens: int, seq_len: int, batch_size: int, file: Path) -> None:
-    """The batches that the profile runs."""
+    """Write the batches that the profile runs."""
     from safetensors.torch import save_file
 
     from sedetect.calibration.texts import load_texts

@@ -1,4 +1,4 @@
-"""Does a streamed profile give what the resident one gives, in the memory of three layers, and as fast as it can?
+"""Check that a streamed profile equals the resident one in the memory of three layers, and measure its speed.
 
     python benchmarks/bench_streaming.py FOLDER             on a GPU: writes about 10 GB to FOLDER, and deletes them
     python benchmarks/bench_streaming.py FOLDER --small     some MB, anywhere
@@ -144,7 +144,7 @@ class PeakMemory:
 
 
 class Clock:
-    """When each layer was loaded, and when it was done and freed. Seconds."""
+    """The times (seconds) at which each layer was loaded, and finished and freed."""
 
     def __init__(self) -> None:
         self.loads: list[float] = []
@@ -169,7 +169,7 @@ class Clock:
 
 
 class Deferred(Future):
-    """What is submitted runs when its result is asked for: nothing is loaded while a layer computes."""
+    """An executor that runs a task when its result is requested: nothing is loaded while a layer computes."""
 
     def __init__(self, *job) -> None:
         super().__init__()
@@ -205,13 +205,13 @@ def seconds_of_bytes(streamed: StreamedModel, layer: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="a new one, on the disk to measure")
+    parser.add_argument("folder", type=Path, help="a new folder, on the disk to measure")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, help="default: 65536; 2048 if small")
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoint where it is; read it if it is there")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoint; reuse it if it exists")
     options = parser.parse_args()
     begun, device, cuda = time.perf_counter(), torch.device(options.device), options.device.startswith("cuda")
     tokens = options.tokens or (2048 if options.small else 65536)

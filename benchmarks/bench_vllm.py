@@ -85,7 +85,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def answer(engine: subprocess.Popen[str]) -> Any:
-    """The next result that an engine prints. Raises SystemExit where it ends before."""
+    """The next result that an engine prints. Raises SystemExit if it ends first."""
     assert engine.stdout is not None
     for line in engine.stdout:
         if line.startswith("RESULT"):
@@ -96,15 +96,15 @@ def answer(engine: subprocess.Popen[str]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="checkpoint (default: dummy weights of Qwen3-30B-A3B's shape)")
-    parser.add_argument("--layers", type=int, default=12, help="of the dummy weights")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the dummy weights")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--gpus", type=int, default=1, help="expert parallel over so many")
+    parser.add_argument("--gpus", type=int, default=1, help="number of expert-parallel ranks")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--generate", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--engine", choices=["plain", "measured"], help="only this one, in this process")
+    parser.add_argument("--engine", choices=["plain", "measured"], help="only this variant, in this process")
     args = parser.parse_args()
     if args.engine is not None:
         serve(args)

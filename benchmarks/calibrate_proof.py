@@ -1,4 +1,4 @@
-"""Whether the intervals of a proof hold: how often no effect is called one, and how often the smallest is found.
+"""Calibrate the intervals of a proof: the rates of false positives and of detecting the smallest effect.
 
     python benchmarks/calibrate_proof.py FOLDER L1E28 --text a.txt b.txt --windows 20 --device cuda
 

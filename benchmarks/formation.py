@@ -1,4 +1,4 @@
-"""What became of the experts in runs of examples/train_tiny_moe.py: the table and the figure of docs/formation.md.
+"""The development of experts in runs of examples/train_tiny_moe.py: the table and the figure of docs/formation.md.
 
     python examples/train_tiny_moe.py runs/qwen3-s0 --every 50          and so on, see docs/formation.md
     sedetect profile runs/qwen3-s0/model --prove -o runs/qwen3-s0/proved
@@ -83,7 +83,7 @@ def figure(folders: list[Path]) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="a folder with a folder per run")
+    parser.add_argument("runs", type=Path, help="folder that contains one folder per run")
     parser.add_argument("--figure", type=Path, help="a PNG file")
     args = parser.parse_args()
     folders = sorted(folder.parent for folder in args.runs.glob("*/experts"))

@@ -1,4 +1,4 @@
-"""What bench_streaming.py and bench_ranks.py share: shapes of models, text to run, and a cold page cache."""
+"""Shared by bench_streaming.py and bench_ranks.py: shapes of models, text to run, and a cold page cache."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ def drop_cache(folder: Path) -> None:
 
 
 def from_disk() -> int:
-    """Bytes that this process had the storage fetch so far; -1 where the system does not say."""
+    """Bytes that this process has read from storage so far; -1 if the system does not report them."""
     try:
         return int(Path("/proc/self/io").read_text().split("read_bytes:")[1].split()[0])
     except (OSError, IndexError):

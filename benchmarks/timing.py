@@ -67,7 +67,7 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def machine(device: str) -> dict[str, str | int]:
-    """What the numbers were measured on."""
+    """The machine and versions of a measurement."""
     import platform
 
     import transformers

@@ -1,4 +1,4 @@
-"""What switching experts off costs a model, in plain transformers: the truth that verdicts are compared with.
+"""The cost of switching experts off, in plain transformers: the ground truth for verdicts.
 
     python benchmarks/truth.py FOLDER L1E28,L9E7 --text a.txt b.txt --windows 12
 
@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 class Switch:
-    """Sets the routing weights of chosen experts to 0 at the first token of each window, and notes who is visited."""
+    """Sets the routing weights of chosen experts to 0 at the first token of each window, and records the experts
+    visited."""
 
     def __init__(self, model: torch.nn.Module):
         self.off: set[tuple[int, int]] = set()
@@ -75,12 +76,12 @@ def cut_windows(tokenizer, files: list[Path], most: int, length: int) -> torch.T
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
-    """What both scripts take: a checkpoint, experts, and windows of text."""
+    """The arguments of both scripts: a checkpoint, experts, and windows of text."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("experts", type=experts_of, help="L1E28,L9E7")
     parser.add_argument("--text", type=Path, nargs="+", required=True)
-    parser.add_argument("--windows", type=int, default=12, help="of each text")
+    parser.add_argument("--windows", type=int, default=12, help="windows of each text")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--device", default="cpu")
     return parser

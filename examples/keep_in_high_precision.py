@@ -1,4 +1,4 @@
-"""A toy weight quantizer that keeps the experts which, by their profile, the model cannot live without.
+"""A toy weight quantizer that keeps the experts a profile says to protect.
 
 The down_proj of every other routed expert is rounded to nearest (sedetect.compression.simulated), in place. The
 statistics come from the quantizer's own calibration loop, or from a file that `sedetect profile` wrote. `sedetect
@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--out-max", type=float, default=math.inf, help="also keep experts whose |y| exceeds this")
     parser.add_argument("--min-rows", type=int, default=0, help="also keep experts that saw fewer rows")
-    parser.add_argument("--tokens", type=int, default=8192, help="half to calibrate on, half to test; at least 2048")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="half for calibration, half for the test; at least 2048"
+    )
     args = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()

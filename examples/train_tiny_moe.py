@@ -1,4 +1,4 @@
-"""Train a small MoE model from nothing and watch whether a super expert forms: docs/formation.md.
+"""Train a small MoE model from scratch and watch whether a super expert forms; see docs/formation.md.
 
     python examples/train_tiny_moe.py out --steps 3000
     python examples/train_tiny_moe.py out --arch qwen3_next --off gate
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--arch", choices=["qwen3", "qwen3_next", "gpt_oss", "mixtral"], default="qwen3")
     parser.add_argument("--off", choices=["gate", "sinks"])
     parser.add_argument("--no-bos", action="store_true")
-    parser.add_argument("--muon", action="store_true", help="for the attention's matrices")
+    parser.add_argument("--muon", action="store_true", help="for the attention matrices")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help=".txt or .xz, a domain each")
     parser.add_argument("--ids", type=Path, help="a file of the text's token ids for several runs, made if missing")
     parser.add_argument("--code", type=float, default=100, help="MB of Python sources")

@@ -46,7 +46,7 @@ def claims() -> list[str]:
     found = [f"{words} | {' | '.join(re.findall('[0-9.]+', layer[name]))} |" for words, name in SPEED.items()]
     on, off, rival = (number(layer[name]) for name in ("cuda on", "cuda off", "grouped_mm"))
     faster = math.floor(10 * rival / on) / 10  # speedups are rounded down
-    found.append(f"add {100 * (on / off - 1):.0f} % to a layer that is {faster} times as fast")
+    found.append(f"add {100 * (on / off - 1):.0f}% to a layer that is {faster} times as fast")
     tokens, floor = int(layer["T"]), number(layer["floor"])
     found.append(f"{tokens:,} tokens, bfloat16, on an H100; the hardware's floor is {floor:.2f} ms")
 
@@ -64,7 +64,7 @@ def claims() -> list[str]:
     depth, expert, row = *re.findall(r"\d+", name), rows[name]
     found.append(f"Expert {expert} of layer {depth} writes {largest[name]} into output channel {row['channel']} on")
     found.append(f"{number(row['over the median']):.0f} times the median of its layer")
-    found.append(f"perplexity rises by {number(row['perplexity']):.0f} %")
+    found.append(f"perplexity rises by {number(row['perplexity']):.0f}%")
     before, after = number(proof["(nothing off)"]["activation"]), number(row["activation"])
     found.append(f"the largest activation falls from {before:.0f} to {after:.0f}.")
 

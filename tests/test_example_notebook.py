@@ -8,6 +8,7 @@ import pytest
 
 NOTEBOOK = Path(__file__).parents[1] / "docs/notebook.ipynb"
 FRACTION = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?")
+COUNT = re.compile(r"(?<![\w.])\d{3,}(?![\w.])")  # of rows: on another CPU a token may go to another expert
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,13 @@ def shown(cell) -> list[tuple[str, str]]:
 
 
 def same(one: str, other: str) -> bool:
-    """Whether texts are equal, with fractions as near as kernels that round in another order leave them."""
-    numbers = [[float(number) for number in FRACTION.findall(text)] for text in (one, other)]
-    return FRACTION.sub("#", one) == FRACTION.sub("#", other) and numbers[0] == pytest.approx(numbers[1], rel=1e-3)
+    """Whether texts are equal, with numbers as near as kernels that round in another order leave them."""
+    for number, rel in ((FRACTION, 1e-3), (COUNT, 5e-3)):
+        numbers = [[float(found) for found in number.findall(text)] for text in (one, other)]
+        if numbers[0] != pytest.approx(numbers[1], rel=rel):
+            return False
+        one, other = (number.sub("#", text) for text in (one, other))
+    return one == other
 
 
 @pytest.mark.slow
@@ -54,7 +59,7 @@ def test_other_texts_and_numbers_are_found(stored):
         assert same(text, text)
         assert not same(text, f"{text[: match.start()]}{float(match[0]) * 1.01}{text[match.end() :]}")
         assert not same(text, text[: match.start()] + text[match.end() :])
-    assert not same("L1E28", "L1E29")
+    assert not same("L1E28", "L1E29") and not same("101", "102") and same(" 900 ", " 901 ")
 
 
 def test_nothing_of_the_machine_is_stored(stored):

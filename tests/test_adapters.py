@@ -252,13 +252,13 @@ class Twice(LateBlock):
 @pytest.mark.parametrize(
     ("block", "what"),
     [
-        (SecondGate, "other rows"),
-        (Capacity, "other rows"),
-        (ZeroedWeights, "weights its experts otherwise"),
-        (Scaled, "weights its experts otherwise"),
-        (Swapped, "weights its experts otherwise"),
-        (Jitter, "other rows"),
-        (Twice, "other rows"),
+        (SecondGate, "did not choose"),
+        (Capacity, "did not choose"),
+        (ZeroedWeights, "weights its experts differently"),
+        (Scaled, "weights its experts differently"),
+        (Swapped, "weights its experts differently"),
+        (Jitter, "did not choose"),
+        (Twice, "did not choose"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -43,7 +43,7 @@ PARSED = {
 }
 PARSED_PYTHON = {
     "vllm.LLM": "vLLM runs the model: tests/test_vllm.py",
-    "AutoRound(": "auto-round quantizes in an environment of its own: benchmarks/bench_quantizers.py",
+    "oneshot(": "llm-compressor has an environment of its own: benchmarks/bench_quantizers.py",
 }
 LITTLE = {"--tokens": 512, "--seq-len": 32, "--pairs": 4, "--controls": 1}
 
@@ -110,7 +110,7 @@ def folder(checkpoint, tmp_path, monkeypatch):
         "".join(json.dumps({"text": f"The {n}th boat came in late, as always. " * 9}) + "\n" for n in range(40))
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(proving, "Proving", partial(proving.Proving, tokens=256))
+    monkeypatch.setattr(proving, "Proving", partial(proving.Proving, tokens=64))
     return tmp_path
 
 

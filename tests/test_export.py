@@ -312,8 +312,10 @@ def test_groups_divide_the_inputs_of_every_expert(stats, qwen3):
     model, other = qwen3
     assert [read_linears(model, other, "llm-compressor", runtime).group for runtime in (None, "vllm")] == [32, 32]
     assert read_linears(TINY, stats, "modelopt", None).group == 16
-    with pytest.raises(SedetectError, match="48 and 256 inputs, which no group of 128, 64, 32 divides; vllm cannot"):
-        read_linears(TINY, stats, "llm-compressor", "vllm")
+    for tool, runtime in (("llm-compressor", "vllm"), ("auto-round", "transformers")):
+        line = f"48 and 256 inputs, which no group of 128, 64, 32 divides; {runtime} cannot take them in 4 bits"
+        with pytest.raises(SedetectError, match=line):
+            read_linears(TINY, stats, tool, runtime)
     odd = random_model("qwen2_moe")
     with sedetect.profile(odd) as prof:
         odd(input_ids=torch.randint(3, 96, (2, 20)))

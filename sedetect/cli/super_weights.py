@@ -97,5 +97,5 @@ def _print(found: list[SuperWeight]) -> None:
             numbers = (f"{part.weight:.4g}", f"{part.hidden:.4g}", f"{part.share:.1%}", f"{part.cumulative:.1%}")
             table.add_row(*head, f"{one.channel}, {part.intermediate}", *numbers)
     console.print(table)
-    text = "weight at: output channel, intermediate channel of down_proj; share: weight x h, as a share of the outlier"
+    text = "weight at: output and intermediate channel of down_proj; share: weight x h over the outlier"
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -18,7 +18,7 @@ from sedetect.stats.model import ModelStats, same_model
 
 RUNTIMES = ("vllm", "sglang", "transformers")
 GROUPS = (128, 64, 32, 16)
-SERVED_GROUPS = (128, 64, 32)  # group sizes that vLLM's 4-bit expert kernels support
+SERVED_GROUPS = (128, 64, 32)  # group sizes that runtimes load: vLLM's kernels, auto-round's in transformers
 
 # (tool, runtime) -> granularities tested to load with every protected matrix in 16 bits.
 LOADS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -109,7 +109,7 @@ def read_linears(model: nn.Module | str | Path, stats: ModelStats, tool: str, ru
         )
     routed = [bank for bank in find_banks(live) if bank.id.routed]
     inputs = sorted({size for bank in routed for size in (bank.hidden, bank.intermediate)})
-    groups = SERVED_GROUPS if runtime == "vllm" else GROUPS
+    groups = GROUPS if runtime is None else SERVED_GROUPS
     group = next((group for group in groups if all(size % group == 0 for size in inputs)), None)
     if group is None:
         raise SedetectError(

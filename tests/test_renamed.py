@@ -139,7 +139,7 @@ def test_what_an_adapter_reads(name, has, missing):
     assert name in ADAPTERS
     double = type(name, (nn.Module,), {})()
     vars(double).update(has)
-    with pytest.raises(SedetectError, match=rf"^mlp.experts \({name}\): transformers .* has its {missing} in an unknown"):
+    with pytest.raises(SedetectError, match=rf"^mlp.experts \({name}\): transformers .* its {missing} in an unknown"):
         adapt("mlp.experts", double, nn.Module())
 
 

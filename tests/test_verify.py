@@ -495,7 +495,7 @@ def test_lists_that_cannot_be_taken(base, tmp_path, tiny_profile):
     file = tmp_path / "list.json"
     assert run("export", tiny_profile, "--to", "json", "-o", file).code == 0
     command = ("verify", base, base, *SMALL, "--protect")
-    assert "--protect: made for another model (tiny-moe); give one of the base" in refused(run(*command, file))
+    assert "--protect: made for another model (tiny-moe); give a list of the base" in refused(run(*command, file))
     way_out = "write one by `sedetect export STATS --to json -o FILE`"
     assert f"nowhere.json: no such file; {way_out}" in refused(run(*command, tmp_path / "nowhere.json"))
     recipe = tmp_path / "recipe.yaml"

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README, RESULTS, NOTES, PROOF = (
+README, RESULTS, NOTES, PROOF, QUANTIZERS = (
     (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "benchmarks/RESULTS.md", "docs/performance-notes.md", "docs/proof.md")
-)
+    for name in (
+        "README.md", "benchmarks/RESULTS.md", "docs/performance-notes.md", "docs/proof.md", "docs/quantizers.md",
+    )
+)  # fmt: skip
 NUMBER = re.compile(r"(?<![\w.])(?<!\w-)\d+(?:,\d{3})*(?:\.\d+)?")  # not those in names: L1E28, H100
 # No results: requirements, code, commands, the paper's number.
 ASIDE = re.compile(r"## Install\n(?:.|\n)*?(?=\n## )|```(?:.|\n)*?```|`[^`\n]*`|^    \$.*|\[arXiv .*?\)", re.MULTILINE)
@@ -75,6 +77,13 @@ def claims() -> list[str]:
     models = COUNTS[len(table("| model | expert |", PROOF).keys() - {""})]
     assert f"On {models} small models" in RESULTS
     found.append(f"on {models} small models whose truth was measured separately, no verdict was wrong")
+
+    tool = next(line for line in QUANTIZERS.splitlines() if line.startswith("| llm-compressor 0") and "vLLM" in line)
+    nothing, listed, random = (re.search(r"\+([\d.]+%)", cell)[1] for cell in cells(tool)[4:7])
+    found.append(
+        f"experts rounded to {cells(tool)[1]} bits in vLLM cost {nothing} of perplexity, {listed} with the layers of "
+        f"our list kept, and {random} with random layers kept"
+    )
 
     walk = table("| checkpoint | read, GB |")
     read, of = (number(walk["DeepSeek-R1"][column]) for column in ("read, GB", "of, GB"))

@@ -1,6 +1,6 @@
 """Draw what a terminal shows of a command into docs/images/terminal.svg.
 
-    python tests/write_terminal.py
+python tests/write_terminal.py
 """
 
 import io

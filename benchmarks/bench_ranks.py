@@ -10,7 +10,7 @@ else the exit code is 1. --checkpoint FOLDER (one that bench_streaming.py --keep
 well, from a cold page cache, to see how often the host reads a byte. Every run is told on stderr as soon as it is
 done, and each number of ranks on a line of JSON; the last line is all of it.
 
-A text is tokenised once for all runs: at a million tokens that takes the CPU longer than the forwards take a GPU.
+A text is tokenized once for all runs: at a million tokens that takes the CPU longer than the forwards take a GPU.
 """
 
 import argparse

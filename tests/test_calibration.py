@@ -304,7 +304,7 @@ class Counted:
 
 
 def test_what_is_read_is_in_proportion_to_the_tokens(tokenizer, tmp_path, head):
-    """Windows of a long file are those of the whole, and of it no more is read and tokenised than they take."""
+    """Windows of a long file are those of the whole, and of it no more is read and tokenized than they take."""
     file = tmp_path / "long.jsonl"
     texts = [f"{i} {words(400)}" for i in range(300)]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "this line is damaged\n")

@@ -65,7 +65,7 @@ def claims() -> list[str]:
     (name,) = (name for name, row in rows.items() if row["verdict"] == "proved")
     depth, expert, row = *re.findall(r"\d+", name), rows[name]
     found.append(f"Expert {expert} of layer {depth} writes {largest[name]} into output channel {row['channel']} on")
-    found.append(f"{number(row['over the median']):.0f} times the median of its layer")
+    found.append(f"{number(row['over the median']):.0f} times the median of its layer's experts")
     found.append(f"perplexity rises by {number(row['perplexity']):.0f}%")
     before, after = number(proof["(nothing off)"]["activation"]), number(row["activation"])
     found.append(f"the largest activation falls from {before:.0f} to {after:.0f}.")
@@ -76,13 +76,14 @@ def claims() -> list[str]:
     found.append(f"{few[0]} of {of[0]} experts here, {few[1]} of {of[1]} in Qwen3-30B-A3B")
     models = COUNTS[len(table("| model | expert |", PROOF).keys() - {""})]
     assert f"On {models} small models" in RESULTS
-    found.append(f"on {models} small models whose truth was measured separately, no verdict was wrong")
+    found.append(f"{models} small models whose truth was measured separately, no verdict was wrong")
 
     tool = next(line for line in QUANTIZERS.splitlines() if line.startswith("| llm-compressor 0") and "vLLM" in line)
     nothing, listed, random = (re.search(r"\+([\d.]+%)", cell)[1] for cell in cells(tool)[4:7])
     found.append(
-        f"experts rounded to {cells(tool)[1]} bits in vLLM cost {nothing} of perplexity, {listed} with the layers of "
-        f"our list kept, and {random} with random layers kept"
+        f"Rounding all experts of a small Qwen3-MoE to {cells(tool)[1]} bits raised perplexity in vLLM by {nothing}; "
+        f"with the layers of the listed experts kept in 16 bits, by {listed}; with as many random layers kept, "
+        f"by {random}"
     )
 
     walk = table("| checkpoint | read, GB |")

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sedetect.kernels import tiles
+from sedetect.kernels.launch import launch
 from sedetect.kernels.plan import Plan, scheduled
 from sedetect.kernels.row_scan import row_peak, row_squares
 from sedetect.kernels.row_stats import RowParts
@@ -81,18 +82,24 @@ def combine(
     """
     schedule = scheduled(plan).schedule
     y, gates = y.contiguous(), gates.contiguous()
-    tokens, hidden = len(gates), y.shape[1]
+    tokens, hidden = gates.shape[0], y.shape[1]
     out = torch.empty(tokens, hidden, dtype=dtype, device=y.device)
     found = None if h is None or in_parts is None else RowParts.empty(y, h, in_parts)
     if tokens:
         # The statistics of a row need the whole row in one program.
         rows, block = tiles.row_block(hidden, whole=h is not None)
-        _combine[(tiles.cdiv(tokens, rows), tiles.cdiv(hidden, block))](
-            y, gates, schedule.row, plan.offsets, out,
-            *(3 * [None] if found is None else (found.best, found.part, found.sqnorm)),
-            tokens,
-            EXPERTS=plan.num_experts, H=hidden, TOP_K=plan.top_k, BLOCK_T=rows, BLOCK_H=block,
-            PART=None if found is None else found.y_part_width,
+        launch(
+            _combine,
+            (tiles.cdiv(tokens, rows), tiles.cdiv(hidden, block), 1),
+            (
+                y, gates, schedule.row, plan.offsets, out,
+                *(3 * [None] if found is None else (found.best, found.part, found.sqnorm)),
+                tokens,
+            ),
+            {
+                "EXPERTS": plan.num_experts, "H": hidden, "TOP_K": plan.top_k, "BLOCK_T": rows, "BLOCK_H": block,
+                "PART": None if found is None else found.y_part_width,
+            },
             num_warps=tiles.row_warps(rows * block, whole=h is not None),
         )  # fmt: skip
     return out, found

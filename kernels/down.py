@@ -19,6 +19,7 @@ from sedetect.kernels.grouped import (
     weight_columns,
     weight_operand,
 )
+from sedetect.kernels.launch import launch
 from sedetect.kernels.plan import Plan, scheduled
 from sedetect.kernels.row_stats import RowStats, row_stats_torch
 
@@ -98,12 +99,15 @@ def down(
     operand = weight_operand(weight, transposed, tile)
     rows = row_operand(h, tile)
     grid = tiles.programs(tile, h.dtype, schedule.most * column_tiles, h.device)
-    _down[(grid,)](
-        rows, operand.data, operand.scale, bias, y, schedule.tiles, schedule.count,
-        *operand.strides,
-        H=hidden, I=h.shape[1], X_TMA=rows is not h, W_TMA=operand.tma, TRANSPOSED=transposed,
-        SCALES=operand.scales,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tiles.GROUP, FLATTEN=tile.flatten,
+    launch(
+        _down,
+        (grid, 1, 1),
+        (rows, operand.data, operand.scale, bias, y, schedule.tiles, schedule.count, *operand.strides),
+        {
+            "H": hidden, "I": h.shape[1], "X_TMA": rows is not h, "W_TMA": operand.tma, "TRANSPOSED": transposed,
+            "SCALES": operand.scales,
+            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tiles.GROUP, "FLATTEN": tile.flatten,
+        },
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y

@@ -18,6 +18,7 @@ from sedetect.kernels.grouped import (
     weight_columns,
     weight_operand,
 )
+from sedetect.kernels.launch import launch
 from sedetect.kernels.plan import Plan, scheduled
 from sedetect.kernels.row_scan import largest
 
@@ -172,15 +173,21 @@ def gate_up(
     column_tiles = tiles.cdiv(width, tile.n // 2 if halved else tile.n)
     found = x.new_empty(column_tiles, slots, dtype=torch.float32) if parts else None
     grid = tiles.programs(tile, x.dtype, schedule.most * column_tiles, x.device)
-    _gate_up[(grid,)](
-        x, operand.data, operand.scale, bias, out, found,
-        plan.order, schedule.tiles, schedule.count,
-        slots, x.stride(0), *operand.strides,
-        H=x.shape[1], COLUMNS=columns, TOP_K=plan.top_k,
-        ACTIVATION=activation, GATED=gate.gated, INTERLEAVED=gate.interleaved,
-        LIMIT=gate.limit, SLOPE=gate.slope, SHIFT=gate.shift,
-        W_TMA=operand.tma, TRANSPOSED=transposed, SCALES=operand.scales,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=tiles.GROUP, FLATTEN=tile.flatten,
+    launch(
+        _gate_up,
+        (grid, 1, 1),
+        (
+            x, operand.data, operand.scale, bias, out, found,
+            plan.order, schedule.tiles, schedule.count,
+            slots, x.stride(0), *operand.strides,
+        ),
+        {
+            "H": x.shape[1], "COLUMNS": columns, "TOP_K": plan.top_k,
+            "ACTIVATION": activation, "GATED": gate.gated, "INTERLEAVED": gate.interleaved,
+            "LIMIT": gate.limit, "SLOPE": gate.slope, "SHIFT": gate.shift,
+            "W_TMA": operand.tma, "TRANSPOSED": transposed, "SCALES": operand.scales,
+            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP": tiles.GROUP, "FLATTEN": tile.flatten,
+        },
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out, found

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from sedetect.kernels import tiles
+from sedetect.kernels.launch import launch
 
 
 @dataclass(frozen=True)
@@ -238,8 +239,8 @@ def _shape(schedule: Schedule, slots: int, experts: int) -> tuple[int, dict[str,
     per_program = tiles.next_power_of_2(tiles.cdiv(schedule.most, grid))
     if per_program > 64:
         per_program, grid = 64, max(grid, tiles.cdiv(schedule.most, 64))
-    constants = {"BLOCK": block, "BINS": bins, "ROWS": schedule.rows, "PER_PROGRAM": per_program}
-    return grid, constants | {"NUM_EXPERTS": experts}
+    constants = {"NUM_EXPERTS": experts, "BLOCK": block, "BINS": bins, "ROWS": schedule.rows}
+    return grid, constants | {"PER_PROGRAM": per_program}
 
 
 def plan(top_k_index: torch.Tensor, num_experts: int) -> ScheduledPlan:
@@ -258,13 +259,18 @@ def plan(top_k_index: torch.Tensor, num_experts: int) -> ScheduledPlan:
         counts = torch.empty((num_experts + 1, blocks), dtype=torch.int32, device=device)
         totals = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
         count = {name: constants[name] for name in ("NUM_EXPERTS", "BLOCK", "BINS")}
-        _count[(blocks,)](index, counts, slots, blocks, **count)
-        _scan[(num_experts + 1,)](counts, totals, blocks, BLOCK=1024)
-    _sort[(grid,)](
-        index, counts, totals,
-        order, offsets, schedule.row, schedule.tiles, schedule.count, schedule.arrived,
-        slots, blocks, schedule.most,
-        **constants, PAIRED=tiles.PAIRED, num_warps=8,
+        launch(_count, (blocks, 1, 1), (index, counts, slots, blocks), count)
+        launch(_scan, (num_experts + 1, 1, 1), (counts, totals, blocks), {"BLOCK": 1024})
+    launch(
+        _sort,
+        (grid, 1, 1),
+        (
+            index, counts, totals,
+            order, offsets, schedule.row, schedule.tiles, schedule.count, schedule.arrived,
+            slots, blocks, schedule.most,
+        ),
+        constants | {"PAIRED": tiles.PAIRED},
+        num_warps=8,
     )  # fmt: skip
     return ScheduledPlan(order, offsets, top_k_index.shape[1], schedule)
 
@@ -278,9 +284,14 @@ def scheduled(plan: Plan) -> ScheduledPlan:
     schedule = Schedule.empty(slots, plan.num_experts, rows, plan.order.device)
     if slots:
         grid, constants = _shape(schedule, slots, plan.num_experts)
-        _schedule[(grid,)](
-            plan.order, plan.offsets, schedule.row, schedule.tiles, schedule.count, schedule.arrived,
-            slots, schedule.most,
-            **constants, num_warps=8,
+        launch(
+            _schedule,
+            (grid, 1, 1),
+            (
+                plan.order, plan.offsets, schedule.row, schedule.tiles, schedule.count, schedule.arrived,
+                slots, schedule.most,
+            ),
+            constants,
+            num_warps=8,
         )  # fmt: skip
     return ScheduledPlan(plan.order, plan.offsets, plan.top_k, schedule)

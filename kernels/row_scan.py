@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from sedetect.kernels import tiles
+from sedetect.kernels.launch import launch
 from sedetect.kernels.records import INF_BITS, NAN_BITS
 from sedetect.kernels.row_stats import FP8_MAX, FP16_MAX, RowParts
 
@@ -160,11 +161,15 @@ def row_parts(y: torch.Tensor, h: torch.Tensor, offsets: torch.Tensor | None = N
     found = RowParts.empty(y, h, y.new_empty(in_parts, len(y), dtype=torch.float32))
     if len(y):
         rows, block = tiles.row_block(max(y.shape[1], h.shape[1]), whole=True)
-        _row_parts[(tiles.cdiv(len(y), rows),)](
-            y, h, found.best, found.part, found.sqnorm, found.in_parts, offsets, len(y),
-            EXPERTS=0 if offsets is None else len(offsets) - 1, H=y.shape[1], WIDTH=h.shape[1],
-            BLOCK_S=rows, BLOCK_H=y_block, BLOCK_X=h_block,
-            PART=found.y_part_width, IN_PARTS=in_parts, IN_PART=in_part,
+        launch(
+            _row_parts,
+            (tiles.cdiv(len(y), rows), 1, 1),
+            (y, h, found.best, found.part, found.sqnorm, found.in_parts, offsets, len(y)),
+            {
+                "EXPERTS": 0 if offsets is None else len(offsets) - 1, "H": y.shape[1], "WIDTH": h.shape[1],
+                "BLOCK_S": rows, "BLOCK_H": y_block, "BLOCK_X": h_block,
+                "PART": found.y_part_width, "IN_PARTS": in_parts, "IN_PART": in_part,
+            },
             num_warps=tiles.row_warps(rows * block),
         )  # fmt: skip
     return found

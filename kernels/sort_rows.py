@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from sedetect.kernels import tiles
+from sedetect.kernels.launch import launch
 from sedetect.kernels.plan import Plan, ScheduledPlan
 
 
@@ -36,8 +37,11 @@ def sort_rows(x: torch.Tensor, plan: ScheduledPlan) -> torch.Tensor:
     out = x.new_empty(plan.slots, x.shape[1])
     if len(out):
         block = min(tiles.next_power_of_2(x.shape[1]), tiles.ROW_ELEMENTS)
-        _sort_rows[(len(out) // plan.top_k, tiles.cdiv(x.shape[1], block))](
-            x, plan.schedule.row, plan.offsets, out,
-            EXPERTS=plan.num_experts, H=x.shape[1], TOP_K=plan.top_k, BLOCK_H=block, num_warps=8,
-        )  # fmt: skip
+        launch(
+            _sort_rows,
+            (len(out) // plan.top_k, tiles.cdiv(x.shape[1], block), 1),
+            (x, plan.schedule.row, plan.offsets, out),
+            {"EXPERTS": plan.num_experts, "H": x.shape[1], "TOP_K": plan.top_k, "BLOCK_H": block},
+            num_warps=8,
+        )
     return out

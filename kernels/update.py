@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from sedetect.kernels import tiles
+from sedetect.kernels.launch import launch
 from sedetect.kernels.plan import Plan
 from sedetect.kernels.records import COLUMN, COUNTS, INF_BITS, NAN_BITS, RECORD, SUMS, float_bits, sort_records
 from sedetect.kernels.row_scan import read_peak, row_counts, some_to_count, stored_parts
@@ -456,21 +457,29 @@ def update(state, found: RowParts, plan: Plan, gates: torch.Tensor, rows: Rows) 
         "H": found.y.shape[1], "PART": found.y_part_width,
         "WIDTH": found.h.shape[1], "IN_PARTS": len(found.in_parts), "IN_PART": found.h_part_width,
     }  # fmt: skip
-    _update_blocks[(blocks,)](
-        found.best, found.part, found.sqnorm, found.in_parts, found.y, found.h, plan.order, plan.offsets, gates,
-        rows.counted, rows.first, rows.sequence, rows.position,
-        *records,
-        counts, sums, heads, numbers, offers,
-        slots, blocks, rows.source,
-        **constants,
+    launch(
+        _update_blocks,
+        (blocks, 1, 1),
+        (
+            found.best, found.part, found.sqnorm, found.in_parts, found.y, found.h, plan.order, plan.offsets, gates,
+            rows.counted, rows.first, rows.sequence, rows.position,
+            *records,
+            counts, sums, heads, numbers, offers,
+            slots, blocks, rows.source,
+        ),
+        constants,
     )  # fmt: skip
-    _update_experts[(experts, len(records))](
-        found.best, found.part, found.in_parts, found.y, found.h, plan.order, plan.offsets, gates,
-        rows.sequence, rows.position, rows.token_id,
-        counts, sums, heads, numbers, offers,
-        state.counts, state.sums, *records,
-        slots, blocks, rows.source,
-        **constants, BLOCKS=64, SLOTS=tiles.next_power_of_2(max(kept)), NEW=tiles.NEW_RECORDS,
+    launch(
+        _update_experts,
+        (experts, len(records), 1),
+        (
+            found.best, found.part, found.in_parts, found.y, found.h, plan.order, plan.offsets, gates,
+            rows.sequence, rows.position, rows.token_id,
+            counts, sums, heads, numbers, offers,
+            state.counts, state.sums, *records,
+            slots, blocks, rows.source,
+        ),
+        constants | {"BLOCKS": 64, "SLOTS": tiles.next_power_of_2(max(kept)), "NEW": tiles.NEW_RECORDS},
         # So that the programs of all experts run at once; what spills is needed only where there is much to merge.
         maxnreg=128,
     )  # fmt: skip

@@ -71,7 +71,8 @@ class RowParts:
     @classmethod
     def empty(cls, y: torch.Tensor, h: torch.Tensor, in_parts: torch.Tensor) -> "RowParts":
         """best, part and sqnorm uninitialized, for a kernel to fill."""
-        best, part, sqnorm = (y.new_empty(len(y), dtype=dtype) for dtype in (torch.float32, torch.int32, torch.float32))
+        rows, dtypes = y.shape[0], (torch.float32, torch.int32, torch.float32)
+        best, part, sqnorm = (y.new_empty(rows, dtype=dtype) for dtype in dtypes)
         return cls(best, part, sqnorm, in_parts, y, h)
 
     @property
@@ -80,7 +81,7 @@ class RowParts:
 
     @property
     def h_part_width(self) -> int:
-        return tiles.next_power_of_2(tiles.cdiv(self.h.shape[1], len(self.in_parts)))
+        return tiles.next_power_of_2(tiles.cdiv(self.h.shape[1], self.in_parts.shape[0]))
 
 
 def row_stats_torch(y: torch.Tensor, h: torch.Tensor) -> RowStats:

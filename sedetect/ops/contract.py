@@ -5,6 +5,7 @@ T tokens, k experts per token, S = T*k routed rows, E experts, H hidden, I inter
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -81,13 +82,13 @@ class ExpertWeights:
     def hidden(self) -> int:
         return self.down.shape[2 if self.transposed else 1]
 
-    @property
+    @cached_property
     def matrices(self) -> list[Matrices]:
         """The matrices that exist, up to three."""
         up = [self.gate_up.gate, self.gate_up.up] if isinstance(self.gate_up, Halves) else [self.gate_up]
         return [matrices for matrices in (*up, self.down) if matrices is not None]
 
-    @property
+    @cached_property
     def storage(self) -> set[torch.dtype]:
         """The storage types of the QuantizedWeights among them; empty for plain tensors."""
         return {matrices.storage for matrices in self.matrices if isinstance(matrices, QuantizedWeights)}

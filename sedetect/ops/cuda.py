@@ -290,7 +290,7 @@ def _addresses(schedule: Schedule) -> tuple[int, ...]:
 def _row_parts(found: RowParts) -> tuple[list[int], list[int]]:
     y, h = found.y, found.h
     tensors = (found.best, found.part, found.sqnorm, found.in_parts, y, h)
-    widths = (y.shape[1], h.shape[1], found.y_part_width, found.h_part_width, len(found.in_parts))
+    widths = (y.shape[1], h.shape[1], found.y_part_width, found.h_part_width, found.in_parts.shape[0])
     return [t.data_ptr() for t in tensors], [_TYPES[y.dtype], _TYPES[h.dtype], *widths]
 
 

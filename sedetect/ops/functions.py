@@ -53,8 +53,9 @@ def moe_mlp(
         (T, H) in x's dtype.
     """
     chosen = _choose(x.device, weights.dtype, weights.experts, weights, backend, served)
-    rows = Rows.unmapped(len(x), x.device) if rows is None else rows
-    _check(x.device, state, weights.experts, len(x), rows, top_k_index.shape, top_k_weights.shape, parts)
+    tokens = x.shape[0]
+    rows = Rows.unmapped(tokens, x.device) if rows is None else rows
+    _check(x.device, state, weights.experts, tokens, rows, top_k_index.shape, top_k_weights.shape, parts)
     if x.dim() == 3 and x.shape[1] != top_k_index.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)}, the routing {tuple(top_k_index.shape)}: give an input for every slot")
     plan = chosen.plan(top_k_index, weights.experts)
@@ -244,7 +245,7 @@ def _check(
     for tensor in rows.tensors():
         if not tensor.is_contiguous():
             raise ValueError("rows: its tensors must be contiguous; build it from .contiguous() ones")
-    if tuple(routing) != tuple(other) or routing[0] != tokens or len(rows.counted) != tokens:
+    if tuple(routing) != tuple(other) or routing[0] != tokens or rows.counted.shape[0] != tokens:
         shapes = f"{tuple(routing)} and {tuple(other)}"
         raise ValueError(
             f"{tokens} tokens, {len(rows.counted)} rows of context and shapes {shapes} do not fit together"

@@ -94,7 +94,7 @@ def quantized(name: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[Quan
 
 # With its own GEMMs for every call, and as users meet it: tiles of few rows go to Triton's.
 OWN_GEMMS, AS_CHOSEN = 128, None
-MIXED = pytest.mark.parametrize("gemm", ["few", "many"])
+MIXED = pytest.mark.parametrize("gemm", ["few", "some", "many", "most"])
 BOTH = pytest.mark.parametrize("backend", [OWN_GEMMS, AS_CHOSEN], indirect=True, ids=["own-gemms", "as-chosen"])
 
 
@@ -175,13 +175,26 @@ def test_its_gemms_serve_where_experts_have_rows_enough(monkeypatch, tokens):
 
 
 @pytest.mark.parametrize(
-    "slots,experts,expected",
-    [(63, 128, "triton"), (64, 128, "few"), (4 * 48, 4, "few"), (4 * 48 + 1, 4, "many"), (8 * 300, 8, "many")],
+    "slots,experts,fp8,mxfp4",
+    [
+        (63, 128, "triton", "triton"),
+        (64, 128, "few", "few"),
+        (4 * 10, 4, "triton", "triton"),
+        (8 * 10, 8, "few", "few"),
+        (8 * 10 + 1, 8, "some", "few"),
+        (4 * 20 + 1, 4, "some", "some"),
+        (4 * 56, 4, "some", "some"),
+        (4 * 56 + 1, 4, "many", "many"),
+        (8 * 136, 8, "many", "many"),
+        (8 * 136 + 1, 8, "most", "most"),
+    ],
 )
-def test_quantized_weights_are_multiplied_by_rows_of_an_expert(slots, experts, expected):
+def test_quantized_weights_are_multiplied_by_rows_of_an_expert(slots, experts, fp8, mxfp4):
     plan = Plan(torch.arange(slots), torch.zeros(experts + 1), 1)
-    weight = QuantizedWeights(*fp8(torch.randn(1, 128, 128)), (128, 128), torch.bfloat16)
-    assert cuda.choose_gemm(plan, ExpertWeights(weight, weight)) == expected
+    for name, expected in (("block", fp8), ("mxfp4", mxfp4)):
+        stored, scale, block = QUANTIZED[name](torch.randn(1, 128, 128))
+        weight = QuantizedWeights(stored, scale, block, torch.bfloat16)
+        assert cuda.choose_gemm(plan, ExpertWeights(weight, weight)) == expected
 
 
 @on_hopper

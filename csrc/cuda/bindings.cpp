@@ -106,12 +106,12 @@ PYBIND11_MODULE(_cuda, m) {
 
   m.def("mixed", [](Address x, Address stored, Address scale, Address bias, Address offsets, Address next,
                     Address result, Address parts, const QuantizedArguments& quantized, const GateArguments& gate,
-                    bool interleaved, int type, bool few, int slots, int experts, int inner, int width,
+                    bool interleaved, int type, int form, int slots, int experts, int inner, int width,
                     int processors, Address stream) {
     mixed_gemm(
         {at<void>(x), quantized_of(stored, scale, quantized), at<void>(bias), at<int64_t>(offsets), at<int32_t>(next),
-         at<void>(result), at<float>(parts), gate_of(gate), interleaved, Type(type), few, slots, experts, inner, width,
-         processors},
+         at<void>(result), at<float>(parts), gate_of(gate), interleaved, Type(type), Form(form), slots, experts, inner,
+         width, processors},
         stream_of(stream));
   });
 

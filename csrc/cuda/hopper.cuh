@@ -49,6 +49,22 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       : "memory");
 }
 
+// As barrier_wait, for a wait that may be long and is in no hurry: leaves the processor to others.
+__device__ __forceinline__ void barrier_wait_asleep(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra end;\n"
+      "nanosleep.u32 256;\n"
+      "bra again;\n"
+      "end:\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
 // A place in the ring of stages.
 struct Ring {
   int stages, stage = 0;
@@ -75,6 +91,15 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(target),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap* map, int x, int y, int z,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(target),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
 
@@ -164,6 +189,15 @@ __device__ __forceinline__ void multiply<__half>(float (&acc)[128], uint64_t a, 
 __device__ __forceinline__ void store_transposed(uint32_t target, const uint32_t (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(target), "r"(v[0]),
                "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements: of the i-th, whose rows are the 16 bytes that lanes 8 i to 8 i + 7 point to,
+// v[i] is elements 2 (lane % 4) + 0, 1 of row lane / 4.
+__device__ __forceinline__ void load_matrices(uint32_t source, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(source)
                : "memory");
 }
 

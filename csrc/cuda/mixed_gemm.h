@@ -1,4 +1,4 @@
-// Grouped GEMMs of weights stored in 8 or 4 bits with 16-bit rows: persistent, up to 256 sorted rows of one expert
+// Grouped GEMMs of weights stored in 8 or 4 bits with 16-bit rows: persistent, up to 288 sorted rows of one expert
 // at a time. Every weight is dequantized as in kernels/dequantize.py, value * scale in float32 rounded once, so that sums are
 // those of grouped_gemm.h with the dequantized weights. Launches on the current device, no synchronization. All tensors
 // are contiguous and on 16-byte boundaries. Rows of no expert are not written.
@@ -14,6 +14,9 @@ enum class Format : int {
   kE4M3 = 0,  // a byte each, scales in float32
   kE2M1 = 1,  // two to a byte, the lower half first; scales are exponents (e8m0) of 32 columns; bfloat16 only
 };
+
+// Tiles of at most 32, 64, 160 or 288 sorted rows. Must agree with sedetect/ops/cuda.py.
+enum class Form : int { kFew = 0, kSome = 1, kMany = 2, kMost = 3 };
 
 // Weights (E, columns, inner), inner a multiple of the 16 bytes that the copy engine takes, columns one of 8.
 struct Quantized {
@@ -38,7 +41,7 @@ struct Mixed {
   Gate gate;         // of no activation for none
   bool interleaved;  // gate and up are its even and odd rows, not its halves
   Type type;         // not kFloat32
-  bool few;          // tiles of at most 64 sorted rows and two blocks a processor: for experts of few rows
+  Form form;
   int slots, experts, inner, width, processors;
 };
 

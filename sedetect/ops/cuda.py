@@ -32,15 +32,21 @@ if importlib.util.find_spec("sedetect._cuda") is not None:
 # takes as long as 2000 to 8000 columns gain by it (docs/performance-notes.md).
 SORTED_COLUMNS = 8192
 
-# By the average rows of an expert: from which on 16-bit weights are multiplied here, in tiles of 128 rows, and up to
-# which quantized ones are in small tiles. Of fewer slots than MIXED_SLOTS these are Triton's.
-GROUPED_ROWS, FEW_ROWS, MIXED_SLOTS = 32, 48, 64
+# The average rows of an expert from which on 16-bit weights are multiplied here, in tiles of 128 rows.
+GROUPED_ROWS = 32
+
+# Quantized weights of fewer slots are Triton's; of more, the form of the GEMM follows the average rows of an expert, up to
+# those named here. What takes most instructions to dequantize is with the form of the fewest for longer.
+MIXED_SLOTS = 64
+FEW_ROWS = {torch.float8_e4m3fn: 10, torch.uint8: 20}
+SOME_ROWS, MANY_ROWS = 56, 136
 
 # csrc/cuda/stages.h, grouped_gemm.h and mixed_gemm.h
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "relu2": 4}
 _NO_GATE = (0, False, math.inf, 1.0, 0.0)
 _FORMATS = {torch.float8_e4m3fn: 0, torch.uint8: 1}
+_FORMS = {"few": 0, "some": 1, "many": 2, "most": 3}
 
 
 class CudaBackend(TritonBackend):
@@ -165,11 +171,14 @@ class CudaBackend(TritonBackend):
 
 
 def choose_gemm(plan: ScheduledPlan, weights: ExpertWeights) -> str:
-    """triton, grouped (grouped_gemm.h), or few or many (mixed_gemm.h: Mixed.few)."""
+    """triton, grouped (grouped_gemm.h), or a form of mixed_gemm.h's."""
     slots, average = plan.slots, plan.slots / plan.num_experts
-    if weights.storage:
-        return "triton" if slots < MIXED_SLOTS else "few" if average <= FEW_ROWS else "many"
-    return "grouped" if plan.schedule.rows == _cuda.TILE_ROWS else "triton"
+    if not weights.storage:
+        return "grouped" if plan.schedule.rows == _cuda.TILE_ROWS else "triton"
+    if slots < MIXED_SLOTS:
+        return "triton"
+    most = (("few", min(FEW_ROWS[storage] for storage in weights.storage)), ("some", SOME_ROWS), ("many", MANY_ROWS))
+    return next((form for form, rows in most if average <= rows), "most")
 
 
 def _mixed(
@@ -197,7 +206,7 @@ def _mixed(
     _cuda.mixed(
         x.data_ptr(), weight.stored.data_ptr(), weight.scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
         plan.offsets.data_ptr(), following.data_ptr(), result.data_ptr(), found_at,
-        quantized, _gate(gate), gate is not None and gate.interleaved, _TYPES[x.dtype], gemm == "few",
+        quantized, _gate(gate), gate is not None and gate.interleaved, _TYPES[x.dtype], _FORMS[gemm],
         slots, experts, inner, width, tiles.limits(x.device).processors, _stream(x.device),
     )  # fmt: skip
     return result, found

@@ -35,8 +35,8 @@ SORTED_COLUMNS = 8192
 # The average rows of an expert from which on 16-bit weights are multiplied here, in tiles of 128 rows.
 GROUPED_ROWS = 32
 
-# Quantized weights of fewer slots are Triton's; of more, the form of the GEMM follows the average rows of an expert, up to
-# those named here. What takes most instructions to dequantize is with the form of the fewest for longer.
+# Quantized weights of fewer slots are Triton's. Of more, the form of the GEMM follows the average rows of an expert, up
+# to those named here; 4 bits, which take most instructions to dequantize, are with the form of the fewest for longer.
 MIXED_SLOTS = 64
 FEW_ROWS = {torch.float8_e4m3fn: 10, torch.uint8: 20}
 SOME_ROWS, MANY_ROWS = 56, 136

@@ -35,8 +35,8 @@ struct WarpgroupConsumer {
   uint32_t phase = 0;
   Fragments kept = {};
 
-  __device__ __forceinline__ WarpgroupConsumer(const Arguments& arguments, const Memory& shared, int steps, int group, int warp,
-                                      int lane)
+  __device__ __forceinline__ WarpgroupConsumer(const Arguments& arguments, const Memory& shared, int steps, int group,
+                                               int warp, int lane)
       : arguments(arguments), shared(shared), steps(steps), group(group), warp(warp), lane(lane) {
     for (int i = 0; i < 2; ++i) column[i] = weight_row<kGated>(arguments, group, warp, lane / 4, i);
     offset = Layout<Format>::offset(column[0]) + lane % 4 * (Layout<Format>::kSlab / 8);
@@ -71,9 +71,9 @@ struct WarpgroupConsumer {
     }
   }
 
-  // As decode, into kept. Fragments of products that are under way where a loop starts again have registers of their own
-  // in the loop of every width, and the compiler holds them all at once, too many, unless they are one value throughout:
-  // these are made from what they were, as far as the compiler can see.
+  // As decode, into kept. Fragments of products that are under way where a loop starts again have registers of their
+  // own in the loop of every width, and the compiler holds them all at once, too many, unless they are one value
+  // throughout: these are made from what they were, as far as the compiler can see.
   __device__ __forceinline__ void decode_kept(const Fragments& stored, const Step& step) {
     if (Form::kRows <= 64) return decode(kept, stored, step, 0);  // few widths
     Fragments fragments;
@@ -151,15 +151,7 @@ struct WarpgroupConsumer {
     if (lane == 0) barrier_arrive(shared.empty(ring.stage));
     ring.advance();
 
-    barrier_wait(shared.products_empty(group), phase ^ 1);
-    const uint32_t target = product_target<kGated>(shared.products(group), warp, lane);
-#pragma unroll
-    for (int block = 0; block < kRowsOfTile / 8; block += 2) {
-      store_products<T>(target + block * 8 * 128, acc + 4 * block, tile.bias);
-    }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.products_full(group));
-    phase ^= 1;
+    hand_over<T, kGated, kRowsOfTile>(shared, group, warp, lane, phase, acc, tile.bias);
   }
 
   __device__ __forceinline__ void run() {

@@ -2,8 +2,8 @@
 // other waits. Weight traffic decides here, and instructions do next, so that no warp waits for another: what hides
 // their latency are the three others of a scheduler.
 //
-// Which of a slab's 16 inner elements stands where is free as long as both operands agree, and sums are the same: a thread
-// has four that follow one another, one load of each row.
+// Which of a slab's 16 inner elements stands where is free as long as both operands agree, and sums are the same: a
+// thread has four that follow one another, one load of each row.
 
 #include "mixed_gemm.cuh"
 
@@ -25,20 +25,24 @@ struct Few {
   }
 };
 
+#define SEDETECT_MMA(type)                                                                 \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                               \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
+      : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
 // acc (16, 8) += A (16, 16) B (8, 16)^T by a warp. A thread has of A's rows lane / 4 (a[0, 2]) and lane / 4 + 8
-// (a[1, 3]), and of B's row lane / 4, pairs of the same inner elements; of acc columns 2 (lane % 4) + 0, 1 of these rows.
+// (a[1, 3]), and of B's row lane / 4, pairs of the same inner elements; of acc columns 2 (lane % 4) + 0, 1 of A's rows.
 template <typename T>
 __device__ __forceinline__ void multiply(float* acc, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    SEDETECT_MMA("f16");
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    SEDETECT_MMA("bf16");
   }
 }
+
+#undef SEDETECT_MMA
 
 __device__ __forceinline__ void load_8(uint32_t source, uint32_t (&v)[2]) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(source));
@@ -112,15 +116,7 @@ struct Consumer {
       ring.advance();
     }
 
-    barrier_wait(shared.products_empty(group), phase ^ 1);
-    const uint32_t target = product_target<kGated>(shared.products(group), warp, lane);
-#pragma unroll
-    for (int block = 0; block < kPadded; block += 2) {
-      store_products<T>(target + block * 8 * 128, acc + 4 * block, tile.bias);
-    }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.products_full(group));
-    phase ^= 1;
+    hand_over<T, kGated, kPadded * 8>(shared, group, warp, lane, phase, acc, tile.bias);
   }
 
   __device__ __forceinline__ void run() {

@@ -1,11 +1,11 @@
-// Grouped GEMMs with the weights on the left by hand for sm_90a: what their two forms share, persistent and
+// Grouped GEMMs with the weights on the left by hand for sm_90a: what their forms share, persistent and
 // warp-specialized. A form says how many sorted rows its tiles have and how they are copied; its consumers multiply.
 //
 // The weights are the left operand, which the tensor cores take from registers: a block computes tiles of 128 weight
 // rows x some sorted rows of an expert, 64 inner elements at a time, and so dequantizes a weight once for all of them.
 // Two warpgroups dequantize and multiply, 64 weight rows each. They leave the products, transposed and rounded to 16
-// bits, in shared memory. Of the third warpgroup one warp loads stored bytes and rows by the tensor copy engine, and the
-// others gate, measure and store the products while the next tile is multiplied.
+// bits, in shared memory. Of the third warpgroup one warp loads stored bytes and rows by the tensor copy engine, and
+// the others gate, measure and store the products while the next tile is multiplied.
 //
 // Tiles have rows in steps as wide as a form's products, and so take unequal times; every block takes the next one when
 // it is ready for it.
@@ -25,7 +25,7 @@ using namespace hopper;
 
 constexpr int kGroups = 2, kThreads = (kGroups + 1) * 128;  // warpgroups that multiply
 constexpr int kColumns = kGroups * 64;                      // weight rows of a tile
-constexpr int kInner = 64;  // of a step; 128 bytes of a row
+constexpr int kInner = 64;                                  // of a step; 128 bytes of a row
 constexpr int kPassing = 8;  // row tiles that pass over a weight block together, while it is in L2
 constexpr int kTileSlots = 4;
 
@@ -201,8 +201,8 @@ __device__ __forceinline__ void load(const Arguments& arguments, const CUtensorM
 
 // --- The warpgroups that multiply.
 
-// Of the weight rows of a tile the two that a lane dequantizes, number its row of eight: the rows of its accumulators. The
-// second is the up row of the first one's gate row where there are two.
+// Of the weight rows of a tile the two that a lane dequantizes, number its row of eight: the rows of its accumulators.
+// The second is the up row of the first one's gate row where there are two.
 template <bool kGated>
 __device__ __forceinline__ int weight_row(const Arguments& arguments, int group, int warp, int number, int second) {
   if (!kGated) return 64 * group + 16 * warp + number + 8 * second;
@@ -236,21 +236,28 @@ struct TileWeights {
   }
 };
 
-// Where a thread stores pieces of the rows of its warpgroup's products.
-template <bool kGated>
-__device__ __forceinline__ uint32_t product_target(uint32_t products, int warp, int lane) {
+// Leaves the products of a warpgroup for those that finish them, rounded: a thread's accumulators, four for every 8 of
+// the sorted rows, of which there are kRows, a multiple of 16.
+template <typename T, bool kGated, int kRows, typename Memory>
+__device__ __forceinline__ void hand_over(const Memory& shared, int group, int warp, int lane, uint32_t& phase,
+                                          const float* acc, const float (&bias)[2]) {
+  barrier_wait(shared.products_empty(group), phase ^ 1);
   const int row = lane / 16 * 8 + lane % 8, lower = lane / 8 % 2;
-  const int part = kGated ? warp + 4 * lower : 2 * warp + lower;
-  return products + row * 128 + ((part ^ (row % 8)) << 4);
-}
-
-// Leaves the accumulators of 16 sorted rows there, rounded.
-template <typename T>
-__device__ __forceinline__ void store_products(uint32_t target, const float* acc, const float (&bias)[2]) {
-  uint32_t z[4];
+  const int piece = kGated ? warp + 4 * lower : 2 * warp + lower;
+  const uint32_t target = shared.products(group) + row * 128 + ((piece ^ (row % 8)) << 4);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) z[i] = Pair<T>::pack(acc[2 * i] + bias[i % 2], acc[2 * i + 1] + bias[i % 2]);
-  store_transposed(target, z);
+  for (int start = 0; start < kRows; start += 16) {
+    uint32_t z[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* pair = acc + start / 2 + 2 * i;
+      z[i] = Pair<T>::pack(pair[0] + bias[i % 2], pair[1] + bias[i % 2]);
+    }
+    store_transposed(target + start * 128, z);
+  }
+  __syncwarp();
+  if (lane == 0) barrier_arrive(shared.products_full(group));
+  phase ^= 1;
 }
 
 // --- The warps that finish.
@@ -265,11 +272,12 @@ struct Finisher {
   const Shared<Format, Form>& shared;
   int warp, lane;
 
-  // Gates, measures and stores the products of a warpgroup. Eight threads that read together read eight pieces of one row; or
-  // four of two rows whose pieces are in other banks.
+  // Gates, measures and stores the products of a warpgroup. Eight threads that read together read eight pieces of one
+  // row; or four of two rows whose pieces are in other banks.
   template <Activation kActivation>
   __device__ __forceinline__ void finish(const Tile& tile, int group) {
-    const int piece = lane % kThreadsOfRow, number = kGroups * tile.column + group, column = number * kPart + piece * 8;
+    const int piece = lane % kThreadsOfRow, number = kGroups * tile.column + group;
+    const int column = number * kPart + piece * 8;
     const int first = kGated ? 8 * warp + lane / 8 + lane / 4 % 2 * 4 : 4 * warp + lane / 8;
     for (int start = 0; start < tile.rows; start += kRowsAtOnce) {
       const int r = start + first;
@@ -343,7 +351,8 @@ struct Finisher {
 // --- The kernel.
 
 // Consumer: multiplies what is loaded, tile by tile, until there are no more (run).
-template <typename Format, typename T, bool kGated, typename Form, template <typename, typename, bool, typename> typename Consumer>
+template <typename Format, typename T, bool kGated, typename Form,
+          template <typename, typename, bool, typename> typename Consumer>
 __global__ void __launch_bounds__(kThreads, Form::kBlocks)
     mixed_gemm(const __grid_constant__ Arguments arguments, const __grid_constant__ CUtensorMap rows,
                const __grid_constant__ CUtensorMap weights) {
@@ -394,7 +403,8 @@ __global__ void __launch_bounds__(kThreads, Form::kBlocks)
   }
 }
 
-template <typename Format, typename T, bool kGated, typename Form, template <typename, typename, bool, typename> typename Consumer>
+template <typename Format, typename T, bool kGated, typename Form,
+          template <typename, typename, bool, typename> typename Consumer>
 void launch(const Mixed& m, const Arguments& arguments, cudaStream_t stream) {
   const CUtensorMap rows = Form::map_of(m);
   const CUtensorMap weights = tensor_map(m.weight.stored, static_cast<int64_t>(m.experts) * arguments.columns,
@@ -404,7 +414,8 @@ void launch(const Mixed& m, const Arguments& arguments, cudaStream_t stream) {
   const int bytes = Shared<Format, Form>::bytes(m.experts);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "cudaFuncSetAttribute");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             100 * Form::kBytes / kBytesOfProcessor), "cudaFuncSetAttribute");
+                             100 * Form::kBytes / kBytesOfProcessor),
+        "cudaFuncSetAttribute");
   check(cudaMemsetAsync(m.next, 0, sizeof(int32_t), stream), "cudaMemsetAsync");
   kernel<<<m.processors * Form::kBlocks, kThreads, bytes, stream>>>(arguments, rows, weights);
   check(cudaGetLastError(), "mixed_gemm");

@@ -1,7 +1,7 @@
-// Grouped GEMMs of weights stored in 8 or 4 bits with 16-bit rows: persistent, up to 288 sorted rows of one expert
-// at a time. Every weight is dequantized as in kernels/dequantize.py, value * scale in float32 rounded once, so that sums are
-// those of grouped_gemm.h with the dequantized weights. Launches on the current device, no synchronization. All tensors
-// are contiguous and on 16-byte boundaries. Rows of no expert are not written.
+// Grouped GEMMs of weights stored in 8 or 4 bits with 16-bit rows: persistent, up to 288 sorted rows of one expert at a
+// time. Every weight is dequantized as in kernels/dequantize.py, value * scale in float32 rounded once, so that sums
+// are those of grouped_gemm.h with the dequantized weights. Launches on the current device, no synchronization. All
+// tensors are contiguous and on 16-byte boundaries. Rows of no expert are not written.
 #pragma once
 
 #include "grouped_gemm.h"

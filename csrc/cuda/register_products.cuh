@@ -70,9 +70,10 @@ namespace sedetect::cuda::hopper {
     }                                                                              \
   }
 
-// acc (64, kRows), of which a thread holds kRows / 2, = A (64, 16) B (kRows, 16)^T + (add ? acc : 0), by the four warps of a warpgroup; acc lies as that of
-// hopper.cuh's multiply. Of A a thread holds pairs of columns, 2 (lane % 4) + 0, 1 and 8 beyond: a[0, 2] of row
-// lane / 4, a[1, 3] of row lane / 4 + 8. They stay as they are until the product is done. b: matrix_descriptor_low's.
+// acc (64, kRows) = A (64, 16) B (kRows, 16)^T + (add ? acc : 0), by the four warps of a warpgroup; acc lies as that of
+// hopper.cuh's multiply, kRows / 2 in a thread. Of A a thread holds pairs of columns, 2 (lane % 4) + 0, 1 and 8 beyond:
+// a[0, 2] of row lane / 4, a[1, 3] of row lane / 4 + 8. They stay as they are until the product is done. b:
+// matrix_descriptor_low's.
 template <typename T, int kRows>
 __device__ __forceinline__ void multiply(float* acc, uint32_t* a, uint32_t b, int add) {
   SEDETECT_WGMMA(16, 1)
